@@ -1,0 +1,44 @@
+# make run | test | check | bench | demo-train | clean
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: run test check bench demo-train clean
+
+run: $(VENV)/.run  ## install, serve the embedded models, print what to try
+	@$(BIN)/loraplex serve serve_config.yaml
+
+test: $(VENV)/.dev  ## the whole test suite
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## format, lint, types, layers, configuration
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+	@$(BIN)/pyright
+	@$(BIN)/loraplex check serve_config.yaml
+
+bench: $(VENV)/.dev  ## what a swap costs on this machine
+	@$(BIN)/loraplex bench --help
+
+demo-train: $(VENV)/.run  ## train the embedded models again, from nothing (about two hours on two cores)
+	@$(BIN)/python -m serve_app.demo.train
+
+clean:  ## remove the virtual environment and every cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) torch
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,62 @@
+"""The HTTP face: every route family over one gateway.
+
+Owns assembling it. Takes anything with the gateway's interface, so that tests need no cluster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from serve_app.api import faults
+from serve_app.api.boundary import Boundary, new_uuid
+from serve_app.api.document import add_document_routes, build_document
+from serve_app.api.gateway import Gateway
+from serve_app.api.huggingface import add_inference_routes
+from serve_app.api.openai import add_openai_routes
+from serve_app.api.status import add_status_routes
+from serve_app.config import IngressSettings
+
+
+class LoraplexAPI(FastAPI):
+    """FastAPI, with an OpenAPI document that also knows the bodies which the routes read themselves."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, built once."""
+        if self.openapi_schema is None:
+            self.openapi_schema = build_document(self.routes)
+        return self.openapi_schema
+
+
+def create_app(
+    gateway: Gateway,
+    settings: IngressSettings,
+    *,
+    new_request_id: Callable[[], str] = new_uuid,
+    now: Callable[[], float] = time.time,
+    echo_request_id: bool = True,
+) -> FastAPI:
+    """Return the ASGI application over a gateway.
+
+    `echo_request_id` is for the server in front: Ray Serve's proxy adds `x-request-id` to every reply itself.
+    """
+    app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
+    faults.install(app)
+    app.add_middleware(Boundary, new_request_id=new_request_id, echo_request_id=echo_request_id)
+    if settings.cors_origins:
+        # Added last, so outermost: a page must be able to read our own failures too.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    add_status_routes(app, gateway)
+    add_inference_routes(app, gateway, settings)
+    add_openai_routes(app, gateway, settings, now=now)
+    add_document_routes(app)
+    return app

@@ -1,0 +1,88 @@
+"""The OpenAPI document and a page that shows it.
+
+Owns both; the schemas are pydantic's, from the very models that requests are checked with. The page is
+rendered on the server and loads nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.responses import Response
+from starlette.routing import BaseRoute
+
+from serve_app.api.openai_schemas import ImageEditForm, ImageGeneration
+from serve_app.api.schemas import InferenceBody
+from serve_app.api.status import STATIC, page_response
+
+_BODIES = (InferenceBody, ImageGeneration, ImageEditForm)
+_SUMMARY = "Serves many LoRA adapters over a few diffusion base models: name one, get its image."
+
+
+def build_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
+    """Return the OpenAPI document of the routes, with the models of the bodies that they read themselves."""
+    document = get_openapi(title="Loraplex", version="1", summary=_SUMMARY, routes=routes)
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
+    )
+    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+    return document
+
+
+def add_document_routes(app: FastAPI) -> None:
+    """Add the route of the documentation page; the JSON's own is FastAPI's."""
+    template = (STATIC / "docs.html").read_text("utf-8")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return page_response(template.replace("<!-- operations -->", render(app.openapi())))
+
+
+def render(document: dict[str, Any]) -> str:
+    """Return the HTML of a document's operations and schemas."""
+    parts: list[str] = []
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            parts.append(f"<h2><b>{method.upper()}</b> <code>{escape(path)}</code></h2>")
+            parts.append(f"<p>{escape(operation.get('description', ''))}</p>")
+            replies = ", ".join(operation.get("responses", {}))
+            parts.append(f"<p>Body: {_body(operation)}. Replies: {replies}.</p>")
+    for name, schema in document["components"]["schemas"].items():
+        parts.append(f'<h2 id="{escape(name)}"><code>{escape(name)}</code></h2>')
+        parts.append(f"<p>{escape(schema.get('description', ''))}</p>")
+        parts.append(_fields(schema))
+    return "\n".join(parts)
+
+
+def _body(operation: dict[str, Any]) -> str:
+    content = operation.get("requestBody", {}).get("content", {})
+    kinds = [f"{escape(kind)} ({_type(media.get('schema', {}))})" for kind, media in content.items()]
+    return " or ".join(kinds) or "none"
+
+
+def _fields(schema: dict[str, Any]) -> str:
+    required = schema.get("required", [])
+    rows = [
+        f"<tr><td><code>{escape(name)}</code>{' *' if name in required else ''}</td>"
+        f"<td>{_type(field)}</td><td>{escape(field.get('description', ''))}</td></tr>"
+        for name, field in schema.get("properties", {}).items()
+    ]
+    return f"<table>{''.join(rows)}</table>"
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        name = escape(schema["$ref"].rpartition("/")[2])
+        return f'<a href="#{name}">{name}</a>'
+    if "anyOf" in schema:
+        return " or ".join(_type(option) for option in schema["anyOf"] if option.get("type") != "null")
+    if schema.get("type") == "array":
+        return f"array of {_type(schema.get('items', {}))}"
+    if "const" in schema or "enum" in schema:
+        return escape(", ".join(str(choice) for choice in schema.get("enum", [schema.get("const")])))
+    return escape(str(schema.get("type", "any")))

@@ -1,0 +1,147 @@
+"""What a Hugging Face request may say, field by field, and how a wrong one is told.
+
+Owns the wire models of that family and the entry that names one adapter. Bounds that depend on the base are
+checked elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from serve_app.api.validation import refusal
+from serve_app.core import AdapterRef
+
+INT64_MAX = 2**63 - 1
+MAX_NAME_LENGTH = 256
+MAX_ADAPTERS_NAMED = 64
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Wire(BaseModel):
+    """A strict model: unknown fields are refused, nothing is converted, numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+def checked(model: type[M], data: JsonValue | dict[str, Any]) -> M:
+    """Return JSON data as a model.
+
+    Raises:
+        UnknownParameter: a field that does not exist.
+        MalformedRequest: a missing field, or one of the wrong type.
+        OutOfBounds: a value that no base could take.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise refusal(model, error) from None
+
+
+def _digits_to_int(value: Any) -> Any:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 19:
+        return int(value)
+    return value
+
+
+def _id_to_entry(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+Int = Annotated[int, Field(ge=-INT64_MAX, le=INT64_MAX)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
+Seed = Annotated[
+    int,
+    Field(ge=0, le=INT64_MAX),
+    BeforeValidator(_digits_to_int, json_schema_input_type=Annotated[int, Field(ge=0)] | str),
+]
+
+
+class LoraEntry(Wire):
+    """One adapter: exactly one of `id`, `name` and `path` (an id, never a file), and at most one scale."""
+
+    id: Name | None = None
+    name: Name | None = None
+    path: Name | None = None
+    scale: float | None = None
+    weight: float | None = None
+    revision: Name | None = None
+    filename: Name | None = None
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> LoraEntry:
+        if sum(value is not None for value in (self.id, self.name, self.path)) != 1:
+            raise PydanticCustomError("unfit", "needs exactly one of 'id', 'name' and 'path'")
+        if self.scale is not None and self.weight is not None:
+            raise PydanticCustomError("unfit", "takes 'scale' or 'weight', not both")
+        return self
+
+    def ref(self) -> AdapterRef:
+        """Return the adapter that this names."""
+        scale = self.scale if self.scale is not None else self.weight
+        return AdapterRef(
+            id=(self.id or self.name or self.path or "").strip(),
+            scale=1.0 if scale is None else scale,
+            revision=self.revision,
+            filename=self.filename,
+        )
+
+
+LoraEntryOrId = Annotated[LoraEntry, BeforeValidator(_id_to_entry, json_schema_input_type=LoraEntry | str)]
+LoraEntries = Annotated[list[LoraEntryOrId], Field(max_length=MAX_ADAPTERS_NAMED)]
+
+
+class TargetSize(Wire):
+    """The output's size in pixels, for image-to-image."""
+
+    width: Int
+    height: Int
+
+
+class Parameters(Wire):
+    """How to draw; whatever is absent or null is the base's default."""
+
+    prompt: str | None = Field(default=None, description="the prompt, where `inputs` is a picture")
+    negative_prompt: str | None = Field(default=None, description="what the picture should not show")
+    height: Int | None = Field(default=None, description="pixels, a multiple of 8")
+    width: Int | None = Field(default=None, description="pixels, a multiple of 8")
+    num_inference_steps: Int | None = Field(default=None, description="denoising steps")
+    guidance_scale: float | None = Field(default=None, description="how closely to follow the prompt")
+    scheduler: Name | None = Field(default=None, description="a noise scheduler that the base offers")
+    seed: Seed | None = Field(default=None, description="the same seed draws the same image")
+    num_images_per_prompt: Int | None = Field(default=None, description="1: for more, POST /v1/images/generations")
+    strength: float | None = Field(default=None, description="image-to-image: over 0 (keep it) to 1 (ignore it)")
+    target_size: TargetSize | None = Field(default=None, description="image-to-image: size of the output")
+    lora_adapter: str | None = Field(
+        default=None,
+        max_length=MAX_NAME_LENGTH,
+        description="one adapter's id; the `lora` header wins over it",
+    )
+    loras: LoraEntries | None = Field(default=None, description="several adapters: ids, or objects with id and scale")
+
+
+class InferenceBody(Wire):
+    """A request of the Hugging Face shape."""
+
+    inputs: str | None = Field(default=None, description="the prompt; or a picture in base64 for image-to-image")
+    image: str | None = Field(default=None, description="a picture in base64: image-to-image")
+    parameters: Parameters | None = None
+    options: dict[str, Any] | None = Field(default=None, description="accepted, and changes nothing")
+
+
+class ErrorBody(BaseModel):
+    """What every error of this family says."""
+
+    error: str = Field(description="one sentence that names the thing, the limit and what to do")
+    code: str = Field(description="the stable name of the error")

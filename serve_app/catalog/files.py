@@ -1,0 +1,29 @@
+"""From a resolved adapter to a local file: all that a replica needs of the catalog."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from serve_app.catalog.repository import Repositories
+from serve_app.core import AdapterSpec
+from serve_app.errors import ModelNotFound
+
+
+class AdapterFiles:
+    """The files of adapters that some catalog resolved, perhaps on another node."""
+
+    def __init__(self, repositories: Sequence[Repositories]) -> None:
+        self._places = {place.origin: place for place in repositories}
+
+    async def path(self, spec: AdapterSpec) -> Path:
+        """Return a local file with exactly the bytes of the spec.
+
+        Raises:
+            ModelNotFound, AccessDenied, MalformedFile: it is not there, not allowed, or no longer those
+            bytes. HubUnavailable: it could not be fetched now.
+        """
+        place = self._places.get(spec.origin)
+        if place is None:
+            raise ModelNotFound(spec.id, "the place it was found in is not configured for this replica")
+        return await place.download(spec)

@@ -1,0 +1,173 @@
+"""Repositories in local folders, laid out as on the Hub: `<root>/<owner>/<name>/`.
+
+Owns the way from an id to a file, which never leaves the roots: ids are checked, links are followed and
+refused where they lead out. A folder has no commits: the digest of the weights is the revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from serve_app.catalog.blocking import run_blocking
+from serve_app.catalog.card import Card, parse_card
+from serve_app.catalog.header import MalformedHeader, SafetensorsHeader, read_header
+from serve_app.catalog.repository import FOLDER, RepositoryFile, RepositoryListing, is_valid_id
+from serve_app.core import AdapterSpec
+from serve_app.errors import MalformedFile, ModelNotFound
+
+REVISION_CHARACTERS = 40
+MAX_CARD_BYTES = 256 * 1024
+MAX_SMALL_FILE_BYTES = 1024 * 1024
+MAX_FILES = 10_000
+_CHUNK_BYTES = 1024 * 1024
+
+
+class FolderRepositories:
+    """The repositories below some roots; the first root that has an id wins."""
+
+    def __init__(self, roots: tuple[Path, ...], *, origin: str = FOLDER) -> None:
+        self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
+        self._origin = origin
+        self._digests: dict[str, tuple[int, int, str]] = {}
+
+    @property
+    def origin(self) -> str:
+        """The kind of place that these roots are."""
+        return self._origin
+
+    async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
+        """Return the repository of that id, or None."""
+        return await run_blocking(lambda: self._find(model, revision))
+
+    async def header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
+        """Return the header of a listed file."""
+        return await run_blocking(lambda: self._header(listing, filename))
+
+    async def pin(self, listing: RepositoryListing, filename: str) -> str:
+        """Return the first 40 hex digits of the file's SHA-256."""
+        return await run_blocking(lambda: self._pin(listing, filename))
+
+    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
+        """Return a small file of a repository, or None."""
+        return await run_blocking(lambda: self._read_small(model, filename))
+
+    async def download(self, spec: AdapterSpec) -> Path:
+        """Return the file itself, once its digest is seen to be the spec's."""
+        return await run_blocking(lambda: self._download(spec))
+
+    async def ids(self) -> tuple[str, ...]:
+        """Return every id below the roots, sorted."""
+        return await run_blocking(lambda: tuple(sorted(set(self._all_ids()))))
+
+    def _folder(self, model: str) -> Path | None:
+        if not is_valid_id(model) or "/" not in model:
+            return None
+        for root in self._roots:
+            folder = Path(os.path.realpath(root / model))
+            if folder.is_relative_to(root) and folder != root and folder.is_dir():
+                return folder
+        return None
+
+    def _file(self, model: str, filename: str) -> Path | None:
+        folder = self._folder(model)
+        if folder is None:
+            return None
+        path = Path(os.path.realpath(folder / filename))
+        return path if self._is_inside(path) and path.is_file() else None
+
+    def _is_inside(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self._roots)
+
+    def _find(self, model: str, revision: str | None) -> RepositoryListing | None:
+        folder = self._folder(model)
+        if folder is None:
+            return None
+        return RepositoryListing(
+            id=model,
+            origin=self._origin,
+            location=model,
+            revision=revision,
+            files=tuple(self._files(folder)),
+            card=self._card(model),
+        )
+
+    def _files(self, folder: Path) -> Iterator[RepositoryFile]:
+        listed = 0
+        for parent, folders, names in os.walk(folder):
+            folders.sort()
+            for name in sorted(names):
+                path = Path(os.path.realpath(os.path.join(parent, name)))
+                if not self._is_inside(path) or not path.is_file():
+                    continue
+                listed += 1
+                if listed > MAX_FILES:
+                    return
+                relative = Path(parent, name).relative_to(folder).as_posix()
+                yield RepositoryFile(relative, path.stat().st_size)
+
+    def _card(self, model: str) -> Card:
+        path = self._file(model, "README.md")
+        if path is None:
+            return Card()
+        with path.open("rb") as file:
+            return parse_card(file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace"))
+
+    def _listed(self, listing: RepositoryListing, filename: str) -> Path:
+        path = self._file(listing.location, filename)
+        if path is None:
+            raise ModelNotFound(listing.id, f"it holds no file '{filename}'")
+        return path
+
+    def _header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
+        try:
+            return read_header(self._listed(listing, filename))
+        except MalformedHeader as error:
+            raise MalformedFile(listing.id, f"{filename}: {error}") from None
+
+    def _pin(self, listing: RepositoryListing, filename: str) -> str:
+        digest = self._digest(self._listed(listing, filename))
+        asked = listing.revision
+        if asked is not None and asked != "main" and not digest.startswith(asked):
+            raise ModelNotFound(listing.id, f"it has no revision '{asked}'; a folder holds its newest only")
+        return digest
+
+    def _digest(self, path: Path) -> str:
+        stat = path.stat()
+        known = self._digests.get(str(path))
+        if known is not None and known[:2] == (stat.st_mtime_ns, stat.st_size):
+            return known[2]
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        revision = digest.hexdigest()[:REVISION_CHARACTERS]
+        self._digests[str(path)] = (stat.st_mtime_ns, stat.st_size, revision)
+        return revision
+
+    def _read_small(self, model: str, filename: str) -> bytes | None:
+        path = self._file(model, filename)
+        if path is None:
+            return None
+        with path.open("rb") as file:
+            return file.read(MAX_SMALL_FILE_BYTES)
+
+    def _download(self, spec: AdapterSpec) -> Path:
+        path = self._file(spec.location, spec.filename)
+        if path is None:
+            raise ModelNotFound(spec.id, "its folder is no longer there")
+        if self._digest(path) != spec.revision:
+            raise MalformedFile(spec.id, "its file changed after it was looked up; ask again in a few seconds")
+        return path
+
+    def _all_ids(self) -> Iterator[str]:
+        for root in self._roots:
+            if not root.is_dir():
+                continue
+            for owner in root.iterdir():
+                for repository in owner.iterdir() if owner.is_dir() else ():
+                    model = f"{owner.name}/{repository.name}"
+                    if self._folder(model) is not None:
+                        yield model

@@ -1,0 +1,211 @@
+"""Adapters on the Hugging Face Hub, through its own client.
+
+Owns every call to the Hub that the catalog makes: at which commit a repository stands, what it holds, the
+header of a file by range request, the file itself into the client's disk cache. No call outlives its time for
+the caller, none is retried here, and what was once seen can be seen again while the Hub is away. The token is
+handed over explicitly and appears in no message.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.hf_api import ModelInfo
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, silent_tqdm
+
+from serve_app.catalog.blocking import run_blocking
+from serve_app.catalog.card import card_from
+from serve_app.catalog.header import (
+    LENGTH_BYTES,
+    MalformedHeader,
+    SafetensorsHeader,
+    header_length,
+    parse_header,
+)
+from serve_app.catalog.hub_errors import HUB_FAILURES, MissingRevision, translate
+from serve_app.catalog.offline import OfflineMemory
+from serve_app.catalog.repository import (
+    HUB,
+    RepositoryFile,
+    RepositoryListing,
+    is_valid_id,
+    is_valid_revision,
+)
+from serve_app.config import HubSettings
+from serve_app.core import AdapterSpec
+from serve_app.errors import HubUnavailable, MalformedFile, ModelNotFound
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Holds the whole header of nearly every adapter, so that one request is enough.
+FIRST_RANGE_BYTES = 128 * 1024
+MAX_SMALL_FILE_BYTES = 1024 * 1024
+
+
+class HubRepositories:
+    """The repositories of one Hub endpoint, read with one token.
+
+    `cache_dir` gets the client's own cache (`hub/`) and the memory for when the Hub is away (`hub-memory/`).
+    """
+
+    def __init__(
+        self, settings: HubSettings, *, token: str | None, cache_dir: Path, endpoint: str | None = None
+    ) -> None:
+        # False, not None: None would make the client look for a token on this machine.
+        self._token: str | bool = token or False
+        self._api = HfApi(endpoint=endpoint or settings.endpoint, token=self._token, library_name="loraplex")
+        self._timeout_s = settings.timeout_s
+        self._download_timeout_s = settings.download_timeout_s
+        self._cache_dir = cache_dir / "hub"
+        self._memory = OfflineMemory(cache_dir / "hub-memory")
+
+    @property
+    def origin(self) -> str:
+        """The Hub."""
+        return HUB
+
+    async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
+        """Return the repository at the commit where it stands now; at the last one seen, if the Hub is
+        away."""
+        if not is_valid_id(model):
+            return None
+        if revision is not None and not is_valid_revision(revision):
+            raise ModelNotFound(model, "a revision is a branch, a tag or a commit")
+        try:
+            return await self._call(lambda: self._find(model, revision), model, revision, self._timeout_s)
+        except HubUnavailable as error:
+            remembered = await run_blocking(lambda: self._memory.recall(model, revision))
+            if remembered is None:
+                raise
+            log.warning("%s is served as last seen at %s: %s", model, remembered.revision, error.reason)
+            return remembered
+        except MissingRevision:
+            raise
+        except ModelNotFound:
+            return None
+
+    async def header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
+        """Return the header of a file by range requests; from the memory, if the Hub is away."""
+        commit = str(listing.revision)
+        try:
+            head = await self._call(lambda: self._head(listing, filename), listing.id, commit, self._timeout_s)
+        except HubUnavailable:
+            remembered = await run_blocking(lambda: self._memory.recall_header(listing.location, commit, filename))
+            if remembered is None:
+                raise
+            head = remembered
+        listed = listing.file(filename)
+        try:
+            return parse_header(head, file_bytes=listed.size_bytes if listed else None)
+        except MalformedHeader as error:
+            raise MalformedFile(listing.id, f"{filename}: {error}") from None
+
+    async def pin(self, listing: RepositoryListing, filename: str) -> str:
+        """Return the commit that the listing shows."""
+        return str(listing.revision)
+
+    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
+        """Return a file of at most 1 MiB, or None where there is none."""
+        try:
+            return await self._call(
+                lambda: self._read_prefix(model, revision, filename, MAX_SMALL_FILE_BYTES),
+                model,
+                revision,
+                self._timeout_s,
+            )
+        except ModelNotFound:
+            return None
+
+    async def download(self, spec: AdapterSpec) -> Path:
+        """Return the file in the client's cache, fetched if it is not there yet."""
+        return await self._call(lambda: self._download(spec), spec.id, spec.revision, self._download_timeout_s)
+
+    async def ids(self) -> tuple[str, ...]:
+        """Return nothing: the Hub is too large to list."""
+        return ()
+
+    async def _call(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
+        try:
+            return await run_blocking(call, timeout_s=timeout_s)
+        except TimeoutError:
+            reason = f"the Hub took longer than {timeout_s:g} s"
+            raise HubUnavailable(model, reason) from None
+        except HUB_FAILURES as error:
+            log.info("the Hub failed for %s: %s", model, type(error).__name__)
+            raise translate(error, model, revision) from None
+
+    def _find(self, model: str, revision: str | None) -> RepositoryListing:
+        info = self._api.model_info(
+            model, revision=revision, files_metadata=True, timeout=self._timeout_s, token=self._token
+        )
+        listing = _listing(model, info)
+        self._memory.remember(listing, revision)
+        return listing
+
+    def _head(self, listing: RepositoryListing, filename: str) -> bytes:
+        commit = str(listing.revision)
+        head = self._read_prefix(listing.location, commit, filename, FIRST_RANGE_BYTES)
+        try:
+            wanted = LENGTH_BYTES + header_length(head)
+        except MalformedHeader:
+            return head
+        if len(head) < wanted and len(head) == FIRST_RANGE_BYTES:
+            head = self._read_prefix(listing.location, commit, filename, wanted)
+        self._memory.remember_header(listing.location, commit, filename, head[:wanted])
+        return head[:wanted]
+
+    def _read_prefix(self, location: str, revision: str | None, filename: str, size_bytes: int) -> bytes:
+        """Return the first bytes of a file, never more than asked for, whatever the server sends."""
+        url = hf_hub_url(location, filename, revision=revision, endpoint=self._api.endpoint)
+        headers = build_hf_headers(token=self._token, library_name="loraplex")
+        headers |= {"range": f"bytes=0-{size_bytes - 1}", "accept-encoding": "identity"}
+        read = bytearray()
+        with get_session().stream("GET", url, headers=headers, timeout=self._timeout_s) as response:
+            if response.status_code == 416:  # an empty file has no first byte
+                return b""
+            hf_raise_for_status(response)
+            for chunk in response.iter_bytes():
+                read += chunk
+                if len(read) >= size_bytes:
+                    break
+        return bytes(read[:size_bytes])
+
+    def _download(self, spec: AdapterSpec) -> Path:
+        cached = try_to_load_from_cache(spec.location, spec.filename, cache_dir=self._cache_dir, revision=spec.revision)
+        if isinstance(cached, str):
+            return Path(cached)
+        # Asked for first, because this call does not retry: the client's download would, for most of a
+        # minute.
+        url = hf_hub_url(spec.location, spec.filename, revision=spec.revision, endpoint=self._api.endpoint)
+        self._api.get_hf_file_metadata(url=url, token=self._token, timeout=self._timeout_s)
+        return Path(
+            self._api.hf_hub_download(
+                spec.location,
+                spec.filename,
+                revision=spec.revision,
+                cache_dir=self._cache_dir,
+                etag_timeout=self._timeout_s,
+                token=self._token,
+                tqdm_class=silent_tqdm,  # type: ignore[arg-type]
+            )
+        )
+
+
+def _listing(model: str, info: ModelInfo) -> RepositoryListing:
+    if info.sha is None:
+        raise ValueError("the answer names no commit")
+    card: dict[Any, Any] = info.card_data.to_dict() if info.card_data is not None else {}
+    return RepositoryListing(
+        id=model,
+        origin=HUB,
+        location=info.id,
+        revision=info.sha,
+        files=tuple(RepositoryFile(file.rfilename, file.size) for file in info.siblings or ()),
+        card=card_from(card, tuple(info.tags or ())),
+    )

@@ -1,0 +1,89 @@
+"""What the Hub said about repositories, kept on disk for when it does not answer.
+
+Owns a folder of small files: listings by id and revision, headers by commit. Losing any of them costs one
+request.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+from urllib.parse import quote
+
+from serve_app.catalog.card import Card
+from serve_app.catalog.repository import HUB, RepositoryFile, RepositoryListing
+
+log = logging.getLogger(__name__)
+
+
+class OfflineMemory:
+    """Listings and headers below one folder; writes are atomic, and neither reading nor writing ever
+    fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def remember(self, listing: RepositoryListing, asked_revision: str | None) -> None:
+        """Keep a listing under the revision that was asked for."""
+        self._write(self._listing_path(listing.id, asked_revision), json.dumps(asdict(listing)).encode())
+
+    def recall(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
+        """Return the newest listing that was kept, or None."""
+        content = self._read(self._listing_path(model, asked_revision))
+        if content is None:
+            return None
+        try:
+            return _listing_from(json.loads(content))
+        except (ValueError, KeyError, TypeError):
+            return None
+
+    def remember_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
+        """Keep the first bytes of a file, up to the end of its header."""
+        self._write(self._header_path(location, commit, filename), head)
+
+    def recall_header(self, location: str, commit: str, filename: str) -> bytes | None:
+        """Return those bytes, or None."""
+        return self._read(self._header_path(location, commit, filename))
+
+    def _listing_path(self, model: str, asked_revision: str | None) -> Path:
+        return self._folder / "listings" / f"{_name(model)}@{_name(asked_revision or 'main')}.json"
+
+    def _header_path(self, location: str, commit: str, filename: str) -> Path:
+        return self._folder / "headers" / f"{_name(location)}@{_name(commit)}" / _name(filename)
+
+    def _write(self, path: Path, content: bytes) -> None:
+        unfinished = path.with_name(f".{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(content)
+            os.replace(unfinished, path)
+        except OSError as error:
+            log.warning("what the Hub said could not be kept for offline use: %s", error.strerror)
+
+    def _read(self, path: Path) -> bytes | None:
+        try:
+            return path.read_bytes()
+        except OSError:
+            return None
+
+
+def _name(text: str) -> str:
+    """Return a text as one file name, at most 200 characters long."""
+    return quote(text, safe="").replace(".", "%2E")[-200:]
+
+
+def _listing_from(data: dict[str, Any]) -> RepositoryListing:
+    card = {key: tuple(value) if isinstance(value, list) else value for key, value in data["card"].items()}
+    return RepositoryListing(
+        id=data["id"],
+        origin=HUB,
+        location=data["location"],
+        revision=data["revision"],
+        files=tuple(RepositoryFile(file["name"], file["size_bytes"]) for file in data["files"]),
+        card=Card(**cast("dict[str, Any]", card)),
+    )

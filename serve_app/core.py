@@ -1,0 +1,160 @@
+"""The values that cross boundaries: adapters, requests, images.
+
+Owns the immutable dataclasses that the HTTP layer, the ingress, the replicas and the engine hand to one another.
+Must not know Ray, torch, HTTP or the file system.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter as a request names it, before anything is known about it."""
+
+    id: str
+    scale: float = 1.0
+    revision: str | None = None
+    filename: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One adapter file, resolved: which base it is for, which file, which bytes.
+
+    `revision` fixes the bytes: a commit hash for a Hub repository, a content digest for a folder. `location` is where
+    the file lies (a Hub repository id or a folder) and never reaches a client.
+    """
+
+    id: str
+    base_id: str
+    revision: str
+    filename: str
+    origin: str
+    location: str
+    size_bytes: int
+    instance_prompt: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of these bytes, the same in every process; scale is never part of it."""
+        return f"{self.id}@{self.revision[:16]}/{self.filename}"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """A resolved adapter at the scale that one request asks for."""
+
+    spec: AdapterSpec
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class PixelImage:
+    """An uncompressed picture: `pixels` holds `height * width` RGB triples of 8 bits, row by row."""
+
+    width: int
+    height: int
+    pixels: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDraft:
+    """A request as it was asked: whatever is None is for the base's defaults to fill in.
+
+    `model` is the id in the route (a base or an adapter), None where the route names none.
+    """
+
+    prompt: str
+    model: str | None = None
+    adapters: tuple[AdapterRef, ...] = ()
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    seed: int | None = None
+    num_images: int = 1
+    image: PixelImage | None = None
+    strength: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A request with nothing left open: the same value gives the same image on any replica.
+
+    `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
+    None means the base's own. With `image`, width and height are the output's size.
+    """
+
+    request_id: str
+    base_id: str
+    prompt: str
+    negative_prompt: str | None
+    adapters: tuple[AdapterUse, ...]
+    width: int
+    height: int
+    steps: int
+    guidance_scale: float
+    scheduler: str | None
+    seed: int
+    num_images: int = 1
+    image: PixelImage | None = None
+    strength: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the milliseconds of one request went."""
+
+    queue_ms: float = 0.0
+    fetch_ms: float = 0.0
+    swap_ms: float = 0.0
+    denoise_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """What was applied for one adapter: how many layers of the base its file matched, out of those it names."""
+
+    id: str
+    revision: str
+    scale: float
+    layers_matched: int
+    layers_in_file: int
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """The images of one request and how they came about.
+
+    `batch_size` counts the images that shared the device pass: 1 means that the result is bit-reproducible.
+    `compute_s` is the time on the device.
+    """
+
+    request_id: str
+    base_id: str
+    images: tuple[PixelImage, ...]
+    seeds: tuple[int, ...]
+    adapters: tuple[AppliedAdapter, ...]
+    timings: Timings
+    compute_s: float
+    device: str
+    batch_size: int
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that a request may name: a base, or an adapter with the base it is for.
+
+    `created` is in seconds since 1970, 0 where nobody knows.
+    """
+
+    id: str
+    base_id: str | None
+    owned_by: str
+    created: int

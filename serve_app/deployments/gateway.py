@@ -1,0 +1,72 @@
+"""One request through the service: resolve, settle, dispatch.
+
+Owns what the ingress does that needs no Ray; `serve_app.deployments.ingress` gives it the way to a replica.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+
+from serve_app.catalog.catalog import Catalog
+from serve_app.core import GenerationDraft, GenerationRequest, GenerationResult, ModelInfo
+from serve_app.deployments.settle import settle
+from serve_app.errors import LoraplexError
+
+log = logging.getLogger(__name__)
+
+Dispatch = Callable[[GenerationRequest], Awaitable[GenerationResult]]
+
+
+class ServiceGateway:
+    """What the HTTP layer talks to; every draw of a seed happens here, so that a retry gives the same image."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        dispatch: Dispatch,
+        *,
+        draw_seed: Callable[[], int],
+        can_serve: Callable[[], Awaitable[bool]],
+        on_refusal: Callable[[str], None],
+    ) -> None:
+        self._catalog = catalog
+        self._dispatch = dispatch
+        self._draw_seed = draw_seed
+        self._can_serve = can_serve
+        self._on_refusal = on_refusal
+
+    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+        """Return the images of a draft.
+
+        Raises:
+            LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
+        """
+        try:
+            resolution = await self._catalog.resolve(draft.model, draft.adapters)
+            seed = self._draw_seed()
+            request = settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+            return await self._dispatch(request)
+        except LoraplexError as error:
+            log.info("request %s for %s: %s (%s)", request_id, draft.model or "the default base", error, error.code)
+            self._on_refusal(error.code)
+            raise
+
+    async def is_ready(self) -> bool:
+        """Whether any base can serve now."""
+        return await self._can_serve()
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """Return the bases that are served and the adapters known so far."""
+        bases = [
+            ModelInfo(id=base.id, base_id=None, owned_by=_owner(base.id), created=0) for base in self._catalog.served()
+        ]
+        adapters = [
+            ModelInfo(id=spec.id, base_id=spec.base_id, owned_by=_owner(spec.id), created=0)
+            for spec in await self._catalog.known_adapters()
+        ]
+        return (*bases, *adapters)
+
+
+def _owner(model: str) -> str:
+    return model.split("/", 1)[0]

@@ -1,0 +1,142 @@
+"""A parsed adapter: what it changes in each layer of a base, as tensors and numbers alone.
+
+Owns the kinds of change (`Delta`) and `ParsedAdapter`. Must not know files, formats or live models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """W + s * (up @ down), with s = scale * alpha / divisor; the bias, where there is one, gets s * bias.
+
+    Linear: down [rank, in], up [out, rank]. Convolution: down [rank, in, kh, kw], up [out, rank, 1, 1].
+    `divisor` is the rank, or its square root under rank stabilisation. Kept apart from `alpha` because peft
+    multiplies the request's scale by alpha before it divides, and results must equal its own to the last bit.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    divisor: float
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """The inner width."""
+        return self.down.shape[0]
+
+    def factor(self, scale: float) -> float:
+        """Return the number that multiplies the product at a request's scale."""
+        return scale * self.alpha / self.divisor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dora:
+    """magnitude * (W + d) / ||W + d||, d the change of `direction`; norms are per output. `magnitude` is [out]."""
+
+    direction: LowRank
+    magnitude: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Hadamard:
+    """W + s * (up_1 @ down_1) * (up_2 @ down_2), elementwise (LoHa); s as in `LowRank`.
+
+    up_n [out, rank], down_n [rank, in * kh * kw]; the product takes the layer's shape.
+    """
+
+    up_1: Tensor
+    down_1: Tensor
+    up_2: Tensor
+    down_2: Tensor
+    alpha: float
+    divisor: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kronecker:
+    """W + s * kron(left, right), reshaped to the layer (LoKr); s as in `LowRank`.
+
+    left [o1, i1], right [o2, i2] or [o2, i2, kh, kw], with o1 * o2 outputs and i1 * i2 inputs.
+    """
+
+    left: Tensor
+    right: Tensor
+    alpha: float
+    divisor: float
+
+
+Delta = LowRank | Dora | Hadamard | Kronecker
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of a file the base understood.
+
+    Counts are in layers; `unmatched` names some of the layers the base does not have, `ranks` the smallest and the
+    largest inner width.
+    """
+
+    layers_matched: int
+    layers_in_file: int
+    unmatched: tuple[str, ...] = ()
+    ranks: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ParsedAdapter:
+    """An adapter checked against one base: component name -> module name -> change.
+
+    Every named layer exists in that base with fitting shapes; every tensor is finite and in that layer's dtype.
+    `digest` is the sha256 of the file it was read from, in hex.
+    """
+
+    digest: str
+    components: Mapping[str, Mapping[str, Delta]] = field(repr=False)
+    coverage: Coverage
+
+    @property
+    def size_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(tensor.nbytes for _, _, delta in self.layers() for tensor in tensors_of(delta))
+
+    def layers(self) -> Iterator[tuple[str, str, Delta]]:
+        """Yield (component, module, change) in the adapter's own order."""
+        for component, modules in self.components.items():
+            for module, delta in modules.items():
+                yield component, module, delta
+
+
+def tensors_of(delta: Delta) -> Iterator[Tensor]:
+    """Yield the tensors of a change, in field order."""
+    for part in fields(delta):
+        value = getattr(delta, part.name)
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, LowRank):
+            yield from tensors_of(value)
+
+
+def divisor_of(rank: int, *, is_rank_stabilised: bool) -> float:
+    """Return what alpha is divided by: the rank, or its square root under rank stabilisation (rsLoRA)."""
+    return math.sqrt(rank) if is_rank_stabilised else float(rank)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return torch's dtype of that name."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous host tensor; writing to the view writes the tensor."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,84 @@
+"""The child's side of admission: reads requests, answers each with nothing or with a refusal.
+
+Owns the process it runs in: one thread of torch, low priority, no output but its answers. Started by `admission`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve_app.config import AdapterLimits
+from serve_app.engine.canonical import write_canonical
+from serve_app.engine.manifest import BaseManifest
+from serve_app.engine.reader import read_adapter
+from serve_app.errors import RefusedAdapter
+
+log = logging.getLogger(__name__)
+
+NICENESS = 5
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    """Serve requests from standard input until it closes."""
+    answers = _private_output()
+    setup = json.loads(sys.stdin.readline())
+    _settle(setup["parent"])
+    manifest = BaseManifest.from_json(setup["manifest"])
+    limits = AdapterLimits.model_validate(setup["limits"])
+    _answer(answers, {})
+    # The key converters take seconds to import and few files need them; a file that does waits for this import.
+    threading.Thread(target=_import_converters, daemon=True).start()
+    for line in sys.stdin:
+        _answer(answers, _admit(json.loads(line), manifest, limits))
+
+
+def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
+    try:
+        adapter = read_adapter(Path(request["source"]), request["name"], manifest, limits)
+        write_canonical(adapter, Path(request["target"]))
+    except RefusedAdapter as refusal:
+        return {"error": type(refusal).__name__, "reason": refusal.reason}
+    except Exception:  # the boundary of this process: whatever a file brought about, the parent gets an answer
+        log.exception("admission of %s failed", request["name"])
+        return {"error": "MalformedFile", "reason": "its file could not be read"}
+    return {}
+
+
+def _settle(parent: int) -> None:
+    """Take one thread and a low priority, leave Ctrl-C to the parent, and die when the parent dies."""
+    torch.set_num_threads(1)
+    os.nice(NICENESS)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+def _private_output() -> int:
+    """Keep standard output for the answers alone; what libraries print goes to standard error."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    return answers
+
+
+def _answer(answers: int, message: dict[str, Any]) -> None:
+    os.write(answers, json.dumps(message).encode() + b"\n")
+
+
+def _import_converters() -> None:
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    importlib.import_module("diffusers.loaders.lora_pipeline")

@@ -1,0 +1,128 @@
+"""What an adapter may touch in a base model: names, kinds and shapes, without the weights.
+
+Owns `BaseManifest`, which lets a file be checked against a base in another process. Must not know adapter files, and
+must stay free of torch at import: the admission process reads it before anything heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from torch import nn
+
+LayerKind = Literal["linear", "conv"]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer that an adapter may change: `shape` is its weight's, `dtype` torch's name without the prefix."""
+
+    kind: LayerKind
+    shape: tuple[int, ...]
+    has_bias: bool
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseManifest:
+    """The adaptable layers of one loaded base: component name -> module name -> layer.
+
+    `loader` names the class of `diffusers.loaders.lora_pipeline` whose `lora_state_dict` knows this family's keys.
+    `layers_per_block` is the UNet's, which numbers blocks in kohya's SDXL files; None where there is no UNet.
+    `fingerprint` tells bases apart on disk: the same fingerprint means the same weights in the same dtype.
+    """
+
+    pipeline: str
+    loader: str
+    denoiser: str
+    dtype: str
+    layers_per_block: int | None
+    components: Mapping[str, Mapping[str, Layer]]
+    fingerprint: str
+
+    def layer(self, component: str, module: str) -> Layer | None:
+        """Return the layer of that name, or None."""
+        return self.components.get(component, {}).get(module)
+
+    def to_json(self) -> str:
+        """Return the manifest as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> BaseManifest:
+        """Rebuild a manifest from `to_json`."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["components"] = {
+            component: {
+                name: Layer(layer["kind"], tuple(layer["shape"]), layer["has_bias"], layer["dtype"])
+                for name, layer in layers.items()
+            }
+            for component, layers in fields["components"].items()
+        }
+        return cls(**fields)
+
+
+def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the components that this pipeline's LoRA loader can adapt and that are loaded, in the loader's order."""
+    from torch import nn
+
+    names: list[str] = getattr(type(pipeline), "_lora_loadable_modules", [])
+    found = {name: getattr(pipeline, name, None) for name in names}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> BaseManifest:
+    """Describe a loaded pipeline; `fingerprint` None hashes the structure alone, which tells no fine-tunes apart."""
+    components = adaptable_components(pipeline)
+    denoiser = next(iter(components))
+    layers = {name: _layers_of(module) for name, module in components.items()}
+    config = getattr(getattr(pipeline, "unet", None), "config", None)
+    layers_per_block = getattr(config, "layers_per_block", None)
+    manifest = BaseManifest(
+        pipeline=type(pipeline).__name__,
+        loader=_loader_of(type(pipeline)),
+        denoiser=denoiser,
+        dtype=_dtype_name(next(components[denoiser].parameters()).dtype),
+        layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
+        components=layers,
+        fingerprint=fingerprint or "",
+    )
+    if fingerprint is not None:
+        return manifest
+    structure = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+    return dataclasses.replace(manifest, fingerprint=structure)
+
+
+def _loader_of(pipeline_class: type) -> str:
+    """Name the LoRA loader among a pipeline's ancestors: the first that says how its own files are keyed."""
+    for ancestor in pipeline_class.__mro__:
+        if ancestor.__module__ == "diffusers.loaders.lora_pipeline" and "lora_state_dict" in vars(ancestor):
+            return ancestor.__name__
+    raise ValueError(f"{pipeline_class.__name__} has no LoRA loader in diffusers")
+
+
+def _layers_of(component: nn.Module) -> dict[str, Layer]:
+    from torch import nn
+
+    layers: dict[str, Layer] = {}
+    for name, module in component.named_modules():
+        if isinstance(module, nn.Linear):
+            kind: LayerKind = "linear"
+        elif isinstance(module, nn.Conv2d) and module.groups == 1:
+            kind = "conv"
+        else:
+            continue
+        weight = module.weight
+        layers[name] = Layer(kind, tuple(weight.shape), module.bias is not None, _dtype_name(weight.dtype))
+    return layers
+
+
+def _dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

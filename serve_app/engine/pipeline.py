@@ -1,0 +1,242 @@
+"""One base model as a function: requests in, pixels out.
+
+Owns the loaded pipelines, what a request may ask of them, and one pass over the device. Must not know
+adapters' weights, queues or threads: whoever calls sees to it that one thread at a time does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image
+
+from serve_app.config import BaseModelConfig
+from serve_app.core import GenerationRequest, PixelImage
+from serve_app.engine.loading import HubAccess, LoadedBase, ResolvedSource, default_device, load_base
+from serve_app.engine.manifest import BaseManifest, adaptable_components, manifest_of
+from serve_app.engine.pixels import are_finite, fitted, pixel_images, share_out
+from serve_app.engine.schedulers import NoiseSchedulers
+from serve_app.engine.steps import OnStep, StepWatch
+from serve_app.errors import LoraplexError, MalformedRequest, OutOfBounds
+
+MAX_SEED = 2**64 - 1
+_UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say some huge number
+
+
+@dataclass(frozen=True, slots=True)
+class PassOutcome:
+    """What one pass made: for each request in order its images, or the error that befell it alone; and warnings."""
+
+    images: tuple[tuple[PixelImage, ...] | LoraplexError, ...]
+    warnings: tuple[tuple[str, ...], ...]
+    denoise_ms: float
+    decode_ms: float
+
+
+def seeds_of(request: GenerationRequest) -> tuple[int, ...]:
+    """Return the seed of each image of a request; they wrap round after the largest."""
+    return tuple((request.seed + index) % (MAX_SEED + 1) for index in range(request.num_images))
+
+
+class BasePipeline:
+    """A base on its device: text-to-image and image-to-image over the very same modules.
+
+    A call leaves nothing behind: each has its own scheduler and generators, and the modules are as they were,
+    be it finished, cancelled or failed. The same requests in the same pass give the same bits, and those of
+    the plain diffusers call.
+    """
+
+    def __init__(self, config: BaseModelConfig, loaded: LoadedBase) -> None:
+        """Take over a loaded pipeline.
+
+        Raises:
+            BaseUnusable: a configured noise scheduler does not fit the base.
+        """
+        self._config = config
+        self._text_to_image = loaded.pipeline
+        self._image_to_image = _image_to_image_of(loaded.pipeline)
+        self._image_to_image_takes_size = _takes_size(self._image_to_image)
+        self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler)
+        self._idle_scheduler = loaded.pipeline.scheduler
+        self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
+        self._tokenizer = _widest_tokenizer(loaded.pipeline)
+        self.device: torch.device = loaded.pipeline.device
+        self.manifest: BaseManifest = manifest_of(loaded.pipeline, loaded.fingerprint)
+        # An invisible watermark is drawn only where an optional package happens to be installed.
+        for pipeline in filter(None, (self._text_to_image, self._image_to_image)):
+            if hasattr(pipeline, "watermark"):
+                pipeline.watermark = None
+
+    @classmethod
+    def load(
+        cls,
+        config: BaseModelConfig,
+        source: ResolvedSource,
+        *,
+        vae_source: ResolvedSource | None = None,
+        device: torch.device | None = None,
+        hub: HubAccess | None = None,
+    ) -> BasePipeline:
+        """Load a base onto `device`, by default the GPU where there is one.
+
+        Raises:
+            BaseUnusable: it cannot be loaded as configured.
+            HubUnavailable: its files are not all at hand and the Hub does not answer.
+        """
+        loaded = load_base(config, source, vae_source, device=device or default_device(), hub=hub or HubAccess())
+        return cls(config, loaded)
+
+    @property
+    def base_id(self) -> str:
+        """The base's public id."""
+        return self._config.id
+
+    @property
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The modules that adapters may change, by component name."""
+        return adaptable_components(self._text_to_image)
+
+    @property
+    def device_name(self) -> str:
+        """What the images are computed on: "cpu", or the GPU's name."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def schedulers(self) -> tuple[str, ...]:
+        """Return the names of the noise schedulers that a request may choose from."""
+        return self._schedulers.names
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse what this base cannot do, without touching the device; safe in any thread.
+
+        Raises:
+            UnknownScheduler: the base does not offer the scheduler.
+            OutOfBounds: the seed is no 64-bit number, or scheduler or strength cannot do with so few steps.
+            MalformedRequest: the base has no image-to-image.
+        """
+        self._schedulers.check(request.scheduler, request.steps)
+        if not 0 <= request.seed <= MAX_SEED:
+            raise OutOfBounds("seed", request.seed, f"from 0 to {MAX_SEED}")
+        if request.image is None:
+            return
+        if self._image_to_image is None:
+            raise MalformedRequest(f"{self.base_id} makes images from text only")
+        strength = self._strength(request)
+        if int(request.steps * strength) < 1:
+            raise OutOfBounds("strength", strength, f"at least 1/{request.steps} with {request.steps} steps")
+
+    def truncation_warning(self, prompt: str, what: str = "prompt") -> str | None:
+        """Say how many tokens of `prompt` the base reads, if not all; for the device thread only.
+
+        Of several text encoders the one that reads the most decides.
+        """
+        window: int = self._tokenizer.model_max_length
+        # A token stands for one byte at least, so that short prompts need no counting.
+        if window > _UNBOUNDED_TOKENS or (prompt.isascii() and len(prompt) + 2 <= window):
+            return None
+        tokens = self._tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
+        return f"{what} truncated to {window} tokens" if len(tokens) > window else None
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_step: OnStep | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> PassOutcome:
+        """Run requests that share a batch key in one pass; each has passed `check`.
+
+        `on_step` hears (passes of the denoiser done, passes in all) after each; both callables run in this
+        thread.
+
+        Raises:
+            GenerationCancelled: `is_cancelled` said so after a step.
+        """
+        pipeline: Any = self._text_to_image if requests[0].image is None else self._image_to_image
+        watch = StepWatch(on_step, is_cancelled)
+        arguments = self._arguments(requests)
+        started = time.perf_counter()
+        try:
+            pipeline.scheduler = self._schedulers.fresh(requests[0].scheduler)
+            output = pipeline(**arguments, callback_on_step_end=watch)
+            are_sound: list[bool] = (watch.is_finite & are_finite(output.images).cpu()).tolist()
+            images = pixel_images(output.images)
+        except BaseException:
+            # SDXL decodes in float32 and goes back afterwards, unless decoding fails.
+            pipeline.vae.to(dtype=self._vae_dtype)
+            raise
+        finally:
+            pipeline.scheduler = self._idle_scheduler
+        ended = time.perf_counter()
+        blacked_out = getattr(output, "nsfw_content_detected", None) or [False] * len(images)
+        return PassOutcome(
+            images=share_out(requests, images, are_sound),
+            warnings=self._warnings(requests, blacked_out),
+            denoise_ms=(watch.denoised_at - started) * 1e3,
+            decode_ms=(ended - watch.denoised_at) * 1e3,
+        )
+
+    def _arguments(self, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+        """Return the keyword arguments of the pipeline call: one prompt, generator and image for each image."""
+        head = requests[0]
+        rows = [request for request in requests for _ in range(request.num_images)]
+        seeds = [seed for request in requests for seed in seeds_of(request)]
+        arguments: dict[str, Any] = {
+            "prompt": [row.prompt for row in rows],
+            "num_inference_steps": head.steps,
+            "guidance_scale": head.guidance_scale,
+            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            "output_type": "pt",
+        }
+        if head.negative_prompt is not None:
+            arguments["negative_prompt"] = [row.negative_prompt for row in rows]
+        if head.image is None or self._image_to_image_takes_size:
+            arguments |= {"width": head.width, "height": head.height}
+        if head.image is None:
+            return arguments
+        arguments["image"] = [picture for request in requests for picture in [fitted(request)] * request.num_images]
+        arguments["strength"] = self._strength(head)
+        return arguments
+
+    def _strength(self, request: GenerationRequest) -> float:
+        return self._config.defaults.strength if request.strength is None else request.strength
+
+    def _warnings(
+        self, requests: Sequence[GenerationRequest], blacked_out: Sequence[bool]
+    ) -> tuple[tuple[str, ...], ...]:
+        flags = iter(blacked_out)
+        found: list[tuple[str, ...]] = []
+        for request in requests:
+            lines = [self.truncation_warning(request.prompt)]
+            if request.negative_prompt is not None:
+                lines.append(self.truncation_warning(request.negative_prompt, "negative prompt"))
+            if any(list(itertools.islice(flags, request.num_images))):
+                lines.append("the base's safety checker blacked out an image")
+            found.append(tuple(line for line in lines if line is not None))
+        return tuple(found)
+
+
+def _image_to_image_of(pipeline: Any) -> Any | None:
+    """Return the image-to-image pipeline over the same modules, or None where the family has none."""
+    try:
+        image_to_image: Any = AutoPipelineForImage2Image.from_pipe(pipeline)
+    except ValueError:
+        return None
+    image_to_image.set_progress_bar_config(disable=True)
+    return image_to_image
+
+
+def _takes_size(image_to_image: Any | None) -> bool:
+    """Say whether the family needs telling the size; others take the picture's."""
+    return image_to_image is not None and "width" in signature(type(image_to_image).__call__).parameters
+
+
+def _widest_tokenizer(pipeline: Any) -> Any:
+    """Return the tokenizer that reads the longest prompt; the first of those that read alike."""
+    found = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None]
+    return max(found, key=lambda tokenizer: tokenizer.model_max_length)

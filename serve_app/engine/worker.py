@@ -1,0 +1,238 @@
+"""The device thread: the one thread in which queue, weights and pipeline meet.
+
+Owns the thread, the queue's contents and the life of jobs. Must not know HTTP, Ray or where adapters come
+from.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from serve_app.core import GenerationRequest, GenerationResult, Timings
+from serve_app.engine.adapter import ParsedAdapter
+from serve_app.engine.job import Job, OnProgress
+from serve_app.engine.pipeline import BasePipeline, PassOutcome, seeds_of
+from serve_app.engine.queue import CompositionKey, Waiting, batch_key, next_batch
+from serve_app.engine.steps import GenerationCancelled
+from serve_app.engine.weights import AdapterWeights, composition_key
+from serve_app.errors import InternalError, LoraplexError, ReplicaLost
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerState:
+    """What a worker is doing: requests waiting and running, the adapters in the weights, and whether it can go on.
+
+    `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
+    is broken for good shows as a number that grows.
+    """
+
+    waiting: int
+    running: int
+    applied: CompositionKey
+    is_alive: bool
+    failed_batches: int
+
+
+class EngineWorker:
+    """Runs requests on one base, batch after batch, in a thread of its own.
+
+    Nothing but that thread touches the pipeline and the weights. Every job that was accepted ends: in its
+    result, an error or its cancellation. What goes wrong in a batch reaches the jobs of that batch alone.
+    """
+
+    def __init__(
+        self,
+        pipeline: BasePipeline,
+        weights: AdapterWeights,
+        *,
+        max_batch_images: int,
+        torch_threads: int | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Start the thread. `torch_threads` None leaves torch's own choice."""
+        self._pipeline = pipeline
+        self._weights = weights
+        self._max_batch_images = max_batch_images
+        self._torch_threads = torch_threads
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._waiting: list[Job] = []
+        self._running: tuple[Job, ...] = ()
+        self._tickets = 0
+        self._is_closing = False
+        self._is_aborting = False
+        self._failed_batches = 0
+        self._applied: CompositionKey = weights.applied
+        self._thread = threading.Thread(target=self._work, name=f"device-{pipeline.base_id}", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        request: GenerationRequest,
+        adapters: Sequence[tuple[ParsedAdapter, float]],
+        *,
+        on_progress: OnProgress | None = None,
+    ) -> Job:
+        """Queue a request and return at once; `adapters` are those of the request, parsed, in its order.
+
+        Raises:
+            BadRequest: the base cannot do what is asked.
+            ReplicaLost: the worker is closing.
+        """
+        assert len(adapters) == len(request.adapters)
+        self._pipeline.check(request)
+        key = batch_key(request, composition_key(adapters))
+        with self._changed:
+            if self._is_closing:
+                raise ReplicaLost(self._pipeline.base_id, attempts=1)
+            waiting = Waiting(self._tickets, key, request.num_images)
+            job = Job(request, tuple(adapters), waiting, self._clock(), on_progress)
+            self._tickets += 1
+            self._waiting.append(job)
+            self._changed.notify()
+        return job
+
+    def snapshot(self) -> WorkerState:
+        """Return what the worker is doing right now."""
+        with self._changed:
+            return WorkerState(
+                waiting=sum(not job.is_cancelled for job in self._waiting),
+                running=len(self._running),
+                applied=self._applied,
+                is_alive=self._thread.is_alive() and not self._is_closing,
+                failed_batches=self._failed_batches,
+            )
+
+    def close(self, *, is_draining: bool = False) -> None:
+        """Take nothing more, end every job and the thread, and wait for it; for any thread but the device's.
+
+        With `is_draining`, what waits still gets its images; otherwise it fails with `ReplicaLost`, and what
+        runs stops at its next step.
+        """
+        with self._changed:
+            self._is_closing = True
+            self._is_aborting = self._is_aborting or not is_draining
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        if self._torch_threads is not None:
+            torch.set_num_threads(self._torch_threads)  # counts for the thread that says it
+        try:
+            while self._turn():
+                pass
+        finally:
+            self._abandon()
+
+    def _turn(self) -> bool:
+        """Run the next batch; False when there will be no more. Its jobs and tensors are let go on return."""
+        jobs = self._take()
+        if not jobs:
+            return False
+        endings = self._run(jobs)
+        with self._changed:
+            self._running = ()
+        for job, ending in zip(jobs, endings, strict=True):
+            job.end(ending)
+        return True
+
+    def _take(self) -> tuple[Job, ...]:
+        """Wait for the next batch and return its jobs; none when there will be no more."""
+        with self._changed:
+            while not self._is_aborting:
+                self._waiting = [job for job in self._waiting if not job.is_cancelled]
+                batch = next_batch([job.waiting for job in self._waiting], max_images=self._max_batch_images)
+                if batch is not None:
+                    chosen = set(batch.tickets)
+                    self._running = tuple(job for job in self._waiting if job.waiting.ticket in chosen)
+                    self._waiting = [job for job in self._waiting if job.waiting.ticket not in chosen]
+                    return self._running
+                if self._is_closing:
+                    break
+                self._changed.wait()
+            return ()
+
+    def _run(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
+        """Run one batch and return how it ended for each of its jobs."""
+        try:
+            started = self._clock()
+            self._apply(jobs[0].adapters)
+            applied = self._clock()
+            outcome = self._pipeline.generate(
+                [job.request for job in jobs],
+                on_step=lambda step, steps: _report(jobs, step, steps),
+                is_cancelled=lambda: self._is_aborting or all(job.is_cancelled for job in jobs),
+            )
+        except GenerationCancelled:
+            return [ReplicaLost(self._pipeline.base_id, attempts=1) for _ in jobs]
+        except LoraplexError as error:
+            log.warning("a batch of %d was refused on the device: %s", len(jobs), error)
+            return [_without_frames(error) for _ in jobs]
+        except Exception:
+            self._failed_batches += 1
+            log.exception("a batch failed: %s", ", ".join(job.request.request_id for job in jobs))
+            return [InternalError(job.request.request_id) for job in jobs]
+        self._failed_batches = 0
+        return self._results(jobs, outcome, started, applied)
+
+    def _apply(self, adapters: Sequence[tuple[ParsedAdapter, float]]) -> None:
+        try:
+            self._weights.apply(adapters)
+        finally:
+            self._applied = self._weights.applied
+
+    def _results(
+        self, jobs: Sequence[Job], outcome: PassOutcome, started: float, applied: float
+    ) -> list[GenerationResult | Exception]:
+        """Return each job's share of a pass; the times, queueing apart, are those of the whole batch."""
+        swap_ms = (applied - started) * 1e3
+        timings = Timings(swap_ms=swap_ms, denoise_ms=outcome.denoise_ms, decode_ms=outcome.decode_ms)
+        batch_size = sum(job.request.num_images for job in jobs)
+        results: list[GenerationResult | Exception] = []
+        for job, images, warnings in zip(jobs, outcome.images, outcome.warnings, strict=True):
+            if isinstance(images, LoraplexError):
+                results.append(images)
+                continue
+            results.append(
+                GenerationResult(
+                    request_id=job.request.request_id,
+                    base_id=job.request.base_id,
+                    images=images,
+                    seeds=seeds_of(job.request),
+                    adapters=job.applied(),
+                    timings=replace(timings, queue_ms=(started - job.submitted_at) * 1e3),
+                    compute_s=(swap_ms + outcome.denoise_ms + outcome.decode_ms) / 1e3,
+                    device=self._pipeline.device_name,
+                    batch_size=batch_size,
+                    warnings=warnings,
+                )
+            )
+        return results
+
+    def _abandon(self) -> None:
+        """Fail whatever is left, so that nobody waits for ever, however the thread came to its end."""
+        with self._changed:
+            self._is_closing = True
+            left = (*self._running, *self._waiting)
+            self._running, self._waiting = (), []
+        for job in left:
+            job.end(ReplicaLost(self._pipeline.base_id, attempts=1))
+
+
+def _report(jobs: Sequence[Job], step: int, steps: int) -> None:
+    for job in jobs:
+        job.report(step, steps)
+
+
+def _without_frames(error: LoraplexError) -> LoraplexError:
+    """Return the error without its traceback, whose frames would keep tensors of the device alive."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)

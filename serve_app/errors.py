@@ -1,0 +1,343 @@
+"""The error tree: every refusal a caller can meet, with its HTTP status and a code that never changes.
+
+    LoraplexError
+    ├── BadRequest 400
+    │   ├── MalformedRequest        the body or a header cannot be read
+    │   ├── UnknownParameter        a parameter that does not exist, with the nearest that does
+    │   ├── OutOfBounds             a value outside the base's limits
+    │   ├── UnknownScheduler        a noise scheduler the base does not offer
+    │   └── BaseMismatch            an adapter made for another base than the one the request names
+    ├── Unauthorised 401
+    ├── AccessDenied 403            a gated or private repository
+    ├── ModelNotFound 404           neither a base nor an adapter
+    ├── NotAcceptable 406
+    ├── TooLarge 413
+    ├── RefusedAdapter 422
+    │   ├── UnsafeFile              anything but safetensors
+    │   ├── MalformedFile           truncated, lying or unreadable
+    │   ├── AmbiguousFile           several files could be meant
+    │   ├── NotAnAdapter            a repository without adapter weights
+    │   ├── BaseNotServed           an adapter for a base that is not configured
+    │   ├── NoLayerMatches          no layer of the file exists in the base
+    │   ├── ShapeMismatch           a layer exists in the base with other widths
+    │   ├── NonFinite               NaN or infinite values
+    │   ├── RankTooHigh
+    │   ├── UnsupportedMethod       a way of adapting that is not served
+    │   └── AdmissionTimedOut       checking the file took longer than allowed
+    ├── QueueFull 429
+    ├── InternalError 500           ours
+    ├── Unavailable 503
+    │   ├── NotReady                the base is starting
+    │   ├── BaseUnusable            the base cannot be loaded as configured; raised at start, not by requests
+    │   ├── HubUnavailable          the Hub did not answer
+    │   └── ReplicaLost             the replica died; asking again may succeed
+    └── DeadlineExceeded 504
+
+Messages are one sentence for the caller: they name the thing, the limit and what to do, and never a path, a host or
+a token. Errors travel between processes, so each rebuilds itself from its fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
+    error = cls.__new__(cls)
+    error.__dict__.update(fields)
+    return error
+
+
+@dataclass(eq=False)
+class LoraplexError(Exception):
+    """The root: `status` is the HTTP status, `code` the stable name, `str(error)` the caller's sentence."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal"
+    template: ClassVar[str] = "something went wrong"
+    retry_after: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        """Return the sentence that the caller reads."""
+        return self.template.format(**self.__dict__)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from fields, so that keyword construction survives pickling."""
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+class BadRequest(LoraplexError):
+    """The request itself is at fault."""
+
+    status = 400
+    code = "bad_request"
+
+
+@dataclass(eq=False)
+class MalformedRequest(BadRequest):
+    """The body or a header cannot be read."""
+
+    reason: str
+    code = "malformed_request"
+    template = "{reason}"
+
+
+@dataclass(eq=False)
+class UnknownParameter(BadRequest):
+    """A parameter that does not exist; `hint` names the nearest that does."""
+
+    name: str
+    hint: str
+    code = "unknown_parameter"
+    template = "unknown parameter '{name}'{hint}"
+
+
+@dataclass(eq=False)
+class OutOfBounds(BadRequest):
+    """A value outside the limits of the base."""
+
+    name: str
+    value: object
+    limit: str
+    code = "out_of_bounds"
+    template = "'{name}' is {value}, but must be {limit}"
+
+
+@dataclass(eq=False)
+class UnknownScheduler(BadRequest):
+    """A noise scheduler that the base does not offer."""
+
+    name: str
+    base: str
+    choices: str
+    code = "unknown_scheduler"
+    template = "scheduler '{name}' is not offered by {base}; choose one of: {choices}"
+
+
+@dataclass(eq=False)
+class BaseMismatch(BadRequest):
+    """An adapter made for another base than the one that the request names."""
+
+    adapter: str
+    adapter_base: str
+    base: str
+    code = "base_mismatch"
+    template = (
+        "adapter {adapter} was made for {adapter_base}, but the request names {base}; "
+        "name {adapter_base}, or name no base"
+    )
+
+
+@dataclass(eq=False)
+class Unauthorised(LoraplexError):
+    """No valid key."""
+
+    reason: str
+    status = 401
+    code = "unauthorised"
+    template = "{reason}"
+
+
+@dataclass(eq=False)
+class AccessDenied(LoraplexError):
+    """A gated or private repository that the service may not read."""
+
+    model: str
+    status = 403
+    code = "access_denied"
+    template = "access to {model} is restricted; the service's Hub token must be granted access to it"
+
+
+@dataclass(eq=False)
+class ModelNotFound(LoraplexError):
+    """Neither a base that is served nor an adapter that can be found; `detail` says where it was looked for."""
+
+    model: str
+    detail: str = "it is neither a served base nor an adapter on the configured sources"
+    status = 404
+    code = "model_not_found"
+    template = "model {model} was not found: {detail}"
+
+
+@dataclass(eq=False)
+class NotAcceptable(LoraplexError):
+    """No image format of the Accept header can be served."""
+
+    accept: str
+    choices: str
+    status = 406
+    code = "not_acceptable"
+    template = "none of '{accept}' can be served; the formats are {choices}"
+
+
+@dataclass(eq=False)
+class TooLarge(LoraplexError):
+    """A body or an image over its limit."""
+
+    what: str
+    limit: str
+    status = 413
+    code = "too_large"
+    template = "{what} is too large; the limit is {limit}"
+
+
+@dataclass(eq=False)
+class RefusedAdapter(LoraplexError):
+    """The adapter exists but cannot be applied; `reason` says why."""
+
+    adapter: str
+    reason: str
+    status = 422
+    code = "refused_adapter"
+    template = "adapter {adapter} is refused: {reason}"
+
+
+class UnsafeFile(RefusedAdapter):
+    """Anything but safetensors: pickled weights can run code."""
+
+    code = "unsafe_file"
+
+
+class MalformedFile(RefusedAdapter):
+    """Truncated, lying or unreadable."""
+
+    code = "malformed_file"
+
+
+class AmbiguousFile(RefusedAdapter):
+    """Several files could be meant; the reason lists them."""
+
+    code = "ambiguous_file"
+
+
+class NotAnAdapter(RefusedAdapter):
+    """A repository or file without adapter weights."""
+
+    code = "not_an_adapter"
+
+
+class BaseNotServed(RefusedAdapter):
+    """An adapter for a base that is not configured, or whose base cannot be told."""
+
+    code = "base_not_served"
+
+
+class NoLayerMatches(RefusedAdapter):
+    """No layer of the file exists in the base."""
+
+    code = "no_layer_matches"
+
+
+class ShapeMismatch(RefusedAdapter):
+    """A layer exists in the base with other widths."""
+
+    code = "shape_mismatch"
+
+
+class NonFinite(RefusedAdapter):
+    """NaN or infinite values."""
+
+    code = "non_finite"
+
+
+class RankTooHigh(RefusedAdapter):
+    """A rank over the base's limit."""
+
+    code = "rank_too_high"
+
+
+class UnsupportedMethod(RefusedAdapter):
+    """A way of adapting that is not served."""
+
+    code = "unsupported_method"
+
+
+class AdmissionTimedOut(RefusedAdapter):
+    """Checking the file took longer than allowed."""
+
+    code = "admission_timed_out"
+
+
+@dataclass(eq=False)
+class QueueFull(LoraplexError):
+    """The base has as much work as it accepts."""
+
+    base: str
+    limit: int
+    retry_after_s: int = 1
+    status = 429
+    code = "queue_full"
+    retry_after = True
+    template = "{base} already has {limit} requests waiting; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class InternalError(LoraplexError):
+    """Our own fault; the log has the details under the request id."""
+
+    request_id: str
+    status = 500
+    code = "internal"
+    template = "the service failed on this request; its id is {request_id}"
+
+
+class Unavailable(LoraplexError):
+    """Not now; asking again later may succeed."""
+
+    status = 503
+    code = "unavailable"
+    retry_after = True
+
+
+@dataclass(eq=False)
+class NotReady(Unavailable):
+    """The base has no running replica yet."""
+
+    base: str
+    retry_after_s: int = 5
+    code = "not_ready"
+    template = "{base} is starting; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class BaseUnusable(Unavailable):
+    """The base cannot be loaded as it is configured: a fault for the operator, met when a replica starts."""
+
+    base: str
+    reason: str
+    code = "base_unusable"
+    retry_after = False
+    template = "{base} cannot be served: {reason}"
+
+
+@dataclass(eq=False)
+class HubUnavailable(Unavailable):
+    """The Hub did not answer in time, or answered with an error of its own."""
+
+    model: str
+    reason: str
+    retry_after_s: int = 10
+    code = "hub_unavailable"
+    template = "{model} could not be fetched: {reason}; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class ReplicaLost(Unavailable):
+    """The replica that had the request died, and so did those tried after it."""
+
+    base: str
+    attempts: int
+    retry_after_s: int = 2
+    code = "replica_lost"
+    template = "{base} lost this request's replica ({attempts} attempts); try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class DeadlineExceeded(LoraplexError):
+    """The request ran out of its time."""
+
+    limit_s: float
+    status = 504
+    code = "deadline_exceeded"
+    template = "the request took longer than {limit_s:g} s and was stopped"

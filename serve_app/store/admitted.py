@@ -1,0 +1,209 @@
+"""The admitted adapters of a node: canonical files on local disk, shared by every replica there.
+
+Owns one folder: names, publication, eviction, and what crashed processes left behind. Must not know what a
+canonical file holds, where it came from, or the event loop: every call may block on the disk, so call it from
+a thread.
+
+    <folder>/.lock                          held while files are published or evicted
+    <folder>/<base>/<adapter>.canonical     a whole file, always; its modification time is its last use
+    <folder>/.drafts-<random>/              one process's unfinished files, and the lock that says it lives
+
+A reader holds a shared lock on the file that it reads, and an evictor takes only files that it can lock for
+itself. The kernel lets go of the locks of a process that dies, so nothing is ever left locked.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from serve_app.store.budget import Entry, plan_eviction
+
+log = logging.getLogger(__name__)
+
+_SUFFIX = ".canonical"
+_DRAFTS = ".drafts-"
+
+
+class AdmittedFiles:
+    """The files of one base and dtype, in a folder and a byte budget that all bases of the node share.
+
+    Invariants: a file that can be seen under its name is whole. A file in use by any process is never
+    evicted. After a publication the files fit the budget, or only files in use are left. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        budget_bytes: int,
+        *,
+        base_fingerprint: str,
+        dtype: str,
+        clock: Callable[[], float],
+    ) -> None:
+        """Open or create the folder, and clear what dead processes left.
+
+        Args:
+            folder: Where all bases of this node keep their files.
+            budget_bytes: For all bases together; drafts do not count.
+            base_fingerprint: Whatever the canonical form depends on besides the adapter's own bytes.
+            dtype: The dtype in which the base is served.
+            clock: Unix seconds, comparable between the processes of the node.
+        """
+        self._folder = folder
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+        self._base_folder = folder / _digest(f"{base_fingerprint}\0{dtype}")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._base_folder.mkdir(mode=0o700, exist_ok=True)
+        with self._exclusive():
+            self._clear_abandoned_drafts()
+            self._drafts = Path(tempfile.mkdtemp(prefix=_DRAFTS, dir=folder))
+            self._alive = (self._drafts / ".lock").open("wb")
+            fcntl.flock(self._alive, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        """Remove this process's unfinished files; the published ones stay."""
+        shutil.rmtree(self._drafts, ignore_errors=True)
+        self._alive.close()
+
+    def path(self, key: str) -> Path:
+        """Where the file of this adapter is, or would be."""
+        return self._base_folder / f"{_digest(key)}{_SUFFIX}"
+
+    def new_draft(self) -> Path:
+        """Give a path to write to, alone in its folder; it is for `publish` or `drop_draft`."""
+        return Path(tempfile.mkdtemp(dir=self._drafts)) / "draft"
+
+    def drop_draft(self, draft: Path) -> None:
+        """Remove the draft's folder with whatever an unfinished writer left there."""
+        shutil.rmtree(draft.parent, ignore_errors=True)
+
+    @contextmanager
+    def reading(self, key: str) -> Generator[Path | None]:
+        """Hold the file against eviction, in every process, and count a use; None where there is none."""
+        path = self.path(key)
+        file = _open_shared(path)
+        if file is None:
+            yield None
+            return
+        with file, _unlocking(file):
+            self._touch(file)
+            yield path
+
+    @contextmanager
+    def publish(self, key: str, draft: Path) -> Generator[Path]:
+        """Make a finished draft the file of this adapter, held as by `reading`; older files make room.
+
+        A file larger than the whole budget is there for as long as it is held.
+
+        Raises:
+            OSError: The draft was never written, or the disk failed.
+        """
+        path = self.path(key)
+        excess_bytes = 0
+        try:
+            with draft.open("rb") as file, _unlocking(file):
+                fcntl.flock(file, fcntl.LOCK_SH)
+                # A name must not survive a power cut that its bytes did not.
+                os.fsync(file.fileno())
+                self._touch(file)
+                with self._exclusive():
+                    draft.replace(path)
+                    excess_bytes = self._evict()
+                    self._clear_abandoned_drafts()
+                yield path
+        finally:
+            if excess_bytes:
+                with self._exclusive():
+                    self._evict()
+
+    def _touch(self, file: BinaryIO) -> None:
+        now = self._clock()
+        os.utime(file.fileno(), (now, now))
+
+    @contextmanager
+    def _exclusive(self) -> Generator[None]:
+        with (self._folder / ".lock").open("wb") as lock, _unlocking(lock):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _evict(self) -> int:
+        entries = self._entries()
+        while True:
+            plan = plan_eviction(entries.values(), 0, self._budget_bytes)
+            if not plan.evict:
+                return plan.excess_bytes
+            for name in plan.evict:
+                if _remove_unless_held(Path(name)):
+                    log.info("evicted %s (%d bytes) from disk", Path(name).name, entries[name].size_bytes)
+                    del entries[name]
+                else:
+                    entries[name] = replace(entries[name], is_pinned=True)
+
+    def _entries(self) -> dict[str, Entry]:
+        found: list[tuple[int, Entry]] = []
+        for path in self._folder.glob(f"*/*{_SUFFIX}"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, Entry(str(path), status.st_size)))
+        found.sort(key=lambda aged: (aged[0], aged[1].key))
+        return {entry.key: entry for _, entry in found}
+
+    def _clear_abandoned_drafts(self) -> None:
+        for folder in self._folder.glob(f"{_DRAFTS}*"):
+            lock = folder / ".lock"
+            if not lock.exists() or _remove_unless_held(lock):
+                log.warning("removing unfinished files of a process that died")
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _unlocking(file: BinaryIO) -> Generator[None]:
+    try:
+        yield
+    finally:
+        # Closing alone would leave the lock to a child that was forked meanwhile.
+        fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _open_shared(path: Path) -> BinaryIO | None:
+    while True:
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        # Between opening and locking it may have been evicted or replaced: then the name means something
+        # else.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+def _remove_unless_held(path: Path) -> bool:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return True
+    with file, _unlocking(file):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        path.unlink(missing_ok=True)
+        return True

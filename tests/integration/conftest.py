@@ -1,0 +1,60 @@
+"""One cluster and one service for all integration tests: starting Ray costs more than all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.broken_adapters import write_broken_adapters
+from tests.hub_server import HubServer
+from tests.service import BASES, Service, base_settings, ray_cluster
+
+EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub"
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[HubServer]:
+    """A Hub of our own on loopback, with demo adapters under other ids."""
+    with HubServer() as server:
+        for name in ("sdxl-sepia", "sd15-night"):
+            server.push_folder(f"acme/{name}", EMBEDDED / "demo" / name)
+        server.push_folder("acme/slow-inverted", EMBEDDED / "demo" / "sdxl-inverted")
+        yield server
+
+
+@pytest.fixture(scope="session")
+def broken_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("folders")
+    write_broken_adapters(root, EMBEDDED)
+    return root
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with ray_cluster(tmp_path_factory.mktemp("home")) as port:
+        yield port
+
+
+@pytest.fixture(scope="session")
+def service(cluster: int, hub: HubServer, broken_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    from ray import serve
+
+    from serve_app.app import build
+    from serve_app.config import AppConfig
+
+    config = AppConfig.model_validate(
+        {
+            "bases": [base_settings(base_id) for base_id in BASES],
+            "adapters": {
+                "embedded": True,
+                "folders": [str(broken_root)],
+                "hub": {"endpoint": hub.endpoint, "timeout_s": 60.0},
+            },
+            "ingress": {"replicas": 2, "num_cpus": 0.1},
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        }
+    )
+    serve.run(build(config), name="loraplex", route_prefix="/")
+    return Service(f"http://127.0.0.1:{cluster}")

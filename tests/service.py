@@ -1,0 +1,84 @@
+"""A real service for tests: Ray, Serve and the embedded models in this process's own cluster, on loopback."""
+
+from __future__ import annotations
+
+import io
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+BASES = ("demo/sdxl", "demo/sd15")
+STYLES = ("sketch", "pixel-art", "sepia", "night", "inverted", "stripes")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def base_settings(base_id: str, **fields: Any) -> dict[str, Any]:
+    return {
+        "id": base_id,
+        "source": {"embedded": base_id},
+        "defaults": {"steps": 12, "guidance_scale": 3.0, "width": 64, "height": 64},
+        "limits": {"min_side": 32, "max_side": 128, "max_pixels": 16384, "max_steps": 50},
+        "replica": {"num_cpus": 0.1, "torch_threads": 1, "max_queued_requests": 300},
+        **fields,
+    }
+
+
+@contextmanager
+def ray_cluster(home: Path) -> Iterator[int]:
+    """Start Ray and Serve; yield the HTTP port."""
+    # Ray writes its token and its usage id below HOME; the tests' cluster is closed to other machines.
+    before = dict(os.environ)
+    os.environ.update(HOME=str(home), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    import ray
+    from ray import serve
+
+    port = free_port()
+    try:
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        yield port
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@dataclass
+class Service:
+    """A client's view of a running service."""
+
+    url: str
+    http: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    def ask(self, prompt: str, *, model: str = "", lora: str = "", **parameters: Any) -> httpx.Response:
+        headers = {"accept": "image/png"} | ({"lora": lora} if lora else {})
+        path = f"/models/{model}" if model else "/"
+        return self.http.post(path, json={"inputs": prompt, "parameters": parameters}, headers=headers)
+
+    def draw(self, prompt: str, *, model: str = "", lora: str = "", **parameters: Any) -> NDArray[np.uint8]:
+        reply = self.ask(prompt, model=model, lora=lora, **parameters)
+        assert reply.status_code == 200, reply.text
+        return pixels_of(reply)
+
+
+def pixels_of(reply: httpx.Response) -> NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(reply.content)).convert("RGB"))

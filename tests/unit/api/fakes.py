@@ -1,0 +1,112 @@
+"""A gateway without a cluster, and a real server around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from serve_app.core import (
+    AppliedAdapter,
+    GenerationDraft,
+    GenerationResult,
+    ModelInfo,
+    PixelImage,
+    Timings,
+)
+
+
+def gradient(width: int, height: int, shade: int = 0) -> PixelImage:
+    """A smooth picture, which JPEG keeps recognisable."""
+    rows = (bytes((x * 255 // width, y * 255 // height, shade)) for y in range(height) for x in range(width))
+    return PixelImage(width, height, b"".join(rows))
+
+
+class FakeGateway:
+    """Draws gradients of the size asked for; fails with `failure`, or waits for ever where `is_stuck`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: one gateway serves a whole session, as making an application takes longer."""
+        self.drafts: list[GenerationDraft] = []
+        self.request_ids: list[str] = []
+        self.failure: Exception | None = None
+        self.is_stuck = False
+        self.is_up = True
+        self.warnings: tuple[str, ...] = ()
+        self.started = threading.Event()
+        self.cancelled = threading.Event()
+        self.known: tuple[ModelInfo, ...] = ()
+        self.on_generate: Callable[[], None] = lambda: None
+
+    @property
+    def draft(self) -> GenerationDraft:
+        """The one draft that arrived."""
+        (draft,) = self.drafts
+        return draft
+
+    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+        self.drafts.append(draft)
+        self.request_ids.append(request_id)
+        cancelled = self.cancelled
+        self.started.set()
+        self.on_generate()
+        if self.is_stuck:
+            await self._wait_for_ever(cancelled)
+        if self.failure is not None:
+            raise self.failure
+        return self._result(draft, request_id)
+
+    async def _wait_for_ever(self, cancelled: threading.Event) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def _result(self, draft: GenerationDraft, request_id: str) -> GenerationResult:
+        source = draft.image
+        width = draft.width or (source.width if source else 64)
+        height = draft.height or (source.height if source else 64)
+        seed = 7 if draft.seed is None else draft.seed
+        return GenerationResult(
+            request_id=request_id,
+            base_id="demo/sdxl",
+            images=tuple(gradient(width, height, shade) for shade in range(draft.num_images)),
+            seeds=tuple(seed + i for i in range(draft.num_images)),
+            adapters=tuple(AppliedAdapter(ref.id, "0123abcd", ref.scale, 48, 50) for ref in draft.adapters),
+            timings=Timings(1.0, 2.0, 3.25, 400.0, 50.0),
+            compute_s=0.4531,
+            device="cpu",
+            batch_size=1,
+            warnings=self.warnings,
+        )
+
+    async def is_ready(self) -> bool:
+        return self.is_up
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        return self.known
+
+
+@contextlib.contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """Serve an application through a real uvicorn on loopback; yields its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        listener.close()
+        assert not thread.is_alive(), "the server did not stop"

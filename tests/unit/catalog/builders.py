@@ -1,0 +1,129 @@
+"""Tiny adapters and repositories, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from serve_app.catalog.catalog import Catalog, build_repositories
+from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, HubSettings, ModelSource
+from tests.hub_server import HubServer
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
+SD_TEXT, SDXL_TEXT = 64, 112
+SD_WIDTHS, SDXL_WIDTHS = [32, 64, 80], [48, 64, 64]
+
+
+def pair(module: str, width: int, *, rank: int = 4, out: int = 32) -> dict[str, np.ndarray]:
+    """One low-rank pair in today's diffusers' spelling."""
+    return {
+        f"{module}.lora_A.weight": np.ones((rank, width), np.float32),
+        f"{module}.lora_B.weight": np.zeros((out, rank), np.float32),
+    }
+
+
+def lora(text_width: int = SD_TEXT, *, hidden: int | None = 32, rank: int = 4, **metadata: str) -> bytes:
+    """An adapter whose cross-attention takes text features of some width."""
+    tensors = pair(f"{BLOCK}.attn2.to_k", text_width, rank=rank)
+    if hidden is not None:
+        tensors |= pair(f"{BLOCK}.attn1.to_q", hidden, rank=rank)
+    return save(tensors, metadata=metadata or None)
+
+
+def card(base: str | list[str] | None = None, *, tags: tuple[str, ...] = ("lora",), **fields: str) -> bytes:
+    """A README with front matter."""
+    data: dict[str, object] = {"tags": list(tags), **fields}
+    if base is not None:
+        data["base_model"] = base
+    lines = [f"{key}: {json.dumps(value)}" for key, value in data.items()]
+    return "\n".join(["---", *lines, "---", "", "# A model", ""]).encode()
+
+
+def adapter_files(base: str | list[str] | None, weights: bytes | None = None, **fields: str) -> dict[str, bytes]:
+    """The files of an ordinary adapter repository."""
+    return {"README.md": card(base, **fields), WEIGHTS: weights if weights is not None else lora()}
+
+
+def base_files(text_width: int, widths: list[int], pipeline: str) -> dict[str, bytes]:
+    """The configuration files of a base, without weights."""
+    unet = {"cross_attention_dim": text_width, "block_out_channels": widths}
+    return {
+        "model_index.json": json.dumps({"_class_name": pipeline}).encode(),
+        "unet/config.json": json.dumps(unet).encode(),
+        "unet/diffusion_pytorch_model.safetensors": save({"conv_in.weight": np.ones((2, 2), np.float32)}),
+    }
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
+    """Write a repository into a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@dataclass
+class Clock:
+    """A clock that stands until it is told otherwise."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class World:
+    """A served SD-like and a served SDXL-like base, a folder and a Hub of adapters, and a catalog over them."""
+
+    folder: Path
+    hub: HubServer
+    clock: Clock = field(default_factory=Clock)
+    hub_settings: dict[str, object] = field(default_factory=dict)
+    token: str | None = None
+
+    def __post_init__(self) -> None:
+        demo = self.folder / "demo-root" / "demo"
+        write_files(demo / "sd", base_files(SD_TEXT, SD_WIDTHS, "StableDiffusionPipeline"))
+        write_files(demo / "sdxl", base_files(SDXL_TEXT, SDXL_WIDTHS, "StableDiffusionXLPipeline"))
+        self.adapters.mkdir(exist_ok=True)
+
+    @property
+    def adapters(self) -> Path:
+        return self.folder / "adapters"
+
+    def config(self, **sources: object) -> AppConfig:
+        hub = HubSettings.model_validate({"endpoint": self.hub.endpoint, "timeout_s": 5, **self.hub_settings})
+        return AppConfig(
+            bases=(
+                BaseModelConfig(
+                    id="demo/sd", aliases=("small", "old-owner/sd"), source=ModelSource(embedded="demo/sd")
+                ),
+                BaseModelConfig(id="big", source=ModelSource(folder=self.folder / "demo-root" / "demo" / "sdxl")),
+            ),
+            adapters=AdapterSources.model_validate(
+                {"embedded": True, "folders": (self.adapters,), "hub": hub, **sources}
+            ),
+        )
+
+    def places(self, config: AppConfig | None = None):
+        return build_repositories(
+            config or self.config(),
+            token=self.token,
+            embedded_root=self.folder / "demo-root",
+            cache_dir=self.folder / "cache",
+        )
+
+    def catalog(self, config: AppConfig | None = None) -> Catalog:
+        config = config or self.config()
+        return Catalog(config, self.places(config), clock=self.clock)
+
+    def put(self, model: str, files: Mapping[str, bytes]) -> Path:
+        """Make a repository in the adapters' folder."""
+        return write_files(self.adapters / model, files)

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
+
+SHIPPED = Path(__file__).parents[3] / "serve_config.yaml"
+
+
+def faults(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ServeFileInvalid) as caught:
+        check_serve_file(path)
+    return "\n".join(caught.value.faults)
+
+
+def test_the_shipped_file_is_valid() -> None:
+    report = check_serve_file(SHIPPED)
+    assert report.url == "http://127.0.0.1:8000"
+    assert [base.id for base in report.applications[0].bases] == ["demo/sdxl", "demo/sd15"]
+
+
+@pytest.mark.parametrize(
+    ("right", "typo", "place"),
+    [
+        ("proxy_location", "proxy_locaton", "proxy_locaton: unknown key; did you mean 'proxy_location'?"),
+        ("host:", "hots:", "http_options.hots: unknown key; did you mean 'host'?"),
+        ("import_path", "import_paht", "applications.0.import_paht: unknown key"),
+        ("num_cpus: 0.4", "num_cpu: 0.4", "applications.0.args.bases.0.replica: unknown key 'num_cpu'"),
+        ("max_replicas: 2", "max_replicas: two", "applications.0.args.bases.0.autoscaling.max_replicas"),
+        ("default_base", "default_bass", "unknown key 'default_bass'; did you mean 'default_base'?"),
+    ],
+)
+def test_a_planted_typo_is_found_and_placed(tmp_path: Path, right: str, typo: str, place: str) -> None:
+    text = SHIPPED.read_text()
+    assert right in text
+    assert place in faults(tmp_path, text.replace(right, typo))
+
+
+def test_a_typo_in_a_deployment_override_is_found(tmp_path: Path) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    data["applications"][0]["deployments"] = [{"name": "Ingress", "num_replica": 3}]
+    assert "deployments.0.num_replica: unknown key; did you mean 'num_replicas'?" in faults(
+        tmp_path, yaml.safe_dump(data)
+    )
+
+
+def test_a_file_without_our_application_is_refused(tmp_path: Path) -> None:
+    text = "applications: [{name: other, import_path: 'other:app'}]"
+    assert "no application has import_path serve_app.app:build" in faults(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [", "\x00"])
+def test_what_is_no_mapping_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
+    assert len(faults(tmp_path, text).splitlines()) == 1

@@ -1,0 +1,176 @@
+"""Files are read in a process of their own, which can hang, crash or be orphaned without harm."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from serve_app.config import AdapterLimits
+from serve_app.engine.admission import AdmissionProcess
+from serve_app.engine.canonical import read_canonical
+from serve_app.engine.manifest import BaseManifest, manifest_of
+from serve_app.engine.reader import read_adapter
+from serve_app.errors import AdmissionTimedOut, MalformedFile, NonFinite, ShapeMismatch
+from tests.tiny import tiny_pipeline
+from tests.tiny_adapters import lora
+from tests.tiny_forms import Form, put
+
+PARENT = """
+import asyncio, sys, time
+from pathlib import Path
+from serve_app.config import AdapterLimits
+from serve_app.engine.admission import AdmissionProcess
+from serve_app.engine.manifest import BaseManifest
+
+async def main():
+    manifest = BaseManifest.from_json(Path(sys.argv[1]).read_text())
+    process = AdmissionProcess(manifest, AdapterLimits())
+    await process.admit(Path(sys.argv[2]), "a/b", Path(sys.argv[3]))
+    print(process.pid, flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="module")
+def manifest() -> BaseManifest:
+    return manifest_of(tiny_pipeline("sd15"))
+
+
+@pytest.fixture(scope="module")
+def admission(manifest: BaseManifest) -> Iterator[AdmissionProcess]:
+    process = AdmissionProcess(manifest, AdapterLimits())
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return put(tmp_path, "adapter", Form(lora(tiny_pipeline("sd15"))))
+
+
+def wait_until_gone(pid: int, timeout_s: float = 20.0) -> None:
+    psutil.Process(pid).wait(timeout_s) if psutil.pid_exists(pid) else None
+
+
+async def test_what_is_admitted_equals_what_is_read_here(
+    admission: AdmissionProcess, manifest: BaseManifest, source: Path, tmp_path: Path
+) -> None:
+    await admission.admit(source, "owner/adapter", tmp_path / "canonical")
+    here, there = read_adapter(source, "x", manifest, AdapterLimits()), read_canonical(tmp_path / "canonical")
+    assert (here.digest, here.coverage) == (there.digest, there.coverage)
+
+
+async def test_refusals_come_through_with_their_kind_and_reason(admission: AdmissionProcess, tmp_path: Path) -> None:
+    tensors = lora(tiny_pipeline("sd15"))
+    bad = {key: torch.full_like(tensor, float("nan")) for key, tensor in tensors.items()}
+    with pytest.raises(NonFinite, match="adapter owner/nan is refused: layer unet.* has NaN or infinite values"):
+        await admission.admit(put(tmp_path, "nan", Form(bad)), "owner/nan", tmp_path / "canonical")
+    with pytest.raises(ShapeMismatch, match="owner/sdxl"):
+        sdxl = put(tmp_path, "sdxl", Form(lora(tiny_pipeline("sdxl"))))
+        await admission.admit(sdxl, "owner/sdxl", tmp_path / "canonical")
+    assert not (tmp_path / "canonical").exists()
+
+
+async def test_a_file_that_vanished_is_refused_without_its_path(admission: AdmissionProcess, tmp_path: Path) -> None:
+    with pytest.raises(MalformedFile) as refusal:
+        await admission.admit(tmp_path / "gone.safetensors", "owner/gone", tmp_path / "canonical")
+    assert str(tmp_path) not in str(refusal.value)
+
+
+async def test_many_ask_at_once_and_one_child_answers(
+    admission: AdmissionProcess, source: Path, tmp_path: Path
+) -> None:
+    await asyncio.gather(*(admission.admit(source, "a/b", tmp_path / f"canonical-{n}") for n in range(8)))
+    assert len(list(tmp_path.glob("canonical-*"))) == 8
+    assert len([child for child in psutil.Process().children() if child.pid == admission.pid]) == 1
+
+
+async def test_an_asker_that_leaves_does_not_upset_the_next(
+    admission: AdmissionProcess, source: Path, tmp_path: Path
+) -> None:
+    asking = asyncio.ensure_future(admission.admit(source, "a/b", tmp_path / "first"))
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await admission.admit(source, "a/b", tmp_path / "second")
+    assert (tmp_path / "second").exists()
+
+
+async def test_the_child_has_one_thread_of_torch_and_a_low_priority(
+    admission: AdmissionProcess, source: Path, tmp_path: Path
+) -> None:
+    await admission.admit(source, "a/b", tmp_path / "canonical")
+    assert admission.pid is not None
+    assert psutil.Process(admission.pid).nice() == psutil.Process().nice() + 5
+
+
+async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_another(
+    manifest: BaseManifest, source: Path, tmp_path: Path
+) -> None:
+    """A pipe that nobody writes to is a file that is never read to its end."""
+    endless = tmp_path / "endless.safetensors"
+    os.mkfifo(endless)
+    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=3.0))
+    try:
+        await admission.admit(source, "a/b", tmp_path / "canonical")
+        first = admission.pid
+        with pytest.raises(AdmissionTimedOut, match="longer than 3 s"):
+            await admission.admit(endless, "owner/endless", tmp_path / "never")
+        await admission.admit(source, "a/b", tmp_path / "again")
+        assert admission.pid != first
+        assert first is not None
+        assert not psutil.pid_exists(first)
+    finally:
+        admission.close()
+
+
+async def test_a_child_that_dies_over_a_file_is_replaced(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
+    endless = tmp_path / "endless.safetensors"
+    os.mkfifo(endless)
+    admission = AdmissionProcess(manifest, AdapterLimits())
+    try:
+        await admission.admit(source, "a/b", tmp_path / "canonical")
+        asking = asyncio.ensure_future(admission.admit(endless, "owner/crash", tmp_path / "never"))
+        await asyncio.sleep(0.2)  # whether the child dies before or during the reading, the outcome is the same
+        assert admission.pid is not None
+        os.kill(admission.pid, signal.SIGKILL)
+        with pytest.raises(MalformedFile, match="the process that read it died"):
+            await asking
+        await admission.admit(source, "a/b", tmp_path / "again")
+    finally:
+        admission.close()
+
+
+def test_the_child_dies_with_a_parent_that_is_killed(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest").write_text(manifest.to_json())
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "manifest"), str(source), str(tmp_path / "canonical")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert psutil.pid_exists(child)
+        parent.kill()
+    wait_until_gone(child)
+    assert not psutil.pid_exists(child)
+
+
+async def test_closing_ends_the_child_and_refuses_more(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
+    admission = AdmissionProcess(manifest, AdapterLimits())
+    await admission.admit(source, "a/b", tmp_path / "canonical")
+    child = admission.pid
+    admission.close()
+    assert child is not None
+    assert not psutil.pid_exists(child)
+    with pytest.raises(RuntimeError):
+        await admission.admit(source, "a/b", tmp_path / "never")

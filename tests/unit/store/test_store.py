@@ -1,0 +1,397 @@
+"""The store from lease to lease: real files, a real event loop, and a remote that the test holds back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from serve_app.core import AdapterSpec
+from serve_app.errors import HubUnavailable, LoraplexError, MalformedFile, ReplicaLost
+from serve_app.store.admitted import AdmittedFiles
+from serve_app.store.store import AdapterStore, Lease
+
+
+def spec(name: str) -> AdapterSpec:
+    return AdapterSpec(
+        id=f"demo/{name}",
+        base_id="demo/base",
+        revision="0" * 40,
+        filename="pytorch_lora_weights.safetensors",
+        origin="folder",
+        location="elsewhere",
+        size_bytes=10,
+    )
+
+
+class Remote:
+    """Files that come when they are let through; a canonical file is the original in capitals."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.folder.mkdir()
+        self.fetched: list[str] = []
+        self.closed: dict[str, asyncio.Event] = {}
+        self.asked: dict[str, asyncio.Event] = {}
+        self.failures: dict[str, Exception] = {}
+        self.sizes: dict[str, int] = {}
+
+    def hold(self, wanted: AdapterSpec) -> None:
+        self.closed[wanted.id] = asyncio.Event()
+        self.asked[wanted.id] = asyncio.Event()
+
+    def let_through(self, wanted: AdapterSpec) -> None:
+        self.closed[wanted.id].set()
+
+    async def fetch(self, wanted: AdapterSpec) -> Path:
+        self.fetched.append(wanted.id)
+        if wanted.id in self.closed:
+            self.asked[wanted.id].set()
+            await self.closed[wanted.id].wait()
+        if wanted.id in self.failures:
+            raise self.failures[wanted.id]
+        path = self.folder / wanted.id.replace("/", "--")
+        content = f"{wanted.id} ".ljust(self.sizes.get(wanted.id, 10), "x")
+        await asyncio.to_thread(path.write_text, content)
+        return path
+
+    async def admit(self, wanted: AdapterSpec, source: Path, target: Path) -> None:
+        if wanted.id.endswith("broken"):
+            await asyncio.to_thread(target.write_text, "half")
+            raise MalformedFile(wanted.id, "it is truncated")
+        await asyncio.to_thread(lambda: target.write_text(source.read_text().upper()))
+
+
+def load(wanted: AdapterSpec, path: Path) -> bytes:
+    content = path.read_bytes()
+    if not content.startswith(wanted.id.upper().encode()):
+        raise ValueError("damaged")
+    return content
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Bench:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.remote = Remote(folder / "remote")
+        self.clock = Clock()
+
+    @asynccontextmanager
+    async def store(
+        self, budget_bytes: int = 1000, load: Callable[[AdapterSpec, Path], bytes] = load
+    ) -> AsyncIterator[AdapterStore[bytes]]:
+        admitted = AdmittedFiles(
+            self.folder / "admitted", 10_000, base_fingerprint="base", dtype="float32", clock=self.clock
+        )
+        store = AdapterStore(
+            admitted=admitted,
+            fetch=self.remote.fetch,
+            admit=self.remote.admit,
+            load=load,
+            size_of=len,
+            host_budget_bytes=budget_bytes,
+            clock=self.clock,
+        )
+        try:
+            yield store
+        finally:
+            await store.close()
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+
+
+async def use(store: AdapterStore[bytes], wanted: AdapterSpec) -> Lease[bytes]:
+    async with store.lease(wanted) as lease:
+        return lease
+
+
+async def test_a_lease_tells_on_which_tier_the_adapter_was_found(bench: Bench) -> None:
+    async with bench.store() as store:
+        tiers = [(await use(store, spec("a"))).tier for _ in range(2)]
+    async with bench.store() as restarted:
+        tiers.append((await use(restarted, spec("a"))).tier)
+    assert tiers == ["remote", "host", "disk"]
+    assert bench.remote.fetched == ["demo/a"]
+
+
+async def test_a_lease_hands_out_the_canonical_form_and_how_long_it_took(bench: Bench) -> None:
+    wanted = spec("a")
+    bench.remote.hold(wanted)
+    async with bench.store() as store:
+        asker = asyncio.create_task(use(store, wanted))
+        await bench.remote.asked[wanted.id].wait()
+        bench.clock.now += 1.5
+        bench.remote.let_through(wanted)
+        lease = await asker
+    assert lease.adapter == b"DEMO/A XXX"
+    assert lease.fetch_ms == 1500.0
+
+
+async def test_many_askers_share_one_fetch_and_one_adapter(bench: Bench) -> None:
+    async with bench.store() as store:
+        leases = await asyncio.gather(*(use(store, spec("a")) for _ in range(20)))
+    assert bench.remote.fetched == ["demo/a"]
+    assert all(lease.adapter is leases[0].adapter for lease in leases)
+
+
+async def test_a_fetch_goes_on_when_its_only_asker_leaves(bench: Bench) -> None:
+    wanted = spec("a")
+    bench.remote.hold(wanted)
+    async with bench.store() as store:
+        asker = asyncio.create_task(use(store, wanted))
+        await bench.remote.asked[wanted.id].wait()
+        asker.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        assert store.state().pinned == 0
+        later = asyncio.create_task(use(store, wanted))
+        bench.remote.let_through(wanted)
+        assert (await later).adapter == b"DEMO/A XXX"
+        assert store.is_resident(wanted.key)
+    assert bench.remote.fetched == ["demo/a"]
+
+
+async def test_an_asker_that_leaves_takes_no_other_along(bench: Bench) -> None:
+    wanted = spec("a")
+    bench.remote.hold(wanted)
+    async with bench.store() as store:
+        askers = [asyncio.create_task(use(store, wanted)) for _ in range(3)]
+        await bench.remote.asked[wanted.id].wait()
+        askers[0].cancel()
+        bench.remote.let_through(wanted)
+        outcomes = await asyncio.gather(*askers, return_exceptions=True)
+    assert isinstance(outcomes[0], asyncio.CancelledError)
+    assert [type(outcome) for outcome in outcomes[1:]] == [Lease, Lease]
+
+
+async def test_a_failing_fetch_reaches_every_waiter_as_its_own_error(bench: Bench) -> None:
+    wanted = spec("a")
+    bench.remote.hold(wanted)
+    bench.remote.failures[wanted.id] = HubUnavailable(wanted.id, "it did not answer within 10 s")
+    async with bench.store() as store:
+        askers = [asyncio.create_task(use(store, wanted)) for _ in range(3)]
+        await bench.remote.asked[wanted.id].wait()
+        bench.remote.let_through(wanted)
+        outcomes = await asyncio.gather(*askers, return_exceptions=True)
+    assert len({id(outcome) for outcome in outcomes}) == 3
+    for outcome in outcomes:
+        assert isinstance(outcome, HubUnavailable)
+        assert str(outcome) == str(bench.remote.failures[wanted.id])
+
+
+async def test_a_failure_is_not_remembered(bench: Bench) -> None:
+    wanted = spec("a")
+    bench.remote.failures[wanted.id] = HubUnavailable(wanted.id, "it did not answer within 10 s")
+    async with bench.store() as store:
+        with pytest.raises(HubUnavailable):
+            await use(store, wanted)
+        assert store.state().pinned == 0
+        del bench.remote.failures[wanted.id]
+        assert (await use(store, wanted)).tier == "remote"
+
+
+async def test_a_fault_of_our_own_reaches_the_waiter_as_it_is(bench: Bench) -> None:
+    bench.remote.failures["demo/a"] = RuntimeError("ours")
+    async with bench.store() as store:
+        with pytest.raises(RuntimeError, match="ours"):
+            await use(store, spec("a"))
+
+
+async def test_a_failure_that_nobody_waits_for_is_quiet(bench: Bench) -> None:
+    wanted = spec("a")
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    bench.remote.hold(wanted)
+    bench.remote.failures[wanted.id] = HubUnavailable(wanted.id, "it did not answer within 10 s")
+    async with bench.store() as store:
+        asker = asyncio.create_task(use(store, wanted))
+        await bench.remote.asked[wanted.id].wait()
+        asker.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asker
+        bench.remote.let_through(wanted)
+        await until(lambda: not store.state().in_flight)
+    gc.collect()
+    assert complaints == []
+
+
+async def test_a_refused_file_leaves_nothing_on_disk(bench: Bench) -> None:
+    async with bench.store() as store:
+        with pytest.raises(MalformedFile):
+            await use(store, spec("broken"))
+        await until(lambda: not files(bench.folder / "admitted"))
+
+
+async def test_a_slow_fetch_delays_no_other_adapter(bench: Bench) -> None:
+    slow, quick = spec("slow"), spec("quick")
+    bench.remote.hold(slow)
+    async with bench.store() as store:
+        waiting = asyncio.create_task(use(store, slow))
+        await bench.remote.asked[slow.id].wait()
+        assert (await use(store, quick)).tier == "remote"
+        assert (await use(store, quick)).tier == "host"
+        assert not waiting.done()
+        bench.remote.let_through(slow)
+        await waiting
+
+
+async def test_downloads_that_fill_the_default_threads_do_not_hold_up_a_file_on_disk(bench: Bench) -> None:
+    async with bench.store() as store:
+        await use(store, spec("a"))
+    release, busy = threading.Event(), threading.Event()
+
+    def download() -> None:
+        busy.set()
+        release.wait()
+
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    download_ends = loop.run_in_executor(None, download)
+    await until(busy.is_set)
+    try:
+        async with bench.store() as store:
+            lease = await asyncio.wait_for(use(store, spec("a")), timeout=10)
+    finally:
+        release.set()
+    await download_ends
+    assert lease.tier == "disk"
+
+
+async def test_the_event_loop_runs_while_an_adapter_is_read(bench: Bench) -> None:
+    started, release = threading.Event(), threading.Event()
+
+    def slow_load(wanted: AdapterSpec, path: Path) -> bytes:
+        started.set()
+        assert release.wait(30)
+        return load(wanted, path)
+
+    async with bench.store(load=slow_load) as store:
+        asker = asyncio.create_task(use(store, spec("a")))
+        await until(started.is_set)
+        release.set()
+        assert (await asker).tier == "remote"
+
+
+async def test_a_leased_adapter_is_never_evicted(bench: Bench) -> None:
+    async with bench.store(budget_bytes=25) as store:
+        async with store.lease(spec("a")) as held:
+            for name in "bcd":
+                await use(store, spec(name))
+            assert store.is_resident(spec("a").key)
+            async with store.lease(spec("a")) as again:
+                assert again.adapter is held.adapter
+        assert store.state().used_bytes == 20
+        await use(store, spec("e"))
+        await use(store, spec("f"))
+        assert store.resident() == (spec("e").key, spec("f").key)
+
+
+async def test_leases_may_exceed_the_budget_and_settle_when_they_end(bench: Bench) -> None:
+    async with bench.store(budget_bytes=15) as store:
+        async with store.lease(spec("a")), store.lease(spec("b")):
+            assert store.state().used_bytes == 20
+        assert store.resident() == (spec("a").key,)
+        assert store.state().evictions == 1
+
+
+async def test_an_adapter_larger_than_the_budget_is_served_and_then_dropped(bench: Bench) -> None:
+    bench.remote.sizes["demo/huge"] = 200
+    async with bench.store(budget_bytes=50) as store:
+        await use(store, spec("small"))
+        async with store.lease(spec("huge")) as lease:
+            assert len(lease.adapter) == 200
+            assert store.is_resident(spec("huge").key)
+        assert not store.is_resident(spec("huge").key)
+        assert (await use(store, spec("huge"))).tier == "disk"
+
+
+async def test_a_damaged_canonical_file_is_made_anew(bench: Bench) -> None:
+    async with bench.store() as store:
+        await use(store, spec("a"))
+    (canonical,) = (bench.folder / "admitted").glob("*/*.canonical")
+    canonical.write_bytes(b"DEM")
+    async with bench.store() as store:
+        assert (await use(store, spec("a"))).tier == "remote"
+    assert canonical.read_bytes() == b"DEMO/A XXX"
+
+
+async def test_a_forgotten_adapter_leaves_memory_once_it_is_free(bench: Bench) -> None:
+    async with bench.store() as store:
+        async with store.lease(spec("a")):
+            store.forget(spec("a").key)
+            assert store.is_resident(spec("a").key)
+        assert not store.is_resident(spec("a").key)
+        assert (await use(store, spec("a"))).tier == "disk"
+
+
+async def test_closing_ends_the_wait_with_an_error_worth_a_retry(bench: Bench) -> None:
+    wanted = spec("a")
+    bench.remote.hold(wanted)
+    async with bench.store() as store:
+        asker = asyncio.create_task(use(store, wanted))
+        await bench.remote.asked[wanted.id].wait()
+        await store.close()
+        with pytest.raises(ReplicaLost):
+            await asker
+
+
+async def test_a_history_of_leases_failures_and_leavers_ends_with_no_pin_and_within_budget(
+    bench: Bench,
+) -> None:
+    chance = random.Random(7)
+    held: dict[str, int] = {}
+
+    async def ask(store: AdapterStore[bytes], wanted: AdapterSpec) -> None:
+        async with store.lease(wanted) as lease:
+            held[wanted.key] = held.get(wanted.key, 0) + 1
+            try:
+                for _ in range(chance.randrange(5)):
+                    await asyncio.sleep(0)
+                    assert all(store.is_resident(key) for key, holders in held.items() if holders)
+                assert lease.adapter.startswith(wanted.id.upper().encode())
+            finally:
+                held[wanted.key] -= 1
+
+    async with bench.store(budget_bytes=25) as store:
+        askers: list[asyncio.Task[None]] = []
+        for _ in range(300):
+            name = chance.choice(("a", "b", "c", "d", "broken"))
+            askers.append(asyncio.create_task(ask(store, spec(name))))
+            for _ in range(chance.randrange(4)):
+                await asyncio.sleep(0)
+            if chance.random() < 0.3:
+                chance.choice(askers).cancel()
+        outcomes = await asyncio.gather(*askers, return_exceptions=True)
+        await until(lambda: not store.state().in_flight)
+        assert store.state().pinned == 0
+        assert store.state().used_bytes <= 25
+    allowed = (asyncio.CancelledError, LoraplexError)
+    assert [outcome for outcome in outcomes if outcome is not None and not isinstance(outcome, allowed)] == []
+    assert outcomes.count(None) > 100
+
+
+async def until(is_so: Callable[[], bool]) -> None:
+    """Let the loop run until something that no event tells of is so; the test's own time limit ends it."""
+    while not is_so():  # noqa: ASYNC110
+        await asyncio.sleep(0)

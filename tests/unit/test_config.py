@@ -1,0 +1,66 @@
+import pytest
+from pydantic import ValidationError
+
+from serve_app.config import AppConfig, BaseModelConfig
+
+SOURCE = {"embedded": "demo/sd15"}
+
+
+def base(**fields: object) -> dict[str, object]:
+    return {"id": "one", "source": SOURCE, **fields}
+
+
+def refusal(**fields: object) -> str:
+    with pytest.raises(ValidationError) as caught:
+        AppConfig.model_validate({"bases": [base()], **fields})
+    return str(caught.value)
+
+
+def test_unknown_key_is_refused_with_the_nearest_known_one() -> None:
+    assert "unknown key 'adaptors'; did you mean 'adapters'?" in refusal(adaptors={})
+
+
+def test_unknown_key_deep_inside_a_base_is_refused_too() -> None:
+    assert "did you mean 'max_steps'?" in refusal(bases=[base(limits={"max_step": 3})])
+
+
+def test_an_alias_means_its_base() -> None:
+    config = AppConfig.model_validate({"bases": [base(aliases=["uno"])], "default_base": "uno"})
+    assert config.base("uno") is config.bases[0] is config.default
+
+
+def test_one_name_for_two_bases_is_refused() -> None:
+    assert "'one' names both" in refusal(bases=[base(), base(id="two", aliases=["one"])])
+
+
+def test_default_base_must_be_served() -> None:
+    assert "did you mean 'one'?" in refusal(default_base="ome")
+
+
+def test_the_first_base_is_the_default_where_none_is_named() -> None:
+    config = AppConfig.model_validate({"bases": [base(), base(id="two")]})
+    assert config.default.id == "one"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"defaults": {"steps": 200}}, "over max_steps 100"),
+        ({"defaults": {"width": 500}}, "multiple of 8"),
+        ({"defaults": {"width": 1024, "height": 2048}}, "max_pixels"),
+        ({"source": {}}, "exactly one"),
+        ({"source": {"hub": "a/b", "folder": "x"}}, "exactly one"),
+        ({"source": {"folder": "x", "revision": "main"}}, "'revision' goes with 'hub'"),
+        ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "over max_replicas"),
+        ({"autoscaling": {"initial_replicas": 5}}, "between"),
+        ({"replica": {"max_ongoing_requests": 1}}, "never scale up"),
+    ],
+)
+def test_a_base_that_cannot_work_is_refused(fields: dict[str, object], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        BaseModelConfig.model_validate(base(**fields))
+
+
+def test_sizes_may_be_written_with_units() -> None:
+    config = BaseModelConfig.model_validate(base(replica={"host_cache": "1GiB"}))
+    assert config.replica.host_cache == 1024**3

@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"torch", "ray", "diffusers", "transformers"}
+LIGHT_MODULES = [
+    "serve_app.api.app",
+    "serve_app.catalog.catalog",
+    "serve_app.store.store",
+    "serve_app.config",
+    "serve_app.core",
+    "serve_app.errors",
+    "serve_app.demo.embedded",
+    "serve_app.engine.queue",
+    "serve_app.deployments.settle",
+    "serve_app.deployments.gateway",
+]
+
+
+@pytest.mark.parametrize("module", LIGHT_MODULES)
+def test_the_http_side_loads_neither_torch_nor_ray(module: str) -> None:
+    program = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(loaded.stdout.split())
+
+
+def test_the_ingress_loads_no_torch() -> None:
+    program = "import sys, serve_app.app; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not (HEAVY - {"ray"}) & set(loaded.stdout.split())
