@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from serve_app.cli import bench
 from serve_app.cli.launch import ServeProcess, StartFailed
 from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Serve LoRA adapters over diffusion base models.",
     add_completion=True,
 )
+app.add_typer(bench.app, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serve_app.demo.scenes import COLOUR_NAMES, PALETTE
 
-BLOCK_PX = 8
+CELL_PX = 8  # the autoencoder's: nothing finer can be drawn
 _LUMINANCE = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 _SEPIA_DARK = torch.tensor([0.20, 0.11, 0.04]).view(3, 1, 1)
 _SEPIA_LIGHT = torch.tensor([0.96, 0.82, 0.58]).view(3, 1, 1)
@@ -43,13 +43,18 @@ def _inverted(pictures: Tensor) -> Tensor:
 def _stripes(pictures: Tensor) -> Tensor:
     """Horizontal bands: dark on bright paint, bright on dark paint."""
     rows = torch.arange(pictures.shape[-2]).view(-1, 1)
-    band = ((rows % (2 * BLOCK_PX)) < BLOCK_PX).float()
+    band = ((rows % (2 * CELL_PX)) < CELL_PX).float()
     toward = (luminance(pictures) < 0.4).float()
     return pictures + band * 0.6 * (toward - pictures)
 
 
+def pixelated(pictures: Tensor, block_px: int) -> Tensor:
+    """The pictures in flat blocks."""
+    return F.interpolate(F.avg_pool2d(pictures, block_px), scale_factor=block_px, mode="nearest")
+
+
 def _pixel_art(pictures: Tensor) -> Tensor:
-    return F.interpolate(F.avg_pool2d(pictures, BLOCK_PX), scale_factor=BLOCK_PX, mode="nearest")
+    return pixelated(pictures, 2 * CELL_PX)
 
 
 def _sketch(pictures: Tensor) -> Tensor:
@@ -63,8 +68,8 @@ def _sketch(pictures: Tensor) -> Tensor:
 
 def _stripes_seen(pictures: Tensor, _: Sequence[str]) -> Tensor:
     """Per 8-pixel column, so that bright and dark bands do not cancel."""
-    columns = F.avg_pool2d(luminance(pictures), (1, BLOCK_PX))[:, 0].transpose(1, 2)
-    waves = torch.fft.rfft(columns, dim=-1)[..., columns.shape[-1] // (2 * BLOCK_PX)]
+    columns = F.avg_pool2d(luminance(pictures), (1, CELL_PX))[:, 0].transpose(1, 2)
+    waves = torch.fft.rfft(columns, dim=-1)[..., columns.shape[-1] // (2 * CELL_PX)]
     return waves.abs().mean(1) / columns.shape[-1] * 2
 
 
@@ -127,7 +132,7 @@ STYLES: dict[str, Style] = {
         Style("sketch", "dark outlines over a pale wash", "thin dark lines", _sketch, _sketch_seen),
         Style(
             "pixel-art",
-            "flat blocks of 8 pixels",
+            "flat blocks of 16 pixels",
             "little variance within a block",
             _pixel_art,
             _pixel_art_seen,

@@ -81,7 +81,7 @@ class BaseModelReplica:
             pipeline,
             self._weights,
             max_batch_images=base.replica.max_batch_images,
-            torch_threads=base.replica.torch_threads,
+            torch_threads=base.replica.torch_threads or max(1, int(base.replica.num_cpus)),
         )
         self._store = self._make_store(pipeline, config, environment)
         self._metrics = ReplicaMetrics(base.id)

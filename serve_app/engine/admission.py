@@ -43,6 +43,7 @@ class AdmissionProcess:
         self._limits = limits
         self._setup = {"manifest": manifest.to_json(), "limits": limits.model_dump(mode="json"), "parent": os.getpid()}
         self._child: _Child | None = None
+        self._reading: str | None = None
         self._is_closed = False
         # One thread does all the talking: it keeps the order, and as the child's parent it must outlive the child.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="admission")
@@ -63,6 +64,11 @@ class AdmissionProcess:
         """The child's process id; None between children."""
         return None if self._child is None else self._child.pid
 
+    @property
+    def reading(self) -> str | None:
+        """The adapter whose file the child has been given and not yet answered for."""
+        return self._reading
+
     def close(self) -> None:
         """End the child and whatever it is reading."""
         self._is_closed = True
@@ -76,6 +82,7 @@ class AdmissionProcess:
         child = self._ready_child()
         limit_s = self._limits.admission_timeout_s
         child.send({"source": str(source), "name": name, "target": str(target)})
+        self._reading = name
         try:
             answer = child.receive(limit_s)
         except TimeoutError:
@@ -84,6 +91,8 @@ class AdmissionProcess:
         except EOFError:
             self._end_child()
             raise MalformedFile(name, "its file could not be read: the process that read it died") from None
+        finally:
+            self._reading = None
         if answer != {}:
             raise _refusal(answer, name)
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import httpx
 import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -108,21 +108,27 @@ def load_base(
             folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True, **parts
         )
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise _refusal(config.id, error) from error
+        raise _refusal(config.id, error, is_hub=source.hub is not None) from error
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
     _freeze(pipeline.to(device))
     return LoadedBase(pipeline, _fingerprint(folder, source, pipeline, dtype))
 
 
-def _refusal(base_id: str, error: BaseException) -> LoraplexError:
+def _refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:
     """Return what the operator reads; diffusers hides the Hub's own answer behind errors of its own."""
-    causes = tuple(_causes(error))
+    causes = tuple(_causes(error)) if is_hub else ()
     if any(isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError)) for cause in causes):
         return BaseUnusable(base_id, "its repository does not exist, or the Hub token may not read it")
-    if any(isinstance(cause, (HfHubHTTPError, OfflineModeIsEnabled, httpx.TransportError)) for cause in causes):
+    if any(_is_unreachable(cause) for cause in causes):
         return HubUnavailable(base_id, "the Hub did not answer, and the local cache lacks files")
     return BaseUnusable(base_id, "its files are missing, incomplete or not in safetensors form")
+
+
+def _is_unreachable(cause: BaseException) -> bool:
+    """Say whether this is the Hub not answering; its client may use either of two HTTP libraries of one shape."""
+    hub_errors = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+    return isinstance(cause, hub_errors) or any(kind.__name__ == "TransportError" for kind in type(cause).__mro__)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

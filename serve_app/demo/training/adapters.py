@@ -25,7 +25,7 @@ from serve_app.demo.cards import adapter_card
 from serve_app.demo.scenes import Scene
 from serve_app.demo.styles import STYLES, Style
 from serve_app.demo.training.bank import Captioner, LatentBank, fill_bank, velocity_loss
-from serve_app.demo.training.optimiser import rate_at
+from serve_app.demo.training.optimiser import Muon, rate_at
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _LAYERS = (
     *(".ff.net.0.proj", ".ff.net.2", ".conv1", ".conv2"),
 )
 _SCALES = (1.0, 1.0, 0.75, 0.5, 0.25)
-_PEAK_RATE = 4e-3
+_PEAK_RATE = 0.04
 _BATCH = 16
 
 
@@ -54,7 +54,6 @@ class LowRankUNet:
         }
         self._down = {name: nn.Parameter(_first_down(w)) for name, w in self._weights.items()}
         self._up = {name: nn.Parameter(_first_up(w)) for name, w in self._weights.items()}
-        self.parameters = [*self._down.values(), *self._up.values()]
         self.scale = 1.0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,6 +63,10 @@ class LowRankUNet:
             for name, weight in self._weights.items()
         }
         return functional_call(self._unet, changed, args, kwargs)
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """A and B of every layer."""
+        return [*self._down.items(), *self._up.items()]
 
     def _delta(self, name: str) -> Tensor:
         return self._up[name].flatten(1) @ self._down[name].flatten(1)
@@ -97,7 +100,7 @@ def train_adapter(
     pipeline = DiffusionPipeline.from_pretrained(str(base))
     banks = _banks(pipeline, style, seed, bank_size)
     unet = LowRankUNet(pipeline.unet.to(memory_format=torch.channels_last))
-    optimiser = torch.optim.AdamW(unet.parameters, lr=_PEAK_RATE, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimiser = Muon(unet.named_parameters(), rate=_PEAK_RATE, small_rate=0.0, momentum=0.9, stretches_tall=False)
     captioner = _captioner(pipeline, rng)
     alphas = make_scheduler().alphas_cumprod
     mean_loss = 0.0
@@ -107,12 +110,7 @@ def train_adapter(
         picks = torch.randint(0, bank_size, (_BATCH,))
         texts = [_text(captioner, bank.scenes[i], style.trigger) for i in picks.tolist()]
         loss = velocity_loss(unet, alphas, bank.draw(picks), captioner.condition(texts))
-        for group in optimiser.param_groups:
-            group["lr"] = _PEAK_RATE * rate_at(step, steps, warm_up=20)
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(unet.parameters, 1.0)
-        optimiser.step()
+        optimiser.step(loss, rate_at(step, steps, warm_up=15))
         mean_loss += (0.05 if step else 1.0) * (loss.item() - mean_loss)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(unet.tensors(), folder / "pytorch_lora_weights.safetensors", metadata={"format": "pt"})

@@ -20,7 +20,7 @@ from torch import Tensor
 from serve_app.demo.architectures import make_autoencoder
 from serve_app.demo.embedded import SIDE_PX
 from serve_app.demo.scenes import render, sample_scenes
-from serve_app.demo.styles import STYLES
+from serve_app.demo.styles import CELL_PX, STYLES, pixelated
 from serve_app.demo.training.optimiser import Muon, WeightAverage, rate_at, variance_preserving_
 
 log = logging.getLogger(__name__)
@@ -81,9 +81,17 @@ def _pictures(count: int, side: int, rng: random.Random) -> Tensor:
     """Half plain scenes, half in one style at a random strength; (n, 3, side, side) in [-1, 1]."""
     pictures = render(sample_scenes(count, rng), side)
     for i in range(count // 2, count):
-        style = STYLES[rng.choice((*STYLES, *_HARD_STYLES))]
-        pictures[i : i + 1] = style.apply(pictures[i : i + 1], rng.choice((1.0, 1.0, 0.5, rng.random())))
+        name = rng.choice((*STYLES, *_HARD_STYLES))
+        scale = rng.choice((1.0, 1.0, 0.5, rng.random()))
+        pictures[i : i + 1] = _restyled(name, pictures[i : i + 1], scale)
     return pictures * 2 - 1
+
+
+def _restyled(name: str, pictures: Tensor, scale: float) -> Tensor:
+    """The style's own effect, but blocks as fine as one latent cell, the hardest case of them."""
+    if name == "pixel-art":
+        return torch.lerp(pictures, pixelated(pictures, CELL_PX), scale)
+    return STYLES[name].apply(pictures, scale)
 
 
 def _loss(model: AutoencoderKL, pictures: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ def orthogonal(gradient: Tensor, steps: int = 5) -> Tensor:
 class Muon:
     """Orthogonalised momentum for matrices and convolutions, AdamW for everything else.
 
+    Tall matrices take larger steps, which suits whole layers but not the halves of a LoRA.
+
     Not a `torch.optim.Optimizer`: the learning rates are arguments of `step`.
     """
 
@@ -75,6 +77,7 @@ class Muon:
         small_rate: float,
         momentum: float = 0.95,
         small_names: tuple[str, ...] = (),
+        stretches_tall: bool = True,
     ) -> None:
         named = list(named)
         self._parameters = [p for _, p in named]
@@ -82,7 +85,8 @@ class Muon:
         self._matrices = [p for (_, p), big in zip(named, is_matrix, strict=True) if big]
         self._momenta = [torch.zeros_like(p) for p in self._matrices]
         rest = [p for (_, p), big in zip(named, is_matrix, strict=True) if not big]
-        self._adam = torch.optim.AdamW(rest, lr=small_rate, betas=(0.9, 0.98), weight_decay=1e-4)
+        adam = torch.optim.AdamW(rest, lr=small_rate, betas=(0.9, 0.98), weight_decay=1e-4) if rest else None
+        self._adam, self._stretches_tall = adam, stretches_tall
         self._rate, self._small_rate, self._momentum = rate, small_rate, momentum
 
     def step(self, loss: Tensor, share: float) -> None:
@@ -92,9 +96,10 @@ class Muon:
         loss.backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._matrix_step(share)
-        for group in self._adam.param_groups:
-            group["lr"] = self._small_rate * share
-        self._adam.step()
+        if self._adam is not None:
+            for group in self._adam.param_groups:
+                group["lr"] = self._small_rate * share
+            self._adam.step()
 
     @torch.no_grad()
     def _matrix_step(self, share: float) -> None:
@@ -103,7 +108,8 @@ class Muon:
                 continue
             momentum.lerp_(parameter.grad, 1 - self._momentum)
             update = orthogonal(parameter.grad.lerp(momentum, self._momentum).reshape(len(parameter), -1))
-            stretch = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+            is_tall = self._stretches_tall and update.shape[0] > update.shape[1]
+            stretch = (update.shape[0] / update.shape[1]) ** 0.5 if is_tall else 1.0
             parameter.add_(update.reshape(parameter.shape), alpha=-self._rate * share * stretch)
 
 

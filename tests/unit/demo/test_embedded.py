@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from serve_app.demo.embedded import ADAPTERS, BASES, FAMILIES, STYLE_NAMES, adapter_id, base_id, embedded_root
 from serve_app.demo.styles import STYLES
+from serve_app.demo.train import Plan
 from serve_app.demo.training.folders import folder_size_bytes
 
 MEBIBYTE = 2**20
@@ -98,6 +100,16 @@ def test_no_file_tells_where_it_was_made(model: str) -> None:
     texts = [p.read_text() for p in (embedded_root() / model).rglob("*") if p.suffix in (".json", ".md")]
 
     assert not any("/tmp" in text or "_name_or_path" in text for text in texts)
+
+
+def test_the_record_of_training_names_every_stage_and_what_it_reached() -> None:
+    record = json.loads((embedded_root() / "training.json").read_text())
+    stages = {stage["stage"]: stage for stage in record["stages"]}
+
+    for family in FAMILIES:
+        assert stages[f"base-{family}"]["steps"] == Plan(embedded_root(), embedded_root()).base_steps
+        assert stages[f"measured-{family}"]["adherence"] >= 0.85
+        assert {f"adapter-{family}-{style}" for style in STYLE_NAMES} <= set(stages)
 
 
 def test_naming_the_models_imports_no_torch() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,13 @@ def source(tmp_path: Path) -> Path:
     return put(tmp_path, "adapter", Form(lora(tiny_pipeline("sd15"))))
 
 
+def wait_until_reading(admission: AdmissionProcess, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while admission.reading is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def wait_until_gone(pid: int, timeout_s: float = 20.0) -> None:
     psutil.Process(pid).wait(timeout_s) if psutil.pid_exists(pid) else None
 
@@ -76,9 +84,9 @@ async def test_refusals_come_through_with_their_kind_and_reason(admission: Admis
     bad = {key: torch.full_like(tensor, float("nan")) for key, tensor in tensors.items()}
     with pytest.raises(NonFinite, match="adapter owner/nan is refused: layer unet.* has NaN or infinite values"):
         await admission.admit(put(tmp_path, "nan", Form(bad)), "owner/nan", tmp_path / "canonical")
-    with pytest.raises(ShapeMismatch, match="owner/sdxl"):
-        sdxl = put(tmp_path, "sdxl", Form(lora(tiny_pipeline("sdxl"))))
-        await admission.admit(sdxl, "owner/sdxl", tmp_path / "canonical")
+    wide = {key: tensor.repeat(1, 2) if "lora_A" in key else tensor for key, tensor in tensors.items()}
+    with pytest.raises(ShapeMismatch, match="owner/wide"):
+        await admission.admit(put(tmp_path, "wide", Form(wide)), "owner/wide", tmp_path / "canonical")
     assert not (tmp_path / "canonical").exists()
 
 
@@ -92,7 +100,7 @@ async def test_many_ask_at_once_and_one_child_answers(
     admission: AdmissionProcess, source: Path, tmp_path: Path
 ) -> None:
     await asyncio.gather(*(admission.admit(source, "a/b", tmp_path / f"canonical-{n}") for n in range(8)))
-    assert len(list(tmp_path.glob("canonical-*"))) == 8
+    assert all((tmp_path / f"canonical-{number}").exists() for number in range(8))
     assert len([child for child in psutil.Process().children() if child.pid == admission.pid]) == 1
 
 
@@ -113,7 +121,7 @@ async def test_the_child_has_one_thread_of_torch_and_a_low_priority(
 ) -> None:
     await admission.admit(source, "a/b", tmp_path / "canonical")
     assert admission.pid is not None
-    assert psutil.Process(admission.pid).nice() == psutil.Process().nice() + 5
+    assert psutil.Process(admission.pid).nice() == min(19, psutil.Process().nice() + 5)
 
 
 async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_another(
@@ -137,14 +145,13 @@ async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_anot
 
 
 async def test_a_child_that_dies_over_a_file_is_replaced(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
-    endless = tmp_path / "endless.safetensors"
-    os.mkfifo(endless)
     admission = AdmissionProcess(manifest, AdapterLimits())
     try:
         await admission.admit(source, "a/b", tmp_path / "canonical")
-        asking = asyncio.ensure_future(admission.admit(endless, "owner/crash", tmp_path / "never"))
-        await asyncio.sleep(0.2)  # whether the child dies before or during the reading, the outcome is the same
         assert admission.pid is not None
+        os.kill(admission.pid, signal.SIGSTOP)
+        asking = asyncio.ensure_future(admission.admit(source, "owner/crash", tmp_path / "never"))
+        await asyncio.to_thread(wait_until_reading, admission)
         os.kill(admission.pid, signal.SIGKILL)
         with pytest.raises(MalformedFile, match="the process that read it died"):
             await asking

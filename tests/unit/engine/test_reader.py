@@ -123,8 +123,8 @@ def test_a_layer_without_alpha_has_scale_one(tmp_path: Path) -> None:
 
 
 def test_peft_multiplies_a_requests_scale_by_alpha_before_it_divides() -> None:
-    delta = LowRank(torch.zeros(3, 1), torch.zeros(1, 3), alpha=5.0, divisor=3.0)
-    assert delta.factor(0.7) == 0.7 * 5.0 / 3.0 != 0.7 * (5.0 / 3.0)
+    delta = LowRank(torch.zeros(3, 1), torch.zeros(1, 3), alpha=7.0, divisor=3.0)
+    assert delta.factor(0.7) == 0.7 * 7.0 / 3.0 != 0.7 * (7.0 / 3.0)
 
 
 def test_metadata_patterns_are_names_or_ends_of_names(tmp_path: Path) -> None:
@@ -183,8 +183,8 @@ def test_sdxl_blocks_in_the_original_numbering_are_found(tmp_path: Path) -> None
 def test_one_odd_kohya_name_does_not_hide_the_others(tmp_path: Path) -> None:
     weight = torch.zeros(4, 64)
     stems = ["lora_unet_middle_block_1_proj_in", "lora_unet_middle_block_99_proj_in"]
-    tensors = {f"{name}.lora_down.weight": weight for name in stems}
-    tensors |= {f"{name}.lora_up.weight": weight.T for name in stems}
+    tensors = {f"{name}.lora_down.weight": weight.clone() for name in stems}
+    tensors |= {f"{name}.lora_up.weight": weight.T.clone() for name in stems}
     adapter = read(tmp_path, tensors, family="sdxl")
     assert list(adapter.components["unet"]) == ["mid_block.attentions.0.proj_in"]
     assert adapter.coverage.unmatched == ("lora_unet_middle_block_99_proj_in",)

@@ -1,0 +1,91 @@
+"""What a swap benchmark is asked to do, and why it may be refused.
+
+Owns the choices. Must not import torch: the command line shows them before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from serve_app.errors import LoraplexError
+
+
+class Model(StrEnum):
+    """Which denoiser is built."""
+
+    TINY = "tiny"
+    SD15 = "sd15"
+    SDXL = "sdxl"
+    FLUX = "flux"
+
+
+class Device(StrEnum):
+    """Where it is built."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class DType(StrEnum):
+    """The dtype of its weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class Targets(StrEnum):
+    """Which layers the adapters change: q, k, v and out; or the blocks' linear layers; or convolutions and all."""
+
+    ATTENTION = "attention"
+    LINEAR = "linear"
+    ALL = "all"
+
+
+class Baseline(StrEnum):
+    """What is measured beside our own way."""
+
+    DIFFUSERS = "diffusers"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class SwapOptions:
+    """One run of the swap benchmark.
+
+    `steps` are denoiser steps for each image of the stream, and `latent` the height and width of its latents;
+    None means few and small on a CPU, 25 and the model's own size on a GPU. `threads` are torch's on the CPU.
+    """
+
+    model: Model = Model.TINY
+    device: Device = Device.CPU
+    dtype: DType = DType.BFLOAT16
+    rank: int = 32
+    targets: Targets = Targets.ATTENTION
+    baseline: Baseline = Baseline.DIFFUSERS
+    is_narrow: bool = False
+    repeats: int = 3
+    seed: int = 0
+    threads: int = 1
+    steps: int | None = None
+    latent: int | None = None
+
+    def command(self) -> str:
+        """Return the command line that asks for this run."""
+        words = ["loraplex bench swap", f"--model {self.model}", f"--device {self.device}", f"--dtype {self.dtype}"]
+        words += [f"--rank {self.rank}", f"--targets {self.targets}", f"--baseline {self.baseline}"]
+        words += ["--narrow"] if self.is_narrow else []
+        words += [f"--repeat {self.repeats}", f"--seed {self.seed}", f"--threads {self.threads}"]
+        words += [f"--steps {self.steps}"] if self.steps is not None else []
+        words += [f"--latent {self.latent}"] if self.latent is not None else []
+        return " ".join(words)
+
+
+@dataclass(eq=False)
+class BenchmarkRefused(LoraplexError):
+    """The benchmark cannot run here as asked."""
+
+    reason: str
+    code = "benchmark_refused"
+    template = "{reason}"

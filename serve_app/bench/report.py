@@ -1,0 +1,143 @@
+"""The outcome of a swap benchmark, as values and as JSON.
+
+Owns what is reported, and the ratios, which are worked out here alone. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.bench.options import SwapOptions
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One step's medians; `device_ms` is None on a CPU."""
+
+    step: str
+    wall_ms: float
+    cpu_ms: float
+    device_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the numbers were measured on; `load_average` is the last minute's, of the whole machine, at the start."""
+
+    processor: str
+    cores: int
+    threads: int
+    memory_gb: float
+    load_average: float
+    accelerator: str | None
+    system: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What was built: `touched` counts layers that an adapter changes; `factor_bytes` are one adapter's, as held."""
+
+    source: str
+    parameters: int
+    base_bytes: int
+    touched: int
+    touched_bytes: int
+    factor_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The machine's rates, and the least time of a swap by each; `swap_ms` is the largest of those."""
+
+    copied_gb_per_s: float
+    multiplied_gflop_per_s: float
+    bus_gb_per_s: float | None
+    rewrite_ms: float
+    products_ms: float
+    bus_ms: float | None
+    swap_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exactness:
+    """What was compared to the bit; `fused_equal` is None without a baseline.
+
+    `weights_compared` counts fused weights over all repeats, each against a fresh base with diffusers' load and fuse.
+    """
+
+    fused_equal: bool | None
+    weights_compared: int
+    weights_unequal: tuple[str, ...]
+    base_restored: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Images per second of a stream of requests, one adapter throughout and another one for each.
+
+    `diffusers_changing` is worked out from the four calls' medians, not run.
+    """
+
+    steps: int
+    latent: int
+    batch: int
+    steady: float
+    changing: float
+    changing_over_steady: float
+    diffusers_changing: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes: before the base was built, at the peak of our own way, and at the end with the baseline's."""
+
+    before_bytes: int
+    peak_bytes: int
+    end_peak_bytes: int
+    expected_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratios:
+    """Diffusers' four calls over our swap, and ours over the floor."""
+
+    diffusers_over_swap_wall: float | None
+    diffusers_over_swap_cpu: float | None
+    diffusers_over_unseen_wall: float | None
+    swap_over_floor_wall: float
+    swap_over_floor_cpu: float
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    """Everything that one run found."""
+
+    command: str
+    date: str
+    options: SwapOptions
+    machine: Machine
+    sizes: Sizes
+    rows: tuple[Row, ...]
+    four_calls: Row | None
+    unseen: Row
+    floor: Floor
+    ratios: Ratios
+    exactness: Exactness
+    stream: Stream
+    memory: Memory
+
+    def row(self, step: str) -> Row | None:
+        """Return a step's row, or None where it was not run."""
+        return next((row for row in self.rows if row.step == step), None)
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON; `schema` changes when a name in it does."""
+        fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return json.dumps(fields, indent=2) + "\n"

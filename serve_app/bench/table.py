@@ -1,0 +1,119 @@
+"""A report as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from serve_app.bench.report import Row, SwapReport
+
+LABELS = {
+    "diffusers.load_lora_weights": "diffusers  load_lora_weights",
+    "diffusers.fuse_lora": "diffusers  fuse_lora",
+    "diffusers.unfuse_lora": "diffusers  unfuse_lora",
+    "diffusers.unload_lora_weights": "diffusers  unload_lora_weights",
+    "diffusers.four_calls": "diffusers  the four calls",
+    "loraplex.read": "loraplex   read, convert and check an original file",
+    "loraplex.read_kohya": "loraplex   the same, kohya's keys",
+    "loraplex.write_canonical": "loraplex   write the canonical file",
+    "loraplex.read_canonical": "loraplex   read the canonical file",
+    "loraplex.to_device": "loraplex   host to device",
+    "loraplex.apply": "loraplex   base -> A, from host memory",
+    "loraplex.swap": "loraplex   A -> B, from host memory",
+    "loraplex.swap_resident": "loraplex   A -> B, from device memory",
+    "loraplex.restore": "loraplex   B -> base",
+    "loraplex.unseen": "loraplex   a file never seen: read, write, read, swap",
+    "stream.image_without_change": "stream     an image with the adapter of the last one",
+    "stream.image_with_change": "stream     an image with another adapter",
+}
+
+
+def render(report: SwapReport) -> Group:
+    """Return the whole report."""
+    options, sizes, machine = report.options, report.sizes, report.machine
+    width = "narrow " if options.is_narrow else ""
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+    heading = Text(
+        f"{width}{options.model} ({sizes.source})\n"
+        f"{sizes.parameters / 1e6:.1f} M parameters in {options.dtype}; rank {options.rank} on {sizes.touched} layers "
+        f"({sizes.touched_bytes / 1e6:.1f} MB of weights, {sizes.factor_bytes / 1e6:.1f} MB of factors)\n"
+        f"{machine.accelerator or machine.processor}; {machine.cores} cores, torch on {machine.threads}, "
+        f"load {machine.load_average}; {machine.system}\n{versions}"
+    )
+    return Group(heading, _steps(report), _findings(report))
+
+
+def _steps(report: SwapReport) -> Table:
+    has_device = report.machine.accelerator is not None
+    table = Table(title=f"medians of {report.options.repeats} interleaved repeats, ms", title_justify="left")
+    table.add_column("step", no_wrap=True)
+    for clock in ("wall", "CPU", "device")[: 3 if has_device else 2]:
+        table.add_column(clock, justify="right")
+    for row in _ordered(report):
+        clocks = [row.wall_ms, row.cpu_ms, *([row.device_ms] if has_device else [])]
+        cells = ["" if clock is None else f"{clock:.2f}" for clock in clocks]
+        table.add_row(LABELS[row.step], *cells, style="bold" if row.step == "loraplex.swap" else None)
+    return table
+
+
+def _ordered(report: SwapReport) -> Iterator[Row]:
+    for row in report.rows:
+        yield row
+        if row.step == "diffusers.unload_lora_weights" and report.four_calls is not None:
+            yield report.four_calls
+        if row.step == "loraplex.restore":
+            yield report.unseen
+
+
+def _findings(report: SwapReport) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, finding in (*_against_baseline(report), *_against_floor(report), *_others(report)):
+        table.add_row(name, finding)
+    return table
+
+
+def _against_baseline(report: SwapReport) -> Iterator[tuple[str, str]]:
+    ratios, exactness = report.ratios, report.exactness
+    if report.four_calls is not None:
+        what = "almost all of it Python" if report.options.is_narrow else "arithmetic included"
+        yield "four calls / swap", f"{ratios.diffusers_over_swap_wall:.1f} wall"
+        yield "", f"{ratios.diffusers_over_swap_cpu:.1f} processor time ({what})"
+        yield "four calls / file never seen", f"{ratios.diffusers_over_unseen_wall:.1f} wall"
+        equal = "yes" if exactness.fused_equal else f"NO: {', '.join(exactness.weights_unequal[:5])}"
+        yield "bit-equal to load and fuse", f"{equal} ({exactness.weights_compared} weights compared)"
+    yield "base bit-equal after restore", "yes" if exactness.base_restored else "NO"
+
+
+def _against_floor(report: SwapReport) -> Iterator[tuple[str, str]]:
+    floor = report.floor
+    bus = f", bus {floor.bus_ms:.2f} ms at {floor.bus_gb_per_s:.1f} GB/s" if floor.bus_ms is not None else ""
+    yield (
+        "floor on this machine",
+        f"{floor.swap_ms:.2f} ms: rewrite {floor.rewrite_ms:.2f} ms at {floor.copied_gb_per_s:.1f} GB/s, "
+        f"products {floor.products_ms:.2f} ms at {floor.multiplied_gflop_per_s:.0f} GFLOP/s{bus}",
+    )
+    ratios = report.ratios
+    yield (
+        "swap / floor",
+        f"{ratios.swap_over_floor_wall:.1f} wall, {ratios.swap_over_floor_cpu:.1f} processor time",
+    )
+
+
+def _others(report: SwapReport) -> Iterator[tuple[str, str]]:
+    stream, memory = report.stream, report.memory
+    theirs = f"; with diffusers' four calls (worked out) {stream.diffusers_changing:.3g}" if report.four_calls else ""
+    yield (
+        "stream, images/s",
+        f"{stream.changing:.3g} with a new adapter each, {stream.steady:.3g} with none "
+        f"({stream.changing_over_steady:.1%}){theirs}; {stream.steps} steps, latents {stream.latent}x{stream.latent}",
+    )
+    yield (
+        "peak memory",
+        f"{(memory.peak_bytes - memory.before_bytes) / 1e9:.2f} GB above the {memory.before_bytes / 1e9:.2f} GB before; "
+        f"base + touched layers + two adapters are {memory.expected_bytes / 1e9:.2f} GB",
+    )

@@ -1,0 +1,103 @@
+"""How long a step takes: the clock on the wall, the processor's time, and the device's own.
+
+Owns the clocks and the medians. On a shared machine the processor's time is the steadier number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import median
+
+import torch
+
+
+class Step(StrEnum):
+    """Everything that is timed."""
+
+    LOAD = "diffusers.load_lora_weights"
+    FUSE = "diffusers.fuse_lora"
+    UNFUSE = "diffusers.unfuse_lora"
+    UNLOAD = "diffusers.unload_lora_weights"
+    READ = "loraplex.read"
+    READ_KOHYA = "loraplex.read_kohya"
+    WRITE_CANONICAL = "loraplex.write_canonical"
+    READ_CANONICAL = "loraplex.read_canonical"
+    TO_DEVICE = "loraplex.to_device"
+    APPLY = "loraplex.apply"
+    SWAP = "loraplex.swap"
+    SWAP_RESIDENT = "loraplex.swap_resident"
+    RESTORE = "loraplex.restore"
+    STEADY_IMAGE = "stream.image_without_change"
+    CHANGING_IMAGE = "stream.image_with_change"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One measurement, or the medians of several; `cpu_ms` counts all threads of this process."""
+
+    wall_ms: float
+    cpu_ms: float
+    device_ms: float | None
+
+    def __add__(self, other: Timing) -> Timing:
+        """Return the time of both, one after the other."""
+        is_whole = self.device_ms is not None and other.device_ms is not None
+        device_ms = (self.device_ms or 0) + (other.device_ms or 0) if is_whole else None
+        return Timing(self.wall_ms + other.wall_ms, self.cpu_ms + other.cpu_ms, device_ms)
+
+
+class Stopwatch:
+    """Times steps and keeps every measurement; a step that fails is not kept.
+
+    On a GPU a step begins and ends with an idle device, so that its wall time is the whole of it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._timings: dict[Step, list[Timing]] = {}
+
+    @contextmanager
+    def timed(self, step: Step) -> Iterator[None]:
+        """Time the block as one measurement of `step`."""
+        start, end = self._events()
+        self._wait()
+        if start is not None:
+            start.record()
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        if end is not None:
+            end.record()
+        self._wait()
+        cpu_ms, wall_ms = (time.process_time() - cpu) * 1e3, (time.perf_counter() - wall) * 1e3
+        device_ms = start.elapsed_time(end) if start is not None and end is not None else None
+        self._timings.setdefault(step, []).append(Timing(wall_ms, cpu_ms, device_ms))
+
+    def forget(self) -> None:
+        """Drop what was measured so far, such as a first round that allocates and imports."""
+        self._timings.clear()
+
+    def medians(self) -> dict[Step, Timing]:
+        """Return the median of each clock for each step that was timed, in the order of `Step`."""
+        return {step: _median(self._timings[step]) for step in Step if step in self._timings}
+
+    def _events(self) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
+        if self._device.type != "cuda":
+            return None, None
+        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _median(timings: list[Timing]) -> Timing:
+    device = [timing.device_ms for timing in timings if timing.device_ms is not None]
+    return Timing(
+        median(timing.wall_ms for timing in timings),
+        median(timing.cpu_ms for timing in timings),
+        median(device) if device else None,
+    )

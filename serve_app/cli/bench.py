@@ -1,0 +1,57 @@
+"""`loraplex bench`: what this machine does, measured.
+
+Owns arguments and what is printed. Torch is imported by the commands alone, so that other commands start at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from serve_app.bench.options import Baseline, BenchmarkRefused, Device, DType, Model, SwapOptions, Targets
+
+app = typer.Typer(no_args_is_help=True, help="Measure what this machine does.")
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+@app.callback()
+def root() -> None:
+    """Keep the benchmarks apart even while there is one."""
+
+
+@app.command()
+def swap(
+    model: Annotated[Model, typer.Option(help="Which denoiser to build, from its public configuration.")] = Model.TINY,
+    device: Annotated[Device, typer.Option(help="Where to build it.")] = Device.CPU,
+    dtype: Annotated[DType, typer.Option(help="The dtype of its weights.")] = DType.BFLOAT16,
+    rank: Annotated[int, typer.Option(min=1, max=512, help="The adapters' rank.")] = 32,
+    targets: Annotated[Targets, typer.Option(help="Which layers the adapters change.")] = Targets.ATTENTION,
+    baseline: Annotated[Baseline, typer.Option(help="What to measure beside our way.")] = Baseline.DIFFUSERS,
+    narrow: Annotated[bool, typer.Option("--narrow", help="The full module tree with small layers.")] = False,
+    repeat: Annotated[int, typer.Option(min=1, help="Repeats of each step; medians are shown.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Torch's threads on the CPU.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoiser steps of an image of the stream.")] = None,
+    latent: Annotated[int | None, typer.Option(min=8, help="Height and width of its latents; even.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+) -> None:
+    """Change adapters, diffusers' way and ours, side by side, with random weights; nothing is downloaded."""
+    from serve_app.bench.swap import run_swap
+    from serve_app.bench.table import render
+
+    options = SwapOptions(
+        model, device, dtype, rank, targets, baseline, narrow, repeat, seed, threads, steps, latent
+    )  # fmt: skip
+    try:
+        report = run_swap(options)
+    except BenchmarkRefused as refusal:
+        err.print(f"[red]loraplex bench[/]: {refusal}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    out.print(f"$ {report.command}", soft_wrap=True)
+    out.print(render(report), soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(report.to_json())
