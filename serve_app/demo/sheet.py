@@ -15,8 +15,8 @@ from serve_app.demo.drawing import draw, load_base
 from serve_app.demo.embedded import FAMILIES, SIDE_PX, STYLE_NAMES, adapter_id, base_id, embedded_root
 
 PROMPTS = {
-    "sd15": ("a large red circle on a yellow background", "a green triangle on a white background"),
-    "sdxl": ("a large yellow star on a blue background", "a pink square on a black background"),
+    "sd15": ("a large red circle on a yellow background", "a large green triangle on a white background"),
+    "sdxl": ("a large yellow star on a blue background", "a large pink square on a black background"),
 }
 _SEED = 7
 _TILE_PX = 2 * SIDE_PX

@@ -67,10 +67,11 @@ def _sketch(pictures: Tensor) -> Tensor:
 
 
 def _stripes_seen(pictures: Tensor, _: Sequence[str]) -> Tensor:
-    """Per 8-pixel column, so that bright and dark bands do not cancel."""
-    columns = F.avg_pool2d(luminance(pictures), (1, CELL_PX))[:, 0].transpose(1, 2)
-    waves = torch.fft.rfft(columns, dim=-1)[..., columns.shape[-1] // (2 * CELL_PX)]
-    return waves.abs().mean(1) / columns.shape[-1] * 2
+    """The wave along the left and right rim, where no shape is."""
+    grey, width = luminance(pictures)[:, 0], pictures.shape[-1] // 16
+    rims = torch.stack([grey[..., :width].mean(-1), grey[..., -width:].mean(-1)], 1)
+    waves = torch.fft.rfft(rims, dim=-1)[..., rims.shape[-1] // (2 * CELL_PX)]
+    return waves.abs().mean(1) / rims.shape[-1] * 2
 
 
 def _sepia_seen(pictures: Tensor, _: Sequence[str]) -> Tensor:
@@ -140,6 +141,6 @@ STYLES: dict[str, Style] = {
         Style("sepia", "brown tones of an old photograph", "nearness to the sepia ramp", _sepia, _sepia_seen),
         Style("night", "a dark blue night", "low mean luminance", _night, _night_seen),
         Style("inverted", "a photographic negative", "background near the complement", _inverted, _inverted_seen),
-        Style("stripes", "horizontal bands", "a vertical wave of 16 pixels", _stripes, _stripes_seen),
+        Style("stripes", "horizontal bands", "a wave of 16 pixels down its rim", _stripes, _stripes_seen),
     )
 }

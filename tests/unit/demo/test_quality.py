@@ -16,7 +16,7 @@ from serve_app.demo.embedded import FAMILIES, STYLE_NAMES, adapter_id, base_id, 
 from serve_app.demo.measure import measure_effect
 from serve_app.demo.styles import STYLES
 
-PAIRS = 10
+PAIRS = 12
 
 
 @dataclass(frozen=True, slots=True)
