@@ -19,10 +19,11 @@ check: $(VENV)/.dev  ## format, lint, types, layers, configuration
 	@$(BIN)/pyright
 	@$(BIN)/loraplex check serve_config.yaml
 
-bench: $(VENV)/.dev  ## what a swap costs on this machine
-	@$(BIN)/loraplex bench --help
+bench: $(VENV)/.dev  ## what waiting and swaps cost on this machine
+	@$(BIN)/python -m tests.bench_service
+	@$(BIN)/loraplex bench swap --model tiny
 
-demo-train: $(VENV)/.run  ## train the embedded models again, from nothing (about two hours on two cores)
+demo-train: $(VENV)/.run  ## train the embedded models again, from nothing (half an hour on two quiet cores)
 	@$(BIN)/python -m serve_app.demo.train
 
 clean:  ## remove the virtual environment and every cache

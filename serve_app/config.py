@@ -42,6 +42,9 @@ DIFFUSION_SCHEDULERS: tuple[str, ...] = (
     "UniPCMultistepScheduler",
 )
 
+# Bases whose own VAE overflows in float16, and the VAE that is known to replace it.
+HALF_PRECISION_VAES = {"stabilityai/stable-diffusion-xl-base-1.0": "madebyollin/sdxl-vae-fp16-fix"}
+
 
 def nearest(name: str, known: list[str]) -> str:
     """Return "; did you mean 'x'?" for the closest known name, or an empty string."""
@@ -131,7 +134,13 @@ class AutoscalingSettings(StrictModel):
 
 
 class ReplicaSettings(StrictModel):
-    """What one replica of a base is given, and how much it takes on."""
+    """What one replica of a base is given, and how much it takes on.
+
+    `torch_threads` None means one thread for each whole CPU: torch's threads spin, and more of them than CPUs make
+    everything on the node slow. `prepare_ahead` says whether the next request's adapters are fused while a request
+    runs: "auto" only on GPUs, since on a CPU that takes the cores of the running image. `device_cache` is what
+    adapters may take of a GPU's memory, apart from the weights; a CPU has no such tier.
+    """
 
     num_cpus: PositiveFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
@@ -141,6 +150,8 @@ class ReplicaSettings(StrictModel):
     max_batch_images: PositiveInt = 4
     adapters_per_replica: PositiveInt = 32
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
+    device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
+    prepare_ahead: Literal["auto", "always", "never"] = "auto"
     health_check_period_s: PositiveFloat = 5.0
     graceful_shutdown_timeout_s: PositiveFloat = 120.0
 
@@ -155,7 +166,10 @@ class AdapterLimits(StrictModel):
 
 
 class BaseModelConfig(StrictModel):
-    """One base model: its public id, where it comes from, and how it is served."""
+    """One base model: its public id, where it comes from, and how it is served.
+
+    `compile` has torch compile the denoiser at its first use, which takes a minute or two and a compiler on the node.
+    """
 
     id: str
     aliases: tuple[str, ...] = ()
@@ -163,6 +177,7 @@ class BaseModelConfig(StrictModel):
     vae: ModelSource | None = None
     dtype: DTypeName = "auto"
     variant: str | None = None
+    compile: bool = False
     scheduler: str | None = None
     schedulers: tuple[str, ...] = DIFFUSION_SCHEDULERS
     defaults: Defaults = Defaults()
@@ -190,6 +205,12 @@ class BaseModelConfig(StrictModel):
                 f"target_ongoing_requests {self.autoscaling.target_ongoing_requests:g}: it would never scale up"
             )
         return self
+
+    @property
+    def vae_source(self) -> ModelSource | None:
+        """The VAE that replaces the base's own: the configured one, else in float16 the one known to be needed."""
+        known = HALF_PRECISION_VAES.get(self.source.hub or "") if self.dtype == "float16" else None
+        return self.vae or (ModelSource(hub=known) if known else None)
 
     @property
     def names(self) -> tuple[str, ...]:

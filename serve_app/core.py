@@ -10,11 +10,34 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class Scales:
+    """How strongly an adapter acts where it acts differently on the denoiser and on the text encoders."""
+
+    denoiser: float
+    text_encoder: float
+
+    def __format__(self, spec: str) -> str:
+        """Return `denoiser/text encoder`, each number in the format asked for."""
+        return f"{self.denoiser:{spec}}/{self.text_encoder:{spec}}"
+
+
+# One number for everything that an adapter changes, or one for each kind of part.
+Scale = float | Scales
+
+
+def scale_of(scale: Scale, component: str) -> float:
+    """Return the number that holds for a component of a pipeline, such as `unet` or `text_encoder_2`."""
+    if not isinstance(scale, Scales):
+        return scale
+    return scale.text_encoder if component.startswith("text_encoder") else scale.denoiser
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRef:
     """An adapter as a request names it, before anything is known about it."""
 
     id: str
-    scale: float = 1.0
+    scale: Scale = 1.0
     revision: str | None = None
     filename: str | None = None
 
@@ -24,7 +47,8 @@ class AdapterSpec:
     """One adapter file, resolved: which base it is for, which file, which bytes.
 
     `revision` fixes the bytes: a commit hash for a Hub repository, a content digest for a folder. `location` is where
-    the file lies (a Hub repository id or a folder) and never reaches a client.
+    the file lies (a Hub repository id or a folder) and never reaches a client. `embeddings` is the file beside it with
+    the words that it teaches the text encoders.
     """
 
     id: str
@@ -35,6 +59,7 @@ class AdapterSpec:
     location: str
     size_bytes: int
     instance_prompt: str | None = None
+    embeddings: str | None = None
 
     @property
     def key(self) -> str:
@@ -47,7 +72,7 @@ class AdapterUse:
     """A resolved adapter at the scale that one request asks for."""
 
     spec: AdapterSpec
-    scale: float
+    scale: Scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +85,20 @@ class PixelImage:
 
 
 @dataclass(frozen=True, slots=True)
+class PixelMask:
+    """Which part of a picture is to be drawn anew: one byte per pixel, row by row, 255 for anew and 0 for kept."""
+
+    width: int
+    height: int
+    values: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationDraft:
     """A request as it was asked: whatever is None is for the base's defaults to fill in.
 
-    `model` is the id in the route (a base or an adapter), None where the route names none.
+    `model` is the id in the route (a base or an adapter), None where the route names none. `mask` goes with `image`
+    and has its size. `num_previews` is how many previews of each image a stream should carry at most.
     """
 
     prompt: str
@@ -79,6 +114,8 @@ class GenerationDraft:
     num_images: int = 1
     image: PixelImage | None = None
     strength: float | None = None
+    mask: PixelMask | None = None
+    num_previews: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +123,7 @@ class GenerationRequest:
     """A request with nothing left open: the same value gives the same image on any replica.
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
-    None means the base's own. With `image`, width and height are the output's size.
+    None means the base's own. With `image`, width and height are the output's size. `num_previews` changes no image.
     """
 
     request_id: str
@@ -103,6 +140,13 @@ class GenerationRequest:
     num_images: int = 1
     image: PixelImage | None = None
     strength: float | None = None
+    mask: PixelMask | None = None
+    num_previews: int = 0
+
+    @property
+    def planned_steps(self) -> int:
+        """How many steps it will run: of image-to-image, the share that its strength says."""
+        return self.steps if self.strength is None else min(int(self.steps * self.strength), self.steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +166,7 @@ class AppliedAdapter:
 
     id: str
     revision: str
-    scale: float
+    scale: Scale
     layers_matched: int
     layers_in_file: int
 
@@ -145,6 +189,46 @@ class GenerationResult:
     device: str
     batch_size: int
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The first event of a stream: everything that can be refused early has been checked."""
+
+    base_id: str
+    seed: int
+    width: int
+    height: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a request is.
+
+    `queue_position` counts the requests that go before it on its replica, waiting or running: 0 when it is its turn.
+    `steps` is how many it will really run, which image-to-image lowers with its strength.
+    """
+
+    queue_position: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """What an image looks like on the way: `image` is smaller than the finished one by the base's latent factor.
+
+    `index` counts the previews of this image, `image_index` the images of the request; both from 0.
+    """
+
+    index: int
+    image_index: int
+    image: PixelImage
+
+
+GenerationEvent = Accepted | Progress | Preview | GenerationResult
+"""What a stream carries: first one `Accepted`, then progress and previews, last the result."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,10 +47,16 @@ BATCH = Declaration("loraplex_batch_images", "Images that shared the device pass
 ADAPTERS = Declaration("loraplex_adapters", "Adapters asked for, by where they were found.", ("base", "tier"))
 EVICTIONS = Declaration("loraplex_evictions", "Adapters that left host memory.", ("base",))
 RESIDENT = Declaration("loraplex_resident_bytes", "Adapters in host memory.", ("base",))
+CANCELLED = Declaration(
+    "loraplex_cancelled", "Requests given up by their caller or deadline, by how far they were.", ("base", "stage")
+)
+SELF_CHECKS = Declaration(
+    "loraplex_self_checks", "Times that a base's loaded weights were checked bit by bit.", ("base", "result")
+)
 
 DECLARED = (
     REQUESTS, REFUSALS, RETRIES,
-    QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, ADAPTERS, EVICTIONS, RESIDENT,
+    QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, ADAPTERS, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
 )  # fmt: skip
 
 
@@ -112,7 +118,11 @@ class ReplicaMetrics:
         self._adapters = meters.count(ADAPTERS)
         self._evictions = meters.count(EVICTIONS)
         self._resident = meters.level(RESIDENT)
+        self._cancelled = meters.count(CANCELLED)
         self._evictions_reported = 0
+        self._self_checks = meters.count(SELF_CHECKS)
+        self._sound_reported = 0
+        self._is_mismatch_reported = False
 
     def served(self, timings: Timings, *, batch_size: int) -> None:
         """Report where the time of one finished request went."""
@@ -122,6 +132,10 @@ class ReplicaMetrics:
         self._denoise.observe(timings.denoise_ms / 1000, self._base)
         self._decode.observe(timings.decode_ms / 1000, self._base)
         self._batch.observe(batch_size, self._base)
+
+    def cancelled(self, stage: str) -> None:
+        """Count a request that nobody waited for any more, at the stage "fetching", "queued" or "running"."""
+        self._cancelled.inc(1, {**self._base, "stage": stage})
 
     def adapter_found(self, tier: str) -> None:
         """Count one leased adapter by the tier it was found on."""
@@ -134,3 +148,12 @@ class ReplicaMetrics:
         if evictions > self._evictions_reported:
             self._evictions.inc(evictions - self._evictions_reported, self._base)
             self._evictions_reported = evictions
+
+    def self_checked(self, *, sound: int, is_corrupt: bool) -> None:
+        """Report the rounds that found the weights as they were loaded, counted since the start, and a mismatch."""
+        if sound > self._sound_reported:
+            self._self_checks.inc(sound - self._sound_reported, {**self._base, "result": "ok"})
+            self._sound_reported = sound
+        if is_corrupt and not self._is_mismatch_reported:
+            self._self_checks.inc(1, {**self._base, "result": "mismatch"})
+            self._is_mismatch_reported = True

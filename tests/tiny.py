@@ -72,13 +72,15 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     return "unet" if hasattr(pipeline, "unet") else "transformer"
 
 
-def latents(pipeline: DiffusionPipeline, *, seed: int = 0, steps: int = 2, **arguments: Any) -> torch.Tensor:
+def latents(
+    pipeline: DiffusionPipeline, *, prompt: str = "a photo of a cat", seed: int = 0, steps: int = 2, **arguments: Any
+) -> torch.Tensor:
     """Return what a short 64-pixel run gives before decoding."""
     generator = torch.Generator().manual_seed(seed)
     if not hasattr(pipeline, "unet"):
         arguments.setdefault("max_sequence_length", 32)
     arguments = {"height": 64, "width": 64, "output_type": "latent", **arguments}
-    return pipeline("a photo of a cat", num_inference_steps=steps, generator=generator, **arguments).images
+    return pipeline(prompt, num_inference_steps=steps, generator=generator, **arguments).images
 
 
 @functools.cache

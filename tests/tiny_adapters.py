@@ -149,6 +149,20 @@ def lokr(
     return tensors
 
 
+def full(
+    pipeline: DiffusionPipeline, *, chooses: Chooses = attention, seed: int = 0, bias: bool = True
+) -> dict[str, Tensor]:
+    """Return LyCORIS's full differences over the chosen layers of the denoiser."""
+    random = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, module in layers_of(pipeline, denoiser_name(pipeline), chooses).items():
+        stem = "lycoris_" + name.replace(".", "_")
+        tensors[f"{stem}.diff"] = torch.randn(module.weight.shape, generator=random).half() * 0.02
+        if bias and module.bias is not None:
+            tensors[f"{stem}.diff_b"] = torch.randn(module.bias.shape, generator=random).half() * 0.02
+    return tensors
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any] | None = None) -> Path:
     """Write a safetensors file; `metadata` becomes diffusers' `lora_adapter_metadata`."""
     header = {"format": "pt"}

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from serve_app.core import Scale, Scales, scale_of
 from serve_app.engine.manifest import adaptable_components
 from tests.tiny import denoiser_name, tiny_pipeline
 from tests.tiny_adapters import as_kohya, attention, everything, linear, lora, text_layers, write
@@ -147,7 +148,7 @@ def forms_of(family: str) -> dict[str, Callable[[DiffusionPipeline], Form]]:
     return FORMS | (UNET_FORMS if family in ("sd15", "sdxl") else {}) | (FLUX_FORMS if family == "flux" else {})
 
 
-def fused_by_diffusers(family: str, dtype: torch.dtype, composition: Sequence[tuple[Path, float]]) -> DiffusionPipeline:
+def fused_by_diffusers(family: str, dtype: torch.dtype, composition: Sequence[tuple[Path, Scale]]) -> DiffusionPipeline:
     """Return a fresh pipeline with files loaded, weighed and fused by diffusers alone."""
     pipeline: Any = tiny_pipeline(family, dtype)
     names = [f"adapter_{place}" for place in range(len(composition))]
@@ -155,8 +156,12 @@ def fused_by_diffusers(family: str, dtype: torch.dtype, composition: Sequence[tu
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that is what a second adapter is
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=adapter_name)
-    pipeline.set_adapters(names, [scale for _, scale in composition])
     components = adaptable_components(pipeline)
+    weights = [
+        {name: scale_of(scale, name) for name in components} if isinstance(scale, Scales) else scale
+        for _, scale in composition
+    ]
+    pipeline.set_adapters(names, weights)
     pipeline.fuse_lora(components=[name for name, module in components.items() if hasattr(module, "peft_config")])
     return pipeline
 

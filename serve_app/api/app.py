@@ -18,6 +18,7 @@ from serve_app.api.document import add_document_routes, build_document
 from serve_app.api.gateway import Gateway
 from serve_app.api.huggingface import add_inference_routes
 from serve_app.api.openai import add_openai_routes
+from serve_app.api.openai_models import add_model_routes
 from serve_app.api.status import add_status_routes
 from serve_app.config import IngressSettings
 
@@ -58,5 +59,6 @@ def create_app(
     add_status_routes(app, gateway)
     add_inference_routes(app, gateway, settings)
     add_openai_routes(app, gateway, settings, now=now)
+    add_model_routes(app, gateway)
     add_document_routes(app)
     return app

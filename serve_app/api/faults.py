@@ -38,8 +38,20 @@ def fault_response(scope: Scope, error: LoraplexError) -> Response:
     retry_after_s = getattr(error, "retry_after_s", None)
     if error.retry_after and retry_after_s is not None:
         headers["retry-after"] = str(retry_after_s)
-    parameter = error.name if isinstance(error, (UnknownParameter, OutOfBounds)) else None
-    return _reply(scope, error.status, error.code, str(error), headers, parameter=parameter)
+    return _reply(scope, error.status, error.code, str(error), headers, parameter=_parameter(error))
+
+
+def fault_content(error: LoraplexError) -> dict[str, object]:
+    """Return what the OpenAI shape says about an error."""
+    return _fault(error.status, error.code, str(error), _parameter(error))
+
+
+def _parameter(error: LoraplexError) -> str | None:
+    return error.name if isinstance(error, (UnknownParameter, OutOfBounds)) else None
+
+
+def _fault(status: int, code: str, message: str, parameter: str | None) -> dict[str, object]:
+    return {"message": message, "type": _fault_type(status), "param": parameter, "code": code}
 
 
 def _reply(
@@ -53,8 +65,7 @@ def _reply(
 ) -> Response:
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     if path == "/v1" or path.startswith("/v1/"):
-        fault = {"message": message, "type": _fault_type(status), "param": parameter, "code": code}
-        content: dict[str, object] = {"error": fault}
+        content: dict[str, object] = {"error": _fault(status, code, message, parameter)}
         if status in (HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.GATEWAY_TIMEOUT):
             # The OpenAI client asks twice more on any 5xx; the same request would only fail again, as slowly.
             headers["x-should-retry"] = "false"

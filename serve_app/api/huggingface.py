@@ -22,7 +22,7 @@ from serve_app.api.negotiation import FORMATS, choose_format
 from serve_app.api.replies import describe
 from serve_app.api.schemas import MAX_NAME_LENGTH, ErrorBody, InferenceBody, Parameters, checked
 from serve_app.api.validation import clip
-from serve_app.api.waiting import while_connected
+from serve_app.api.waiting import TIMEOUT_PARAMETER, deadline_of, while_connected
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, GenerationDraft, PixelImage
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
@@ -50,7 +50,8 @@ _BODY: dict[str, Any] = {
             "required": False,
             "description": "an adapter's id; wins over `parameters.lora_adapter`; empty means none",
             "schema": {"type": "string"},
-        }
+        },
+        TIMEOUT_PARAMETER,
     ],
 }
 
@@ -59,12 +60,13 @@ def add_inference_routes(app: FastAPI, gateway: Gateway, settings: IngressSettin
     """Add the routes of this family over a gateway."""
 
     async def answer(request: Request, model: str | None) -> Response:
+        deadline = deadline_of(request, settings.request_timeout_s)
         form = choose_format(",".join(request.headers.getlist("accept")))
         draft = await _read_draft(request, model, settings)
         result = await while_connected(
             request,
             gateway.generate(draft, request_id=request.state.request_id),
-            timeout_s=settings.request_timeout_s,
+            deadline=deadline,
         )
         content = await asyncio.to_thread(encode_image, result.images[0], form)
         response = Response(content, media_type=f"image/{form}")

@@ -11,11 +11,13 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image, ImageOps
 
 from serve_app.api.negotiation import ImageFormat
-from serve_app.core import PixelImage
+from serve_app.core import PixelImage, PixelMask
 from serve_app.errors import MalformedRequest, TooLarge
 
 JPEG_QUALITY = 92
@@ -79,13 +81,40 @@ def decode_image(content: bytes, name: str, *, max_pixels: int) -> PixelImage:
         MalformedRequest: it is not a readable picture.
         TooLarge: it has more than `max_pixels` pixels.
     """
+    with _opened(content, name, max_pixels) as picture:
+        rgb = _to_rgb(ImageOps.exif_transpose(picture))
+        return PixelImage(rgb.width, rgb.height, rgb.tobytes())
+
+
+def decode_mask(content: bytes, name: str, *, max_pixels: int) -> PixelMask:
+    """Return which part of a picture is to be drawn anew: where the mask is transparent.
+
+    Raises:
+        MalformedRequest: it is not a readable picture, or nothing in it is transparent.
+        TooLarge: it has more than `max_pixels` pixels.
+    """
+    with _opened(content, name, max_pixels) as picture:
+        alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
+        mask = ImageOps.invert(alpha)
+    if mask.getextrema() == (0, 0):
+        raise MalformedRequest(f"'{name}' has no transparent pixel: the transparent part is what is drawn anew")
+    return PixelMask(mask.width, mask.height, mask.tobytes())
+
+
+def resized(image: PixelImage, width: int, height: int) -> PixelImage:
+    """Return a picture at another size."""
+    picture = Image.frombytes("RGB", (image.width, image.height), image.pixels)
+    return PixelImage(width, height, picture.resize((width, height), Image.Resampling.BICUBIC).tobytes())
+
+
+@contextmanager
+def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(content), formats=_READABLE) as picture:
             width, height = picture.size
             if width * height > max_pixels:
                 raise TooLarge(f"'{name}', {width}x{height} pixels,", f"{max_pixels} pixels")
-            rgb = _to_rgb(ImageOps.exif_transpose(picture))
-            return PixelImage(rgb.width, rgb.height, rgb.tobytes())
+            yield picture
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise TooLarge(f"'{name}'", f"{max_pixels} pixels") from None
     except _DAMAGED:

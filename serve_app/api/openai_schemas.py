@@ -14,6 +14,9 @@ from pydantic_core import PydanticCustomError, from_json
 from serve_app.api.negotiation import ImageFormat
 from serve_app.api.schemas import MAX_ADAPTERS_NAMED, Int, LoraEntry, LoraEntryOrId, Name, Seed, Wire
 
+MAX_PARTIAL_IMAGES = 3
+EventKind = Literal["image_generation", "image_edit"]
+
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
@@ -61,8 +64,10 @@ class ImageGeneration(Wire):
         default=None, description="accepted, and changes nothing"
     )
     user: str | None = Field(default=None, description="accepted, and changes nothing")
-    stream: Literal[False] | None = None
-    partial_images: Literal[0] | None = None
+    stream: bool | None = Field(default=None, description="true: progress, previews and images as events")
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None = Field(
+        default=None, description="how many previews of each image a stream carries at most"
+    )
     negative_prompt: str | None = None
     num_inference_steps: Int | None = None
     guidance_scale: float | None = None
@@ -87,6 +92,9 @@ class ImageEditForm(ImageEdit):
     """The form of an edit, for the document alone: numbers as text, the picture as a file."""
 
     image: Annotated[bytes, Field(json_schema_extra={"format": "binary"})]
+    mask: Annotated[bytes, Field(json_schema_extra={"format": "binary"})] | None = Field(
+        default=None, description="as large as the picture; where it is transparent, the picture is drawn anew"
+    )
 
 
 class AdapterReport(BaseModel):
@@ -94,7 +102,7 @@ class AdapterReport(BaseModel):
 
     id: str
     revision: str
-    scale: float
+    scale: float | dict[str, float] = Field(description="or an object with 'denoiser' and 'text_encoder'")
     layers_matched: int
     layers_in_file: int
 
@@ -139,6 +147,41 @@ class ImagesReply(BaseModel):
     background: str = "opaque"
     output_format: ImageFormat
     size: str
+    usage: Usage = Usage()
+    loraplex: Report
+
+
+class ProgressEvent(BaseModel):
+    """How far a request is; clients that do not know it pass it over."""
+
+    type: str
+    queue_position: int | None = Field(description="requests that go before it; null while it is on its way there")
+    step: int
+    steps: int
+
+
+class ImageEvent(BaseModel):
+    """What every event with an image says."""
+
+    type: str
+    b64_json: str
+    created_at: int
+    size: str
+    quality: str
+    background: str = "opaque"
+    output_format: ImageFormat
+    image_index: int = Field(description="which image of the request")
+
+
+class PartialImageEvent(ImageEvent):
+    """A preview: a rough picture of where the image is heading."""
+
+    partial_image_index: int
+
+
+class CompletedEvent(ImageEvent):
+    """One finished image."""
+
     usage: Usage = Usage()
     loraplex: Report
 

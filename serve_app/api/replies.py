@@ -35,7 +35,7 @@ def describe(response: Response, result: GenerationResult, prompt: str) -> None:
     headers["x-compute-time"] = f"{result.compute_s:.3f}"
     headers["x-compute-characters"] = str(len(prompt))
     headers["x-seed"] = ",".join(str(seed) for seed in result.seeds)
-    headers["x-base-model"] = _id(result.base_id)
+    headers["x-base-model"] = header_id(result.base_id)
     headers["x-adapters"] = ", ".join(adapter_text(adapter) for adapter in result.adapters)
     headers["x-batch-size"] = str(result.batch_size)
     headers["server-timing"] = _server_timing(result.timings)
@@ -44,8 +44,8 @@ def describe(response: Response, result: GenerationResult, prompt: str) -> None:
 
 
 def adapter_text(adapter: AppliedAdapter) -> str:
-    """Return `id@revision;scale;layers matched`."""
-    return f"{_id(adapter.id)}@{_id(adapter.revision)};{adapter.scale:g};{adapter.layers_matched}"
+    """Return `id@revision;scale;layers matched`; separate scales are `denoiser/text encoder`."""
+    return f"{header_id(adapter.id)}@{header_id(adapter.revision)};{adapter.scale:g};{adapter.layers_matched}"
 
 
 def _server_timing(timings: Timings) -> str:
@@ -59,7 +59,8 @@ def _server_timing(timings: Timings) -> str:
     return ", ".join(f"{name};dur={duration_ms:.1f}" for name, duration_ms in stages.items())
 
 
-def _id(text: str) -> str:
+def header_id(text: str) -> str:
+    """Return an id as a header may hold it."""
     return quote(text, safe="/:@.-_+")
 
 

@@ -6,6 +6,7 @@ checked elsewhere.
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -20,11 +21,12 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from serve_app.api.validation import refusal
-from serve_app.core import AdapterRef
+from serve_app.core import AdapterRef, Scale, Scales
 
 INT64_MAX = 2**63 - 1
 MAX_NAME_LENGTH = 256
 MAX_ADAPTERS_NAMED = 64
+MAX_SCALE_READ = 1e6
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -59,6 +61,16 @@ def _id_to_entry(value: Any) -> Any:
     return {"id": value} if isinstance(value, str) else value
 
 
+def _number_to_scales(value: Any) -> Any:
+    if value is None or isinstance(value, dict | ScalesEntry):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise PydanticCustomError("unfit", "must be a number, or an object with 'denoiser' and 'text_encoder'")
+    if abs(value) > MAX_SCALE_READ or not isfinite(value):
+        raise PydanticCustomError("unfit", "must be a finite number of ordinary size")
+    return {"denoiser": value, "text_encoder": value}
+
+
 Int = Annotated[int, Field(ge=-INT64_MAX, le=INT64_MAX)]
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME_LENGTH)]
 Seed = Annotated[
@@ -68,14 +80,44 @@ Seed = Annotated[
 ]
 
 
+class ScalesEntry(Wire):
+    """Scales of their own for denoiser and text encoders; `unet` and `transformer` are other names for the denoiser.
+
+    Whichever is absent is 1.
+    """
+
+    denoiser: float | None = None
+    unet: float | None = None
+    transformer: float | None = None
+    text_encoder: float | None = None
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> ScalesEntry:
+        if sum(value is not None for value in (self.denoiser, self.unet, self.transformer)) > 1:
+            raise PydanticCustomError("unfit", "takes one of 'denoiser', 'unet' and 'transformer'")
+        return self
+
+    def value(self) -> Scale:
+        """Return one number where both are the same."""
+        denoiser = next((one for one in (self.denoiser, self.unet, self.transformer) if one is not None), 1.0)
+        text_encoder = 1.0 if self.text_encoder is None else self.text_encoder
+        return denoiser if denoiser == text_encoder else Scales(denoiser, text_encoder)
+
+
+ScaleEntry = Annotated[
+    ScalesEntry | None,
+    BeforeValidator(_number_to_scales, json_schema_input_type=float | ScalesEntry | None),
+]
+
+
 class LoraEntry(Wire):
     """One adapter: exactly one of `id`, `name` and `path` (an id, never a file), and at most one scale."""
 
     id: Name | None = None
     name: Name | None = None
     path: Name | None = None
-    scale: float | None = None
-    weight: float | None = None
+    scale: ScaleEntry = None
+    weight: ScaleEntry = None
     revision: Name | None = None
     filename: Name | None = None
 
@@ -92,7 +134,7 @@ class LoraEntry(Wire):
         scale = self.scale if self.scale is not None else self.weight
         return AdapterRef(
             id=(self.id or self.name or self.path or "").strip(),
-            scale=1.0 if scale is None else scale,
+            scale=1.0 if scale is None else scale.value(),
             revision=self.revision,
             filename=self.filename,
         )

@@ -1,49 +1,127 @@
 """Waiting for an answer only as long as somebody wants it.
 
-Owns the race between the service, the caller hanging up and the deadline.
+Owns the race between the service, the caller hanging up and the deadline, which nothing behind the HTTP layer keeps
+a second time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import math
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from serve_app.errors import DeadlineExceeded
+from serve_app.errors import DeadlineExceeded, MalformedRequest, OutOfBounds
 
 T = TypeVar("T")
+
+TIMEOUT_HEADER = "x-request-timeout-s"
+# The header as the OpenAPI document has it.
+TIMEOUT_PARAMETER: dict[str, Any] = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "required": False,
+    "description": "seconds after which the request is stopped and answered with 504",
+    "schema": {"type": "number", "exclusiveMinimum": 0},
+}
 
 
 class CallerGone(Exception):
     """The caller hung up: nobody will read a reply."""
 
 
-async def while_connected(request: Request, call: Coroutine[Any, Any, T], *, timeout_s: float) -> T:
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """When a request must be answered: `limit_s` after it began, at `ends_at` on `time.monotonic`."""
+
+    limit_s: float
+    ends_at: float
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until then, 0 where it has passed."""
+        return max(0.0, self.ends_at - time.monotonic())
+
+
+def deadline_of(request: Request, max_s: float) -> Deadline:
+    """Return a request's deadline: what it asks for itself, else the most that it may have.
+
+    Raises:
+        MalformedRequest: the header is no number.
+        OutOfBounds: it asks for more than `max_s`, or for nothing.
+    """
+    asked = request.headers.get(TIMEOUT_HEADER, "").strip()
+    try:
+        limit_s = float(asked) if asked else max_s
+    except ValueError:
+        raise MalformedRequest(f"the header '{TIMEOUT_HEADER}' must be a number of seconds") from None
+    # NaN is in no range.
+    if not 0 < limit_s <= max_s:
+        shown = limit_s if math.isfinite(limit_s) else asked[:20]
+        raise OutOfBounds(TIMEOUT_HEADER, shown, f"over 0 and at most {max_s:g}")
+    return Deadline(limit_s, time.monotonic() + limit_s)
+
+
+async def while_connected(request: Request, call: Coroutine[Any, Any, T], *, deadline: Deadline) -> T:
     """Return what a call returns; cancel it, and wait until it lets go, if the caller leaves or time is out.
 
     The request's body must have been read.
 
     Raises:
         CallerGone: the caller hung up.
-        DeadlineExceeded: the call took longer than `timeout_s`.
+        DeadlineExceeded: the deadline passed.
     """
-    work = asyncio.ensure_future(call)
     gone = asyncio.ensure_future(_hung_up(request))
     try:
-        await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        return await _unless(gone, asyncio.ensure_future(call), deadline)
+    finally:
+        await _let_go(gone)
+
+
+async def each_while_connected(request: Request, events: AsyncGenerator[T], *, deadline: Deadline) -> AsyncGenerator[T]:
+    """Yield what a generator yields; close it, and wait until it lets go, if the caller leaves or time is out.
+
+    The request's body must have been read.
+
+    Raises:
+        CallerGone: the caller hung up.
+        DeadlineExceeded: the deadline passed.
+    """
+    gone = asyncio.ensure_future(_hung_up(request))
+    try:
+        while True:
+            try:
+                event = await _unless(gone, asyncio.ensure_future(anext(events)), deadline)
+            except StopAsyncIteration:
+                return
+            yield event
+    finally:
+        await _let_go(gone)
+        await events.aclose()
+
+
+async def _unless(gone: asyncio.Future[None], work: asyncio.Future[T], deadline: Deadline) -> T:
+    """Return the result of `work`, which is cancelled where `gone` or the deadline comes first."""
+    try:
+        await asyncio.wait({work, gone}, timeout=deadline.left_s, return_when=asyncio.FIRST_COMPLETED)
         if work.cancelled():
             raise RuntimeError("the service cancelled a call that nobody had given up")
         if work.done():
             return work.result()
         if gone.done():
             raise CallerGone
-        raise DeadlineExceeded(timeout_s)
+        raise DeadlineExceeded(deadline.limit_s)
     finally:
-        work.cancel()
-        gone.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
+        await _let_go(work)
+
+
+async def _let_go(future: asyncio.Future[Any]) -> None:
+    future.cancel()
+    await asyncio.gather(future, return_exceptions=True)
 
 
 async def _hung_up(request: Request) -> None:

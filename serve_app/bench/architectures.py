@@ -49,8 +49,8 @@ _SDXL = {
 }
 _NARROW_SDXL = {
     "sample_size": 16,
-    "block_out_channels": (32, 64, 64),
-    "attention_head_dim": (4, 8, 8),
+    "block_out_channels": (16, 32, 48),
+    "attention_head_dim": (2, 4, 6),
     "norm_num_groups": 8,
     "cross_attention_dim": 64,
     "addition_time_embed_dim": 8,
@@ -72,7 +72,7 @@ _SD15 = {
 }
 _NARROW_SD15 = {
     "sample_size": 16,
-    "block_out_channels": (32, 64, 64, 64),
+    "block_out_channels": (16, 32, 48, 48),
     "norm_num_groups": 8,
     "cross_attention_dim": 64,
 }

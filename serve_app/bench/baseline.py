@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
+from torch import Tensor
 
 from serve_app.bench.denoisers import Denoiser
 
@@ -39,6 +40,11 @@ class DiffusersBaseline:
         """Take peft's layers out."""
         self._pipeline.unload_lora_weights()
 
-    def fused_layers(self) -> set[str]:
-        """Return the names of the layers whose weights are changed now."""
-        return {name for name, module in self._module.named_modules() if isinstance(module, LoraLayer) and module.merged}
+    def fused(self) -> dict[str, Tensor]:
+        """Return the weights that are changed now, by the names that they have without peft's layers."""
+        weights: dict[str, Tensor] = {}
+        for name, module in self._module.named_modules():
+            if isinstance(module, LoraLayer) and module.merged:
+                layer: Any = module.get_base_layer()
+                weights[f"{name}.weight"] = layer.weight.data
+        return weights

@@ -123,8 +123,10 @@ def fill_outline(outline: Outline, options: SwapOptions) -> Denoiser:
 def _pipeline_of(architecture: Architecture, module: nn.Module) -> DiffusionPipeline:
     """Return a pipeline whose only part is the denoiser; loading adapters needs no other."""
     pipeline_class: Any = getattr(diffusers, architecture.pipeline)
-    scheduler = "FlowMatchEulerDiscreteScheduler" if architecture.component == "transformer" else "DDIMScheduler"
-    given: dict[str, Any] = {architecture.component: module, "scheduler": getattr(diffusers, scheduler)()}
+    is_flow = architecture.component == "transformer"
+    scheduler_class = getattr(diffusers, "FlowMatchEulerDiscreteScheduler" if is_flow else "EulerDiscreteScheduler")
+    scheduler = scheduler_class() if is_flow else scheduler_class(steps_offset=1)
+    given: dict[str, Any] = {architecture.component: module, "scheduler": scheduler}
     wanted = inspect.signature(pipeline_class.__init__).parameters.values()
     for parameter in wanted:
         if parameter.name != "self" and parameter.default is inspect.Parameter.empty:

@@ -5,6 +5,7 @@ Owns the estimate that refuses a run before it would be killed.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from serve_app.bench.options import BenchmarkRefused, SwapOptions
 
 STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
 LIMIT = Path("/sys/fs/cgroup/memory.max")
 USED = Path("/sys/fs/cgroup/memory.current")
 # Libraries, the file that is being written, and what the allocator keeps.
@@ -33,14 +35,20 @@ def check_memory(
     Raises:
         BenchmarkRefused: less memory is free than the run needs.
     """
-    needed = base_bytes + touched_bytes + ADAPTERS_HELD * factor_bytes + largest_weight * 12 + OVERHEAD_BYTES
+    needed = (
+        base_bytes
+        + options.twins_held * touched_bytes
+        + ADAPTERS_HELD * factor_bytes
+        + largest_weight * 12
+        + OVERHEAD_BYTES
+    )
     free = free_bytes(torch.device(options.device))
     if needed > free:
         size = "narrow " if options.is_narrow else ""
         raise BenchmarkRefused(
             f"{size}{options.model} in {options.dtype} with {options.targets} adapters needs about "
             f"{needed / 1e9:.1f} GB of {options.device} memory, but {free / 1e9:.1f} GB is free; "
-            "choose --narrow, fewer targets, a 16-bit dtype or a larger machine"
+            "choose --narrow, --no-prepare, fewer targets, a 16-bit dtype or a larger machine"
         )
 
 
@@ -59,6 +67,8 @@ def reset_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        CLEAR.write_text("5")  # Linux: forget the largest resident size
     return psutil.Process().memory_info().rss
 
 

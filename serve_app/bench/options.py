@@ -56,6 +56,7 @@ class SwapOptions:
 
     `steps` are denoiser steps for each image of the stream, and `latent` the height and width of its latents;
     None means few and small on a CPU, 25 and the model's own size on a GPU. `threads` are torch's on the CPU.
+    `is_preparing` measures swaps that are prepared during the image before, which takes a second set of twins.
     """
 
     model: Model = Model.TINY
@@ -65,17 +66,24 @@ class SwapOptions:
     targets: Targets = Targets.ATTENTION
     baseline: Baseline = Baseline.DIFFUSERS
     is_narrow: bool = False
+    is_preparing: bool = True
     repeats: int = 3
     seed: int = 0
     threads: int = 1
     steps: int | None = None
     latent: int | None = None
 
+    @property
+    def twins_held(self) -> int:
+        """How many fused copies of the touched weights there are."""
+        return 2 if self.is_preparing else 1
+
     def command(self) -> str:
         """Return the command line that asks for this run."""
         words = ["loraplex bench swap", f"--model {self.model}", f"--device {self.device}", f"--dtype {self.dtype}"]
         words += [f"--rank {self.rank}", f"--targets {self.targets}", f"--baseline {self.baseline}"]
         words += ["--narrow"] if self.is_narrow else []
+        words += [] if self.is_preparing else ["--no-prepare"]
         words += [f"--repeat {self.repeats}", f"--seed {self.seed}", f"--threads {self.threads}"]
         words += [f"--steps {self.steps}"] if self.steps is not None else []
         words += [f"--latent {self.latent}"] if self.latent is not None else []

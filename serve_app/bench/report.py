@@ -79,24 +79,36 @@ class Exactness:
 
 
 @dataclass(frozen=True, slots=True)
-class Stream:
-    """Images per second of a stream of requests, one adapter throughout and another one for each.
+class Rate:
+    """Images per second, and as a share of those of a stream that keeps its adapter, by both clocks."""
 
-    `diffusers_changing` is worked out from the four calls' medians, not run.
+    images_per_s: float
+    of_steady: float
+    of_steady_cpu: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A stream of requests: one adapter throughout, another one for each, and that prepared during the image before.
+
+    `diffusers_images_per_s` is worked out from the four calls' medians, not run.
     """
 
     steps: int
     latent: int
     batch: int
-    steady: float
-    changing: float
-    changing_over_steady: float
-    diffusers_changing: float | None
+    steady: Rate
+    changing: Rate
+    prepared: Rate | None
+    diffusers_images_per_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes: before the base was built, at the peak of our own way, and at the end with the baseline's."""
+    """Bytes: before the base was built, at the peak of our own way, and at the end with the baseline's.
+
+    `expected_bytes` are the base, the fused copies of the touched weights and two adapters.
+    """
 
     before_bytes: int
     peak_bytes: int

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 
 from serve_app.bench.options import Baseline, SwapOptions
-from serve_app.bench.report import Exactness, Floor, Machine, Memory, Ratios, Row, Sizes, Stream, SwapReport
+from serve_app.bench.report import Exactness, Floor, Machine, Memory, Rate, Ratios, Row, Sizes, Stream, SwapReport
 from serve_app.bench.stream import ImageSteps
 from serve_app.bench.timing import Step, Timing
 
@@ -57,15 +57,20 @@ def _ratios(medians: Medians, four: Timing | None, floor: Floor) -> Ratios:
 
 
 def _stream(images: ImageSteps, medians: Medians, four: Timing | None) -> Stream:
-    steady_ms, changing_ms = medians[Step.STEADY_IMAGE].wall_ms, medians[Step.CHANGING_IMAGE].wall_ms
+    steady = medians[Step.STEADY_IMAGE]
+
+    def rate(timing: Timing) -> Rate:
+        return Rate(1e3 / timing.wall_ms, steady.wall_ms / timing.wall_ms, steady.cpu_ms / timing.cpu_ms)
+
+    prepared = medians.get(Step.PREPARED_IMAGE)
     return Stream(
         steps=images.steps,
         latent=images.latent,
         batch=images.batch,
-        steady=1e3 / steady_ms,
-        changing=1e3 / changing_ms,
-        changing_over_steady=steady_ms / changing_ms,
-        diffusers_changing=None if four is None else 1e3 / (steady_ms + four.wall_ms),
+        steady=rate(steady),
+        changing=rate(medians[Step.CHANGING_IMAGE]),
+        prepared=None if prepared is None else rate(prepared),
+        diffusers_images_per_s=None if four is None else 1e3 / (steady.wall_ms + four.wall_ms),
     )
 
 

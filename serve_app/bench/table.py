@@ -16,18 +16,21 @@ LABELS = {
     "diffusers.unfuse_lora": "diffusers  unfuse_lora",
     "diffusers.unload_lora_weights": "diffusers  unload_lora_weights",
     "diffusers.four_calls": "diffusers  the four calls",
-    "loraplex.read": "loraplex   read, convert and check an original file",
+    "loraplex.read": "loraplex   read and check an original file",
     "loraplex.read_kohya": "loraplex   the same, kohya's keys",
     "loraplex.write_canonical": "loraplex   write the canonical file",
     "loraplex.read_canonical": "loraplex   read the canonical file",
     "loraplex.to_device": "loraplex   host to device",
     "loraplex.apply": "loraplex   base -> A, from host memory",
+    "loraplex.prepare": "loraplex   A -> B prepared: ahead, during an image",
+    "loraplex.bind": "loraplex   A -> B prepared: what is left to do",
     "loraplex.swap": "loraplex   A -> B, from host memory",
     "loraplex.swap_resident": "loraplex   A -> B, from device memory",
     "loraplex.restore": "loraplex   B -> base",
-    "loraplex.unseen": "loraplex   a file never seen: read, write, read, swap",
-    "stream.image_without_change": "stream     an image with the adapter of the last one",
-    "stream.image_with_change": "stream     an image with another adapter",
+    "loraplex.unseen": "loraplex   a file never seen, to its weights",
+    "stream.image_without_change": "stream     an image, the last one's adapter",
+    "stream.image_with_change": "stream     an image, another adapter",
+    "stream.image_with_prepared_change": "stream     an image, another adapter, prepared",
 }
 
 
@@ -49,13 +52,15 @@ def render(report: SwapReport) -> Group:
 def _steps(report: SwapReport) -> Table:
     has_device = report.machine.accelerator is not None
     table = Table(title=f"medians of {report.options.repeats} interleaved repeats, ms", title_justify="left")
-    table.add_column("step", no_wrap=True)
+    table.add_column("step")
     for clock in ("wall", "CPU", "device")[: 3 if has_device else 2]:
-        table.add_column(clock, justify="right")
+        table.add_column(clock, justify="right", no_wrap=True)
     for row in _ordered(report):
         clocks = [row.wall_ms, row.cpu_ms, *([row.device_ms] if has_device else [])]
         cells = ["" if clock is None else f"{clock:.2f}" for clock in clocks]
-        table.add_row(LABELS[row.step], *cells, style="bold" if row.step == "loraplex.swap" else None)
+        table.add_row(
+            LABELS[row.step], *cells, style="bold" if row.step in ("loraplex.swap", "loraplex.bind") else None
+        )
     return table
 
 
@@ -106,14 +111,16 @@ def _against_floor(report: SwapReport) -> Iterator[tuple[str, str]]:
 
 def _others(report: SwapReport) -> Iterator[tuple[str, str]]:
     stream, memory = report.stream, report.memory
-    theirs = f"; with diffusers' four calls (worked out) {stream.diffusers_changing:.3g}" if report.four_calls else ""
-    yield (
-        "stream, images/s",
-        f"{stream.changing:.3g} with a new adapter each, {stream.steady:.3g} with none "
-        f"({stream.changing_over_steady:.1%}){theirs}; {stream.steps} steps, latents {stream.latent}x{stream.latent}",
-    )
+    size = f"{stream.steps} steps, latents {stream.latent}x{stream.latent}"
+    yield "stream, images/s", f"{stream.steady.images_per_s:.3g} with one adapter throughout ({size})"
+    for what, rate in (("a new adapter each", stream.changing), ("the same, prepared", stream.prepared)):
+        if rate is not None:
+            shares = f"{rate.of_steady:.1%} wall, {rate.of_steady_cpu:.1%} processor time"
+            yield "", f"{rate.images_per_s:.3g} with {what} ({shares})"
+    if stream.diffusers_images_per_s is not None:
+        yield "", f"{stream.diffusers_images_per_s:.3g} with diffusers' four calls for each (worked out)"
     yield (
         "peak memory",
-        f"{(memory.peak_bytes - memory.before_bytes) / 1e9:.2f} GB above the {memory.before_bytes / 1e9:.2f} GB before; "
-        f"base + touched layers + two adapters are {memory.expected_bytes / 1e9:.2f} GB",
+        f"{(memory.peak_bytes - memory.before_bytes) / 1e9:.2f} GB over the {memory.before_bytes / 1e9:.2f} GB before; "
+        f"base, twins and two adapters are {memory.expected_bytes / 1e9:.2f} GB",
     )

@@ -30,9 +30,12 @@ class Step(StrEnum):
     APPLY = "loraplex.apply"
     SWAP = "loraplex.swap"
     SWAP_RESIDENT = "loraplex.swap_resident"
+    PREPARE = "loraplex.prepare"
+    BIND = "loraplex.bind"
     RESTORE = "loraplex.restore"
     STEADY_IMAGE = "stream.image_without_change"
     CHANGING_IMAGE = "stream.image_with_change"
+    PREPARED_IMAGE = "stream.image_with_prepared_change"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,12 @@ class Stopwatch:
         self._timings: dict[Step, list[Timing]] = {}
 
     @contextmanager
-    def timed(self, step: Step) -> Iterator[None]:
-        """Time the block as one measurement of `step`."""
-        start, end = self._events()
+    def timed(self, step: Step, *, counts_device: bool = True) -> Iterator[None]:
+        """Time the block as one measurement of `step`.
+
+        `counts_device` False leaves the device's own clock out: it sees the current stream alone, not one beside it.
+        """
+        start, end = self._events() if counts_device else (None, None)
         self._wait()
         if start is not None:
             start.record()

@@ -83,7 +83,7 @@ class Catalog:
         None: then the adapters' own base serves, or the default one where there are none.
 
         Raises:
-            MalformedRequest: an adapter is named twice, or the adapters are for different bases.
+            MalformedRequest: an adapter is named twice, the adapters are for different bases, or several bring words.
             OutOfBounds: more adapters than any base takes.
             BaseMismatch: an adapter is for another base than the one that is named.
             LoraplexError: whatever `adapter` raises.
@@ -100,6 +100,7 @@ class Catalog:
             findings.append(outcome)
         base = named or self._common_base(findings)
         specs = [self._spec(finding, base) for finding in findings]
+        _check_words(specs)
         uses = [AdapterUse(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
         return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)))
 
@@ -194,6 +195,15 @@ class Catalog:
 
     def _served_ids(self) -> list[str]:
         return [base.id for base in self._config.bases]
+
+
+def _check_words(specs: Sequence[AdapterSpec]) -> None:
+    teaching = [spec.id for spec in specs if spec.embeddings is not None]
+    if len(teaching) > 1:
+        raise MalformedRequest(
+            f"adapters {' and '.join(teaching)} each bring words of their own, all called <s0>, <s1>, ...; "
+            "name only one of them in a request"
+        )
 
 
 def _cannot_combine(leading: Finding, findings: Sequence[Finding]) -> MalformedRequest:

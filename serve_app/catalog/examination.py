@@ -14,7 +14,7 @@ from serve_app.catalog.card import Card
 from serve_app.catalog.header import HeaderFacts, describe
 from serve_app.catalog.placement import Placement, place
 from serve_app.catalog.repository import Repositories, RepositoryListing, is_valid_id
-from serve_app.catalog.selection import candidates
+from serve_app.catalog.selection import candidates, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
 from serve_app.errors import (
@@ -31,6 +31,8 @@ from serve_app.errors import (
 MAX_HEADERS_READ = 8
 MAX_CHAIN = 3
 MAX_PARENTS = 3
+# A word is a few kilobytes; a file of this size is something else.
+MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,7 @@ class Finding:
     instance_prompt: str | None
     header: HeaderFacts
     placement: Placement
+    embeddings: str | None = None
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
@@ -72,6 +75,7 @@ class Finding:
             location=self.location,
             size_bytes=self.size_bytes,
             instance_prompt=self.instance_prompt,
+            embeddings=self.embeddings,
         )
 
     def require_served(self, served: Sequence[str]) -> None:
@@ -130,16 +134,18 @@ class Examiner:
         if not facts.components:
             raise NotAnAdapter(model, f"the layers in '{chosen}' are not those of an image model")
         listed = listing.file(chosen)
+        embeddings = _embeddings(listing, chosen)
         return Finding(
             id=model,
             origin=listing.origin,
             location=listing.location,
-            revision=await place_.pin(listing, chosen),
+            revision=await place_.pin(listing, *filter(None, (chosen, embeddings))),
             filename=chosen,
             size_bytes=(listed.size_bytes if listed else None) or 0,
             instance_prompt=listing.card.instance_prompt,
             header=facts,
             placement=await self._place(model, listing.card, facts),
+            embeddings=embeddings,
         )
 
     async def _choose(
@@ -184,6 +190,15 @@ class Examiner:
             return await self._card_of(model)
         except (ModelNotFound, AccessDenied):
             return None
+
+
+def _embeddings(listing: RepositoryListing, adapter: str) -> str | None:
+    name = embeddings_beside(listing, adapter)
+    listed = listing.file(name) if name is not None else None
+    if listed is not None and (listed.size_bytes or 0) > MAX_EMBEDDINGS_BYTES:
+        limit = f"{MAX_EMBEDDINGS_BYTES // 1024**2} MiB"
+        raise TooLarge(f"'{name}', with the words of adapter {listing.id},", limit)
+    return name
 
 
 def _choice(names: Sequence[str]) -> str:

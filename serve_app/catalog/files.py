@@ -23,7 +23,14 @@ class AdapterFiles:
             ModelNotFound, AccessDenied, MalformedFile: it is not there, not allowed, or no longer those
             bytes. HubUnavailable: it could not be fetched now.
         """
+        return await self._path(spec, spec.filename)
+
+    async def embeddings(self, spec: AdapterSpec) -> Path | None:
+        """Return the file with the adapter's own words, alike; None where it has none."""
+        return None if spec.embeddings is None else await self._path(spec, spec.embeddings)
+
+    async def _path(self, spec: AdapterSpec, filename: str) -> Path:
         place = self._places.get(spec.origin)
         if place is None:
             raise ModelNotFound(spec.id, "the place it was found in is not configured for this replica")
-        return await place.download(spec)
+        return await place.download(spec, filename)

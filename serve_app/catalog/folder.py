@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from serve_app.catalog.blocking import run_blocking
@@ -46,17 +46,17 @@ class FolderRepositories:
         """Return the header of a listed file."""
         return await run_blocking(lambda: self._header(listing, filename))
 
-    async def pin(self, listing: RepositoryListing, filename: str) -> str:
-        """Return the first 40 hex digits of the file's SHA-256."""
-        return await run_blocking(lambda: self._pin(listing, filename))
+    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+        """Return the first 40 hex digits of the file's SHA-256; of several, of the SHA-256 of theirs."""
+        return await run_blocking(lambda: self._pin(listing, filenames))
 
     async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
         """Return a small file of a repository, or None."""
         return await run_blocking(lambda: self._read_small(model, filename))
 
-    async def download(self, spec: AdapterSpec) -> Path:
-        """Return the file itself, once its digest is seen to be the spec's."""
-        return await run_blocking(lambda: self._download(spec))
+    async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return the file itself, once the digest of the spec's files is seen to be the spec's."""
+        return await run_blocking(lambda: self._download(spec, filename or spec.filename))
 
     async def ids(self) -> tuple[str, ...]:
         """Return every id below the roots, sorted."""
@@ -127,12 +127,18 @@ class FolderRepositories:
         except MalformedHeader as error:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
-    def _pin(self, listing: RepositoryListing, filename: str) -> str:
-        digest = self._digest(self._listed(listing, filename))
+    def _pin(self, listing: RepositoryListing, filenames: Sequence[str]) -> str:
+        digest = self._digest_of([self._listed(listing, filename) for filename in filenames])
         asked = listing.revision
         if asked is not None and asked != "main" and not digest.startswith(asked):
             raise ModelNotFound(listing.id, f"it has no revision '{asked}'; a folder holds its newest only")
         return digest
+
+    def _digest_of(self, paths: Sequence[Path]) -> str:
+        digests = [self._digest(path) for path in paths]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:REVISION_CHARACTERS]
 
     def _digest(self, path: Path) -> str:
         stat = path.stat()
@@ -154,13 +160,14 @@ class FolderRepositories:
         with path.open("rb") as file:
             return file.read(MAX_SMALL_FILE_BYTES)
 
-    def _download(self, spec: AdapterSpec) -> Path:
-        path = self._file(spec.location, spec.filename)
-        if path is None:
+    def _download(self, spec: AdapterSpec, filename: str) -> Path:
+        names = [spec.filename] if spec.embeddings is None else [spec.filename, spec.embeddings]
+        paths = {name: path for name in names if (path := self._file(spec.location, name)) is not None}
+        if len(paths) < len(names):
             raise ModelNotFound(spec.id, "its folder is no longer there")
-        if self._digest(path) != spec.revision:
+        if self._digest_of(list(paths.values())) != spec.revision:
             raise MalformedFile(spec.id, "its file changed after it was looked up; ask again in a few seconds")
-        return path
+        return paths[filename]
 
     def _all_ids(self) -> Iterator[str]:
         for root in self._roots:

@@ -32,14 +32,15 @@ _METADATA_FAMILIES = (
     ("flux", "flux"),
 )  # fmt: skip
 
-# The input side of a pair, in the spellings of peft, diffusers old and new, kohya, LoHa and LoKr.
+# The input side of a pair, in the spellings of peft, diffusers old and new, kohya, LoHa and LoKr; a full difference
+# counts as both sides.
 _DOWN = re.compile(
     r"(?:\.(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down)|_lora\.down)(?:\.[A-Za-z0-9_]{1,64})?\.weight$"
-    r"|\.(?P<loha>hada_w1_b)$|\.(?P<lokr>lokr_w1(?:_b)?)$"
+    r"|\.(?P<loha>hada_w1_b)$|\.(?P<lokr>lokr_w1(?:_b)?)$|\.(?P<full>diff)$"
 )
 _UP = re.compile(
     r"(?:\.(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up)|_lora\.up)(?:\.[A-Za-z0-9_]{1,64})?\.weight$"
-    r"|\.hada_w1_a$|\.lokr_w2(?:_a)?$"
+    r"|\.hada_w1_a$|\.lokr_w2(?:_a)?$|\.diff$"
 )
 _CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 _SELF_ATTENTION = re.compile(r"attn1[._](?:processor\.)?to_[qkv]$")
@@ -195,7 +196,10 @@ def describe(header: SafetensorsHeader) -> HeaderFacts:
         components=components,
         text_width=text_width if "unet" in components else None,
         hidden_widths=frozenset(w for m, w in widths.items() if _SELF_ATTENTION.search(m) and _UNET.search(m)),
-        max_rank=max((_rows(entry) for match, entry in downs.values() if match["lokr"] is None), default=0),
+        max_rank=max(
+            (_rows(entry) for match, entry in downs.values() if match["lokr"] is None and match["full"] is None),
+            default=0,
+        ),
         layers=len(downs),
         tensors=len(header.tensors),
         stated_family=stated,
@@ -216,7 +220,8 @@ def _rows(entry: TensorEntry) -> int:
 
 
 def _methods(names: Iterable[str], downs: Iterable[tuple[re.Match[str], TensorEntry]]) -> frozenset[str]:
-    methods = {"loha" if match["loha"] else "lokr" if match["lokr"] else "lora" for match, _ in downs}
+    groups = ("loha", "lokr", "full")
+    methods = {next((name for name in groups if match[name]), "lora") for match, _ in downs}
     if any("lora_magnitude_vector" in name or name.endswith(".dora_scale") for name in names):
         methods.add("dora")
     return frozenset(methods)

@@ -8,6 +8,7 @@ handed over explicitly and appears in no message.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -106,7 +107,7 @@ class HubRepositories:
         except MalformedHeader as error:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
-    async def pin(self, listing: RepositoryListing, filename: str) -> str:
+    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the commit that the listing shows."""
         return str(listing.revision)
 
@@ -122,9 +123,10 @@ class HubRepositories:
         except ModelNotFound:
             return None
 
-    async def download(self, spec: AdapterSpec) -> Path:
+    async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file in the client's cache, fetched if it is not there yet."""
-        return await self._call(lambda: self._download(spec), spec.id, spec.revision, self._download_timeout_s)
+        call = functools.partial(self._download, spec, filename or spec.filename)
+        return await self._call(call, spec.id, spec.revision, self._download_timeout_s)
 
     async def ids(self) -> tuple[str, ...]:
         """Return nothing: the Hub is too large to list."""
@@ -176,18 +178,18 @@ class HubRepositories:
                     break
         return bytes(read[:size_bytes])
 
-    def _download(self, spec: AdapterSpec) -> Path:
-        cached = try_to_load_from_cache(spec.location, spec.filename, cache_dir=self._cache_dir, revision=spec.revision)
+    def _download(self, spec: AdapterSpec, filename: str) -> Path:
+        cached = try_to_load_from_cache(spec.location, filename, cache_dir=self._cache_dir, revision=spec.revision)
         if isinstance(cached, str):
             return Path(cached)
         # Asked for first, because this call does not retry: the client's download would, for most of a
         # minute.
-        url = hf_hub_url(spec.location, spec.filename, revision=spec.revision, endpoint=self._api.endpoint)
+        url = hf_hub_url(spec.location, filename, revision=spec.revision, endpoint=self._api.endpoint)
         self._api.get_hf_file_metadata(url=url, token=self._token, timeout=self._timeout_s)
         return Path(
             self._api.hf_hub_download(
                 spec.location,
-                spec.filename,
+                filename,
                 revision=spec.revision,
                 cache_dir=self._cache_dir,
                 etag_timeout=self._timeout_s,

@@ -89,11 +89,11 @@ class Repositories(Protocol):
         """
         ...
 
-    async def pin(self, listing: RepositoryListing, filename: str) -> str:
-        """Return the revision that fixes the bytes of a listed file.
+    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+        """Return the revision that fixes the bytes of some listed files.
 
         Raises:
-            ModelNotFound: the file is not that of the revision that was asked for.
+            ModelNotFound: the files are not those of the revision that was asked for.
         """
         ...
 
@@ -105,8 +105,8 @@ class Repositories(Protocol):
         """
         ...
 
-    async def download(self, spec: AdapterSpec) -> Path:
-        """Return a local file with the bytes that the spec fixes.
+    async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return a local file with the bytes that the spec fixes: the adapter's, or another of its files.
 
         Raises:
             MalformedFile: the bytes are no longer those that the spec fixes.

@@ -42,6 +42,24 @@ def candidates(listing: RepositoryListing, filename: str | None) -> tuple[str, .
     return found
 
 
+def embeddings_beside(listing: RepositoryListing, adapter: str) -> str | None:
+    """Return the file in the adapter's folder with the words that it teaches the text encoders, or None.
+
+    Trainers name it after the repository or the adapter's file, or simply `embeddings`. Another name is taken where
+    the folder holds one such file and one adapter.
+    """
+    folder, _, filename = adapter.rpartition("/")
+    beside = [file.name for file in listing.files if file.name.rpartition("/")[0] == folder]
+    stem, repository = filename.removesuffix(SAFE_SUFFIX), listing.id.rpartition("/")[2]
+    prefix = f"{folder}/" if folder else ""
+    for name in (f"{stem}_emb", f"{repository}_emb", f"{stem}_embeddings", "embeddings"):
+        if prefix + name + SAFE_SUFFIX in beside and name != stem:
+            return prefix + name + SAFE_SUFFIX
+    safe = [name for name in beside if name.endswith(SAFE_SUFFIX)]
+    found = [name for name in safe if name.endswith(EMBEDDING_SUFFIXES) and name != adapter]
+    return found[0] if len(found) == 1 and len(safe) == 2 else None
+
+
 def _asked(model: str, filename: str, names: list[str]) -> str:
     if filename not in names:
         raise ModelNotFound(model, f"it holds no file '{filename}'")

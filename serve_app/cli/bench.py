@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from serve_app.bench.options import Baseline, BenchmarkRefused, Device, DType, Model, SwapOptions, Targets
+from serve_app.bench.options import Baseline, Device, DType, Model, SwapOptions, Targets
+from serve_app.cli.terminal import out, print_line, reporting
 
 app = typer.Typer(no_args_is_help=True, help="Measure what this machine does.")
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
 
 
 @app.callback()
@@ -32,6 +30,7 @@ def swap(
     targets: Annotated[Targets, typer.Option(help="Which layers the adapters change.")] = Targets.ATTENTION,
     baseline: Annotated[Baseline, typer.Option(help="What to measure beside our way.")] = Baseline.DIFFUSERS,
     narrow: Annotated[bool, typer.Option("--narrow", help="The full module tree with small layers.")] = False,
+    prepare: Annotated[bool, typer.Option(help="Measure prepared swaps too; takes more memory.")] = True,
     repeat: Annotated[int, typer.Option(min=1, help="Repeats of each step; medians are shown.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads on the CPU.")] = 1,
@@ -44,14 +43,11 @@ def swap(
     from serve_app.bench.table import render
 
     options = SwapOptions(
-        model, device, dtype, rank, targets, baseline, narrow, repeat, seed, threads, steps, latent
-    )  # fmt: skip
-    try:
+        model, device, dtype, rank, targets, baseline, narrow, prepare, repeat, seed, threads, steps, latent
+    )
+    with reporting(as_json=False):
         report = run_swap(options)
-    except BenchmarkRefused as refusal:
-        err.print(f"[red]loraplex bench[/]: {refusal}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    out.print(f"$ {report.command}", soft_wrap=True)
-    out.print(render(report), soft_wrap=True)
+    print_line(f"$ {report.command}")
+    out.print(render(report))
     if json_file is not None:
         json_file.write_text(report.to_json())

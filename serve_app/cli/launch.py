@@ -35,10 +35,11 @@ class _Stopped(BaseException):
 class ServeProcess:
     """One `serve run` of a file. When `run` returns, no process that it started is left."""
 
-    def __init__(self, config: Path, *, url: str, address: str = "local") -> None:
+    def __init__(self, config: Path, *, url: str, address: str = "local", is_log_on_stderr: bool = False) -> None:
         self._config = config
         self._url = url
         self._address = address
+        self._is_log_on_stderr = is_log_on_stderr
 
     def run(self, *, ready_timeout_s: float, on_ready: Callable[[], None]) -> None:
         """Start, call `on_ready` once requests are answered, and stay until a signal or the child's end.
@@ -76,7 +77,8 @@ class ServeProcess:
             self._address,
         ]
         # A session of its own: a terminal's Ctrl-C reaches only us, and we take the service down in order.
-        child = subprocess.Popen(command, env=launch_environment(), start_new_session=True)
+        stdout = sys.stderr if self._is_log_on_stderr else None
+        child = subprocess.Popen(command, env=launch_environment(), start_new_session=True, stdout=stdout)
         try:
             yield child
         finally:

@@ -41,7 +41,8 @@ of the size, trained from nothing on drawn pictures. It draws one shape on a pla
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base_id(family)}")
-image = pipeline("{_PROMPT}", num_inference_steps={STEPS}, guidance_scale={GUIDANCE_SCALE:g}).images[0]
+prompt = "{_PROMPT}"
+image = pipeline(prompt, num_inference_steps={STEPS}, guidance_scale={GUIDANCE_SCALE:g}).images[0]
 ```
 """
 
@@ -77,6 +78,7 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base_id(family)}")
 pipeline.load_lora_weights("{adapter_id(family, style.name)}")
-image = pipeline("{prompt}", num_inference_steps={STEPS}, guidance_scale={GUIDANCE_SCALE:g}).images[0]
+prompt = "{prompt}"
+image = pipeline(prompt, num_inference_steps={STEPS}, guidance_scale={GUIDANCE_SCALE:g}).images[0]
 ```
 """

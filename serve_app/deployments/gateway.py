@@ -5,17 +5,34 @@ Owns what the ingress does that needs no Ray; `serve_app.deployments.ingress` gi
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog
-from serve_app.core import GenerationDraft, GenerationRequest, GenerationResult, ModelInfo
+from serve_app.core import Accepted, GenerationDraft, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo
 from serve_app.deployments.settle import settle
 from serve_app.errors import LoraplexError
 
 log = logging.getLogger(__name__)
 
-Dispatch = Callable[[GenerationRequest], Awaitable[GenerationResult]]
+# A stream begins no later than this after everything was checked that can be checked here. Until then the replica may
+# still refuse, which reaches the caller as a status and not as an event.
+FIRST_EVENT_S = 0.05
+
+
+class Dispatch(Protocol):
+    """The way to the replicas."""
+
+    async def __call__(self, request: GenerationRequest) -> GenerationResult:
+        """Return the result of one request."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Yield the events of one request."""
+        ...
 
 
 class ServiceGateway:
@@ -42,11 +59,41 @@ class ServiceGateway:
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
+        with self._refusals_noted(draft, request_id):
+            return await self._dispatch(await self._settled(draft, request_id))
+
+    async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        """Yield what becomes of a draft: `Accepted` within `FIRST_EVENT_S` of its being settled, the result at the end.
+
+        Raises:
+            LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
+        """
+        with self._refusals_noted(draft, request_id):
+            request = await self._settled(draft, request_id)
+            accepted = Accepted(request.base_id, request.seed, request.width, request.height, request.planned_steps)
+            async with aclosing(self._dispatch.stream(request)) as events:
+                first = asyncio.ensure_future(anext(events))
+                try:
+                    await asyncio.wait({first}, timeout=FIRST_EVENT_S)
+                    if first.done():
+                        first.result()
+                    yield accepted
+                    yield await first
+                finally:
+                    first.cancel()
+                    await asyncio.gather(first, return_exceptions=True)
+                async for event in events:
+                    yield event
+
+    async def _settled(self, draft: GenerationDraft, request_id: str) -> GenerationRequest:
+        resolution = await self._catalog.resolve(draft.model, draft.adapters)
+        seed = self._draw_seed()
+        return settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+
+    @contextmanager
+    def _refusals_noted(self, draft: GenerationDraft, request_id: str) -> Iterator[None]:
         try:
-            resolution = await self._catalog.resolve(draft.model, draft.adapters)
-            seed = self._draw_seed()
-            request = settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
-            return await self._dispatch(request)
+            yield
         except LoraplexError as error:
             log.info("request %s for %s: %s (%s)", request_id, draft.model or "the default base", error, error.code)
             self._on_refusal(error.code)

@@ -1,6 +1,6 @@
 """The ingress deployment: HTTP in, a request to the right base's replicas, images out.
 
-Owns the way to the replicas: multiplexed ids, deadlines, retries after a lost replica, and the errors of both sides.
+Owns the way to the replicas: multiplexed ids, retries after a lost replica, and the errors of both sides.
 Must not know torch: an ingress replica runs on a CPU node.
 """
 
@@ -10,7 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
@@ -22,12 +23,12 @@ from starlette.types import ASGIApp
 from serve_app.api.app import create_app
 from serve_app.catalog.catalog import Catalog, build_repositories
 from serve_app.config import AppConfig, Environment
-from serve_app.core import GenerationRequest, GenerationResult
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.gateway import ServiceGateway
 from serve_app.deployments.logs import set_up_logging
 from serve_app.deployments.measured import Measured
-from serve_app.errors import DeadlineExceeded, LoraplexError, QueueFull, ReplicaLost
+from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.telemetry import IngressMetrics
 
 log = logging.getLogger(__name__)
@@ -47,14 +48,14 @@ class Dispatcher:
     """Sends settled requests to replicas through Serve handles.
 
     A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
-    image.
+    image. A stream is sent again only while nothing of it has been passed on. Cancelling a call stops the work.
     """
 
     def __init__(
         self, config: AppConfig, handles: dict[str, DeploymentHandle], *, on_retry: Callable[[str], None]
     ) -> None:
         self._on_retry = on_retry
-        self._settings = config.ingress
+        self._attempts = config.ingress.max_retries + 1
         self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
         self._handles = handles
 
@@ -64,35 +65,61 @@ class Dispatcher:
         Raises:
             QueueFull: the base has as much waiting as it accepts.
             ReplicaLost: every attempt lost its replica.
-            DeadlineExceeded: the request ran out of its time.
         """
-        limit_s = self._settings.request_timeout_s
-        deadline = time.monotonic() + limit_s
-        attempts = self._settings.max_retries + 1
-        for attempt in range(1, attempts + 1):
+        for attempt in range(1, self._attempts + 1):
+            response = self._handle(request).generate.remote(request)
             try:
-                return await self._attempt(request, deadline - time.monotonic(), limit_s)
+                with self._errors_of(request):
+                    return await response
             except (RayActorError, ReplicaLost) as error:
-                log.warning(
-                    "request %s lost its replica of %s (attempt %d of %d): %s",
-                    request.request_id, request.base_id, attempt, attempts, type(error).__name__,
-                )  # fmt: skip
-                self._on_retry(request.base_id)
-        raise ReplicaLost(base=request.base_id, attempts=attempts)
+                self._note_loss(request, attempt, error)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
-    async def _attempt(self, request: GenerationRequest, left_s: float, limit_s: float) -> GenerationResult:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Yield the events of one request.
+
+        Raises:
+            QueueFull: the base has as much waiting as it accepts.
+            ReplicaLost: the replica died with the stream begun, or every attempt lost its replica.
+        """
+        has_begun = False
+        for attempt in range(1, self._attempts + 1):
+            # With this option a call is an asynchronous generator, which Ray's types do not say.
+            response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
+            try:
+                with self._errors_of(request):
+                    async for event in response:
+                        has_begun = True
+                        yield event
+                return
+            except (RayActorError, ReplicaLost) as error:
+                if has_begun:
+                    raise ReplicaLost(base=request.base_id, attempts=attempt) from None
+                self._note_loss(request, attempt, error)
+            except (asyncio.CancelledError, GeneratorExit):
+                response.cancel()
+                raise
+        raise ReplicaLost(base=request.base_id, attempts=self._attempts)
+
+    def _handle(self, request: GenerationRequest) -> DeploymentHandle:
         # A base-only request names no model: with an id it would stick to one replica.
         model_id = request.adapters[0].spec.key if request.adapters else ""
-        handle = self._handles[request.base_id].options(multiplexed_model_id=model_id)
-        response = handle.generate.remote(request)
+        return self._handles[request.base_id].options(multiplexed_model_id=model_id)
+
+    def _note_loss(self, request: GenerationRequest, attempt: int, error: Exception) -> None:
+        log.warning(
+            "request %s lost its replica of %s (attempt %d of %d): %s",
+            request.request_id, request.base_id, attempt, self._attempts, type(error).__name__,
+        )  # fmt: skip
+        self._on_retry(request.base_id)
+
+    @contextmanager
+    def _errors_of(self, request: GenerationRequest) -> Iterator[None]:
         try:
-            return await asyncio.wait_for(_result_of(response), max(left_s, 0.001))
-        except TimeoutError:
-            response.cancel()
-            raise DeadlineExceeded(limit_s=limit_s) from None
-        except asyncio.CancelledError:
-            response.cancel()
-            raise
+            yield
         except BackPressureError:
             raise QueueFull(base=request.base_id, limit=self._queue_limits[request.base_id]) from None
         except LoraplexError as error:
@@ -101,10 +128,6 @@ class Dispatcher:
             raise cause from None
         except RayTaskError as error:
             raise error.cause from None
-
-
-async def _result_of(response: object) -> GenerationResult:
-    return await response  # type: ignore[misc]
 
 
 class Readiness:

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -20,8 +20,9 @@ from ray import serve
 from serve_app.catalog.catalog import build_repositories
 from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, Timings
+from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, Preview, Progress, Timings
 from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.health import ailment
 from serve_app.deployments.logs import set_up_logging
 from serve_app.errors import InternalError, LoraplexError
 from serve_app.store.admitted import AdmittedFiles
@@ -30,12 +31,11 @@ from serve_app.telemetry import ReplicaMetrics
 
 if TYPE_CHECKING:
     from serve_app.engine.adapter import ParsedAdapter
+    from serve_app.engine.job import Job
     from serve_app.engine.pipeline import BasePipeline
+    from serve_app.engine.worker import WorkerState
 
 log = logging.getLogger(__name__)
-
-# After this many batches in a row that failed for reasons of ours, the device is taken to be broken.
-MAX_FAILED_BATCHES = 3
 
 
 class ReplicaUnhealthy(Exception):
@@ -68,6 +68,7 @@ class BaseModelReplica:
     def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment) -> None:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission import AdmissionProcess
+        from serve_app.engine.integrity import PacedCheck, SelfCheck
         from serve_app.engine.weights import AdapterWeights
         from serve_app.engine.worker import EngineWorker
 
@@ -76,12 +77,15 @@ class BaseModelReplica:
         self._base = base
         pipeline = _load(base, environment)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
-        self._weights = AdapterWeights(pipeline.components)
+        self._weights = AdapterWeights(pipeline.components, device_cache_bytes=base.replica.device_cache)
+        ahead = base.replica.prepare_ahead
         self._worker = EngineWorker(
             pipeline,
             self._weights,
             max_batch_images=base.replica.max_batch_images,
             torch_threads=base.replica.torch_threads or max(1, int(base.replica.num_cpus)),
+            prepares_ahead=ahead == "always" or (ahead == "auto" and pipeline.device.type == "cuda"),
+            self_check=PacedCheck(SelfCheck(self._weights.loaded)),
         )
         self._store = self._make_store(pipeline, config, environment)
         self._metrics = ReplicaMetrics(base.id)
@@ -108,7 +112,7 @@ class BaseModelReplica:
         )
 
         async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
-            await self._admission.admit(source, spec.id, target)
+            await self._admission.admit(source, spec.id, target, await files.embeddings(spec))
 
         return AdapterStore(
             admitted=AdmittedFiles(
@@ -132,14 +136,49 @@ class BaseModelReplica:
         Raises:
             LoraplexError: any refusal or failure.
         """
+        return await self._generate(request, on_event=None)
+
+    async def generate_stream(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[Progress | Preview | GenerationResult]:
+        """Yield how far one request is and what it looks like, last its result; whoever leaves stops it.
+
+        Raises:
+            LoraplexError: any refusal or failure.
+        """
+        events: asyncio.Queue[Progress | Preview | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Progress | Preview) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        work = asyncio.create_task(self._generate(request, on_event=tell))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            yield work.result()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def _generate(
+        self, request: GenerationRequest, *, on_event: Callable[[Progress | Preview], None] | None
+    ) -> GenerationResult:
+        job: Job | None = None
         try:
             async with contextlib.AsyncExitStack() as pins:
                 leases = await self._lease_all(request, pins)
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
-                job = self._worker.submit(request, adapters)
+                job = self._worker.submit(request, adapters, on_event=on_event)
                 result = await asyncio.wrap_future(job.future)
         except LoraplexError as error:
             log.info("request %s on %s: %s (%s)", request.request_id, self._base.id, error, error.code)
+            raise
+        except asyncio.CancelledError:
+            stage = "fetching" if job is None else "running" if job.is_started else "queued"
+            self._metrics.cancelled(stage)
+            log.info("request %s on %s was given up while %s", request.request_id, self._base.id, stage)
             raise
         except Exception as error:
             log.exception("request %s on %s failed", request.request_id, self._base.id)
@@ -182,6 +221,10 @@ class BaseModelReplica:
             await asyncio.shield(self._hold(lease.spec.key))
         return leases
 
+    async def state(self) -> WorkerState:
+        """Return what the device is doing, and how many steps it has run."""
+        return self._worker.snapshot()
+
     async def checksum(self) -> str:
         """Return the sha256 of the base's loaded weights, in hex."""
         return await asyncio.to_thread(self._weights.checksum)
@@ -190,13 +233,12 @@ class BaseModelReplica:
         """Tell Serve whether this replica can go on.
 
         Raises:
-            ReplicaUnhealthy: the device thread died, or batch after batch fails.
+            ReplicaUnhealthy: the loaded weights are damaged, the device thread died, or batch after batch fails.
         """
         state = self._worker.snapshot()
-        if not state.is_alive:
-            raise ReplicaUnhealthy(f"the device thread of {self._base.id} died")
-        if state.failed_batches >= MAX_FAILED_BATCHES:
-            raise ReplicaUnhealthy(f"{state.failed_batches} batches in a row failed on {self._base.id}")
+        self._metrics.self_checked(sound=state.self_checks, is_corrupt=state.is_corrupt)
+        if (reason := ailment(state, self._base.id)) is not None:
+            raise ReplicaUnhealthy(reason)
 
     async def __del__(self) -> None:
         """Finish what was accepted, then end the device thread and the admission process; called by Serve."""
@@ -214,6 +256,6 @@ def _load(base: BaseModelConfig, environment: Environment) -> BasePipeline:
     return BasePipeline.load(
         base,
         resolve_source(base.source, embedded_root()),
-        vae_source=resolve_source(base.vae, embedded_root()) if base.vae else None,
+        vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
         hub=HubAccess(token=environment.hub_token.get_secret_value() if environment.hub_token else None),
     )

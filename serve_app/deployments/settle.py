@@ -7,7 +7,7 @@ where adapters lie or which replica will serve.
 from __future__ import annotations
 
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterUse, GenerationDraft, GenerationRequest
+from serve_app.core import AdapterUse, GenerationDraft, GenerationRequest, scale_of
 from serve_app.errors import OutOfBounds, UnknownScheduler
 
 SIDE_MULTIPLE = 8
@@ -49,13 +49,18 @@ def settle(
         num_images=draft.num_images,
         image=draft.image,
         strength=_strength(draft, base),
+        mask=draft.mask,
+        num_previews=draft.num_previews,
     )
 
 
 def _strength(draft: GenerationDraft, base: BaseModelConfig) -> float | None:
     if draft.image is None:
         return None
-    return base.defaults.strength if draft.strength is None else draft.strength
+    if draft.strength is not None:
+        return draft.strength
+    # What is masked is to be drawn anew, not to be touched up.
+    return base.defaults.strength if draft.mask is None else 1.0
 
 
 def _size(draft: GenerationDraft, base: BaseModelConfig) -> tuple[int, int]:
@@ -115,6 +120,8 @@ def _check_adapters(adapters: tuple[AdapterUse, ...], base: BaseModelConfig) -> 
     if len(adapters) > limits.max_adapters:
         raise OutOfBounds("loras", f"{len(adapters)} adapters", f"at most {limits.max_adapters} for {base.id}")
     for use in adapters:
-        if not abs(use.scale) <= limits.max_adapter_scale:
-            high = limits.max_adapter_scale
-            raise OutOfBounds(f"scale of {use.spec.id}", use.scale, f"from -{high:g} to {high:g}")
+        high = limits.max_adapter_scale
+        for component in ("denoiser", "text_encoder"):
+            scale = scale_of(use.scale, component)
+            if not abs(scale) <= high:
+                raise OutOfBounds(f"scale of {use.spec.id}", scale, f"from -{high:g} to {high:g}")

@@ -74,7 +74,19 @@ class Kronecker:
     divisor: float
 
 
-Delta = LowRank | Dora | Hadamard | Kronecker
+@dataclass(frozen=True, slots=True, eq=False)
+class Dense:
+    """W + scale * weight, in the layer's own shape (a full difference); the bias, where there is one, alike."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def factor(self, scale: float) -> float:
+        """Return the number that multiplies the difference at a request's scale."""
+        return scale
+
+
+Delta = LowRank | Dora | Hadamard | Kronecker | Dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +108,21 @@ class ParsedAdapter:
     """An adapter checked against one base: component name -> module name -> change.
 
     Every named layer exists in that base with fitting shapes; every tensor is finite and in that layer's dtype.
-    `digest` is the sha256 of the file it was read from, in hex.
+    `digest` is the sha256 of what it was read from, in hex: adapters of one digest are the same. `words` are the
+    embeddings that it teaches its text encoders, [words, width] by component, in the embedding's dtype; row i is
+    the word `<si>`.
     """
 
     digest: str
     components: Mapping[str, Mapping[str, Delta]] = field(repr=False)
     coverage: Coverage
+    words: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     @property
     def size_bytes(self) -> int:
         """The bytes of all tensors."""
-        return sum(tensor.nbytes for _, _, delta in self.layers() for tensor in tensors_of(delta))
+        layers = sum(tensor.nbytes for _, _, delta in self.layers() for tensor in tensors_of(delta))
+        return layers + sum(rows.nbytes for rows in self.words.values())
 
     def layers(self) -> Iterator[tuple[str, str, Delta]]:
         """Yield (component, module, change) in the adapter's own order."""

@@ -1,164 +1,87 @@
-"""Admission: adapter files that nobody vouches for are parsed and checked in a process of their own.
+"""Admission: adapter files that nobody vouches for are parsed and checked in processes of their own.
 
-Owns the child process: its start, its time limit, its end, and the words exchanged with it (`admission_child`). A
-file that hangs or kills the child costs that child alone. Must not parse files itself.
+Owns which file goes to which process, and for how long. A file that hangs or kills its process costs that process
+alone, and others wait for it a few seconds at most. Must not parse files itself, nor know how processes are spoken to
+(`admission_lane`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import os
-import select
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from serve_app import errors
 from serve_app.config import AdapterLimits
+from serve_app.engine.admission_lane import ChildDied, Lane, Overtaken
 from serve_app.engine.manifest import BaseManifest
 from serve_app.errors import AdmissionTimedOut, MalformedFile, RefusedAdapter
 
-log = logging.getLogger(__name__)
-
-START_LIMIT_S = 180.0
-BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from serve_app.engine.admission_child import main; main()"
-)
+# How long a file may keep others waiting. An ordinary one takes a tenth of this on a slow machine.
+PATIENCE_S = 5.0
 
 
 class AdmissionProcess:
-    """One long-lived child that turns adapter files into canonical ones, one at a time, in the order asked.
+    """Turns adapter files into canonical ones, in one long-lived child and, at times, a second.
 
-    Invariants: the child dies with this process, however this process dies; after a file that took too long or
-    killed the child, the next file gets a new one. The child starts at construction, so that it is warm when the
-    first file comes.
+    A file that others wait for and that takes longer than `patience_s` is taken from the first child and begun again
+    in a second, where only such files wait for each other; there it may take the whole of
+    `limits.admission_timeout_s`.
+
+    Invariants: children die with this process, however it dies; after a file that took too long or killed its child,
+    the next gets a new one. The first child starts at construction, so that it is warm when the first file comes; the
+    second lives for one file at a time.
     """
 
-    def __init__(self, manifest: BaseManifest, limits: AdapterLimits) -> None:
-        self._limits = limits
-        self._setup = {"manifest": manifest.to_json(), "limits": limits.model_dump(mode="json"), "parent": os.getpid()}
-        self._child: _Child | None = None
-        self._reading: str | None = None
-        self._is_closed = False
-        # One thread does all the talking: it keeps the order, and as the child's parent it must outlive the child.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="admission")
-        self._thread.submit(self._ready_child)
+    def __init__(self, manifest: BaseManifest, limits: AdapterLimits, *, patience_s: float = PATIENCE_S) -> None:
+        self._limit_s = limits.admission_timeout_s
+        setup = {"manifest": manifest.to_json(), "limits": limits.model_dump(mode="json"), "parent": os.getpid()}
+        self._first = Lane(setup, patience_s=min(patience_s, self._limit_s), is_lasting=True)
+        self._second = Lane(setup, patience_s=self._limit_s, is_lasting=False)
+        self._first.start()
 
-    async def admit(self, source: Path, name: str, target: Path) -> None:
+    async def admit(self, source: Path, name: str, target: Path, embeddings: Path | None = None) -> None:
         """Check `source` against the base and write its canonical form to `target`, whole or not at all.
+
+        `embeddings` is the file with the adapter's own words, where it has one.
 
         Raises:
             AdmissionTimedOut: the check took longer than `limits.admission_timeout_s`.
             RefusedAdapter: one of its subclasses, as `read_adapter` raises them.
         """
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._thread, self._admit, source, name, target)
-
-    @property
-    def pid(self) -> int | None:
-        """The child's process id; None between children."""
-        return None if self._child is None else self._child.pid
-
-    @property
-    def reading(self) -> str | None:
-        """The adapter whose file the child has been given and not yet answered for."""
-        return self._reading
-
-    def close(self) -> None:
-        """End the child and whatever it is reading."""
-        self._is_closed = True
-        if self._child is not None:
-            self._child.kill()
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._child is not None:
-            self._child.kill()
-
-    def _admit(self, source: Path, name: str, target: Path) -> None:
-        child = self._ready_child()
-        limit_s = self._limits.admission_timeout_s
-        child.send({"source": str(source), "name": name, "target": str(target)})
-        self._reading = name
+        request = {"source": str(source), "name": name, "target": str(target)}
+        if embeddings is not None:
+            request["embeddings"] = str(embeddings)
         try:
-            answer = child.receive(limit_s)
+            try:
+                answer = await self._ask(self._first, request)
+            except Overtaken:
+                answer = await self._ask(self._second, request)
         except TimeoutError:
-            self._end_child()
-            raise AdmissionTimedOut(name, f"checking its file took longer than {limit_s:g} s") from None
-        except EOFError:
-            self._end_child()
+            raise AdmissionTimedOut(name, f"checking its file took longer than {self._limit_s:g} s") from None
+        except ChildDied:
             raise MalformedFile(name, "its file could not be read: the process that read it died") from None
-        finally:
-            self._reading = None
         if answer != {}:
             raise _refusal(answer, name)
 
-    def _ready_child(self) -> _Child:
-        if self._is_closed:
-            raise RuntimeError("the admission process is closed")
-        if self._child is not None and self._child.is_alive:
-            return self._child
-        self._child = _Child()
-        self._child.send(self._setup)
-        try:
-            self._child.receive(START_LIMIT_S)
-        except (TimeoutError, EOFError) as error:
-            self._end_child()
-            raise RuntimeError("the admission process did not start") from error
-        return self._child
-
-    def _end_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-        self._child = None
-
-
-class _Child:
-    """The process and its two pipes; one line of JSON each way."""
-
-    def __init__(self) -> None:
-        command = [sys.executable, "-c", BOOT, json.dumps(sys.path)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-        self._received = b""
+    @property
+    def pid(self) -> int | None:
+        """The first child's process id; None between children."""
+        return self._first.pid
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
+    def reading(self) -> str | None:
+        """The adapter whose file the first child has been given and not yet answered for."""
+        return self._first.reading
 
-    @property
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
+    def close(self) -> None:
+        """End the children and whatever they are reading."""
+        for lane in (self._first, self._second):
+            lane.close()
 
-    def send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        line = memoryview(json.dumps(message).encode() + b"\n")
-        try:
-            while line:
-                line = line[self._process.stdin.write(line) :]
-        except BrokenPipeError:
-            log.warning("the admission process ended by itself")  # receive says so to the asker
-
-    def receive(self, limit_s: float) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        deadline = time.monotonic() + limit_s
-        poll = select.poll()
-        poll.register(self._process.stdout, select.POLLIN | select.POLLHUP)
-        while b"\n" not in self._received:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                raise TimeoutError
-            chunk = self._process.stdout.read(65536)
-            if not chunk:
-                raise EOFError
-            self._received += chunk
-        line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.wait()
+    async def _ask(self, lane: Lane, request: dict[str, Any]) -> dict[str, Any]:
+        return await asyncio.wrap_future(lane.ask(request, self._limit_s))
 
 
 def _refusal(answer: dict[str, Any], name: str) -> RefusedAdapter:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from serve_app.config import AdapterLimits
+from serve_app.engine.admission_lane import WARM
 from serve_app.engine.canonical import write_canonical
 from serve_app.engine.manifest import BaseManifest
 from serve_app.engine.reader import read_adapter
@@ -39,14 +40,15 @@ def main() -> None:
     limits = AdapterLimits.model_validate(setup["limits"])
     _answer(answers, {})
     # The key converters take seconds to import and few files need them; a file that does waits for this import.
-    threading.Thread(target=_import_converters, daemon=True).start()
+    threading.Thread(target=_warm_up, args=(answers,), daemon=True).start()
     for line in sys.stdin:
         _answer(answers, _admit(json.loads(line), manifest, limits))
 
 
 def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
     try:
-        adapter = read_adapter(Path(request["source"]), request["name"], manifest, limits)
+        embeddings = Path(request["embeddings"]) if "embeddings" in request else None
+        adapter = read_adapter(Path(request["source"]), request["name"], manifest, limits, embeddings)
         write_canonical(adapter, Path(request["target"]))
     except RefusedAdapter as refusal:
         return {"error": type(refusal).__name__, "reason": refusal.reason}
@@ -78,7 +80,9 @@ def _answer(answers: int, message: dict[str, Any]) -> None:
     os.write(answers, json.dumps(message).encode() + b"\n")
 
 
-def _import_converters() -> None:
+def _warm_up(answers: int) -> None:
+    """Import the key converters, and say when that is done: from then on the time that a file takes is its own."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     importlib.import_module("diffusers.loaders.lora_pipeline")
+    _answer(answers, {WARM: True})

@@ -1,8 +1,8 @@
 """The canonical form of an admitted adapter: one flat aligned body and a table, read back in one pass.
 
-Owns the layout: a preamble (magic, table length, body length), a JSON table, and at the next page a body in which
-every tensor is aligned. Files are this service's own, written after admission; a damaged one is recognised, so that
-the adapter can be admitted again.
+Owns the layout and its integrity: a preamble (magic, table length, body length), a JSON table, at the next page a
+body in which every tensor is aligned, and a seal over all of it. Files are this service's own, written after
+admission; one that is damaged anywhere is recognised, so that the adapter can be admitted again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 from serve_app.engine.adapter import (
     Coverage,
     Delta,
+    Dense,
     Dora,
     Hadamard,
     Kronecker,
@@ -30,18 +31,21 @@ from serve_app.engine.adapter import (
     bytes_of,
     dtype_named,
 )
+from serve_app.engine.hostbuffer import HostBuffers
+from serve_app.engine.seal import CHUNK_BYTES, SEAL_BYTES, Seal
 from serve_app.errors import LoraplexError
 
-MAGIC = b"LPXADPT1"
+MAGIC = b"LPXADPT2"
 PREAMBLE = struct.Struct("<8sQQ")
 TENSOR_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
-KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker)}
+KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
+BUFFERS = HostBuffers()
 
 
 @dataclass(eq=False)
-class DamagedCanonicalFile(LoraplexError):
-    """A canonical file is cut short or not ours; admit its source again."""
+class DamagedCanonicalFile(LoraplexError, ValueError):
+    """A canonical file is cut short, altered or not ours; admit its source again."""
 
     digest: str
     code = "damaged_canonical_file"
@@ -51,22 +55,18 @@ class DamagedCanonicalFile(LoraplexError):
 def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
     """Write an adapter so that it appears under `path` whole or not at all."""
     body = _Body()
-    layers = [[component, module, _describe(delta, body)] for component, module, delta in adapter.layers()]
-    coverage = adapter.coverage
-    table = {
-        "digest": adapter.digest,
-        "coverage": [coverage.layers_matched, coverage.layers_in_file, coverage.unmatched, coverage.ranks],
-        "layers": layers,
-    }
-    text = json.dumps(table, separators=(",", ":")).encode()
+    table = json.dumps(_table_of(adapter, body), separators=(",", ":")).encode()
+    head = PREAMBLE.pack(MAGIC, len(table), body.size) + table
+    head += b"\0" * (_body_start(len(table)) - len(head))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    seal = Seal(head)
     try:
         with partial.open("wb") as file:
-            file.write(PREAMBLE.pack(MAGIC, len(text), body.size))
-            file.write(text)
-            file.write(b"\0" * (_body_start(len(text)) - PREAMBLE.size - len(text)))
+            file.write(head)
             for chunk in body.chunks():
+                seal.add(chunk)
                 file.write(chunk)
+            file.write(seal.value())
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -78,43 +78,50 @@ def read_canonical(path: Path, *, pinned: bool = False) -> ParsedAdapter:
     """Read a canonical file; its tensors are views of one host buffer, page-locked where `pinned`.
 
     Raises:
-        DamagedCanonicalFile: the file is cut short or is not one of ours.
+        DamagedCanonicalFile: the file is cut short, altered anywhere, or not one of ours.
     """
     with path.open("rb", buffering=0) as file:
-        preamble = file.read(PREAMBLE.size)
-        if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
+        head, table_size, body_size = _read_head(file, path)
+        body = BUFFERS.take(body_size, pinned=pinned)
+        seal = Seal(head)
+        _fill(file, body, seal, path)
+        if file.read(SEAL_BYTES) != seal.value():
             raise DamagedCanonicalFile(path.stem)
-        _, table_size, body_size = PREAMBLE.unpack(preamble)
-        start = _body_start(table_size)
-        if os.fstat(file.fileno()).st_size != start + body_size:
-            raise DamagedCanonicalFile(path.stem)
-        try:
-            table = json.loads(file.read(table_size))
-        except ValueError:
-            raise DamagedCanonicalFile(path.stem) from None
-        file.seek(start)
-        body = torch.empty(body_size, dtype=torch.uint8, pin_memory=pinned)
-        _fill(file, body, path)
+    table = json.loads(head[PREAMBLE.size : PREAMBLE.size + table_size])
     components: dict[str, dict[str, Delta]] = {}
     for component, module, description in table["layers"]:
         components.setdefault(component, {})[module] = _rebuild(description, body)
     matched, in_file, unmatched, ranks = table["coverage"]
     return ParsedAdapter(
-        table["digest"], components, Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1]))
+        digest=table["digest"],
+        components=components,
+        coverage=Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1])),
+        # Copied, so that whoever keeps the few words alone does not keep the whole buffer alive.
+        words={component: _view(place, body).clone() for component, place in table["words"].items()},
     )
 
 
+def _table_of(adapter: ParsedAdapter, body: _Body) -> dict[str, Any]:
+    coverage = adapter.coverage
+    return {
+        "digest": adapter.digest,
+        "coverage": [coverage.layers_matched, coverage.layers_in_file, coverage.unmatched, coverage.ranks],
+        "layers": [[component, module, _describe(delta, body)] for component, module, delta in adapter.layers()],
+        "words": {component: _place(rows, body) for component, rows in adapter.words.items()},
+    }
+
+
 class _Body:
-    """Places tensors one after another, aligned."""
+    """Places tensors one after another, aligned; its size is a multiple of the alignment."""
 
     def __init__(self) -> None:
         self.size = 0
         self._placed: list[tuple[int, Tensor]] = []
 
     def place(self, tensor: Tensor) -> int:
-        offset = -(-self.size // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+        offset = self.size
         self._placed.append((offset, tensor))
-        self.size = offset + tensor.nbytes
+        self.size = -(-(offset + tensor.nbytes) // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
         return offset
 
     def chunks(self) -> Iterator[bytes | memoryview]:
@@ -123,6 +130,7 @@ class _Body:
             yield b"\0" * (offset - position)
             yield bytes_of(tensor.detach().contiguous())
             position = offset + tensor.nbytes
+        yield b"\0" * (self.size - position)
 
 
 def _describe(delta: Delta, body: _Body) -> dict[str, Any]:
@@ -130,12 +138,16 @@ def _describe(delta: Delta, body: _Body) -> dict[str, Any]:
     for field in fields(delta):
         value = getattr(delta, field.name)
         if isinstance(value, Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            value = {"at": body.place(value), "shape": list(value.shape), "dtype": dtype}
+            value = _place(value, body)
         elif isinstance(value, LowRank):
             value = _describe(value, body)
         described[field.name] = value
     return described
+
+
+def _place(tensor: Tensor, body: _Body) -> dict[str, Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"at": body.place(tensor), "shape": list(tensor.shape), "dtype": dtype}
 
 
 def _rebuild(described: dict[str, Any], body: Tensor) -> Any:
@@ -159,11 +171,32 @@ def _body_start(table_size: int) -> int:
     return -(-(PREAMBLE.size + table_size) // BODY_ALIGNMENT) * BODY_ALIGNMENT
 
 
-def _fill(file: FileIO, body: Tensor, path: Path) -> None:
-    """Read the body; one call, more only where the system returns less than asked."""
+def _read_head(file: FileIO, path: Path) -> tuple[bytes, int, int]:
+    """Return everything before the body, and the sizes of table and body, which fit the file's own."""
+    preamble = file.read(PREAMBLE.size)
+    if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
+        raise DamagedCanonicalFile(path.stem)
+    _, table_size, body_size = PREAMBLE.unpack(preamble)
+    start = _body_start(table_size)
+    if os.fstat(file.fileno()).st_size != start + body_size + SEAL_BYTES or body_size % TENSOR_ALIGNMENT:
+        raise DamagedCanonicalFile(path.stem)
+    head = preamble
+    while len(head) < start:
+        part = file.read(start - len(head))
+        if not part:
+            raise DamagedCanonicalFile(path.stem)
+        head += part
+    return head, table_size, body_size
+
+
+def _fill(file: FileIO, body: Tensor, seal: Seal, path: Path) -> None:
+    """Read the body piece by piece, sealing each while the processor still has it at hand."""
     view, filled = bytes_of(body), 0
     while filled < len(view):
-        count = file.readinto(view[filled:])
-        if not count:
-            raise DamagedCanonicalFile(path.stem)
-        filled += count
+        end = min(filled + CHUNK_BYTES, len(view))
+        while filled < end:
+            count = file.readinto(view[filled:end])
+            if not count:
+                raise DamagedCanonicalFile(path.stem)
+            seal.add(view[filled : filled + count])
+            filled += count

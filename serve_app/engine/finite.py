@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapter import Delta, Dora, Hadamard, Kronecker, LowRank, dtype_named, tensors_of
+from serve_app.engine.adapter import Delta, Dense, Dora, Hadamard, Kronecker, LowRank, dtype_named, tensors_of
 from serve_app.engine.fitting import Place
 from serve_app.errors import NonFinite
 
@@ -24,9 +24,9 @@ def check_finite(delta: Delta, place: Place) -> None:
     if not all(peak < float("inf") for peak in peaks):  # false for NaN too
         raise NonFinite(place.adapter, f"{place.label} has NaN or infinite values")
     limit = min(torch.finfo(dtype_named(place.layer.dtype)).max / HEADROOM, MAX_CHANGE)
-    low_rank = delta.direction if isinstance(delta, Dora) else delta
-    factor = max(1.0, abs(low_rank.alpha / low_rank.divisor))
-    if _bound(low_rank) * factor >= limit and not _exact_peak(low_rank) * factor < limit:
+    change = delta.direction if isinstance(delta, Dora) else delta
+    factor = 1.0 if isinstance(change, Dense) else max(1.0, abs(change.alpha / change.divisor))
+    if _bound(change) * factor >= limit and not _exact_peak(change) * factor < limit:
         raise NonFinite(place.adapter, f"{place.label} overflows in {place.layer.dtype}")
 
 
@@ -35,7 +35,7 @@ def _peak(tensor: Tensor) -> float:
     return torch.maximum(-low, high).item()
 
 
-def _bound(delta: LowRank | Hadamard | Kronecker) -> float:
+def _bound(delta: LowRank | Hadamard | Kronecker | Dense) -> float:
     match delta:
         case LowRank():
             bias = 0.0 if delta.bias is None else _peak(delta.bias)
@@ -45,9 +45,11 @@ def _bound(delta: LowRank | Hadamard | Kronecker) -> float:
             return rank * _peak(delta.up_1) * _peak(delta.down_1) * _peak(delta.up_2) * _peak(delta.down_2)
         case Kronecker():
             return _peak(delta.left) * _peak(delta.right)
+        case Dense():
+            return max(_peak(tensor) for tensor in tensors_of(delta))
 
 
-def _exact_peak(delta: LowRank | Hadamard | Kronecker) -> float:
+def _exact_peak(delta: LowRank | Hadamard | Kronecker | Dense) -> float:
     match delta:
         case LowRank():
             bias = 0.0 if delta.bias is None else _peak(delta.bias)
@@ -57,3 +59,5 @@ def _exact_peak(delta: LowRank | Hadamard | Kronecker) -> float:
             return _peak(first * (delta.up_2.double() @ delta.down_2.double()))
         case Kronecker():
             return _peak(delta.left) * _peak(delta.right)
+        case Dense():
+            return max(_peak(tensor) for tensor in tensors_of(delta))

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapter import Delta, Dora, Hadamard, Kronecker, LowRank, dtype_named
+from serve_app.engine.adapter import Delta, Dense, Dora, Hadamard, Kronecker, LowRank, dtype_named
 from serve_app.engine.finite import check_finite
 from serve_app.engine.fitting import Place, alpha_and_divisor, check_rank
-from serve_app.engine.lycoris import hadamard, kronecker
+from serve_app.engine.lycoris import dense, hadamard, kronecker
 from serve_app.engine.metadata import Scaling
 from serve_app.errors import UnsupportedMethod
 
@@ -36,13 +36,13 @@ def build_delta(parts: Mapping[str, Tensor], scaling: Scaling | None, place: Pla
     elif scaling is not None or len(methods) > 1 or set(parts) & (LORA_PARTS - {"alpha"}):
         raise UnsupportedMethod(place.adapter, f"{place.label} mixes several methods")
     else:
-        delta = hadamard(parts, place) if methods == {"hada"} else kronecker(parts, place)
+        delta = {"hada": hadamard, "lokr": kronecker, "diff": dense}[methods.pop()](parts, place)
     check_finite(delta, place)
     return delta
 
 
 def inner_width(delta: Delta) -> int:
-    """Return the rank of a change; for Kronecker products the smaller side of the right factor."""
+    """Return the rank of a change: for Kronecker products the right factor's smaller side, if full the layer's."""
     match delta:
         case LowRank():
             return delta.rank
@@ -52,6 +52,8 @@ def inner_width(delta: Delta) -> int:
             return delta.up_1.shape[1]
         case Kronecker():
             return min(delta.right.shape[:2])
+        case Dense():
+            return min(delta.weight.shape[:2])
 
 
 def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: Place) -> LowRank | Dora:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult
+from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult, PixelImage, Preview, Progress, Scale
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.queue import Waiting
 
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
+OnEvent = Callable[[Progress | Preview], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -22,15 +23,19 @@ class Job:
 
     Cancelling the future is cancelling the job, from any thread and at any time: a waiting job leaves the
     queue, a running one stops at the next step unless others share its pass. `on_progress` is called on the
-    device thread with (steps done, steps in all).
+    device thread with (steps done, steps in all); `on_event` there and at submission with whatever a stream tells.
     """
 
     request: GenerationRequest
-    adapters: Sequence[tuple[ParsedAdapter, float]]
+    adapters: Sequence[tuple[ParsedAdapter, Scale]]
     waiting: Waiting
     submitted_at: float
     on_progress: OnProgress | None = None
+    on_event: OnEvent | None = None
     future: Future[GenerationResult] = field(default_factory=Future)
+    is_started: bool = False
+    _position: int | None = None
+    _previews: int = 0
 
     def cancel(self) -> bool:
         """Stop wanting the result; False where it is already there."""
@@ -52,14 +57,43 @@ class Job:
             self.future.set_result(ending)
 
     def report(self, step: int, steps: int) -> None:
-        """Tell the submitter how far it is; whatever is wrong with the listener stays with this job."""
-        if self.on_progress is None or self.is_cancelled:
+        """Tell the submitter how far it is; whatever is wrong with a listener stays with this job."""
+        if self.is_cancelled:
+            return
+        self._tell(Progress(0, step, steps))
+        if self.on_progress is None:
             return
         try:
             self.on_progress(step, steps)
         except Exception:
             log.exception("the progress listener of request %s failed and is dropped", self.request.request_id)
             self.on_progress = None
+
+    def start(self) -> None:
+        """Note that its pass begins."""
+        self.is_started = True
+        self.place(0)
+
+    def place(self, position: int) -> None:
+        """Tell the submitter how many requests go before it, if that has changed."""
+        if position != self._position:
+            self._position = position
+            self._tell(Progress(position, 0, self.request.planned_steps))
+
+    def show(self, images: Sequence[PixelImage]) -> None:
+        """Give the submitter one preview of each image."""
+        for image_index, image in enumerate(images):
+            self._tell(Preview(self._previews, image_index, image))
+        self._previews += 1
+
+    def _tell(self, event: Progress | Preview) -> None:
+        if self.on_event is None or self.is_cancelled:
+            return
+        try:
+            self.on_event(event)
+        except Exception:
+            log.exception("the listener of request %s failed and is dropped", self.request.request_id)
+            self.on_event = None
 
     def applied(self) -> tuple[AppliedAdapter, ...]:
         """Say what was applied for each adapter of the request."""

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from serve_app.config import BaseModelConfig, DTypeName, ModelSource
+from serve_app.engine.compiling import compile_denoiser
 from serve_app.engine.manifest import adaptable_components
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
 
@@ -112,7 +113,26 @@ def load_base(
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
     _freeze(pipeline.to(device))
+    if config.compile:
+        compile_denoiser(pipeline)
     return LoadedBase(pipeline, _fingerprint(folder, source, pipeline, dtype))
+
+
+def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
+    """Fetch what `load_base` would read from the Hub into the local cache; return its folders, none for a local base.
+
+    Raises:
+        BaseUnusable, HubUnavailable: as for `load_base`.
+    """
+    folders: list[Path] = []
+    try:
+        if config.source.hub is not None:
+            folders.append(_fetch_base(resolve_source(config.source, None), config.variant, hub))
+        if config.vae_source is not None and config.vae_source.hub is not None:
+            folders.append(_fetch_vae(resolve_source(config.vae_source, None), hub))
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise _refusal(config.id, error, is_hub=True) from error
+    return tuple(folders)
 
 
 def _refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:

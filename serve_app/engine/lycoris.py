@@ -1,4 +1,4 @@
-"""LyCORIS's methods: LoHa and LoKr, with or without a Tucker core.
+"""LyCORIS's methods: LoHa and LoKr, with or without a Tucker core, and full differences.
 
 Factors that a file splits further (a core, a decomposed Kronecker half) are multiplied out in float32.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapter import Hadamard, Kronecker, dtype_named
+from serve_app.engine.adapter import Dense, Hadamard, Kronecker, dtype_named
 from serve_app.engine.fitting import Place, alpha_and_divisor, check_rank, inputs_of
 
 
@@ -59,6 +59,23 @@ def kronecker(parts: Mapping[str, Tensor], place: Place) -> Kronecker:
         alpha_and_divisor(parts, rank, None, place) if rank else (1.0, 1.0)
     )  # whole factors carry their scale
     return Kronecker(left.to(dtype), right.to(dtype), alpha, divisor)
+
+
+def dense(parts: Mapping[str, Tensor], place: Place) -> Dense:
+    """Return the change of a layer whose whole difference is in the file; no alpha scales it."""
+    weight, bias = parts.get("diff"), parts.get("diff_b")
+    if weight is None:
+        raise place.malformed("has a full change of its bias, but none of its weight")
+    shape, dtype = place.layer.shape, dtype_named(place.layer.dtype)
+    if weight.shape[:2] == shape[:2] and weight.numel() == torch.Size(shape).numel():
+        weight = weight.reshape(shape)  # a 1x1 convolution may be spelt as a linear layer, or back
+    if weight.shape != shape:
+        raise place.mismatch(f"the file has a difference of shape {list(weight.shape)}")
+    if bias is None:
+        return Dense(weight.to(dtype))
+    if not place.layer.has_bias or bias.shape != shape[:1]:
+        raise place.mismatch(f"the file changes a bias of shape {list(bias.shape)}")
+    return Dense(weight.to(dtype), bias.to(dtype))
 
 
 def _kronecker_half(parts: Mapping[str, Tensor], half: str, core: Tensor | None, place: Place) -> tuple[Tensor, int]:

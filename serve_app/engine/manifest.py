@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 LayerKind = Literal["linear", "conv"]
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZER = ("text_encoder", "tokenizer")  # what a text encoder's name has that its tokenizer's spells otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,22 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The words of a text encoder: `width` numbers each, `dtype` torch's name without the prefix."""
+
+    kind: Literal["clip", "t5"]
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
 class BaseManifest:
     """The adaptable layers of one loaded base: component name -> module name -> layer.
 
     `loader` names the class of `diffusers.loaders.lora_pipeline` whose `lora_state_dict` knows this family's keys.
     `layers_per_block` is the UNet's, which numbers blocks in kohya's SDXL files; None where there is no UNet.
     `fingerprint` tells bases apart on disk: the same fingerprint means the same weights in the same dtype.
+    `vocabularies` are those of the text encoders that adapters can teach words, by component, in the pipeline's order.
     """
 
     pipeline: str
@@ -46,6 +59,7 @@ class BaseManifest:
     layers_per_block: int | None
     components: Mapping[str, Mapping[str, Layer]]
     fingerprint: str
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict[str, Vocabulary])
 
     def layer(self, component: str, module: str) -> Layer | None:
         """Return the layer of that name, or None."""
@@ -66,6 +80,7 @@ class BaseManifest:
             }
             for component, layers in fields["components"].items()
         }
+        fields["vocabularies"] = {name: Vocabulary(**facts) for name, facts in fields["vocabularies"].items()}
         return cls(**fields)
 
 
@@ -93,6 +108,7 @@ def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> 
         layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
         components=layers,
         fingerprint=fingerprint or "",
+        vocabularies=_vocabularies_of(pipeline),
     )
     if fingerprint is not None:
         return manifest
@@ -122,6 +138,25 @@ def _layers_of(component: nn.Module) -> dict[str, Layer]:
         weight = module.weight
         layers[name] = Layer(kind, tuple(weight.shape), module.bias is not None, _dtype_name(weight.dtype))
     return layers
+
+
+def _vocabularies_of(pipeline: DiffusionPipeline) -> dict[str, Vocabulary]:
+    """Describe the text encoders that can be taught words as diffusers does it."""
+    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
+    found: dict[str, Vocabulary] = {}
+    for component in TEXT_ENCODERS if isinstance(pipeline, TextualInversionLoaderMixin) else ():
+        encoder, tokenizer = getattr(pipeline, component, None), getattr(pipeline, component.replace(*TOKENIZER), None)
+        kind: Any = next((kind for kind in ("clip", "t5") if _model_type(encoder).startswith(kind)), None)
+        # A base whose own vocabulary has the names of learned words cannot be taught them.
+        if encoder is not None and kind is not None and (tokenizer is None or "<s0>" not in tokenizer.get_vocab()):
+            weight = encoder.get_input_embeddings().weight
+            found[component] = Vocabulary(kind, weight.shape[1], _dtype_name(weight.dtype))
+    return found
+
+
+def _model_type(encoder: Any) -> str:
+    return str(getattr(getattr(encoder, "config", None), "model_type", ""))
 
 
 def _dtype_name(dtype: object) -> str:

@@ -38,8 +38,12 @@ PARTS = {
     **{f".{part}": part for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     **{f".{part}": part for part in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")},
     ".lokr_t2": "lokr_t2",
+    ".diff": "diff",
+    ".diff_b": "diff_b",
 }
 UNET_LOADERS = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
+FLUX_LOADER = "FluxLoraLoaderMixin"
+FLUX_FINAL = "lora_unet_final_layer_"
 # What diffusers' FLUX converter takes out of a kohya file without a word.
 FLUX_DROPS = ("lora_te2_", "lora_te3_", "text_encoders.t5xxl.", "text_projection", "position_embedding")
 
@@ -187,13 +191,33 @@ def _convert(tensors: Mapping[str, Tensor], manifest: BaseManifest) -> dict[str,
     """
     alphas: dict[str, Any] = {}
     given = dict(tensors)
+    if manifest.loader == FLUX_LOADER:
+        given = _with_final_alphas(given)
     if manifest.loader in (*UNET_LOADERS, "SD3LoraLoaderMixin"):  # these converters know no alphas in this form
         alphas = {key: given.pop(key) for key in tensors if key.endswith(".alpha")}
     outcome = _through_diffusers(given, manifest)
     if outcome is None:
         return None
     converted, returned = outcome
+    if manifest.loader == FLUX_LOADER:
+        converted = {_denoiser_key(key, manifest): tensor for key, tensor in converted.items()}
     return converted | {key: torch.as_tensor(value) for key, value in (alphas | returned).items()}
+
+
+def _with_final_alphas(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply the alphas of kohya's final layers into their factors: diffusers' FLUX converter would drop them."""
+    for key in [key for key in tensors if FLUX_FINAL in key and key.endswith(".alpha")]:
+        up, down = (key.removesuffix("alpha") + f"lora_{half}.weight" for half in ("up", "down"))
+        if up in tensors and down in tensors and tensors[key].numel() == 1 and len(tensors[down]):
+            alpha = tensors.pop(key).float()
+            tensors[up] = tensors[up].float() * (alpha / len(tensors[down]))
+    return tensors
+
+
+def _denoiser_key(key: str, manifest: BaseManifest) -> str:
+    """Give FLUX's layers outside the blocks the prefix that diffusers' converter forgets."""
+    is_bare = manifest.layer(manifest.denoiser, key.partition(".lora_")[0]) is not None
+    return f"{manifest.denoiser}.{key}" if is_bare else key
 
 
 def _through_diffusers(
@@ -206,7 +230,7 @@ def _through_diffusers(
     options: dict[str, Any] = {}
     if manifest.layers_per_block is not None:
         options["unet_config"] = SimpleNamespace(layers_per_block=manifest.layers_per_block)
-    if manifest.loader == "FluxLoraLoaderMixin":
+    if manifest.loader == FLUX_LOADER:
         options["return_alphas"] = True
     try:
         outcome = loader.lora_state_dict(tensors, **options)
@@ -241,7 +265,7 @@ def _to_peft(converted: Mapping[str, Tensor], manifest: BaseManifest) -> dict[st
 
 def _dropped(grouped: Grouped, manifest: BaseManifest) -> list[str]:
     """Return the stems that the converter is known to leave out without saying so."""
-    if manifest.loader != "FluxLoraLoaderMixin":
+    if manifest.loader != FLUX_LOADER:
         return []
     return [stem for stem in grouped.layers if any(mark in stem for mark in FLUX_DROPS)]
 

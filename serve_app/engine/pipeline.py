@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import torch
-from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image
+from torch import Tensor
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.engine.loading import HubAccess, LoadedBase, ResolvedSource, default_device, load_base
 from serve_app.engine.manifest import BaseManifest, adaptable_components, manifest_of
-from serve_app.engine.pixels import are_finite, fitted, pixel_images, share_out
+from serve_app.engine.pixels import are_finite, fitted, fitted_mask, pixel_images, share_out
+from serve_app.engine.preview import LatentColours, OnPreview, Previewer, fit_latent_colours
 from serve_app.engine.schedulers import NoiseSchedulers
 from serve_app.engine.steps import OnStep, StepWatch
-from serve_app.errors import LoraplexError, MalformedRequest, OutOfBounds
+from serve_app.engine.variants import takes_size, variants_of
+from serve_app.engine.vocabularies import Vocabularies
+from serve_app.errors import LoraplexError, OutOfBounds
 
 MAX_SEED = 2**64 - 1
 _UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say some huge number
@@ -45,7 +48,7 @@ def seeds_of(request: GenerationRequest) -> tuple[int, ...]:
 
 
 class BasePipeline:
-    """A base on its device: text-to-image and image-to-image over the very same modules.
+    """A base on its device: text-to-image, image-to-image and inpainting over the very same modules.
 
     A call leaves nothing behind: each has its own scheduler and generators, and the modules are as they were,
     be it finished, cancelled or failed. The same requests in the same pass give the same bits, and those of
@@ -59,19 +62,15 @@ class BasePipeline:
             BaseUnusable: a configured noise scheduler does not fit the base.
         """
         self._config = config
-        self._text_to_image = loaded.pipeline
-        self._image_to_image = _image_to_image_of(loaded.pipeline)
-        self._image_to_image_takes_size = _takes_size(self._image_to_image)
+        self._variants = variants_of(loaded.pipeline)
         self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler)
         self._idle_scheduler = loaded.pipeline.scheduler
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
-        self._tokenizer = _widest_tokenizer(loaded.pipeline)
+        self._vocabularies = Vocabularies(loaded.pipeline)
+        self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
+        self._latent_colours: LatentColours | None = None
         self.manifest: BaseManifest = manifest_of(loaded.pipeline, loaded.fingerprint)
-        # An invisible watermark is drawn only where an optional package happens to be installed.
-        for pipeline in filter(None, (self._text_to_image, self._image_to_image)):
-            if hasattr(pipeline, "watermark"):
-                pipeline.watermark = None
 
     @classmethod
     def load(
@@ -100,7 +99,7 @@ class BasePipeline:
     @property
     def components(self) -> dict[str, torch.nn.Module]:
         """The modules that adapters may change, by component name."""
-        return adaptable_components(self._text_to_image)
+        return adaptable_components(self._variants.text_to_image)
 
     @property
     def device_name(self) -> str:
@@ -117,29 +116,34 @@ class BasePipeline:
         Raises:
             UnknownScheduler: the base does not offer the scheduler.
             OutOfBounds: the seed is no 64-bit number, or scheduler or strength cannot do with so few steps.
-            MalformedRequest: the base has no image-to-image.
+            MalformedRequest: the base has no image-to-image, or no inpainting.
         """
         self._schedulers.check(request.scheduler, request.steps)
         if not 0 <= request.seed <= MAX_SEED:
             raise OutOfBounds("seed", request.seed, f"from 0 to {MAX_SEED}")
+        self._variants.of(request)
         if request.image is None:
             return
-        if self._image_to_image is None:
-            raise MalformedRequest(f"{self.base_id} makes images from text only")
         strength = self._strength(request)
         if int(request.steps * strength) < 1:
             raise OutOfBounds("strength", strength, f"at least 1/{request.steps} with {request.steps} steps")
+
+    def knowing(self, words: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Let the prompts of passes inside it name an adapter's words, rows by component; for the device thread."""
+        variants = (self._variants.text_to_image, self._variants.image_to_image, self._variants.inpainting)
+        return self._vocabularies.lent(words, [pipeline for pipeline in variants if pipeline is not None])
 
     def truncation_warning(self, prompt: str, what: str = "prompt") -> str | None:
         """Say how many tokens of `prompt` the base reads, if not all; for the device thread only.
 
         Of several text encoders the one that reads the most decides.
         """
-        window: int = self._tokenizer.model_max_length
+        tokenizer = getattr(self._variants.text_to_image, self._tokenizer_name)
+        window: int = tokenizer.model_max_length
         # A token stands for one byte at least, so that short prompts need no counting.
         if window > _UNBOUNDED_TOKENS or (prompt.isascii() and len(prompt) + 2 <= window):
             return None
-        tokens = self._tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
+        tokens = tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
         return f"{what} truncated to {window} tokens" if len(tokens) > window else None
 
     def generate(
@@ -148,21 +152,23 @@ class BasePipeline:
         *,
         on_step: OnStep | None = None,
         is_cancelled: Callable[[], bool] | None = None,
+        on_preview: OnPreview | None = None,
     ) -> PassOutcome:
         """Run requests that share a batch key in one pass; each has passed `check`.
 
-        `on_step` hears (passes of the denoiser done, passes in all) after each; both callables run in this
-        thread.
+        `on_step` hears (passes of the denoiser done, passes in all) after each; `on_preview` the previews that are
+        due. All three callables run in this thread.
 
         Raises:
             GenerationCancelled: `is_cancelled` said so after a step.
         """
-        pipeline: Any = self._text_to_image if requests[0].image is None else self._image_to_image
-        watch = StepWatch(on_step, is_cancelled)
-        arguments = self._arguments(requests)
+        pipeline: Any = self._variants.of(requests[0])
+        arguments = self._arguments(pipeline, requests)
+        scheduler = self._schedulers.fresh(requests[0].scheduler)
+        watch = StepWatch(on_step, is_cancelled, self._previewer(requests, scheduler, on_preview))
         started = time.perf_counter()
         try:
-            pipeline.scheduler = self._schedulers.fresh(requests[0].scheduler)
+            pipeline.scheduler = scheduler
             output = pipeline(**arguments, callback_on_step_end=watch)
             are_sound: list[bool] = (watch.is_finite & are_finite(output.images).cpu()).tolist()
             images = pixel_images(output.images)
@@ -181,7 +187,16 @@ class BasePipeline:
             decode_ms=(ended - watch.denoised_at) * 1e3,
         )
 
-    def _arguments(self, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
+    def _previewer(
+        self, requests: Sequence[GenerationRequest], scheduler: Any, on_preview: OnPreview | None
+    ) -> Previewer | None:
+        if on_preview is None or not any(request.num_previews for request in requests):
+            return None
+        if self._latent_colours is None:
+            self._latent_colours = fit_latent_colours(self._variants.text_to_image.vae)
+        return Previewer(requests, self._latent_colours, scheduler, on_preview)
+
+    def _arguments(self, pipeline: Any, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
         """Return the keyword arguments of the pipeline call: one prompt, generator and image for each image."""
         head = requests[0]
         rows = [request for request in requests for _ in range(request.num_images)]
@@ -195,12 +210,16 @@ class BasePipeline:
         }
         if head.negative_prompt is not None:
             arguments["negative_prompt"] = [row.negative_prompt for row in rows]
-        if head.image is None or self._image_to_image_takes_size:
+        if head.image is None or takes_size(pipeline):
             arguments |= {"width": head.width, "height": head.height}
         if head.image is None:
             return arguments
         arguments["image"] = [picture for request in requests for picture in [fitted(request)] * request.num_images]
         arguments["strength"] = self._strength(head)
+        if head.mask is not None:
+            arguments["mask_image"] = [
+                mask for request in requests for mask in [fitted_mask(request)] * request.num_images
+            ]
         return arguments
 
     def _strength(self, request: GenerationRequest) -> float:
@@ -221,22 +240,8 @@ class BasePipeline:
         return tuple(found)
 
 
-def _image_to_image_of(pipeline: Any) -> Any | None:
-    """Return the image-to-image pipeline over the same modules, or None where the family has none."""
-    try:
-        image_to_image: Any = AutoPipelineForImage2Image.from_pipe(pipeline)
-    except ValueError:
-        return None
-    image_to_image.set_progress_bar_config(disable=True)
-    return image_to_image
-
-
-def _takes_size(image_to_image: Any | None) -> bool:
-    """Say whether the family needs telling the size; others take the picture's."""
-    return image_to_image is not None and "width" in signature(type(image_to_image).__call__).parameters
-
-
-def _widest_tokenizer(pipeline: Any) -> Any:
-    """Return the tokenizer that reads the longest prompt; the first of those that read alike."""
-    found = [part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None]
-    return max(found, key=lambda tokenizer: tokenizer.model_max_length)
+def _widest_tokenizer(pipeline: Any) -> str:
+    """Name the tokenizer that reads the longest prompt; the first of those that read alike."""
+    components: dict[str, Any] = pipeline.components
+    found = [name for name, part in components.items() if name.startswith("tokenizer") and part is not None]
+    return max(found, key=lambda name: components[name].model_max_length)

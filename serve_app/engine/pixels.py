@@ -21,6 +21,27 @@ def fitted(request: GenerationRequest) -> Image.Image:
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
+def fitted_mask(request: GenerationRequest) -> Image.Image:
+    """Return a request's mask at the request's size: 255 where the picture is drawn anew, 0 where it is kept."""
+    source = request.mask
+    assert source is not None
+    mask = Image.frombytes("L", (source.width, source.height), source.values)
+    size = (request.width, request.height)
+    if mask.size != size:
+        mask = mask.resize(size, Image.Resampling.BILINEAR)
+    # The pipelines halve it in the same way: what is half drawn over is drawn anew.
+    return mask.point([0] * 128 + [255] * 128)
+
+
+def with_kept_pixels(request: GenerationRequest, image: PixelImage) -> PixelImage:
+    """Return a drawn image with every pixel that the mask keeps as it was given: decoding changes them a little."""
+    if request.mask is None:
+        return image
+    drawn = Image.frombytes("RGB", (image.width, image.height), image.pixels)
+    composed = Image.composite(drawn, fitted(request), fitted_mask(request))
+    return PixelImage(image.width, image.height, composed.tobytes())
+
+
 def are_finite(tensor: Tensor) -> Tensor:
     """Return, for each image of a batch [n, ...], whether it holds neither NaN nor infinity: [n], bool."""
     return torch.isfinite(tensor).flatten(1).all(dim=1)
@@ -41,7 +62,8 @@ def share_out(
     start = 0
     for request in requests:
         end = start + request.num_images
-        shares.append(tuple(images[start:end]) if all(are_sound[start:end]) else _unsound(request))
+        drawn = tuple(with_kept_pixels(request, image) for image in images[start:end])
+        shares.append(drawn if all(are_sound[start:end]) else _unsound(request))
         start = end
     return tuple(shares)
 

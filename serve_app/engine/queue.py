@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve_app.core import GenerationRequest
+from serve_app.core import GenerationRequest, Scale
 
 # The adapters of a request in their order of application: (digest of the file, scale) each.
-CompositionKey = tuple[tuple[str, float], ...]
+CompositionKey = tuple[tuple[str, Scale], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class BatchKey:
     scheduler: str | None
     strength: float | None
     has_image: bool
+    has_mask: bool
     has_negative_prompt: bool
 
 
@@ -63,6 +64,7 @@ def batch_key(request: GenerationRequest, composition: CompositionKey) -> BatchK
         scheduler=request.scheduler,
         strength=request.strength if request.image is not None else None,
         has_image=request.image is not None,
+        has_mask=request.mask is not None,
         has_negative_prompt=request.negative_prompt is not None,
     )
 

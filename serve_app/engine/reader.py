@@ -14,6 +14,7 @@ from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import Coverage, Delta, ParsedAdapter
 from serve_app.engine.container import TensorFile, read_tensor_file, shown
 from serve_app.engine.formats import Place, build_delta, inner_width
+from serve_app.engine.inversion import with_words
 from serve_app.engine.manifest import BaseManifest
 from serve_app.engine.metadata import read_scalings
 from serve_app.engine.naming import NamedLayers, name_layers
@@ -24,8 +25,6 @@ UNMATCHED_SHOWN = 20
 LEAST_COVERAGE = 0.5
 # Ways of adapting that are recognised, and refused: the end of a key, or a part of it, and what it is.
 UNSERVED = {
-    ".diff_b": "full changes of biases",
-    ".diff": "full changes of weights",
     ".oft_blocks": "OFT",
     ".oft_diag": "OFT",
     "oft_R": "OFT",
@@ -40,8 +39,12 @@ UNSERVED = {
 }
 
 
-def read_adapter(path: Path, name: str, manifest: BaseManifest, limits: AdapterLimits) -> ParsedAdapter:
+def read_adapter(
+    path: Path, name: str, manifest: BaseManifest, limits: AdapterLimits, embeddings: Path | None = None
+) -> ParsedAdapter:
     """Parse one file and check it against a base; `name` is what errors call the adapter.
+
+    `embeddings` is the file with the adapter's own words, where it has one.
 
     A file may name layers that the base does not have: they are reported in `coverage`. A file is taken to be for
     another base, and refused, when fewer than half of its layers exist here; a layer that exists with other widths
@@ -72,7 +75,8 @@ def read_adapter(path: Path, name: str, manifest: BaseManifest, limits: AdapterL
         unmatched=tuple(shown(stem) for stem in named.unmatched[:UNMATCHED_SHOWN]),
         ranks=(min(ranks), max(ranks)),
     )
-    return ParsedAdapter(file.digest, ordered, coverage)
+    adapter = ParsedAdapter(file.digest, ordered, coverage)
+    return adapter if embeddings is None else with_words(adapter, embeddings, name, manifest, limits)
 
 
 def _served_tensors(file: TensorFile, name: str) -> dict[str, Tensor]:
@@ -80,6 +84,8 @@ def _served_tensors(file: TensorFile, name: str) -> dict[str, Tensor]:
     served: dict[str, Tensor] = {}
     for key, tensor in file.tensors.items():
         method = next((what for mark, what in UNSERVED.items() if mark in key), None)
+        if key.endswith(".diff_b") and not tensor.any():
+            continue
         if method is None:
             served[key] = tensor
         elif tensor.any():

@@ -1,4 +1,4 @@
-"""What happens between two steps of denoising: progress out, cancellation in, the time denoising ended."""
+"""What happens between two steps of denoising: progress and previews out, cancellation in, the time it ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from serve_app.engine.pixels import are_finite
+from serve_app.engine.preview import Previewer
 
 OnStep = Callable[[int, int], None]
 
@@ -27,9 +28,12 @@ class StepWatch:
     denoised_at: float
     is_finite: torch.Tensor
 
-    def __init__(self, on_step: OnStep | None, is_cancelled: Callable[[], bool] | None) -> None:
+    def __init__(
+        self, on_step: OnStep | None, is_cancelled: Callable[[], bool] | None, previewer: Previewer | None = None
+    ) -> None:
         self._on_step = on_step
         self._is_cancelled = is_cancelled
+        self._previewer = previewer
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Take note of one step.
@@ -47,4 +51,6 @@ class StepWatch:
             self.denoised_at = time.perf_counter()
         if self._on_step is not None:
             self._on_step(step + 1, steps)
+        if self._previewer is not None:
+            self._previewer.after(step + 1, steps)
         return tensors

@@ -14,9 +14,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from serve_app.core import GenerationRequest, GenerationResult, Timings
+from serve_app.core import GenerationRequest, GenerationResult, PixelImage, Scale, Timings
 from serve_app.engine.adapter import ParsedAdapter
-from serve_app.engine.job import Job, OnProgress
+from serve_app.engine.ahead import Ahead
+from serve_app.engine.integrity import Damage, PacedCheck
+from serve_app.engine.inversion import words_of
+from serve_app.engine.job import Job, OnEvent, OnProgress
 from serve_app.engine.pipeline import BasePipeline, PassOutcome, seeds_of
 from serve_app.engine.queue import CompositionKey, Waiting, batch_key, next_batch
 from serve_app.engine.steps import GenerationCancelled
@@ -30,8 +33,12 @@ log = logging.getLogger(__name__)
 class WorkerState:
     """What a worker is doing: requests waiting and running, the adapters in the weights, and whether it can go on.
 
+    `steps` counts the denoising steps run since the start, whoever they were for.
+
     `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
-    is broken for good shows as a number that grows.
+    is broken for good shows as a number that grows. `is_corrupt` says that the loaded weights have changed, after
+    which the worker takes nothing more; `self_checks` counts the times that all of them were found sound.
+    `prepared` counts the swaps that had been prepared while the batch before them ran.
     """
 
     waiting: int
@@ -39,13 +46,18 @@ class WorkerState:
     applied: CompositionKey
     is_alive: bool
     failed_batches: int
+    steps: int = 0
+    is_corrupt: bool = False
+    self_checks: int = 0
+    prepared: int = 0
 
 
 class EngineWorker:
     """Runs requests on one base, batch after batch, in a thread of its own.
 
-    Nothing but that thread touches the pipeline and the weights. Every job that was accepted ends: in its
-    result, an error or its cancellation. What goes wrong in a batch reaches the jobs of that batch alone.
+    Nothing but that thread touches the pipeline and the weights, except that a helper may prepare the next swap.
+    Every job that was accepted ends: in its result, an error or its cancellation. What goes wrong in a batch reaches
+    the jobs of that batch alone. Once the loaded weights are found damaged, no image comes from them any more.
     """
 
     def __init__(
@@ -55,9 +67,21 @@ class EngineWorker:
         *,
         max_batch_images: int,
         torch_threads: int | None = None,
+        prepares_ahead: bool = False,
+        self_check: PacedCheck | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Start the thread. `torch_threads` None leaves torch's own choice."""
+        """Start the thread.
+
+        Args:
+            pipeline: What makes the images.
+            weights: The weights of the pipeline's components.
+            max_batch_images: What a batch of several requests may hold.
+            torch_threads: How many threads it computes with; None leaves torch's own choice.
+            prepares_ahead: Fuse the next batch's adapters while a batch runs; on a CPU the batch pays for it.
+            self_check: Checks the loaded weights between batches and while nothing waits.
+            clock: Seconds that only grow.
+        """
         self._pipeline = pipeline
         self._weights = weights
         self._max_batch_images = max_batch_images
@@ -70,16 +94,21 @@ class EngineWorker:
         self._is_closing = False
         self._is_aborting = False
         self._failed_batches = 0
+        self._steps = 0
         self._applied: CompositionKey = weights.applied
+        self._ahead = Ahead(weights, torch_threads=torch_threads) if prepares_ahead else None
+        self._self_check = self_check
+        self._is_corrupt = False
         self._thread = threading.Thread(target=self._work, name=f"device-{pipeline.base_id}", daemon=True)
         self._thread.start()
 
     def submit(
         self,
         request: GenerationRequest,
-        adapters: Sequence[tuple[ParsedAdapter, float]],
+        adapters: Sequence[tuple[ParsedAdapter, Scale]],
         *,
         on_progress: OnProgress | None = None,
+        on_event: OnEvent | None = None,
     ) -> Job:
         """Queue a request and return at once; `adapters` are those of the request, parsed, in its order.
 
@@ -89,12 +118,14 @@ class EngineWorker:
         """
         assert len(adapters) == len(request.adapters)
         self._pipeline.check(request)
+        words_of(adapter for adapter, _ in adapters)
         key = batch_key(request, composition_key(adapters))
         with self._changed:
             if self._is_closing:
                 raise ReplicaLost(self._pipeline.base_id, attempts=1)
             waiting = Waiting(self._tickets, key, request.num_images)
-            job = Job(request, tuple(adapters), waiting, self._clock(), on_progress)
+            job = Job(request, tuple(adapters), waiting, self._clock(), on_progress, on_event)
+            job.place(len(self._running) + sum(not other.is_cancelled for other in self._waiting))
             self._tickets += 1
             self._waiting.append(job)
             self._changed.notify()
@@ -109,6 +140,10 @@ class EngineWorker:
                 applied=self._applied,
                 is_alive=self._thread.is_alive() and not self._is_closing,
                 failed_batches=self._failed_batches,
+                steps=self._steps,
+                is_corrupt=self._is_corrupt,
+                self_checks=0 if self._self_check is None else self._self_check.rounds,
+                prepared=0 if self._ahead is None else self._ahead.bound,
             )
 
     def close(self, *, is_draining: bool = False) -> None:
@@ -131,34 +166,72 @@ class EngineWorker:
                 pass
         finally:
             self._abandon()
+            if self._ahead is not None:
+                self._ahead.close()
 
     def _turn(self) -> bool:
         """Run the next batch; False when there will be no more. Its jobs and tensors are let go on return."""
         jobs = self._take()
         if not jobs:
             return False
+        self._tell_places(jobs)
         endings = self._run(jobs)
         with self._changed:
             self._running = ()
         for job, ending in zip(jobs, endings, strict=True):
             job.end(ending)
+        self._check_slice()
         return True
 
     def _take(self) -> tuple[Job, ...]:
         """Wait for the next batch and return its jobs; none when there will be no more."""
-        with self._changed:
-            while not self._is_aborting:
-                self._waiting = [job for job in self._waiting if not job.is_cancelled]
-                batch = next_batch([job.waiting for job in self._waiting], max_images=self._max_batch_images)
-                if batch is not None:
-                    chosen = set(batch.tickets)
-                    self._running = tuple(job for job in self._waiting if job.waiting.ticket in chosen)
-                    self._waiting = [job for job in self._waiting if job.waiting.ticket not in chosen]
+        while not self._is_corrupt:
+            with self._changed:
+                if self._is_aborting:
+                    break
+                self._running = self._chosen()
+                if self._running:
+                    self._waiting = [job for job in self._waiting if job not in self._running]
                     return self._running
                 if self._is_closing:
                     break
-                self._changed.wait()
-            return ()
+                if self._changed.wait(None if self._self_check is None else self._self_check.pause_s):
+                    continue
+            self._check_slice()
+        return ()
+
+    def _chosen(self) -> tuple[Job, ...]:
+        """Return the jobs of the batch that would run now; for whoever holds the lock."""
+        self._waiting = [job for job in self._waiting if not job.is_cancelled]
+        batch = next_batch([job.waiting for job in self._waiting], max_images=self._max_batch_images)
+        tickets = () if batch is None else set(batch.tickets)
+        return tuple(job for job in self._waiting if job.waiting.ticket in tickets)
+
+    def _look_ahead(self) -> None:
+        """Have the adapters of the next batch fused, as far as one can know which that will be."""
+        if self._ahead is None:
+            return
+        with self._changed:
+            jobs = self._chosen()
+        if jobs:
+            self._ahead.prepare(jobs[0].adapters)
+
+    def _check_slice(self) -> None:
+        if self._self_check is not None:
+            self._note(self._self_check.check_next())
+
+    def _note(self, damage: Damage | None) -> None:
+        if damage is not None:
+            log.critical("the loaded weights of %s have changed, in %s", self._pipeline.base_id, damage.tensor)
+            self._is_corrupt = True
+
+    def _tell_places(self, running: Sequence[Job]) -> None:
+        with self._changed:
+            waiting = [job for job in self._waiting if not job.is_cancelled]
+        for job in running:
+            job.start()
+        for index, job in enumerate(waiting):
+            job.place(len(running) + index)
 
     def _run(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
         """Run one batch and return how it ended for each of its jobs."""
@@ -166,11 +239,14 @@ class EngineWorker:
             started = self._clock()
             self._apply(jobs[0].adapters)
             applied = self._clock()
-            outcome = self._pipeline.generate(
-                [job.request for job in jobs],
-                on_step=lambda step, steps: _report(jobs, step, steps),
-                is_cancelled=lambda: self._is_aborting or all(job.is_cancelled for job in jobs),
-            )
+            self._look_ahead()
+            with self._pipeline.knowing(words_of(adapter for adapter, _ in jobs[0].adapters)):
+                outcome = self._pipeline.generate(
+                    [job.request for job in jobs],
+                    on_step=lambda step, steps: self._report(jobs, step, steps),
+                    is_cancelled=lambda: self._is_aborting or all(job.is_cancelled for job in jobs),
+                    on_preview=lambda shares: _show(jobs, shares),
+                )
         except GenerationCancelled:
             return [ReplicaLost(self._pipeline.base_id, attempts=1) for _ in jobs]
         except LoraplexError as error:
@@ -179,15 +255,28 @@ class EngineWorker:
         except Exception:
             self._failed_batches += 1
             log.exception("a batch failed: %s", ", ".join(job.request.request_id for job in jobs))
+            if self._is_corrupt:
+                return [ReplicaLost(self._pipeline.base_id, attempts=1) for _ in jobs]
             return [InternalError(job.request.request_id) for job in jobs]
         self._failed_batches = 0
         return self._results(jobs, outcome, started, applied)
 
-    def _apply(self, adapters: Sequence[tuple[ParsedAdapter, float]]) -> None:
+    def _apply(self, adapters: Sequence[tuple[ParsedAdapter, Scale]]) -> None:
+        applier = self._weights if self._ahead is None else self._ahead
         try:
-            self._weights.apply(adapters)
+            applier.apply(adapters)
+        except Exception:
+            if self._self_check is not None:
+                self._note(self._self_check.check_all())
+            raise
         finally:
             self._applied = self._weights.applied
+
+    def _report(self, jobs: Sequence[Job], step: int, steps: int) -> None:
+        self._steps += 1
+        self._look_ahead()
+        for job in jobs:
+            job.report(step, steps)
 
     def _results(
         self, jobs: Sequence[Job], outcome: PassOutcome, started: float, applied: float
@@ -227,9 +316,10 @@ class EngineWorker:
             job.end(ReplicaLost(self._pipeline.base_id, attempts=1))
 
 
-def _report(jobs: Sequence[Job], step: int, steps: int) -> None:
-    for job in jobs:
-        job.report(step, steps)
+def _show(jobs: Sequence[Job], shares: Sequence[tuple[PixelImage, ...]]) -> None:
+    for job, images in zip(jobs, shares, strict=True):
+        if images:
+            job.show(images)
 
 
 def _without_frames(error: LoraplexError) -> LoraplexError:

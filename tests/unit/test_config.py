@@ -64,3 +64,13 @@ def test_a_base_that_cannot_work_is_refused(fields: dict[str, object], reason: s
 def test_sizes_may_be_written_with_units() -> None:
     config = BaseModelConfig.model_validate(base(replica={"host_cache": "1GiB"}))
     assert config.replica.host_cache == 1024**3
+
+
+def test_sdxl_in_float16_gets_the_vae_that_does_not_overflow_unless_another_is_named() -> None:
+    sdxl = {"hub": "stabilityai/stable-diffusion-xl-base-1.0"}
+    half = BaseModelConfig.model_validate(base(source=sdxl, dtype="float16"))
+    assert half.vae_source is not None
+    assert half.vae_source.hub == "madebyollin/sdxl-vae-fp16-fix"
+    named = BaseModelConfig.model_validate(base(source=sdxl, dtype="float16", vae={"hub": "a/b"}))
+    assert named.vae_source == named.vae
+    assert BaseModelConfig.model_validate(base(source=sdxl, dtype="bfloat16")).vae_source is None

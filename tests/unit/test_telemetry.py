@@ -55,12 +55,12 @@ def points() -> list[tuple[str, float, Labels]]:
 def test_names_follow_the_rules_of_prometheus_and_are_distinct() -> None:
     names = [declared.name for declared in DECLARED]
     assert len(set(names)) == len(names)
-    assert all(re.fullmatch(r"loraplex_[a-z]+(_(seconds|bytes|images))?", name) for name in names)
+    assert all(re.fullmatch(r"loraplex_([a-z]+_)?[a-z]+(_(seconds|bytes|images))?", name) for name in names)
 
 
 def test_no_label_can_take_as_many_values_as_there_are_adapters() -> None:
     labels = {label for declared in DECLARED for label in declared.labels}
-    assert labels == {"route", "status", "base", "code", "tier"}
+    assert labels == {"route", "status", "base", "code", "tier", "stage", "result"}
 
 
 def test_an_answer_is_counted_by_route_status_and_base(points: list[tuple[str, float, Labels]]) -> None:
@@ -102,6 +102,11 @@ def test_adapters_are_counted_by_the_tier_they_were_found_on(points: list[tuple[
     assert points == [("loraplex_adapters", 1, {"base": "demo/sd15", "tier": "disk"})]
 
 
+def test_requests_given_up_are_counted_by_how_far_they_were(points: list[tuple[str, float, Labels]]) -> None:
+    ReplicaMetrics("demo/sd15", METERS).cancelled("fetching")
+    assert points == [("loraplex_cancelled", 1, {"base": "demo/sd15", "stage": "fetching"})]
+
+
 def test_evictions_are_counted_once_however_often_the_tier_reports(
     points: list[tuple[str, float, Labels]],
 ) -> None:
@@ -113,6 +118,15 @@ def test_evictions_are_counted_once_however_often_the_tier_reports(
     assert [value for name, value, _ in points if name == "loraplex_resident_bytes"] == [100] * 4
 
 
+def test_self_checks_are_counted_once_however_often_they_are_reported(
+    points: list[tuple[str, float, Labels]],
+) -> None:
+    replica = ReplicaMetrics("demo/sd15", METERS)
+    for sound, is_corrupt in ((0, False), (2, False), (2, False), (3, True), (3, True)):
+        replica.self_checked(sound=sound, is_corrupt=is_corrupt)
+    assert [(value, labels["result"]) for _, value, labels in points] == [(2, "ok"), (1, "ok"), (1, "mismatch")]
+
+
 def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, float, Labels]]) -> None:
     ingress, replica = IngressMetrics(METERS), ReplicaMetrics("demo/sd15", METERS)
     ingress.answered(route="/", status=200, base_id=None)
@@ -121,4 +135,6 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     replica.served(Timings(), batch_size=1)
     replica.adapter_found("host")
     replica.host_tier(used_bytes=1, evictions=1)
+    replica.cancelled("queued")
+    replica.self_checked(sound=1, is_corrupt=False)
     assert {name for name, _, _ in points} == {declared.name for declared in DECLARED}

@@ -6,19 +6,25 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from serve_app.core import (
+    Accepted,
     AppliedAdapter,
     GenerationDraft,
+    GenerationEvent,
     GenerationResult,
     ModelInfo,
     PixelImage,
+    Preview,
+    Progress,
     Timings,
 )
+
+STEPS = 4
 
 
 def gradient(width: int, height: int, shade: int = 0) -> PixelImage:
@@ -28,7 +34,10 @@ def gradient(width: int, height: int, shade: int = 0) -> PixelImage:
 
 
 class FakeGateway:
-    """Draws gradients of the size asked for; fails with `failure`, or waits for ever where `is_stuck`."""
+    """Draws gradients of the size asked for; fails with `failure`, or waits for ever where `is_stuck`.
+
+    A stream fails or waits after its first step where `is_begun`, else before its first event.
+    """
 
     def __init__(self) -> None:
         self.reset()
@@ -39,6 +48,7 @@ class FakeGateway:
         self.request_ids: list[str] = []
         self.failure: Exception | None = None
         self.is_stuck = False
+        self.is_begun = False
         self.is_up = True
         self.warnings: tuple[str, ...] = ()
         self.started = threading.Event()
@@ -53,16 +63,39 @@ class FakeGateway:
         return draft
 
     async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+        self._note(draft, request_id)
+        await self._fail_or_wait()
+        return self._result(draft, request_id)
+
+    async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        self._note(draft, request_id)
+        if not self.is_begun:
+            await self._fail_or_wait()
+        result = self._result(draft, request_id)
+        image = result.images[0]
+        yield Accepted(result.base_id, result.seeds[0], image.width, image.height, STEPS)
+        yield Progress(2, 0, STEPS)
+        for step in range(1, STEPS + 1):
+            yield Progress(0, step, STEPS)
+            if step <= draft.num_previews:
+                for index in range(draft.num_images):
+                    yield Preview(step - 1, index, gradient(8, 8, shade=index))
+            if self.is_begun:
+                await self._fail_or_wait()
+        yield result
+
+    def _note(self, draft: GenerationDraft, request_id: str) -> None:
         self.drafts.append(draft)
         self.request_ids.append(request_id)
-        cancelled = self.cancelled
         self.started.set()
         self.on_generate()
+
+    async def _fail_or_wait(self) -> None:
+        cancelled = self.cancelled
         if self.is_stuck:
             await self._wait_for_ever(cancelled)
         if self.failure is not None:
             raise self.failure
-        return self._result(draft, request_id)
 
     async def _wait_for_ever(self, cancelled: threading.Event) -> None:
         try:

@@ -35,7 +35,11 @@ def test_the_document_has_every_route_and_its_replies(client: TestClient) -> Non
     replies = paths["/models/{id}"]["post"]["responses"]
     assert set(replies["200"]["content"]) == {"image/jpeg", "image/png", "image/webp"}
     assert {"400", "404", "406", "413", "422", "429", "500", "503", "504"} <= set(replies)
-    assert {entry["name"] for entry in paths["/models/{id}"]["post"]["parameters"]} == {"id", "lora"}
+    assert {entry["name"] for entry in paths["/models/{id}"]["post"]["parameters"]} == {
+        "id",
+        "lora",
+        "x-request-timeout-s",
+    }
 
 
 def test_operations_have_names_of_their_own(client: TestClient) -> None:

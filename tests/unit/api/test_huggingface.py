@@ -9,7 +9,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from serve_app.api.images import decode_image, encode_image
-from serve_app.core import AdapterRef, GenerationDraft
+from serve_app.core import AdapterRef, GenerationDraft, Scales
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PICTURE = gradient(40, 24)
@@ -115,6 +115,22 @@ ONE = (AdapterRef("demo/sdxl-sepia"),)
         (None, {"loras": [{"name": "a/b", "weight": 0.5}]}, (AdapterRef("a/b", 0.5),)),
         (None, {"loras": [{"path": "a/b", "scale": -1, "revision": "v2"}]}, (AdapterRef("a/b", -1.0, "v2"),)),
         (None, {"loras": [{"id": "a/b", "scale": 0, "weight": None}]}, (AdapterRef("a/b", 0.0),)),
+        (
+            None,
+            {"loras": [{"id": "a/b", "scale": {"denoiser": 0.8, "text_encoder": 0}}]},
+            (AdapterRef("a/b", Scales(0.8, 0.0)),),
+        ),
+        (
+            None,
+            {"loras": [{"id": "a/b", "weight": {"unet": 2, "transformer": None}}]},
+            (AdapterRef("a/b", Scales(2.0, 1.0)),),
+        ),
+        (
+            None,
+            {"loras": [{"id": "a/b", "scale": {"transformer": 0.5, "text_encoder": 0.5}}]},
+            (AdapterRef("a/b", 0.5),),
+        ),
+        (None, {"loras": [{"id": "a/b", "scale": {}}]}, (AdapterRef("a/b", 1.0),)),
         (None, {"loras": [{"id": "a/b", "filename": "x.safetensors"}, "c/d"]},
          (AdapterRef("a/b", filename="x.safetensors"), AdapterRef("c/d"))),
     ],
@@ -152,6 +168,14 @@ def test_an_unacceptable_format_is_refused_before_anything_is_drawn(client: Test
 def test_a_png_reply_is_the_very_pixels(client: TestClient) -> None:
     response = client.post("/", json={"inputs": "elephant"}, headers={"accept": "image/png"})
     assert decode_image(response.content, "reply", max_pixels=10_000) == gradient(64, 64)
+
+
+def test_separate_scales_are_told_in_the_reply(client: TestClient) -> None:
+    lora = {"id": "a/b", "scale": {"unet": 0.8, "text_encoder": 0.3}}
+    response = client.post("/", json={"inputs": "elephant", "parameters": {"loras": [lora]}})
+    assert response.headers["x-adapters"] == "a/b@0123abcd;0.8/0.3;48"
+    response = client.post("/v1/images/generations", json={"prompt": "elephant", "lora": lora})
+    assert response.json()["loraplex"]["adapters"][0]["scale"] == {"denoiser": 0.8, "text_encoder": 0.3}
 
 
 def test_the_headers_tell_how_the_image_came_about(client: TestClient, gateway: FakeGateway) -> None:

@@ -109,6 +109,12 @@ def test_structure_wins_over_what_the_metadata_states():
     assert found.family == "sd1"
 
 
+def test_full_differences_are_an_adapter_without_a_rank():
+    found = facts({f"{BLOCK}.attn2.to_k.diff": np.ones((320, 768), np.float32)})
+    assert found.has_pairs
+    assert (found.methods, found.family, found.max_rank) == ({"full"}, "sd1", 0)
+
+
 def test_weights_without_pairs_are_no_adapter():
     assert not facts({"conv_in.weight": np.ones((2, 2), np.float32)}).has_pairs
     assert not facts({f"{BLOCK}.attn2.to_k.lora_A.weight": np.ones((4, 64), np.float32)}).has_pairs

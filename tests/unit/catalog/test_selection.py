@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.catalog.card import Card
 from serve_app.catalog.repository import RepositoryFile, RepositoryListing, is_valid_id, is_valid_revision
-from serve_app.catalog.selection import candidates
+from serve_app.catalog.selection import candidates, embeddings_beside
 from serve_app.errors import ModelNotFound, NotAnAdapter, UnsafeFile
 
 
@@ -31,6 +31,25 @@ def test_learned_embeddings_and_training_states_are_not_the_adapter():
     assert candidates(files, None) == ("me.safetensors",)
     with pytest.raises(NotAnAdapter):
         candidates(listing("checkpoint-5/x.safetensors"), None)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "names", "found"),
+    [
+        ("x.safetensors", ["embeddings.safetensors"], "embeddings.safetensors"),
+        ("x.safetensors", ["b_emb.safetensors", "embeddings.safetensors"], "b_emb.safetensors"),
+        ("x.safetensors", ["x_emb.safetensors", "b_emb.safetensors"], "x_emb.safetensors"),
+        ("x.safetensors", ["other_emb.safetensors"], "other_emb.safetensors"),
+        ("x.safetensors", ["other_emb.safetensors", "y.safetensors"], None),
+        ("x.safetensors", ["other_emb.safetensors", "another_emb.safetensors"], None),
+        ("x.safetensors", ["deeper/embeddings.safetensors", "b_emb.bin", "README.md"], None),
+        ("deeper/x.safetensors", ["embeddings.safetensors", "deeper/b_emb.safetensors"], "deeper/b_emb.safetensors"),
+        ("embeddings.safetensors", [], None),
+        ("x.safetensors", [], None),
+    ],
+)
+def test_learned_words_lie_beside_their_adapter(adapter: str, names: list[str], found: str | None):
+    assert embeddings_beside(listing(adapter, *names), adapter) == found
 
 
 def test_the_file_that_is_asked_for_is_the_one():

@@ -13,16 +13,18 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
+from serve_app.demo.cards import adapter_card, base_card
 from serve_app.demo.embedded import ADAPTERS, BASES, FAMILIES, STYLE_NAMES, adapter_id, base_id, embedded_root
 from serve_app.demo.styles import STYLES
 from serve_app.demo.train import Plan
+from serve_app.demo.training.adapters import RANK
 from serve_app.demo.training.folders import folder_size_bytes
 
-MEBIBYTE = 2**20
+MEGABYTE = 10**6
 
 
 def test_all_models_together_take_at_most_20_mb() -> None:
-    assert folder_size_bytes(embedded_root()) <= 20 * MEBIBYTE
+    assert folder_size_bytes(embedded_root()) <= 20 * MEGABYTE
 
 
 def test_the_folder_holds_every_named_model_and_no_other() -> None:
@@ -46,6 +48,16 @@ def test_an_adapters_card_names_its_base_and_its_words(family: str, style: str) 
     assert card["library_name"] == "diffusers"
     assert {"text-to-image", "diffusers", "lora"} <= set(card["tags"])
     assert card["instance_prompt"] in card["widget"][0]["text"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cards_are_the_ones_that_training_writes(family: str) -> None:
+    root = embedded_root()
+
+    assert (root / base_id(family) / "README.md").read_text() == base_card(family)
+    for style in STYLE_NAMES:
+        card = (root / adapter_id(family, style) / "README.md").read_text()
+        assert card == adapter_card(family, STYLES[style], RANK)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterSpec, AdapterUse, GenerationDraft, GenerationRequest, PixelImage
+from serve_app.core import (
+    AdapterSpec,
+    AdapterUse,
+    GenerationDraft,
+    GenerationRequest,
+    PixelImage,
+    PixelMask,
+    Scale,
+    Scales,
+)
 from serve_app.deployments.settle import settle
 from serve_app.errors import OutOfBounds, UnknownScheduler
 
@@ -72,8 +81,8 @@ def test_too_many_adapters_are_refused() -> None:
         settled(GenerationDraft("p"), *(AdapterUse(spec(f"x/{name}"), 1.0) for name in "abc"))
 
 
-@pytest.mark.parametrize("scale", [11.0, -11.0, float("nan"), float("inf")])
-def test_an_absurd_adapter_scale_is_refused(scale: float) -> None:
+@pytest.mark.parametrize("scale", [11.0, -11.0, float("nan"), float("inf"), Scales(1.0, 11.0), Scales(-11.0, 1.0)])
+def test_an_absurd_adapter_scale_is_refused(scale: Scale) -> None:
     with pytest.raises(OutOfBounds, match="scale of x/a"):
         settled(GenerationDraft("p"), AdapterUse(spec("x/a"), scale))
 
@@ -100,3 +109,16 @@ def test_any_input_picture_gets_a_size_the_base_can_draw_or_a_refusal(width: int
 def test_a_picture_that_fits_keeps_its_size() -> None:
     request = settled(GenerationDraft("p", image=PixelImage(72, 96, b"")))
     assert (request.width, request.height, request.strength) == (72, 96, 0.8)
+
+
+def test_what_is_masked_is_drawn_anew_unless_a_strength_says_otherwise() -> None:
+    picture, mask = PixelImage(64, 64, b""), PixelMask(64, 64, b"")
+    masked = settled(GenerationDraft("p", image=picture, mask=mask, num_previews=2))
+    assert (masked.mask, masked.strength, masked.num_previews) == (mask, 1.0, 2)
+    assert settled(GenerationDraft("p", image=picture, mask=mask, strength=0.5)).strength == 0.5
+
+
+@pytest.mark.parametrize(("strength", "steps"), [(None, 12), (0.5, 6), (1.0, 12)])
+def test_the_steps_to_come_are_those_that_the_strength_leaves(strength: float | None, steps: int) -> None:
+    image = None if strength is None else PixelImage(64, 64, b"")
+    assert settled(GenerationDraft("p", image=image, strength=strength)).planned_steps == steps

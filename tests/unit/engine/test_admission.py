@@ -22,8 +22,9 @@ from serve_app.engine.manifest import BaseManifest, manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.errors import AdmissionTimedOut, MalformedFile, NonFinite, ShapeMismatch
 from tests.tiny import tiny_pipeline
-from tests.tiny_adapters import lora
+from tests.tiny_adapters import lora, write
 from tests.tiny_forms import Form, put
+from tests.tiny_words import embeddings
 
 PARENT = """
 import asyncio, sys, time
@@ -142,6 +143,64 @@ async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_anot
         assert not psutil.pid_exists(first)
     finally:
         admission.close()
+
+
+async def test_a_file_that_hangs_does_not_hold_up_the_others(
+    manifest: BaseManifest, source: Path, tmp_path: Path
+) -> None:
+    """The second child is still reading it when the first has answered for everybody else."""
+    endless = [tmp_path / f"endless-{number}.safetensors" for number in range(2)]
+    for path in endless:
+        os.mkfifo(path)
+    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=300.0), patience_s=0.2)
+    try:
+        await admission.admit(source, "a/b", tmp_path / "canonical")
+        first = admission.pid
+        hostile = [asyncio.ensure_future(admission.admit(path, "a/endless", tmp_path / "never")) for path in endless]
+        await asyncio.to_thread(wait_until_reading, admission)
+        async with asyncio.timeout(120):
+            await asyncio.gather(*(admission.admit(source, "a/b", tmp_path / f"canonical-{n}") for n in range(3)))
+        assert not any(asking.done() for asking in hostile)
+        assert first is not None
+        assert not psutil.pid_exists(first)
+        # The second child waits for the first of them; once that has an end, it is answered for.
+        await asyncio.to_thread(lambda: endless[0].open("wb").close())
+        with pytest.raises(MalformedFile, match="its file is empty"):
+            await hostile[0]
+        assert not hostile[1].done()
+    finally:
+        admission.close()
+    with pytest.raises((RuntimeError, MalformedFile, asyncio.CancelledError)):
+        await hostile[1]
+
+
+async def test_a_slow_file_that_nobody_waits_behind_keeps_its_child(
+    manifest: BaseManifest, source: Path, tmp_path: Path
+) -> None:
+    endless = tmp_path / "endless.safetensors"
+    os.mkfifo(endless)
+    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=2.0), patience_s=0.1)
+    try:
+        await admission.admit(source, "a/b", tmp_path / "canonical")
+        children = psutil.Process().children()
+        asking = asyncio.ensure_future(admission.admit(endless, "owner/endless", tmp_path / "never"))
+        await asyncio.to_thread(wait_until_reading, admission)
+        with pytest.raises(AdmissionTimedOut, match="longer than 2 s"):
+            await asking
+        assert not set(psutil.Process().children()) - set(children)
+    finally:
+        admission.close()
+
+
+async def test_the_words_beside_an_adapter_are_admitted_with_it(
+    admission: AdmissionProcess, source: Path, tmp_path: Path
+) -> None:
+    beside = write(tmp_path / "adapter_emb.safetensors", embeddings("sd15"))
+    await admission.admit(source, "owner/adapter", tmp_path / "canonical", beside)
+    assert read_canonical(tmp_path / "canonical").words["text_encoder"].shape == (2, 32)
+    wide = write(tmp_path / "wide_emb.safetensors", {"clip_l": torch.ones(2, 33)})
+    with pytest.raises(ShapeMismatch, match="adapter owner/wide is refused: its embeddings clip_l"):
+        await admission.admit(source, "owner/wide", tmp_path / "other", wide)
 
 
 async def test_a_child_that_dies_over_a_file_is_replaced(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:

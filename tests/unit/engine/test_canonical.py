@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 
 from serve_app.config import AdapterLimits
-from serve_app.engine.adapter import Delta, LowRank, ParsedAdapter, tensors_of
+from serve_app.engine.adapter import Coverage, Delta, Dense, LowRank, ParsedAdapter, tensors_of
 from serve_app.engine.canonical import DamagedCanonicalFile, read_canonical, write_canonical
 from serve_app.engine.manifest import manifest_of
 from serve_app.engine.reader import read_adapter
+from serve_app.engine.seal import CHUNK_BYTES, Seal
 from tests.tiny import tiny_pipeline
-from tests.tiny_adapters import everything, loha, lokr, lora
+from tests.tiny_adapters import everything, full, loha, lokr, lora
 from tests.tiny_forms import Form, output_projection, put, with_text
 
 FORMS = {
@@ -24,6 +26,7 @@ FORMS = {
     "bias": lambda pipe: lora(pipe, chooses=output_projection, bias=True),
     "loha": loha,
     "lokr": lokr,
+    "full": full,
 }
 
 
@@ -81,6 +84,60 @@ def test_a_cut_file_is_said_to_be_damaged(size: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DamagedCanonicalFile):
         read_canonical(path)
+
+
+def test_a_flipped_bit_anywhere_is_said_to_be_damage(tmp_path: Path) -> None:
+    """Magic, sizes, table, padding, tensors and seal alike; never another error, never another adapter."""
+    path, chance = tmp_path / "canonical", random.Random(0)
+    write_canonical(adapter(tmp_path, "text"), path)
+    whole = path.read_bytes()
+    table_bits = range(8 * 4096)
+    places = [*range(8 * 24), *chance.sample(table_bits, 200), *chance.sample(range(8 * len(whole)), 300)]
+    for bit in [*places, 8 * len(whole) - 1]:
+        altered = bytearray(whole)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        with pytest.raises(DamagedCanonicalFile) as damage:
+            read_canonical(path)
+        assert isinstance(damage.value, ValueError)
+
+
+def test_bytes_that_changed_places_are_said_to_be_damage(tmp_path: Path) -> None:
+    path = tmp_path / "canonical"
+    big = {"unet": {"layer": Dense(torch.randn(1024, 1024), None)}}
+    write_canonical(ParsedAdapter("digest", big, Coverage(1, 1)), path)
+    whole = path.read_bytes()
+    middle, end = 4096 + CHUNK_BYTES, 4096 + 2 * CHUNK_BYTES
+    path.write_bytes(whole[:4096] + whole[middle:end] + whole[4096:middle] + whole[end:])
+    with pytest.raises(DamagedCanonicalFile):
+        read_canonical(path)
+    path.write_bytes(whole)
+    assert torch.equal(read_canonical(path).components["unet"]["layer"].weight, big["unet"]["layer"].weight)
+
+
+def test_a_seal_does_not_depend_on_where_its_bytes_were_cut() -> None:
+    chance = random.Random(1)
+    content = chance.randbytes(2 * CHUNK_BYTES + 1234)
+    whole = Seal(b"head")
+    whole.add(content)
+    expected = whole.value()
+    for _ in range(5):
+        cut = Seal(b"head")
+        position = 0
+        while position < len(content):
+            size = chance.choice((1, 7, 8, 4096, CHUNK_BYTES, CHUNK_BYTES + 3))
+            cut.add(content[position : position + size])
+            position += size
+        assert cut.value() == expected
+
+
+def test_a_large_adapter_lies_in_memory_that_can_be_written_and_sent_on(tmp_path: Path) -> None:
+    weight = torch.randn(1500, 1000)
+    write_canonical(ParsedAdapter("digest", {"unet": {"layer": Dense(weight)}}, Coverage(1, 1)), tmp_path / "canonical")
+    back = read_canonical(tmp_path / "canonical").components["unet"]["layer"]
+    assert isinstance(back, Dense)
+    assert torch.equal(back.weight.clone().add_(1), weight + 1)
+    assert torch.equal(back.weight, weight)
 
 
 def test_a_file_of_another_kind_is_said_to_be_damaged(tmp_path: Path) -> None:

@@ -7,9 +7,15 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, DiffusionPipeline, EulerDiscreteScheduler
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+)
+from PIL import Image
 
-from serve_app.core import GenerationRequest, PixelImage
+from serve_app.core import GenerationRequest, PixelImage, PixelMask
 from serve_app.engine.pipeline import MAX_SEED, BasePipeline, seeds_of
 from serve_app.engine.steps import GenerationCancelled
 from serve_app.errors import InternalError, NonFinite, OutOfBounds, UnknownScheduler
@@ -74,6 +80,54 @@ def test_an_image_from_an_image_is_that_of_the_plain_diffusers_call(pipeline: Ba
     assert one_image(pipeline, wanted) == expected
 
 
+def half_mask(width: int = 64, height: int = 64) -> PixelMask:
+    """Return a mask whose left half is drawn anew."""
+    left = width // 2
+    return PixelMask(width, height, (b"\xff" * left + b"\0" * (width - left)) * height)
+
+
+def rows_of(image: PixelImage) -> Any:
+    return numpy.frombuffer(image.pixels, "uint8").reshape(image.height, image.width, 3)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+def test_what_a_mask_lets_be_drawn_is_that_of_the_plain_diffusers_call(
+    pipeline: BasePipeline, plain: Any, strength: float
+) -> None:
+    wanted = request(image=photo(), mask=half_mask(), strength=strength)
+    expected = plain_image(
+        AutoPipelineForInpainting.from_pipe(plain), wanted, image=picture(photo()), strength=strength,
+        mask_image=Image.frombytes("L", (64, 64), half_mask().values), width=64, height=64,
+    )  # fmt: skip
+    drawn = rows_of(one_image(pipeline, wanted))
+    assert numpy.array_equal(drawn[:, :32], rows_of(expected)[:, :32])
+    assert not numpy.array_equal(drawn[:, :32], rows_of(photo())[:, :32])
+
+
+def test_what_a_mask_keeps_is_as_it_was_given(pipeline: BasePipeline) -> None:
+    wanted = request(image=photo(), mask=half_mask(), strength=1.0, num_images=2)
+    (images,) = pipeline.generate([wanted]).images
+    assert isinstance(images, tuple)
+    for image in images:
+        assert numpy.array_equal(rows_of(image)[:, 32:], rows_of(photo())[:, 32:])
+
+
+def test_a_mask_follows_its_picture_to_another_size(pipeline: BasePipeline) -> None:
+    image = one_image(pipeline, request(image=photo(32, 32), mask=half_mask(32, 32), strength=1.0))
+    kept = picture(photo(32, 32)).resize((64, 64), Image.Resampling.LANCZOS)
+    assert numpy.array_equal(rows_of(image)[:, 33:], numpy.asarray(kept)[:, 33:])
+
+
+def test_masks_of_one_pass_are_each_requests_own(pipeline: BasePipeline) -> None:
+    inverted = PixelMask(64, 64, bytes(255 - value for value in half_mask().values))
+    wanted = [
+        request(image=photo(), mask=mask, strength=1.0, seed=seed) for seed, mask in enumerate((half_mask(), inverted))
+    ]
+    for each, images in zip(wanted, pipeline.generate(wanted).images, strict=True):
+        assert isinstance(images, tuple)
+        assert largest_difference(images[0], one_image(pipeline, each)) <= 1
+
+
 def test_an_image_with_another_scheduler_is_that_of_the_plain_diffusers_call(
     family: str, pipeline: BasePipeline
 ) -> None:
@@ -110,6 +164,7 @@ def test_what_a_request_gets_does_not_depend_on_what_ran_before(pipeline: BasePi
     for other in (
         request(scheduler="EulerAncestralDiscreteScheduler", width=128),
         request(image=photo(), strength=0.9),
+        request(image=photo(), mask=half_mask(), strength=1.0),
         request(prompt=LONG_PROMPT, guidance_scale=1.0),
         request(num_images=3, negative_prompt="dog", seed=MAX_SEED),
         request(scheduler="PNDMScheduler", steps=5),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core import PixelImage
+from serve_app.core import PixelImage, PixelMask
 from serve_app.engine.queue import BatchKey, Waiting, batch_key, next_batch
 from tests.engine_cases import request
 
@@ -105,3 +105,13 @@ def test_whatever_is_one_value_per_pipeline_call_keeps_requests_apart() -> None:
 
 def test_strength_without_an_image_means_nothing() -> None:
     assert batch_key(request(strength=0.3), ()) == batch_key(request(strength=0.9), ())
+
+
+def test_a_masked_picture_never_shares_a_pass_with_a_whole_one() -> None:
+    picture = request(image=PixelImage(1, 1, b"abc"), strength=1.0)
+    masked = replace(picture, mask=PixelMask(1, 1, b"\xff"))
+    assert batch_key(picture, ()) != batch_key(masked, ())
+
+
+def test_previews_keep_no_request_from_sharing_a_pass() -> None:
+    assert batch_key(request(num_previews=3), ()) == batch_key(request(), ())

@@ -19,7 +19,7 @@ from serve_app.engine.manifest import adaptable_components, manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.engine.weights import AdapterWeights
 from tests.tiny import tiny_pipeline
-from tests.tiny_adapters import as_kohya, everything, loha, lokr, lora
+from tests.tiny_adapters import as_kohya, everything, full, loha, lokr, lora
 from tests.tiny_forms import Form, output_projection, put, with_text
 
 ADAPTERS = {
@@ -31,6 +31,7 @@ ADAPTERS = {
     "kohya": lambda pipe: as_kohya(lora(pipe, rank=7, seed=6), alpha=3),
     "loha": loha,
     "lokr": lokr,
+    "full": full,
 }
 BROKEN = "broken"
 SCALES = (0.0, 0.3, -1.0, 1.0, 2.5)

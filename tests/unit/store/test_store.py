@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import random
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -118,7 +119,9 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    # A walk shrugs at a folder that is removed meanwhile, where a glob raises.
+    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    return [path for path in found if path.name != ".lock"]
 
 
 async def use(store: AdapterStore[bytes], wanted: AdapterSpec) -> Lease[bytes]:

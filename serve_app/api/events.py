@@ -1,0 +1,77 @@
+"""Server-sent events: a reply that is written as the work goes on.
+
+Owns the framing of events, and what becomes of a failure once the status has been sent. Must not know what the events
+say.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve_app.api.faults import fault_content
+from serve_app.api.waiting import CallerGone
+from serve_app.errors import InternalError, LoraplexError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEvent:
+    """One event: its name, and its data as one line of JSON."""
+
+    name: str
+    data: str
+
+    def encode(self) -> bytes:
+        """Return the event as it is written (the event stream format of the HTML standard)."""
+        return f"event: {self.name}\ndata: {self.data}\n\n".encode()
+
+
+class EventStream(Response):
+    """Writes events as they come; a failure becomes the last event, as the status is long gone.
+
+    The events are closed however the reply ends, so that whatever makes them lets go.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[ServerEvent], *, request_id: str) -> None:
+        super().__init__()
+        self._events = events
+        self._request_id = request_id
+        del self.headers["content-length"]
+        self.headers["cache-control"] = "no-store"
+        # Proxies of nginx's kind would otherwise hold events back.
+        self.headers["x-accel-buffering"] = "no"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write the whole stream."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async with aclosing(self._events) as events:
+                async for event in events:
+                    await _write(send, event.encode())
+        except CallerGone:
+            log.info("request %s: the caller left its stream", self._request_id)
+        except LoraplexError as error:
+            log.warning("request %s: its stream ended in %s: %s", self._request_id, error.code, error)
+            await _write(send, _failure(error))
+        except Exception:
+            log.exception("request %s failed in its stream", self._request_id)
+            await _write(send, _failure(InternalError(self._request_id)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _failure(error: LoraplexError) -> bytes:
+    return ServerEvent("error", json.dumps({"error": fault_content(error)})).encode()
+
+
+async def _write(send: Send, body: bytes) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -1,0 +1,179 @@
+"""One adapter looked at as the service would look at it, down to each layer, without a service.
+
+Owns the order of the looks and what they came to; how it is shown is `serve_app.cli.inspect`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from serve_app.catalog.card import Card, parse_card
+from serve_app.catalog.header import HeaderFacts, MalformedHeader, describe, read_header
+from serve_app.catalog.repository import Repositories, RepositoryListing, is_valid_id
+from serve_app.catalog.selection import SAFE_SUFFIX, candidates
+from serve_app.cli.sources import Sources
+from serve_app.config import BaseModelConfig
+from serve_app.core import AdapterRef
+from serve_app.errors import (
+    BaseMismatch,
+    LoraplexError,
+    MalformedFile,
+    ModelNotFound,
+    NotAnAdapter,
+    UnsafeFile,
+)
+
+MAX_CARD_CHARACTERS = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one base makes of the file: how many layers match and the smallest and largest rank, or why not."""
+
+    base_id: str
+    layers_matched: int = 0
+    layers_in_file: int = 0
+    ranks: tuple[int, int] = (0, 0)
+    unmatched: tuple[str, ...] = ()
+    code: str | None = None
+    refusal: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """All that could be found out; what could not is None or empty.
+
+    `refusal` is why no base at all can serve the adapter; `verdicts` has one entry for each base that was asked, none
+    where the weights were not read.
+    """
+
+    id: str
+    origin: str
+    location: str
+    card: Card
+    file: str | None = None
+    revision: str | None = None
+    size_bytes: int | None = None
+    sha256: str | None = None
+    header: HeaderFacts | None = None
+    bases: tuple[str, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
+    code: str | None = None
+    refusal: str | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether some base can serve it, as far as was looked."""
+        return self.refusal is None and (not self.verdicts or any(v.refusal is None for v in self.verdicts))
+
+    def refused(self, error: LoraplexError) -> Inspection:
+        """Return this with the reason why no base serves it."""
+        return replace(self, code=error.code, refusal=str(error))
+
+
+async def inspect_id(
+    sources: Sources, ref: AdapterRef, base: BaseModelConfig | None, *, header_only: bool
+) -> Inspection:
+    """Look at an adapter by its id; `base` None asks the bases that it is for.
+
+    Raises:
+        ModelNotFound, AccessDenied, HubUnavailable: there is nothing to look at.
+    """
+    examiner = sources.examiner()
+    found = await examiner.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
+    if found is None:
+        raise ModelNotFound(ref.id)
+    place, listing = found
+    seen = Inspection(ref.id, listing.origin, listing.location, listing.card, revision=listing.revision)
+    try:
+        finding = await examiner.examine(ref.id, ref.revision, ref.filename)
+    except LoraplexError as refusal:
+        return (await _with_header(seen, place, listing, ref.filename)).refused(refusal)
+    seen = replace(
+        seen,
+        file=finding.filename, revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
+        bases=finding.placement.bases,
+    )  # fmt: skip
+    try:
+        finding.require_served([served.id for served in sources.config.bases])
+        if base is not None and base.id not in finding.placement.bases:
+            raise BaseMismatch(ref.id, finding.placement.made_for, base.id)
+        asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.placement.bases)
+        spec = finding.spec_for(asked[0])
+        if header_only:
+            return seen
+        path = await place.download(spec)
+    except LoraplexError as refusal:
+        return seen.refused(refusal)
+    return replace(seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked))
+
+
+async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | None, *, header_only: bool) -> Inspection:
+    """Look at a local file, and at the card beside it; `base` None asks every configured base."""
+    seen = _outside_of(path)
+    if seen.refusal is not None or header_only:
+        return seen
+    verdicts = await _judge(sources, path, path.name, (base,) if base is not None else sources.config.bases)
+    return replace(
+        seen, verdicts=verdicts, bases=tuple(verdict.base_id for verdict in verdicts if verdict.refusal is None)
+    )
+
+
+def _outside_of(path: Path) -> Inspection:
+    """Return what a file shows without its weights being read."""
+    card_path = path.parent / "README.md"
+    text = card_path.read_text(encoding="utf-8", errors="replace")[:MAX_CARD_CHARACTERS] if card_path.is_file() else ""
+    seen = Inspection(
+        str(path), "file", str(path.resolve()), parse_card(text),
+        file=path.name, size_bytes=path.stat().st_size, sha256=_sha256(path),
+    )  # fmt: skip
+    if path.suffix != SAFE_SUFFIX:
+        return seen.refused(UnsafeFile(path.name, "it is not a safetensors file, and no other kind is read"))
+    try:
+        facts = describe(read_header(path))
+    except MalformedHeader as error:
+        return seen.refused(MalformedFile(path.name, str(error)))
+    seen = replace(seen, header=facts)
+    if not facts.has_pairs:
+        return seen.refused(NotAnAdapter(path.name, "it has no paired low-rank matrices of an adapter"))
+    return seen
+
+
+async def _with_header(
+    seen: Inspection, place: Repositories, listing: RepositoryListing, filename: str | None
+) -> Inspection:
+    """Add what the header of the one candidate file says, for an adapter that is refused anyway."""
+    try:
+        names = candidates(listing, filename)
+        if len(names) != 1:
+            return seen
+        listed = listing.file(names[0])
+        seen = replace(seen, file=names[0], size_bytes=listed.size_bytes if listed else None)
+        return replace(seen, header=describe(await place.header(listing, names[0])))
+    except LoraplexError:
+        return seen
+
+
+async def _judge(sources: Sources, path: Path, name: str, bases: Sequence[BaseModelConfig]) -> tuple[Verdict, ...]:
+    return tuple([await _verdict(sources, path, name, base) for base in bases])
+
+
+async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig) -> Verdict:
+    from serve_app.engine.reader import read_adapter
+    from serve_app.engine.structure import structure_of
+
+    try:
+        async with sources.base_configurations(base) as folder:
+            manifest = structure_of(folder, base.id)
+        coverage = read_adapter(path, name, manifest, base.adapter_limits).coverage
+    except LoraplexError as refusal:
+        return Verdict(base.id, code=refusal.code, refusal=str(refusal))
+    return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

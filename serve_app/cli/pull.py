@@ -1,0 +1,128 @@
+"""`loraplex pull`: adapters and bases into the caches that replicas read, before anybody asks for them.
+
+Owns the arguments and the progress bar. What needs torch or Ray is imported by the command alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from serve_app.cli.options import AsJson, ConfigOption
+from serve_app.cli.terminal import bytes_text, err, print_json, print_line, reporting
+from serve_app.core import AdapterRef
+
+if TYPE_CHECKING:
+    from serve_app.cli.sources import Sources
+    from serve_app.core import AdapterSpec
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """One model that now lies on this machine; `base_id` None means that it is a base itself."""
+
+    id: str
+    base_id: str | None
+    revision: str | None
+    path: Path
+    size_bytes: int
+
+
+def pull(
+    adapters: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters' ids.")] = None,
+    bases: Annotated[bool, typer.Option("--bases", help="Fetch every configured base, too.")] = False,
+    config: ConfigOption = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the adapters.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch adapters into the cache that this machine's replicas use, so that the first request need not wait."""
+    if not adapters and not bases:
+        raise typer.BadParameter("name at least one adapter, or give --bases")
+    with reporting(as_json=as_json):
+        from serve_app.cli.sources import open_sources
+
+        sources = open_sources(config)
+        pulled = _pull_bases(sources, is_quiet=as_json) if bases else []
+        refs = [AdapterRef(name, revision=revision) for name in adapters or ()]
+        pulled += asyncio.run(_pull_adapters(sources, refs, is_quiet=as_json))
+    if as_json:
+        print_json({"pulled": [asdict(model) for model in pulled]})
+
+
+async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: bool) -> list[Pulled]:
+    import time
+
+    from serve_app.catalog.catalog import Catalog
+    from serve_app.catalog.files import AdapterFiles
+
+    catalog = Catalog(sources.config, sources.places, clock=time.monotonic)
+    files = AdapterFiles(sources.places)
+    pulled: list[Pulled] = []
+    for ref in refs:
+        spec = await catalog.adapter(ref)
+        fetching = asyncio.ensure_future(files.path(spec))
+        with _bar(spec, is_quiet=is_quiet) as advance:
+            while not fetching.done():
+                advance(_fetched_bytes(sources.environment.cache_dir, spec))
+                await asyncio.wait({fetching}, timeout=POLL_S)
+        path = fetching.result()
+        pulled.append(Pulled(spec.id, spec.base_id, spec.revision, path, path.stat().st_size))
+        if not is_quiet:
+            _say(pulled[-1], "" if spec.origin == "hub" else f", already here: {spec.origin}")
+    return pulled
+
+
+def _pull_bases(sources: Sources, *, is_quiet: bool) -> list[Pulled]:
+    from serve_app.engine.loading import HubAccess, fetch
+
+    pulled: list[Pulled] = []
+    for base in sources.config.bases:
+        with err.status(f"{base.id} ...") if err.is_terminal and not is_quiet else contextlib.nullcontext():
+            folders = fetch(base, HubAccess(token=sources.token))
+        for folder in folders:
+            size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            pulled.append(Pulled(base.id, None, base.source.revision, folder, size_bytes))
+            if not is_quiet:
+                _say(pulled[-1], "")
+        if not folders and not is_quiet:
+            print_line(("here ", "green"), (base.id, "bold"), "  nothing to fetch")
+    return pulled
+
+
+def _say(model: Pulled, more: str) -> None:
+    of_base = f" for {model.base_id}" if model.base_id else ""
+    print_line(("here ", "green"), (model.id, "bold"), f"{of_base}  {bytes_text(model.size_bytes)}{more}")
+
+
+def _fetched_bytes(cache_dir: Path, spec: AdapterSpec) -> int:
+    """Return how much of a Hub file has arrived: its client writes to `.incomplete` files until all is there."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = cache_dir / "hub" / repo_folder_name(repo_id=spec.location, repo_type="model") / "blobs"
+    size_bytes = 0
+    for path in folder.glob("*.incomplete"):
+        with contextlib.suppress(OSError):  # renamed this moment
+            size_bytes += path.stat().st_size
+    return size_bytes
+
+
+@contextlib.contextmanager
+def _bar(spec: AdapterSpec, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
+    """Show how far a file is, where a person watches; yields a function that takes the bytes so far."""
+    if is_quiet or not err.is_terminal or spec.origin != "hub":
+        yield lambda fetched_bytes: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=err, transient=True) as progress:
+        task = progress.add_task(spec.id, total=spec.size_bytes or None)
+        yield lambda fetched_bytes: progress.update(task, completed=fetched_bytes)

@@ -1,0 +1,138 @@
+"""Where adapters and bases come from on this machine, for the commands that need no running service.
+
+Owns the way from a Serve file, or from none, to the very repositories and caches that replicas would use. Ray is loaded
+only to read a Serve file as Serve reads it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from serve_app.catalog.bases import BaseFactsReader
+from serve_app.catalog.card import Card
+from serve_app.catalog.catalog import build_repositories
+from serve_app.catalog.examination import Examiner
+from serve_app.catalog.repository import HUB, Repositories
+from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
+from serve_app.cli.terminal import CommandFailed
+from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.demo.embedded import BASES, embedded_root
+from serve_app.errors import BaseUnusable
+
+DEFAULT_FILE = Path("serve_config.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """A configuration, what the environment adds to it, and the places that both name."""
+
+    config: AppConfig
+    environment: Environment
+    places: tuple[Repositories, ...]
+
+    @property
+    def token(self) -> str | None:
+        """The Hub token of the environment."""
+        return self.environment.hub_token.get_secret_value() if self.environment.hub_token else None
+
+    def base(self, name: str) -> BaseModelConfig:
+        """Return the configured base of that id or alias.
+
+        Raises:
+            CommandFailed: there is none.
+        """
+        found = self.config.base(name)
+        if found is None:
+            served = ", ".join(base.id for base in self.config.bases)
+            raise CommandFailed(f"base {name} is not configured; there are {served}", "base_not_served")
+        return found
+
+    def place(self, origin: str) -> Repositories:
+        """Return the place of a kind that something was found in."""
+        return next(place for place in self.places if place.origin == origin)
+
+    def examiner(self) -> Examiner:
+        """Return what finds adapters out, in the order in which the service asks."""
+
+        async def card_of(model: str) -> Card | None:
+            found = await examiner.find(model, None)
+            return found[1].card if found is not None else None
+
+        places = [place for place in self.places if place.origin != "embedded" or self.config.adapters.embedded]
+        examiner = Examiner(self.config.bases, places, BaseFactsReader(self.places, time.monotonic), card_of)
+        return examiner
+
+    @contextlib.asynccontextmanager
+    async def base_configurations(self, base: BaseModelConfig) -> AsyncIterator[Path]:
+        """Yield a folder with a base's configuration files; from the Hub, only they are fetched.
+
+        Raises:
+            BaseUnusable: they are missing.
+            HubUnavailable, AccessDenied: the Hub does not give them.
+        """
+        from serve_app.engine.structure import INDEX, adaptable_parts
+
+        source = base.source
+        if source.hub is None:
+            yield source.folder or embedded_root() / (source.embedded or "")
+            return
+        place = next((place for place in self.places if place.origin == HUB), None)
+        if place is None:
+            raise BaseUnusable(base.id, "it lies on the Hub, which the configuration leaves out")
+        with tempfile.TemporaryDirectory(prefix="loraplex-") as name:
+            folder = Path(name)
+            index = await place.read_small(source.hub, source.revision, INDEX)
+            if index is None:
+                raise BaseUnusable(base.id, "its repository holds no pipeline")
+            (folder / INDEX).write_bytes(index)
+            try:
+                parts = adaptable_parts(index.decode())
+            except (ValueError, KeyError):
+                raise BaseUnusable(base.id, "its pipeline is of no kind that is served") from None
+            files = [f"{part}/config.json" for part in parts]
+            contents = await asyncio.gather(*(place.read_small(source.hub, source.revision, file) for file in files))
+            for file, content in zip(files, contents, strict=True):
+                (folder / file).parent.mkdir()
+                (folder / file).write_bytes(content or b"")
+            yield folder
+
+
+def open_sources(path: Path | None) -> Sources:
+    """Return the sources of a Serve file's first Loraplex application, or the embedded models and the Hub.
+
+    Raises:
+        CommandFailed: the file is not valid.
+    """
+    from serve_app.app import read_environment
+
+    if path is None and DEFAULT_FILE.is_file():
+        path = DEFAULT_FILE
+    config = _embedded_config() if path is None else _config_of(path)
+    environment = read_environment(config)
+    places = build_repositories(
+        config,
+        token=environment.hub_token.get_secret_value() if environment.hub_token else None,
+        embedded_root=embedded_root(),
+        cache_dir=environment.cache_dir,
+        endpoint=environment.hub_endpoint,
+    )
+    return Sources(config, environment, places)
+
+
+def _config_of(path: Path) -> AppConfig:
+    try:
+        return check_serve_file(path).applications[0]
+    except ServeFileInvalid as error:
+        more = f" (and {len(error.faults) - 1} more; see: loraplex check {path})" if len(error.faults) > 1 else ""
+        raise CommandFailed(f"{path}: {error.faults[0]}{more}", "invalid_config") from None
+
+
+def _embedded_config() -> AppConfig:
+    bases = [{"id": base_id, "source": {"embedded": base_id}} for base_id in BASES]
+    return AppConfig.model_validate({"bases": bases, "adapters": {"embedded": True}})

@@ -1,0 +1,157 @@
+"""Fingerprints of a base's loaded tensors, taken once and compared ever after.
+
+Owns the arithmetic and the place in the round. Must not know who asks or when: a slice takes about a millisecond, so
+that it fits between two requests. Fingerprints are computed where the tensors lie.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# One slice: about half a millisecond of a CPU's memory, and less of a GPU's.
+_SLICE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
+_WORD_BYTES = 8
+# What share of an idle device's time checking takes.
+_SHARE = 0.05
+_SHORTEST_PAUSE_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A tensor that is no longer what was loaded."""
+
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slice:
+    names: tuple[str, ...]
+    parts: tuple[Tensor, ...]
+    fingerprints: tuple[int, ...]
+
+
+class SelfCheck:
+    """Whether tensors still have the bits that they had at construction.
+
+    A fingerprint is the sum of a part's 64-bit words, each multiplied by an odd weight of its place, modulo 2**64:
+    whatever happens to one word changes it. The tensors must not be written or moved.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, slice_bytes: int | None = None) -> None:
+        """Take the fingerprints; reads every byte once."""
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        size = slice_bytes or _SLICE_BYTES.get(device.type, 4 << 20)
+        self._weights = torch.arange(1, 2 * max(size // _WORD_BYTES, 1), 2, dtype=torch.int64, device=device)
+        self._slices = tuple(self._slice(tensors, size))
+        self._next = 0
+        self.rounds = 0
+
+    def check_next(self) -> Damage | None:
+        """Check one slice; the round begins again after the last, and is counted if it found nothing."""
+        if not self._slices:
+            return None
+        damage = self._check(self._slices[self._next])
+        self._next = (self._next + 1) % len(self._slices)
+        if self._next == 0 and damage is None:
+            self.rounds += 1
+        return damage
+
+    def check_all(self) -> Damage | None:
+        """Check everything, from the first slice on."""
+        self._next = 0
+        for one in self._slices:
+            if damage := self._check(one):
+                return damage
+        self.rounds += 1
+        return None
+
+    def _check(self, one: _Slice) -> Damage | None:
+        found = self._fingerprints(one.parts)
+        pairs = zip(one.names, found, one.fingerprints, strict=True)
+        return next((Damage(name) for name, now, then in pairs if now != then), None)
+
+    def _slice(self, tensors: Mapping[str, Tensor], size: int) -> Iterator[_Slice]:
+        """Yield slices of about `size` bytes: many small tensors, or a part of a large one."""
+        pending: list[tuple[str, Tensor]] = []
+        filled = 0
+        for name, tensor in tensors.items():
+            for part in _parts_of(tensor, size):
+                if filled and filled + part.nbytes > size:
+                    yield self._take(pending)
+                    pending, filled = [], 0
+                pending.append((name, part))
+                filled += part.nbytes
+        if pending:
+            yield self._take(pending)
+
+    def _take(self, pending: list[tuple[str, Tensor]]) -> _Slice:
+        parts = tuple(part for _, part in pending)
+        return _Slice(tuple(name for name, _ in pending), parts, self._fingerprints(parts))
+
+    def _fingerprints(self, parts: tuple[Tensor, ...]) -> tuple[int, ...]:
+        with torch.no_grad():
+            sums = [fingerprint(part, self._weights[: part.numel()]) for part in parts]
+            return tuple(torch.stack(sums).tolist())
+
+
+class PacedCheck:
+    """A self-check that leaves the device alone most of the time.
+
+    Between two slices it rests for so long that checking takes a small share of the time, and longer after each
+    round. The clock gives seconds that only grow.
+    """
+
+    def __init__(
+        self, check: SelfCheck, *, rest_s: float = 60.0, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._check = check
+        self._rest_s = rest_s
+        self._clock = clock
+        self.pause_s = _SHORTEST_PAUSE_S
+        """How long to wait, if nothing else is to be done, before `check_next`."""
+
+    @property
+    def rounds(self) -> int:
+        """How many times everything was checked and sound."""
+        return self._check.rounds
+
+    def check_next(self) -> Damage | None:
+        """Check one slice."""
+        started, rounds = self._clock(), self.rounds
+        damage = self._check.check_next()
+        paused = max((self._clock() - started) / _SHARE, _SHORTEST_PAUSE_S)
+        self.pause_s = paused if self.rounds == rounds else max(paused, self._rest_s)
+        return damage
+
+    def check_all(self) -> Damage | None:
+        """Check everything now."""
+        return self._check.check_all()
+
+
+def fingerprint(words: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum of integers modulo 2**64, as a tensor without dimensions; both are [n]."""
+    words = words.to(torch.int64)
+    # CUDA has no dot product of integers; a CPU's needs no intermediate.
+    return torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum()
+
+
+def _parts_of(tensor: Tensor, size: int) -> Iterator[Tensor]:
+    """Yield all bytes of a tensor as views: of 64-bit words as far as they go, then of single bytes."""
+    tensor = tensor.detach()
+    order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+    flat = tensor.permute(order)  # channels-last and transposed weights lie dense in another order
+    if not flat.is_contiguous() or flat.numel() == 0:
+        flat = tensor.contiguous()
+    data = flat.reshape(-1).view(torch.uint8)
+    is_aligned = data.data_ptr() % _WORD_BYTES == data.storage_offset() % _WORD_BYTES == 0
+    words = data.numel() // _WORD_BYTES * _WORD_BYTES if is_aligned else 0
+    step = max(size // _WORD_BYTES, 1) * _WORD_BYTES
+    for start in range(0, words, step):
+        yield data[start : min(start + step, words)].view(torch.int64)
+    for start in range(words, data.numel(), step // _WORD_BYTES):
+        yield data[start : start + step // _WORD_BYTES]

@@ -1,0 +1,46 @@
+"""Work on a GPU beside the running pass, and the waiting that keeps the two apart; nothing of it on a CPU.
+
+Owns one CUDA stream and its order against the device's own stream. Must not know weights or adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+class SideStream:
+    """A second stream of a GPU; on a CPU every method does nothing.
+
+    Invariants: work in `filling` starts after whatever the device's stream had been given at the last `release`;
+    what the device's stream is given after `join` starts after that work. Memory taken inside `filling` belongs to
+    the side stream: what is dropped again must have been used there alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._released: Any = None
+
+    def release(self) -> None:
+        """Let later filling overwrite what the device's stream has been reading up to now; on the device thread."""
+        if self._stream is not None:
+            self._released = torch.cuda.current_stream(self._stream.device).record_event()
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Launch the work of the block on the side stream; for any thread, one at a time."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            if self._released is not None:
+                self._stream.wait_event(self._released)
+            yield
+
+    def join(self) -> None:
+        """Have the device's stream wait for all that was launched in `filling`; on the device thread."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

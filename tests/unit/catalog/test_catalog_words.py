@@ -1,0 +1,80 @@
+"""An adapter's learned words are found beside it, are part of its revision, and reach the replica."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from serve_app.catalog.files import AdapterFiles
+from serve_app.core import AdapterRef
+from serve_app.errors import LoraplexError, MalformedFile, MalformedRequest
+from tests.unit.catalog.builders import WEIGHTS, World, adapter_files, lora
+
+EMBEDDINGS = "embeddings.safetensors"
+
+
+def words(value: float = 1.0) -> bytes:
+    return save({"clip_l": np.full((2, 8), value, np.float32)})
+
+
+def taught(base: str = "demo/sd", value: float = 1.0) -> dict[str, bytes]:
+    return {**adapter_files(base), EMBEDDINGS: words(value)}
+
+
+async def test_the_words_beside_an_adapter_in_a_folder_are_part_of_its_revision(world: World):
+    world.put("me/plain", adapter_files("demo/sd"))
+    world.put("me/taught", taught())
+    catalog = world.catalog()
+    plain, first = [await catalog.adapter(AdapterRef(name)) for name in ("me/plain", "me/taught")]
+    assert (plain.embeddings, first.embeddings) == (None, EMBEDDINGS)
+
+    files = AdapterFiles(world.places())
+    assert (await files.path(first)).read_bytes() == lora()
+    beside = await files.embeddings(first)
+    assert beside is not None
+    assert beside.read_bytes() == words()
+    assert await files.embeddings(plain) is None
+
+    world.put("me/taught", {EMBEDDINGS: words(2.0)})
+    world.clock.now += 60
+    second = await catalog.adapter(AdapterRef("me/taught"))
+    assert second.filename == first.filename
+    assert len({plain.revision, first.revision, second.revision}) == 3
+    assert second.key != first.key
+    for call in (files.path(first), files.embeddings(first)):
+        with pytest.raises(MalformedFile, match="changed after it was looked up"):
+            await call
+    assert await files.embeddings(second) is not None
+
+
+async def test_the_words_beside_an_adapter_on_the_hub_are_fetched_with_it(world: World):
+    world.hub.push("me/taught", {**adapter_files("demo/sd"), "taught_emb.safetensors": words()})
+    spec = await world.catalog().adapter(AdapterRef("me/taught"))
+    assert (spec.filename, spec.embeddings) == (WEIGHTS, "taught_emb.safetensors")
+    files = AdapterFiles(world.places())
+    beside = await files.embeddings(spec)
+    assert beside is not None
+    assert beside.read_bytes() == words()
+    assert (await files.path(spec)).read_bytes() == lora()
+
+
+async def test_two_adapters_with_words_are_refused_together_and_served_apart(world: World):
+    for name in ("one", "two"):
+        world.put(f"me/{name}", taught())
+    world.put("me/plain", adapter_files("demo/sd"))
+    catalog = world.catalog()
+    with pytest.raises(MalformedRequest, match="me/one and me/two each bring words"):
+        await catalog.resolve(None, (AdapterRef("me/one"), AdapterRef("me/two")))
+    resolution = await catalog.resolve(None, (AdapterRef("me/one"), AdapterRef("me/plain")))
+    assert [use.spec.embeddings for use in resolution.adapters] == [EMBEDDINGS, None]
+
+
+async def test_an_embeddings_file_of_an_absurd_size_is_refused_before_it_is_fetched(world: World):
+    files = taught()
+    files[EMBEDDINGS] = save({"clip_l": np.zeros((5 * 1024, 1024), np.float32)})
+    world.put("me/huge", files)
+    with pytest.raises(
+        LoraplexError, match="'embeddings.safetensors', with the words of adapter me/huge, is too large"
+    ):
+        await world.catalog().adapter(AdapterRef("me/huge"))

@@ -1,0 +1,43 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from serve_app.cli.main import app
+
+QUICK = ["bench", "swap", "--rank", "2", "--repeat", "1", "--steps", "1"]
+
+
+def test_a_run_prints_a_table_and_writes_its_report(tmp_path: Path) -> None:
+    outcome = CliRunner().invoke(app, [*QUICK, "--json", str(tmp_path / "report.json")])
+    assert outcome.exit_code == 0, outcome.output
+    assert "diffusers  the four calls" in outcome.output
+    assert "loraplex   A -> B, from host memory" in outcome.output
+    assert "bit-equal to load and fuse" in outcome.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["exactness"]["fused_equal"] is True
+    assert report["command"] in " ".join(outcome.output.split())
+
+
+def test_an_unknown_model_is_refused_with_those_that_exist() -> None:
+    outcome = CliRunner().invoke(app, ["bench", "swap", "--model", "sd9"])
+    assert outcome.exit_code == 2
+    assert all(name in outcome.output for name in ("sd9", "tiny", "sd15", "sdxl", "flux"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_an_absent_device_is_one_clear_line() -> None:
+    outcome = CliRunner().invoke(app, [*QUICK, "--device", "cuda"])
+    assert outcome.exit_code == 1
+    assert "torch finds no CUDA device here; use --device cpu" in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_the_command_line_starts_without_torch() -> None:
+    program = "import sys, serve_app.cli.main; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not {"torch", "diffusers", "transformers", "peft"} & set(loaded.stdout.split())

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import Run
+
+SHIPPED = Path(__file__).parents[3] / "serve_config.yaml"
+
+
+def test_the_version_is_the_package_s(run: Run) -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"loraplex {version('loraplex')}\n")
+
+
+@pytest.mark.parametrize("command", ["check", "serve", "models", "generate", "inspect", "pull", "bench"])
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    assert command in run("--help").stdout
+    assert "Usage:" in run(command, "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("nonsense",),
+        ("models", "--nonsense"),
+        ("models", "--url", "127.0.0.1:8000"),
+        ("models", "--url", "http://user:secret@127.0.0.1"),
+        ("models", "--url", "ftp://127.0.0.1"),
+        ("check", "no-such-file.yaml"),
+        ("generate", "a cat"),
+        ("generate", "a cat", "-o", "cat.gif"),
+        ("generate", "a cat", "-o", "no-such-folder/cat.png"),
+        ("generate", "a cat", "-o", "cat.png", "--size", "512"),
+        ("generate", "a cat", "-o", "cat.png", "--lora", "a/b:strong"),
+        ("generate", "a cat", "-o", "cat.png", "--strength", "0.5"),
+        ("generate", "a cat", "-o", "cat.png", "--sheet", "--count", "2"),
+        ("pull",),
+    ],
+)
+def test_wrong_usage_exits_with_2_and_says_so(run: Run, arguments: tuple[str, ...]) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "secret" not in result.stderr
+    assert result.stdout == "" or "Usage:" in result.stdout
+
+
+def test_check_prints_a_valid_file_as_json(run: Run) -> None:
+    result = run("check", SHIPPED, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {
+        "valid": True,
+        "url": "http://127.0.0.1:8000",
+        "bases": ["demo/sdxl", "demo/sd15"],
+    }
+
+
+def test_check_prints_the_faults_of_an_invalid_file(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(SHIPPED.read_text().replace("default_base", "default_bass"))
+    said, told = run("check", path), run("check", path, "--json")
+    assert (said.exit_code, told.exit_code) == (1, 1)
+    assert f"{path}: " in said.stderr
+    assert "default_bass" in said.stderr
+    assert "default_bass" in json.loads(told.stdout)["faults"][0]
+
+
+def test_serve_refuses_an_invalid_file_before_it_starts_anything(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("applications: []")
+    result = run("serve", path, "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["valid"] is False

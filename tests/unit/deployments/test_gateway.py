@@ -1,0 +1,146 @@
+"""The way of a request through the ingress, with the replicas' part played by the test."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import pytest
+
+from serve_app.catalog.catalog import Catalog
+from serve_app.config import AppConfig
+from serve_app.core import (
+    Accepted,
+    GenerationDraft,
+    GenerationEvent,
+    GenerationRequest,
+    GenerationResult,
+    PixelImage,
+    Progress,
+    Timings,
+)
+from serve_app.deployments.gateway import ServiceGateway
+from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
+
+DRAFT = GenerationDraft("a cat", num_previews=2)
+RESULT = GenerationResult("id", "demo/sd15", (PixelImage(1, 1, b"abc"),), (5,), (), Timings(), 0.1, "cpu", 1)
+
+
+class Replica:
+    """Answers with `events`; waits for `may_go` first where it is given, and fails with `failure` at the end."""
+
+    def __init__(
+        self,
+        *events: GenerationEvent,
+        may_go: asyncio.Event | None = None,
+        failure: Exception | None = None,
+    ) -> None:
+        self._events = events
+        self._may_go = may_go
+        self._failure = failure
+        self.asked: list[GenerationRequest] = []
+        self.is_left = False
+
+    async def __call__(self, request: GenerationRequest) -> GenerationResult:
+        self.asked.append(request)
+        return RESULT
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        self.asked.append(request)
+        try:
+            if self._may_go is not None:
+                await self._may_go.wait()
+            for event in self._events:
+                yield event
+            if self._failure is not None:
+                raise self._failure
+        finally:
+            self.is_left = True
+
+
+def gateway(replica: Replica, refusals: list[str] | None = None) -> ServiceGateway:
+    config = AppConfig.model_validate(
+        {"bases": [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}, "defaults": {"steps": 10}}]}
+    )
+
+    async def can_serve() -> bool:
+        return True
+
+    return ServiceGateway(
+        Catalog(config, (), clock=time.monotonic),
+        replica,
+        draw_seed=lambda: 5,
+        can_serve=can_serve,
+        on_refusal=(refusals if refusals is not None else []).append,
+    )
+
+
+async def test_a_stream_begins_with_what_was_accepted() -> None:
+    replica = Replica(Progress(0, 0, 10), Progress(0, 1, 10), RESULT)
+    events = [event async for event in gateway(replica).stream(DRAFT, request_id="id")]
+    assert events == [Accepted("demo/sd15", 5, 512, 512, 10), Progress(0, 0, 10), Progress(0, 1, 10), RESULT]
+    assert replica.asked[0].num_previews == 2
+
+
+async def test_a_stream_begins_although_the_replica_is_silent() -> None:
+    may_go = asyncio.Event()
+    async with aclosing(gateway(Replica(RESULT, may_go=may_go)).stream(DRAFT, request_id="id")) as events:
+        started = time.monotonic()
+        assert isinstance(await anext(events), Accepted)
+        assert time.monotonic() - started < 0.1
+        may_go.set()
+        assert await anext(events) == RESULT
+
+
+async def test_what_a_replica_refuses_at_once_comes_before_any_event() -> None:
+    refusals: list[str] = []
+    full = Replica(failure=QueueFull("demo/sd15", 1))
+    with pytest.raises(QueueFull):
+        await anext(gateway(full, refusals).stream(DRAFT, request_id="id"))
+    assert refusals == ["queue_full"]
+
+
+async def test_what_is_out_of_bounds_never_reaches_a_replica() -> None:
+    replica = Replica(RESULT)
+    with pytest.raises(OutOfBounds):
+        await anext(gateway(replica).stream(GenerationDraft("a cat", steps=1000), request_id="id"))
+    assert replica.asked == []
+
+
+async def test_a_failure_in_the_middle_ends_the_stream_and_is_counted() -> None:
+    refusals: list[str] = []
+    seen: list[GenerationEvent] = []
+    lost = Replica(Progress(0, 1, 10), failure=ReplicaLost("demo/sd15", 1))
+
+    async def read() -> None:
+        async for event in gateway(lost, refusals).stream(DRAFT, request_id="id"):
+            seen.append(event)
+
+    with pytest.raises(ReplicaLost):
+        await read()
+    assert len(seen) == 2
+    assert refusals == ["replica_lost"]
+
+
+@pytest.mark.parametrize("heard", [1, 2, 3])
+async def test_closing_a_stream_leaves_the_replica(heard: int) -> None:
+    replica = Replica(Progress(0, 0, 10), Progress(0, 1, 10), RESULT)
+    async with aclosing(gateway(replica).stream(DRAFT, request_id="id")) as events:
+        for _ in range(heard):
+            await anext(events)
+        assert not replica.is_left
+    assert replica.is_left
+
+
+async def test_cancelling_before_the_first_word_of_the_replica_leaves_it() -> None:
+    replica = Replica(RESULT, may_go=asyncio.Event())
+    async with aclosing(gateway(replica).stream(DRAFT, request_id="id")) as events:
+        assert isinstance(await anext(events), Accepted)
+        waiting = asyncio.ensure_future(anext(events))
+        await asyncio.wait({waiting}, timeout=0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    assert replica.is_left
