@@ -197,19 +197,23 @@ class BasePipeline:
         return Previewer(requests, self._latent_colours, scheduler, on_preview)
 
     def _arguments(self, pipeline: Any, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-        """Return the keyword arguments of the pipeline call: one prompt, generator and image for each image."""
+        """Return the keyword arguments of the pipeline call: one generator and picture for each image."""
         head = requests[0]
         rows = [request for request in requests for _ in range(request.num_images)]
         seeds = [seed for request in requests for seed in seeds_of(request)]
+        texts = [(row.prompt, row.negative_prompt) for row in rows]
+        if head.image is None and len(set(texts)) == 1:
+            texts = texts[:1]  # encoded once, for all images of the pass
         arguments: dict[str, Any] = {
-            "prompt": [row.prompt for row in rows],
+            "prompt": [prompt for prompt, _ in texts],
+            "num_images_per_prompt": len(rows) // len(texts),
             "num_inference_steps": head.steps,
             "guidance_scale": head.guidance_scale,
             "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
             "output_type": "pt",
         }
         if head.negative_prompt is not None:
-            arguments["negative_prompt"] = [row.negative_prompt for row in rows]
+            arguments["negative_prompt"] = [negative for _, negative in texts]
         if head.image is None or takes_size(pipeline):
             arguments |= {"width": head.width, "height": head.height}
         if head.image is None:

@@ -312,3 +312,19 @@ def test_a_strength_that_leaves_no_step_is_refused(pipeline: BasePipeline) -> No
 def test_a_seed_outside_64_bits_is_refused(pipeline: BasePipeline, seed: int) -> None:
     with pytest.raises(OutOfBounds, match="seed"):
         pipeline.check(request(seed=seed))
+
+
+@pytest.mark.parametrize(("other", "encoded"), [("a photo of a cat", 1), ("a dog", 3)])
+def test_one_text_is_encoded_once_for_all_images_of_a_pass(pipeline: BasePipeline, other: str, encoded: int) -> None:
+    seen: list[int] = []
+    encoder = pipeline.components["text_encoder"]
+    hook = encoder.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].shape[0]))
+    single, double = request(negative_prompt="blurry"), request(prompt=other, negative_prompt="blurry", num_images=2)
+    try:
+        outcome = pipeline.generate([single, double])
+    finally:
+        hook.remove()
+    assert set(seen) == {encoded}
+    shares = [images for images in outcome.images if isinstance(images, tuple)]
+    assert [len(images) for images in shares] == [1, 2]
+    assert largest_difference(shares[0][0], one_image(pipeline, single)) <= 1
