@@ -106,9 +106,10 @@ async def inspect_id(
         if header_only:
             return seen
         path = await place.download(spec)
+        words = None if spec.embeddings is None else await place.download(spec, spec.embeddings)
     except LoraplexError as refusal:
         return seen.refused(refusal)
-    return replace(seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked))
+    return replace(seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words))
 
 
 async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | None, *, header_only: bool) -> Inspection:
@@ -157,18 +158,20 @@ async def _with_header(
         return seen
 
 
-async def _judge(sources: Sources, path: Path, name: str, bases: Sequence[BaseModelConfig]) -> tuple[Verdict, ...]:
-    return tuple([await _verdict(sources, path, name, base) for base in bases])
+async def _judge(
+    sources: Sources, path: Path, name: str, bases: Sequence[BaseModelConfig], words: Path | None = None
+) -> tuple[Verdict, ...]:
+    return tuple([await _verdict(sources, path, name, base, words) for base in bases])
 
 
-async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig) -> Verdict:
+async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None) -> Verdict:
     from serve_app.engine.reader import read_adapter
     from serve_app.engine.structure import structure_of
 
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
-        coverage = read_adapter(path, name, manifest, base.adapter_limits).coverage
+        coverage = read_adapter(path, name, manifest, base.adapter_limits, words).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))
     return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)
