@@ -139,7 +139,9 @@ class ReplicaSettings(StrictModel):
     `torch_threads` None means one thread for each whole CPU: torch's threads spin, and more of them than CPUs make
     everything on the node slow. `prepare_ahead` says whether the next request's adapters are fused while a request
     runs: "auto" only on GPUs, since on a CPU that takes the cores of the running image. `device_cache` is what
-    adapters may take of a GPU's memory, apart from the weights; a CPU has no such tier.
+    adapters may take of a GPU's memory, apart from the weights; a CPU has no such tier. `pristine_in` says where the
+    loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host, which takes
+    nothing more of the device but makes each swap copy; "auto" takes the host where a GPU is too small.
     """
 
     num_cpus: PositiveFloat = 1.0
@@ -152,6 +154,7 @@ class ReplicaSettings(StrictModel):
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     prepare_ahead: Literal["auto", "always", "never"] = "auto"
+    pristine_in: Literal["auto", "device", "host"] = "auto"
     health_check_period_s: PositiveFloat = 5.0
     graceful_shutdown_timeout_s: PositiveFloat = 120.0
 

@@ -115,12 +115,12 @@ def fill_outline(outline: Outline, options: SwapOptions) -> Denoiser:
     assert not list(outline.module.buffers()), "buffers would stay uninitialised"
     module = outline.module.to_empty(device=torch.device(options.device))
     fill = RandomFill(module, options.seed)
-    denoiser = Denoiser(outline.architecture, module, _pipeline_of(outline.architecture, module), fill)
+    denoiser = Denoiser(outline.architecture, module, pipeline_of(outline.architecture, module), fill)
     denoiser.refill(name for name, _ in module.named_parameters())
     return denoiser
 
 
-def _pipeline_of(architecture: Architecture, module: nn.Module) -> DiffusionPipeline:
+def pipeline_of(architecture: Architecture, module: nn.Module) -> DiffusionPipeline:
     """Return a pipeline whose only part is the denoiser; loading adapters needs no other."""
     pipeline_class: Any = getattr(diffusers, architecture.pipeline)
     is_flow = architecture.component == "transformer"

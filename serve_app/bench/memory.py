@@ -52,6 +52,19 @@ def check_memory(
         )
 
 
+def check_room(what: str, needed: int, free: int, where: str) -> None:
+    """Refuse a run that would not fit; `needed` and `free` are bytes.
+
+    Raises:
+        BenchmarkRefused: less is free than the run needs.
+    """
+    if needed > free:
+        raise BenchmarkRefused(
+            f"{what} needs about {needed / 1e9:.1f} GB of {where}, but {free / 1e9:.1f} GB is free; "
+            "choose a smaller model, a 16-bit dtype or a larger machine"
+        )
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the memory that a run may take: the device's, or the host's within this container's limit."""
     if device.type == "cuda":

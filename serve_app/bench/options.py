@@ -1,4 +1,4 @@
-"""What a swap benchmark is asked to do, and why it may be refused.
+"""What a benchmark is asked to do, and why it may be refused.
 
 Owns the choices. Must not import torch: the command line shows them before anything heavy is loaded.
 """
@@ -88,6 +88,58 @@ class SwapOptions:
         words += [f"--steps {self.steps}"] if self.steps is not None else []
         words += [f"--latent {self.latent}"] if self.latent is not None else []
         return " ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class StartOptions:
+    """One run of the start benchmark, on a CPU; `threads` are torch's."""
+
+    model: Model = Model.TINY
+    dtype: DType = DType.BFLOAT16
+    repeats: int = 3
+    seed: int = 0
+    threads: int = 1
+
+    def command(self) -> str:
+        """Return the command line that asks for this run."""
+        words = ["loraplex bench start", f"--model {self.model}", f"--dtype {self.dtype}"]
+        words += [f"--repeat {self.repeats}", f"--seed {self.seed}", f"--threads {self.threads}"]
+        return " ".join(words)
+
+    def as_swap(self) -> SwapOptions:
+        """Return the options by which the denoiser is built."""
+        return SwapOptions(self.model, dtype=self.dtype, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionOptions:
+    """One run of the admission benchmark, on a CPU.
+
+    Adapters are for `model`; the generation that goes on beside them is always the tiny one's, with `steps` denoiser
+    steps each time, alone and beside.
+    """
+
+    model: Model = Model.TINY
+    dtype: DType = DType.BFLOAT16
+    rank: int = 32
+    repeats: int = 5
+    steps: int = 40
+    latent: int = 32
+    seed: int = 0
+
+    def command(self) -> str:
+        """Return the command line that asks for this run."""
+        words = ["loraplex bench admission", f"--model {self.model}", f"--dtype {self.dtype}", f"--rank {self.rank}"]
+        words += [f"--repeat {self.repeats}", f"--steps {self.steps}", f"--latent {self.latent}", f"--seed {self.seed}"]
+        return " ".join(words)
+
+    def as_swap(self) -> SwapOptions:
+        """Return the options by which the adapters' denoiser is outlined and their files are written."""
+        return SwapOptions(self.model, dtype=self.dtype, rank=self.rank, seed=self.seed)
+
+    def running(self) -> SwapOptions:
+        """Return the options of the generation beside."""
+        return SwapOptions(dtype=DType.FLOAT32, steps=1, latent=self.latent, seed=self.seed)
 
 
 @dataclass(eq=False)

@@ -35,7 +35,9 @@ class OurWay:
     Invariant: outside its methods the base is bound.
     """
 
-    def __init__(self, denoiser: Denoiser, files: AdapterFiles, options: SwapOptions, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self, denoiser: Denoiser, files: AdapterFiles, options: SwapOptions, stopwatch: Stopwatch[Step]
+    ) -> None:
         self._files, self._options, self._stopwatch = files, options, stopwatch
         self._device = torch.device(options.device)
         self._manifest = manifest_of(denoiser.pipeline)

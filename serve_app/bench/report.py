@@ -1,4 +1,4 @@
-"""The outcome of a swap benchmark, as values and as JSON.
+"""The outcome of a benchmark, as values and as JSON.
 
 Owns what is reported, and the ratios, which are worked out here alone. Must not import torch.
 """
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.bench.options import SwapOptions
+from serve_app.bench.options import AdmissionOptions, StartOptions, SwapOptions
 
 SCHEMA = 1
 
@@ -151,5 +151,95 @@ class SwapReport:
 
     def to_json(self) -> str:
         """Return the report as indented JSON; `schema` changes when a name in it does."""
-        fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(self)}
-        return json.dumps(fields, indent=2) + "\n"
+        return _as_json(self)
+
+
+@dataclass(frozen=True, slots=True)
+class StartReport:
+    """What loading a denoiser takes beside reading its file.
+
+    `ready_over_read` is a load with every page touched over one pass through the file's bytes, by either clock.
+    `drawn_by_load` and `drawn_by_constructing` count random values that were drawn into memory: parameters that are
+    initialised.
+    """
+
+    command: str
+    date: str
+    options: StartOptions
+    machine: Machine
+    source: str
+    parameters: int
+    file_bytes: int
+    rows: tuple[Row, ...]
+    ready: Row
+    ready_over_read_wall: float
+    ready_over_read_cpu: float
+    drawn_by_load: int
+    drawn_by_constructing: int
+
+    def row(self, step: str) -> Row | None:
+        """Return a step's row, or None where it was not run."""
+        return next((row for row in self.rows if row.step == step), None)
+
+    def gb_per_s(self, row: Row) -> float:
+        """Return the rate at which a step went through the file."""
+        return self.file_bytes / row.wall_ms / 1e6
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON; `schema` changes when a name in it does."""
+        return _as_json(self)
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionRow:
+    """One spelling's way from a file to host memory: medians, but for the child's time, which is a mean.
+
+    `admit` is the child's work as the parent waits for it, `read` the canonical file's way into host memory.
+    """
+
+    spelling: str
+    file_bytes: int
+    admit_wall_ms: float
+    child_cpu_ms: float
+    read_wall_ms: float
+    read_cpu_ms: float
+    ready_wall_ms: float
+    ready_cpu_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """A generation in the parent, in turn alone and while files are admitted one after another without a pause.
+
+    `slowdowns` are the pairs' own ratios of median step times; `slowdown` is their median.
+    """
+
+    steps: int
+    alone_ms: float
+    beside_ms: float
+    slowdowns: tuple[float, ...]
+    slowdown: float
+    admitted: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionReport:
+    """What admitting a file that was never seen takes, and what it costs the images that are drawn meanwhile."""
+
+    command: str
+    date: str
+    options: AdmissionOptions
+    machine: Machine
+    source: str
+    layers: int
+    rows: tuple[AdmissionRow, ...]
+    beside: Beside
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON; `schema` changes when a name in it does."""
+        return _as_json(self)
+
+
+def _as_json(report: SwapReport | StartReport | AdmissionReport) -> str:
+    fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(report)}
+    return json.dumps(fields, indent=2) + "\n"

@@ -6,13 +6,11 @@ else the machine does falls on both.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from diffusers.utils import logging
 
 from serve_app.bench.adapter_files import AdapterFiles, write_adapter_files
 from serve_app.bench.baseline import DiffusersBaseline
@@ -25,6 +23,7 @@ from serve_app.bench.ours import Fused, OurWay
 from serve_app.bench.report import Exactness, Memory, Sizes, SwapReport
 from serve_app.bench.stream import ImageSteps
 from serve_app.bench.summary import summarise
+from serve_app.bench.surroundings import quiet, threads
 from serve_app.bench.timing import Step, Stopwatch
 from serve_app.engine.adapter import dtype_named
 
@@ -37,7 +36,7 @@ def run_swap(options: SwapOptions) -> SwapReport:
     """
     if options.device is Device.CUDA and not torch.cuda.is_available():
         raise BenchmarkRefused("--device cuda was asked for, but torch finds no CUDA device here; use --device cpu")
-    with _threads(options.threads), _quiet(), TemporaryDirectory(prefix="loraplex-bench-") as folder:
+    with threads(options.threads), quiet(), TemporaryDirectory(prefix="loraplex-bench-") as folder:
         outline = outline_of(options)
         shapes = outline.targets(options.targets)
         sizes = _estimate(outline, shapes.values(), options)
@@ -52,7 +51,7 @@ class _SwapRun:
         self._options, self._sizes, self._shapes = options, sizes, shapes
         self._device = torch.device(options.device)
         self._machine = describe_machine(self._device, options.threads)
-        self._stopwatch = Stopwatch(self._device)
+        self._stopwatch = Stopwatch[Step](self._device)
         self._unequal: list[str] = []
         self._compared = 0
         self._is_restored = True
@@ -145,25 +144,3 @@ def _estimate(outline: Outline, shapes: Collection[torch.Size], options: SwapOpt
         largest_weight=max(counts),
     )
     return sizes
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep diffusers from warning that the pipeline has no text encoders, which it does at every load."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Give torch this many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

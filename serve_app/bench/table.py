@@ -1,14 +1,14 @@
-"""A report as tables for a terminal."""
+"""Reports as tables for a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.bench.report import Row, SwapReport
+from serve_app.bench.report import AdmissionReport, Machine, Row, StartReport, SwapReport
 
 LABELS = {
     "diffusers.load_lora_weights": "diffusers  load_lora_weights",
@@ -32,21 +32,78 @@ LABELS = {
     "stream.image_with_change": "stream     an image, another adapter",
     "stream.image_with_prepared_change": "stream     an image, another adapter, prepared",
 }
+START_LABELS = {
+    "file.read": "read the file's bytes, through 8 MiB",
+    "file.read_to_new_memory": "read the file's bytes into new memory",
+    "loraplex.from_pretrained": "load the pipeline",
+    "loraplex.touch": "touch every page of its weights",
+    "loraplex.load_base": "load_base of a folder: digest included",
+    "torch.construct": "construct the module alone, initialised; once",
+    "loraplex.ready": "ready: load and touch",
+}
+UNRATED = ("loraplex.touch", "torch.construct")
 
 
 def render(report: SwapReport) -> Group:
     """Return the whole report."""
-    options, sizes, machine = report.options, report.sizes, report.machine
+    options, sizes = report.options, report.sizes
     width = "narrow " if options.is_narrow else ""
-    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
     heading = Text(
         f"{width}{options.model} ({sizes.source})\n"
         f"{sizes.parameters / 1e6:.1f} M parameters in {options.dtype}; rank {options.rank} on {sizes.touched} layers "
         f"({sizes.touched_bytes / 1e6:.1f} MB of weights, {sizes.factor_bytes / 1e6:.1f} MB of factors)\n"
+        f"{_machine(report.machine)}"
+    )
+    return Group(heading, _steps(report), _findings(report))
+
+
+def render_start(report: StartReport) -> Group:
+    """Return the whole report of a start."""
+    options = report.options
+    heading = Text(
+        f"{options.model} ({report.source})\n{report.parameters / 1e6:.1f} M parameters in {options.dtype}, "
+        f"a file of {report.file_bytes / 1e9:.3g} GB in the page cache\n{_machine(report.machine)}"
+    )
+    table = Table(title=f"medians of {options.repeats} interleaved repeats", title_justify="left")
+    table.add_column("step")
+    for clock in ("wall, s", "CPU, s", "GB/s"):
+        table.add_column(clock, justify="right", no_wrap=True)
+    for row in (*report.rows, report.ready):
+        rate = "" if row.step in UNRATED else f"{report.gb_per_s(row):.2f}"
+        style = "bold" if row is report.ready else None
+        table.add_row(START_LABELS[row.step], f"{row.wall_ms / 1e3:.3f}", f"{row.cpu_ms / 1e3:.3f}", rate, style=style)
+    ratio = f"{report.ready_over_read_wall:.2f} wall, {report.ready_over_read_cpu:.2f} processor time"
+    drawn = f"{report.drawn_by_load} by loading, {report.drawn_by_constructing} by constructing"
+    return Group(heading, table, _facts((("ready / reading the bytes", ratio), ("random values drawn", drawn))))
+
+
+def render_admission(report: AdmissionReport) -> Group:
+    """Return the whole report of admissions."""
+    options, beside = report.options, report.beside
+    heading = Text(
+        f"{options.model} ({report.source}) in {options.dtype}; rank {options.rank} on {report.layers} layers\n"
+        f"{_machine(report.machine)}"
+    )
+    table = Table(title=f"{options.repeats} interleaved repeats, ms", title_justify="left")
+    table.add_column("file")
+    for clock in ("admit, wall", "child's CPU", "read back, wall", "CPU", "ready, wall", "CPU"):
+        table.add_column(clock, justify="right")
+    for row in report.rows:
+        times = (row.admit_wall_ms, row.child_cpu_ms, row.read_wall_ms, row.read_cpu_ms)
+        cells = [f"{time:.1f}" for time in (*times, row.ready_wall_ms, row.ready_cpu_ms)]
+        table.add_row(f"{row.spelling}, {row.file_bytes / 1e6:.1f} MB", *cells)
+    spread = f"{min(beside.slowdowns):.3f} to {max(beside.slowdowns):.3f} over {len(beside.slowdowns)} pairs"
+    steps = f"{beside.alone_ms:.2f} ms alone, {beside.beside_ms:.2f} ms beside {beside.admitted} admissions"
+    facts = (("a denoiser's step", steps), ("beside / alone", f"{beside.slowdown:.3f}, {spread}"))
+    return Group(heading, table, _facts(facts))
+
+
+def _machine(machine: Machine) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in machine.versions.items())
+    return (
         f"{machine.accelerator or machine.processor}; {machine.cores} cores, torch on {machine.threads}, "
         f"load {machine.load_average}; {machine.system}\n{versions}"
     )
-    return Group(heading, _steps(report), _findings(report))
 
 
 def _steps(report: SwapReport) -> Table:
@@ -74,10 +131,14 @@ def _ordered(report: SwapReport) -> Iterator[Row]:
 
 
 def _findings(report: SwapReport) -> Table:
+    return _facts((*_against_baseline(report), *_against_floor(report), *_others(report)))
+
+
+def _facts(facts: Iterable[tuple[str, str]]) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column()
-    for name, finding in (*_against_baseline(report), *_against_floor(report), *_others(report)):
+    for name, finding in facts:
         table.add_row(name, finding)
     return table
 

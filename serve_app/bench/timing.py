@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
+from typing import Generic, TypeVar
 
 import torch
 
 
 class Step(StrEnum):
-    """Everything that is timed."""
+    """Everything that a swap benchmark times."""
 
     LOAD = "diffusers.load_lora_weights"
     FUSE = "diffusers.fuse_lora"
@@ -38,6 +39,9 @@ class Step(StrEnum):
     PREPARED_IMAGE = "stream.image_with_prepared_change"
 
 
+Named = TypeVar("Named", bound=StrEnum)
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """One measurement, or the medians of several; `cpu_ms` counts all threads of this process."""
@@ -53,7 +57,7 @@ class Timing:
         return Timing(self.wall_ms + other.wall_ms, self.cpu_ms + other.cpu_ms, device_ms)
 
 
-class Stopwatch:
+class Stopwatch(Generic[Named]):
     """Times steps and keeps every measurement; a step that fails is not kept.
 
     On a GPU a step begins and ends with an idle device, so that its wall time is the whole of it.
@@ -61,10 +65,10 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._timings: dict[Step, list[Timing]] = {}
+        self._timings: dict[Named, list[Timing]] = {}
 
     @contextmanager
-    def timed(self, step: Step, *, counts_device: bool = True) -> Iterator[None]:
+    def timed(self, step: Named, *, counts_device: bool = True) -> Iterator[None]:
         """Time the block as one measurement of `step`.
 
         `counts_device` False leaves the device's own clock out: it sees the current stream alone, not one beside it.
@@ -86,9 +90,9 @@ class Stopwatch:
         """Drop what was measured so far, such as a first round that allocates and imports."""
         self._timings.clear()
 
-    def medians(self) -> dict[Step, Timing]:
-        """Return the median of each clock for each step that was timed, in the order of `Step`."""
-        return {step: _median(self._timings[step]) for step in Step if step in self._timings}
+    def medians(self) -> dict[Named, Timing]:
+        """Return the median of each clock for each step that was timed, in the order of their definition."""
+        return {step: _median(self._timings[step]) for step in sorted(self._timings, key=_place)}
 
     def _events(self) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
         if self._device.type != "cuda":
@@ -98,6 +102,10 @@ class Stopwatch:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+def _place(step: StrEnum) -> int:
+    return list(type(step)).index(step)
 
 
 def _median(timings: list[Timing]) -> Timing:

@@ -10,15 +10,19 @@ from typing import Annotated
 
 import typer
 
-from serve_app.bench.options import Baseline, Device, DType, Model, SwapOptions, Targets
+from serve_app.bench.options import (
+    AdmissionOptions,
+    Baseline,
+    Device,
+    DType,
+    Model,
+    StartOptions,
+    SwapOptions,
+    Targets,
+)
 from serve_app.cli.terminal import out, print_line, reporting
 
 app = typer.Typer(no_args_is_help=True, help="Measure what this machine does.")
-
-
-@app.callback()
-def root() -> None:
-    """Keep the benchmarks apart even while there is one."""
 
 
 @app.command()
@@ -49,5 +53,49 @@ def swap(
         report = run_swap(options)
     print_line(f"$ {report.command}")
     out.print(render(report))
+    if json_file is not None:
+        json_file.write_text(report.to_json())
+
+
+@app.command()
+def start(
+    model: Annotated[Model, typer.Option(help="Which denoiser to load, full size.")] = Model.TINY,
+    dtype: Annotated[DType, typer.Option(help="The dtype of its weights.")] = DType.BFLOAT16,
+    repeat: Annotated[int, typer.Option(min=1, help="Repeats of each step; medians are shown.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Torch's threads.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+) -> None:
+    """Load a base, and read its file's bytes; its random weights are written to the temporary folder once."""
+    from serve_app.bench.start import run_start
+    from serve_app.bench.table import render_start
+
+    with reporting(as_json=False):
+        report = run_start(StartOptions(model, dtype, repeat, seed, threads))
+    print_line(f"$ {report.command}")
+    out.print(render_start(report))
+    if json_file is not None:
+        json_file.write_text(report.to_json())
+
+
+@app.command()
+def admission(
+    model: Annotated[Model, typer.Option(help="Which denoiser the adapters are for, full size.")] = Model.TINY,
+    dtype: Annotated[DType, typer.Option(help="The dtype of its weights.")] = DType.BFLOAT16,
+    rank: Annotated[int, typer.Option(min=1, max=512, help="The adapters' rank.")] = 32,
+    repeat: Annotated[int, typer.Option(min=1, help="Repeats of each file; pairs of alone and beside.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Denoiser steps of the generation beside, each time.")] = 40,
+    latent: Annotated[int, typer.Option(min=8, help="Height and width of its latents; even.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+) -> None:
+    """Admit files never seen, in the process that replicas use, alone and beside a running generation."""
+    from serve_app.bench.admission import run_admission
+    from serve_app.bench.table import render_admission
+
+    with reporting(as_json=False):
+        report = run_admission(AdmissionOptions(model, dtype, rank, repeat, steps, latent, seed))
+    print_line(f"$ {report.command}")
+    out.print(render_admission(report))
     if json_file is not None:
         json_file.write_text(report.to_json())

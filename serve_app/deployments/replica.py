@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from serve_app.engine.adapter import ParsedAdapter
     from serve_app.engine.job import Job
     from serve_app.engine.pipeline import BasePipeline
+    from serve_app.engine.residence import Residence
     from serve_app.engine.worker import WorkerState
 
 log = logging.getLogger(__name__)
@@ -77,15 +78,19 @@ class BaseModelReplica:
         self._base = base
         pipeline = _load(base, environment)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
-        self._weights = AdapterWeights(pipeline.components, device_cache_bytes=base.replica.device_cache)
-        ahead = base.replica.prepare_ahead
+        residence = _residence(base, pipeline)
+        self._weights = AdapterWeights(
+            pipeline.components,
+            device_cache_bytes=base.replica.device_cache,
+            pristine_in=residence.pristine_in,
+        )
         self._worker = EngineWorker(
             pipeline,
             self._weights,
             max_batch_images=base.replica.max_batch_images,
             torch_threads=base.replica.torch_threads or max(1, int(base.replica.num_cpus)),
-            prepares_ahead=ahead == "always" or (ahead == "auto" and pipeline.device.type == "cuda"),
-            self_check=PacedCheck(SelfCheck(self._weights.loaded)),
+            prepares_ahead=residence.prepares_ahead,
+            self_check=PacedCheck(SelfCheck(self._weights.watched, is_written=self._weights.is_written)),
         )
         self._store = self._make_store(pipeline, config, environment)
         self._metrics = ReplicaMetrics(base.id)
@@ -259,3 +264,20 @@ def _load(base: BaseModelConfig, environment: Environment) -> BasePipeline:
         vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
         hub=HubAccess(token=environment.hub_token.get_secret_value() if environment.hub_token else None),
     )
+
+
+def _residence(base: BaseModelConfig, pipeline: BasePipeline) -> Residence:
+    """Choose where the pristine weights live, once the base is loaded."""
+    from serve_app.engine.manifest import bytes_of_layers
+    from serve_app.engine.residence import free_bytes_of, residence_of
+
+    asked = base.replica
+    chosen = residence_of(
+        asked.pristine_in,
+        asked.prepare_ahead,
+        layer_bytes=bytes_of_layers(pipeline.components),
+        reserved_bytes=asked.device_cache,
+        free_bytes=free_bytes_of(pipeline.device),
+    )
+    log.info("%s keeps its pristine weights on the %s", base.id, chosen.pristine_in)
+    return chosen

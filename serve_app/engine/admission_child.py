@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 
 NICENESS = 5
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of the GNU C library
+KEPT_BYTES = 256 * 1024**2
+LARGEST_KEPT_BYTES = 32 * 1024**2  # the most that library allows
 
 
 def main() -> None:
@@ -64,7 +67,11 @@ def _settle(parent: int) -> None:
     os.nice(NICENESS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        library = ctypes.CDLL(None)
+        library.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if hasattr(library, "mallopt"):  # keep the memory of one file's tensors for the next one's
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+            library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
     if os.getppid() != parent:
         sys.exit(1)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import bytes_of
+from serve_app.engine.hostbuffer import HostBuffers
 from serve_app.errors import MalformedFile, NotAnAdapter, RefusedAdapter, UnsafeFile
 
 MAX_HEADER_BYTES = 16 * 1024**2
@@ -37,6 +38,8 @@ FLOATS = {
 }
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 READ_BYTES = 8 * 1024**2
+# Files follow one another in the process that reads them; few are larger, and it should stay small between them.
+BUFFERS = HostBuffers(max_idle_bytes=256 * 1024**2)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +100,7 @@ def _read_hashed(path: Path, name: str, limits: AdapterLimits) -> tuple[Tensor, 
             raise RefusedAdapter(name, f"its file has {size} bytes, over the limit of {limit}")
         if size == 0:
             raise MalformedFile(name, "its file is empty")
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = BUFFERS.take(size)
         view, filled = bytes_of(buffer), 0
         while filled < size:
             count = file.readinto(view[filled : filled + READ_BYTES])

@@ -124,17 +124,29 @@ def _loader_of(pipeline_class: type) -> str:
     raise ValueError(f"{pipeline_class.__name__} has no LoRA loader in diffusers")
 
 
+def adaptable_layers(component: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the modules of a component that an adapter may change, by name."""
+    from torch import nn
+
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    for name, module in component.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            layers[name] = module
+    return layers
+
+
+def bytes_of_layers(components: Mapping[str, nn.Module]) -> int:
+    """Return what all layers take that adapters may change, weights and biases."""
+    layers = [layer for component in components.values() for layer in adaptable_layers(component).values()]
+    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters(recurse=False))
+
+
 def _layers_of(component: nn.Module) -> dict[str, Layer]:
     from torch import nn
 
     layers: dict[str, Layer] = {}
-    for name, module in component.named_modules():
-        if isinstance(module, nn.Linear):
-            kind: LayerKind = "linear"
-        elif isinstance(module, nn.Conv2d) and module.groups == 1:
-            kind = "conv"
-        else:
-            continue
+    for name, module in adaptable_layers(component).items():
+        kind: LayerKind = "linear" if isinstance(module, nn.Linear) else "conv"
         weight = module.weight
         layers[name] = Layer(kind, tuple(weight.shape), module.bias is not None, _dtype_name(weight.dtype))
     return layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,41 +18,33 @@ from serve_app.core import Scale, scale_of
 from serve_app.engine.adapter import ParsedAdapter, bytes_of
 from serve_app.engine.device_cache import DeviceCache, moved_to
 from serve_app.engine.fuse import Change, bias_of, fuse_bias, fuse_weights
+from serve_app.engine.in_place import InPlace
+from serve_app.engine.manifest import adaptable_layers
 from serve_app.engine.side_stream import SideStream
+from serve_app.engine.sites import ParameterName, Site, layers_among, layers_of
 
 Composition = Sequence[tuple[ParsedAdapter, Scale]]
 CompositionKey = tuple[tuple[str, Scale], ...]
-ParameterName = tuple[str, str]
+# What weights that are being written hold: no composition, so that whatever comes next is applied.
+_NONE: CompositionKey = (("", 0.0),)
 
 
 class StalePreparation(Exception):
     """What was prepared has been written over since, and must not be bound."""
 
 
-@dataclass(slots=True, eq=False)
-class _Site:
-    """One parameter of the base: the tensor it was loaded with, and those that fused values go to."""
-
-    parameter: nn.Parameter
-    pristine: Tensor
-    twins: list[Tensor] = field(default_factory=list)
-
-
-class _Layer(NamedTuple):
-    weight: _Site
-    bias: _Site | None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
     """A composition fused and ready to be bound; good until the next one is prepared or applied.
 
-    It refers to no adapter: what it was made of may go.
+    It refers to no adapter, and what it was made of may go; but where the pristine weights are on the host nothing can
+    be fused beforehand, and it is no more than the composition.
     """
 
     key: CompositionKey
     turn: int
-    twins: Mapping[_Site, Tensor] = field(repr=False)
+    twins: Mapping[Site, Tensor] = field(repr=False)
+    composition: Composition = field(default=(), repr=False)
 
 
 class AdapterWeights:
@@ -62,24 +54,44 @@ class AdapterWeights:
     on what was bound before; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
     bound; after a failure to apply, the base is bound. A fused twin exists only for parameters that some adapter
     touched, a second one only for those that were prepared while the first was bound; both are kept for the next.
+    With the pristine weights on the host there are no twins: live parameters are written where they lie, every layer
+    that adapters may change has a copy on the host, and it is the copies that are never written.
     Construct after the components are on their device and in their dtype.
     """
 
-    def __init__(self, components: Mapping[str, nn.Module], *, device_cache_bytes: int = 0) -> None:
-        """Take over the components; `device_cache_bytes` of a GPU hold adapters that are used again and again."""
-        self._sites: dict[ParameterName, _Site] = {}
+    def __init__(
+        self,
+        components: Mapping[str, nn.Module],
+        *,
+        device_cache_bytes: int = 0,
+        pristine_in: Literal["device", "host"] = "device",
+    ) -> None:
+        """Take over the components.
+
+        Args:
+            components: The modules whose weights adapters may change, by name.
+            device_cache_bytes: What adapters that are used again and again may take of a GPU.
+            pristine_in: "host" takes host memory for all layers that adapters may change, and none of the device.
+        """
+        self._sites: dict[ParameterName, Site] = {}
         self._buffers: dict[ParameterName, Tensor] = {}
         for component, module in components.items():
             # matmul picks its kernel by requires_grad, so that a base's own bits would depend on its history.
             module.requires_grad_(False)
             parameters = module.named_parameters()
-            self._sites |= {(component, name): _Site(parameter, parameter.data) for name, parameter in parameters}
+            self._sites |= {(component, name): Site(parameter, parameter.data) for name, parameter in parameters}
             self._buffers |= {(component, name): value for name, value in module.named_buffers()}
-        self._layers = _layers_of(self._sites)
-        self._bound: Mapping[_Site, Tensor] = {}
+        self._layers = layers_of(self._sites)
+        self._in_place: InPlace | None = None
+        if pristine_in == "host":
+            names = {component: adaptable_layers(module) for component, module in components.items()}
+            self._in_place = InPlace(layers_among(self._layers, names))
+        in_place = frozenset[Site]() if self._in_place is None else self._in_place.sites
+        self._live = {".".join(("live", *name)): site for name, site in self._sites.items() if site in in_place}
+        self._bound: Mapping[Site, Tensor] = {}
         self._applied: CompositionKey = ()
         self._turn = 0
-        device = next((site.pristine.device for site in self._sites.values()), torch.device("cpu"))
+        device = next((site.parameter.device for site in self._sites.values()), torch.device("cpu"))
         self._side = SideStream(device)
         is_on_gpu = device.type == "cuda"
         self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_on_gpu else None
@@ -101,14 +113,33 @@ class AdapterWeights:
 
     @property
     def loaded(self) -> dict[str, Tensor]:
-        """The loaded tensors, parameters and buffers, whatever is bound now, by component and name."""
+        """The loaded tensors, parameters and buffers, whatever is bound now, by component and name.
+
+        They are never written: with the pristine weights on the host, the copies of what adapters may change.
+        """
         return {".".join(name): tensor for name, tensor in self._loaded().items()}
+
+    @property
+    def watched(self) -> dict[str, Tensor]:
+        """What must have the bits that it was loaded with, but while `is_written`: `loaded`, and the live weights."""
+        return self.loaded | {name: site.parameter.data for name, site in self._live.items()}
+
+    def is_written(self, name: str) -> bool:
+        """Whether one of `watched` is a live weight that has adapters in it."""
+        site = self._live.get(name)
+        return site is not None and self._in_place is not None and self._in_place.is_written(site)
 
     def prepare(self, composition: Composition) -> Prepared:
         """Fuse a composition into twins that are not bound, whatever is bound meanwhile; for `bind`.
 
-        Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is.
+        Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is. With the
+        pristine weights on the host it only looks the layers up, and binding fuses.
         """
+        if self._in_place is not None:
+            self._turn += 1
+            for adapter, _ in composition:
+                self._in_place.check(adapter)
+            return Prepared(composition_key(composition), self._turn, {}, tuple(composition))
         return self._fuse(composition, overwrites_bound=False)
 
     def bind(self, prepared: Prepared) -> None:
@@ -119,6 +150,9 @@ class AdapterWeights:
         """
         if prepared.turn != self._turn:
             raise StalePreparation
+        if self._in_place is not None:
+            self._write(self._in_place, prepared.composition)
+            return
         self._side.join()
         try:
             for site in self._bound.keys() - prepared.twins.keys():
@@ -140,6 +174,10 @@ class AdapterWeights:
         """
         if composition_key(composition) == self._applied:
             return
+        if self._in_place is not None:
+            self._turn += 1
+            self._write(self._in_place, composition)
+            return
         self._side.release()
         try:
             self.bind(self._fuse(composition, overwrites_bound=True))
@@ -148,7 +186,12 @@ class AdapterWeights:
             raise
 
     def restore(self) -> None:
-        """Bind the loaded tensors everywhere."""
+        """Bind the loaded tensors everywhere, or copy them back."""
+        if self._in_place is not None:
+            self._applied = _NONE
+            self._in_place.restore()
+            self._applied = ()
+            return
         self._side.join()
         for site in self._sites.values():
             if site.parameter.data_ptr() != site.pristine.data_ptr():
@@ -177,9 +220,24 @@ class AdapterWeights:
     def _loaded(self) -> dict[ParameterName, Tensor]:
         return {name: site.pristine for name, site in self._sites.items()} | self._buffers
 
+    def _write(self, in_place: InPlace, composition: Composition) -> None:
+        """Fuse where the weights lie, on the device's own stream: after the pass before, and before the next."""
+        adapters, scales = [adapter for adapter, _ in composition], [scale for _, scale in composition]
+        self._applied = _NONE
+        try:
+            if self._cache is None:
+                in_place.fuse(adapters, scales)
+            else:
+                with self._cache.holding(adapters) as residents:
+                    in_place.fuse(residents, scales)
+        except BaseException:
+            self.restore()
+            raise
+        self._applied = composition_key(composition)
+
     def _fuse(self, composition: Composition, *, overwrites_bound: bool) -> Prepared:
         self._turn += 1
-        twins: dict[_Site, Tensor] = {}
+        twins: dict[Site, Tensor] = {}
         adapters = [adapter for adapter, _ in composition]
         with torch.no_grad(), self._side.filling():
             if self._cache is None:
@@ -193,7 +251,7 @@ class AdapterWeights:
         self,
         adapters: Sequence[ParsedAdapter],
         composition: Composition,
-        twins: dict[_Site, Tensor],
+        twins: dict[Site, Tensor],
         overwrites_bound: bool,
     ) -> None:
         for adapter, (_, scale) in zip(adapters, composition, strict=True):
@@ -205,7 +263,7 @@ class AdapterWeights:
         adapter: ParsedAdapter,
         component: str,
         scale: float,
-        twins: dict[_Site, Tensor],
+        twins: dict[Site, Tensor],
         overwrites_bound: bool,
     ) -> None:
         layers, changes = self._layers[component], []
@@ -223,7 +281,7 @@ class AdapterWeights:
                 fuse_bias(twin, current, delta, scale)
         fuse_weights(changes)
 
-    def _spare(self, site: _Site, overwrites_bound: bool) -> Tensor:
+    def _spare(self, site: Site, overwrites_bound: bool) -> Tensor:
         """Return a twin to write: one that is not bound, else a new one, unless the bound one may go."""
         bound = self._bound.get(site)
         for twin in site.twins:
@@ -239,13 +297,3 @@ class AdapterWeights:
 def composition_key(composition: Composition) -> CompositionKey:
     """Return what tells compositions apart: digests and scales, in order."""
     return tuple((adapter.digest, scale) for adapter, scale in composition)
-
-
-def _layers_of(sites: Mapping[ParameterName, _Site]) -> dict[str, dict[str, _Layer]]:
-    """Return component -> module -> its weight and bias, for every module that has a weight."""
-    layers: dict[str, dict[str, _Layer]] = {component: {} for component, _ in sites}
-    for (component, name), site in sites.items():
-        module = name.removesuffix(".weight")
-        if module != name:
-            layers[component][module] = _Layer(site, sites.get((component, f"{module}.bias")))
-    return layers

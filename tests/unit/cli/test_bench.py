@@ -23,6 +23,24 @@ def test_a_run_prints_a_table_and_writes_its_report(tmp_path: Path) -> None:
     assert report["command"] in " ".join(outcome.output.split())
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["start"], "ready / reading the bytes"),
+        (["admission", "--rank", "2", "--steps", "1", "--latent", "8"], "beside / alone"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_other_benchmarks_print_a_table_and_write_their_reports(
+    words: list[str], shown: str, tmp_path: Path
+) -> None:
+    outcome = CliRunner().invoke(app, ["bench", *words, "--repeat", "1", "--json", str(tmp_path / "report.json")])
+    assert outcome.exit_code == 0, outcome.output
+    assert shown in outcome.output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["command"] in " ".join(outcome.output.split())
+
+
 def test_an_unknown_model_is_refused_with_those_that_exist() -> None:
     outcome = CliRunner().invoke(app, ["bench", "swap", "--model", "sd9"])
     assert outcome.exit_code == 2

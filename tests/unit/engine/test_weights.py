@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -44,9 +45,11 @@ FORMS = {
 class Bench:
     """A live tiny SD1.5 with a few adapters, read."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, pristine_in: Literal["device", "host"] = "device"
+    ) -> None:
         self.pipeline = tiny_pipeline("sd15", dtype)
-        self.weights = AdapterWeights(adaptable_components(self.pipeline))
+        self.weights = AdapterWeights(adaptable_components(self.pipeline), pristine_in=pristine_in)
         manifest = manifest_of(self.pipeline)
         self.paths = {name: put(folder, name, form(self.pipeline)) for name, form in FORMS.items()}
         self.adapters = {name: read_adapter(path, name, manifest, AdapterLimits()) for name, path in self.paths.items()}
@@ -66,6 +69,7 @@ def stranger() -> ParsedAdapter:
     return ParsedAdapter("stranger", {"unet": {"no.such.layer": delta}}, Coverage(1, 1))
 
 
+@pytest.mark.parametrize("pristine_in", ["device", "host"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "scales",
@@ -78,9 +82,9 @@ def stranger() -> ParsedAdapter:
     ids="+".join,
 )
 def test_several_adapters_equal_set_adapters_and_fuse_lora(
-    scales: dict[str, float], dtype: torch.dtype, tmp_path: Path
+    scales: dict[str, float], dtype: torch.dtype, pristine_in: Literal["device", "host"], tmp_path: Path
 ) -> None:
-    bench = Bench(tmp_path, dtype)
+    bench = Bench(tmp_path, dtype, pristine_in)
     bench.apply(**scales)
 
     composition = [(bench.paths[name.replace("_", " ")], scale) for name, scale in scales.items()]

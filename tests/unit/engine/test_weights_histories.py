@@ -6,6 +6,7 @@ import functools
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -69,10 +70,13 @@ def freshly_bound(members: tuple[tuple[str, float], ...], dtype: torch.dtype) ->
     return bound(pipeline)
 
 
+@pytest.mark.parametrize("pristine_in", ["device", "host"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_history_leaves_what_a_fresh_base_would_have(dtype: torch.dtype) -> None:
+def test_any_history_leaves_what_a_fresh_base_would_have(
+    dtype: torch.dtype, pristine_in: Literal["device", "host"]
+) -> None:
     pipeline = tiny_pipeline("sd15", dtype)
-    weights = AdapterWeights(adaptable_components(pipeline))
+    weights = AdapterWeights(adaptable_components(pipeline), pristine_in=pristine_in)
     pristine = weights.checksum()
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -94,9 +98,10 @@ def test_any_history_leaves_what_a_fresh_base_would_have(dtype: torch.dtype) -> 
     assert bound(pipeline) == freshly_bound((), dtype)
 
 
-def test_a_thousand_swaps_change_no_bit_of_the_base() -> None:
+@pytest.mark.parametrize("pristine_in", ["device", "host"])
+def test_a_thousand_swaps_change_no_bit_of_the_base(pristine_in: Literal["device", "host"]) -> None:
     pipeline = tiny_pipeline("sd15", torch.bfloat16)
-    weights = AdapterWeights(adaptable_components(pipeline))
+    weights = AdapterWeights(adaptable_components(pipeline), pristine_in=pristine_in)
     pristine, base = weights.checksum(), bound(pipeline)
     names = ("attention", "text", "kohya")
     for turn in range(1000):

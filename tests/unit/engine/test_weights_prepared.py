@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -78,9 +79,11 @@ def freshly_bound(members: Members, dtype: torch.dtype) -> str:
 class Live:
     """A tiny base and its weights."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float32, *, pristine_in: Literal["device", "host"] = "device"
+    ) -> None:
         self.components = adaptable_components(tiny_pipeline("sd15", dtype))
-        self.weights = AdapterWeights(self.components)
+        self.weights = AdapterWeights(self.components, pristine_in=pristine_in)
 
     def prepare(self, *names: str) -> Prepared:
         return self.weights.prepare(composition(tuple((name, 1.0) for name in names), torch.float32))
@@ -135,9 +138,12 @@ class Expected:
                 pass
 
 
+@pytest.mark.parametrize("pristine_in", ["device", "host"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_history_of_preparing_and_applying_leaves_what_a_fresh_base_would_have(dtype: torch.dtype) -> None:
-    live, expected = Live(dtype), Expected()
+def test_any_history_of_preparing_and_applying_leaves_what_a_fresh_base_would_have(
+    dtype: torch.dtype, pristine_in: Literal["device", "host"]
+) -> None:
+    live, expected = Live(dtype, pristine_in=pristine_in), Expected()
     pristine = live.weights.checksum()
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -24,10 +25,13 @@ WAIT_S = 60.0
 class Bench:
     """A worker that checks itself, on a tiny base; with `rest_s` the pause after each round."""
 
-    def __init__(self, *, rest_s: float, slice_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, *, rest_s: float, slice_bytes: int = 1 << 20, pristine_in: Literal["device", "host"] = "device"
+    ) -> None:
         self.pipeline: BasePipeline = wrap(tiny_pipeline("sd15"), schedulers=("DDIMScheduler",))
-        self.weights = AdapterWeights(self.pipeline.components)
-        check = PacedCheck(SelfCheck(self.weights.loaded, slice_bytes=slice_bytes), rest_s=rest_s)
+        self.weights = AdapterWeights(self.pipeline.components, pristine_in=pristine_in)
+        watched, is_written = self.weights.watched, self.weights.is_written
+        check = PacedCheck(SelfCheck(watched, slice_bytes=slice_bytes, is_written=is_written), rest_s=rest_s)
         self.worker = EngineWorker(self.pipeline, self.weights, max_batch_images=2, torch_threads=1, self_check=check)
 
     def flip_a_bit(self) -> None:
@@ -51,8 +55,11 @@ def broken(bench: Bench) -> ParsedAdapter:
     return ParsedAdapter("broken", {"unet": {**sound.components["unet"], "no.such": strange}}, Coverage(1, 1))
 
 
-def test_a_flipped_bit_is_noticed_while_nothing_waits_and_the_replica_is_unhealthy() -> None:
-    bench = Bench(rest_s=0.01)
+@pytest.mark.parametrize("pristine_in", ["device", "host"])
+def test_a_flipped_bit_is_noticed_while_nothing_waits_and_the_replica_is_unhealthy(
+    pristine_in: Literal["device", "host"],
+) -> None:
+    bench = Bench(rest_s=0.01, pristine_in=pristine_in)
     bench.until(lambda state: state.self_checks > 0)
     assert ailment(bench.worker.snapshot(), "demo/sd15") is None
     bench.flip_a_bit()
@@ -97,8 +104,11 @@ def test_after_an_error_in_application_everything_is_checked_at_once() -> None:
     bench.worker.close()
 
 
-def test_an_ordinary_run_with_swaps_failures_and_cancellations_never_trips() -> None:
-    bench = Bench(rest_s=0.0, slice_bytes=1 << 16)
+@pytest.mark.parametrize("pristine_in", ["device", "host"])
+def test_an_ordinary_run_with_swaps_failures_and_cancellations_never_trips(
+    pristine_in: Literal["device", "host"],
+) -> None:
+    bench = Bench(rest_s=0.0, slice_bytes=1 << 16, pristine_in=pristine_in)
     adapters = [parsed_adapter(bench.pipeline.manifest, seed=seed) for seed in range(3)]
     for turn in range(12):
         adapter = adapters[turn % 3]
