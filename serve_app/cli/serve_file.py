@@ -43,7 +43,7 @@ class ServeFileReport:
     def what_to_try(self) -> str:
         """What a person can paste into a terminal once the service is ready."""
         lines = [f"\n[bold green]ready[/] at {self.url}", ""]
-        body = """-d '{"inputs": "a red circle on a blue background"}'"""
+        body = """-d '{"inputs": "a large yellow star on a blue background"}'"""
         for config in self.applications:
             lines += [f"  curl {self.url} {body} -o base.jpg"]
             if config.adapters.embedded:
