@@ -10,7 +10,7 @@ run: $(VENV)/.run  ## install, serve the embedded models, print what to try
 	@$(BIN)/loraplex serve serve_config.yaml
 
 test: $(VENV)/.dev  ## the whole test suite
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 check: $(VENV)/.dev  ## format, lint, types, layers, configuration
 	@$(BIN)/ruff format --check .

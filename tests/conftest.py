@@ -11,7 +11,22 @@ from tests.broken_adapters import write_broken_adapters
 from tests.hub_server import HubServer
 from tests.service import BASES, Service, base_settings, ray_cluster
 
-EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub"
+# What runs against a cluster runs in one process, one after the other; everything else runs beside it, by module.
+CLUSTER_FOLDERS = {"integration", "clients", "browser", "faults"}
+TESTS = Path(__file__).parent
+EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for pytest-xdist; the group of the cluster is the longest, so it goes first."""
+
+    def needs_cluster(item: pytest.Item) -> bool:
+        return item.path.relative_to(TESTS).parts[0] in CLUSTER_FOLDERS
+
+    for item in items:
+        group = "cluster" if needs_cluster(item) else str(item.path.relative_to(TESTS))
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not needs_cluster(item))
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,1 @@
+"""How many replicas a base should have: decided from the work that waits."""
