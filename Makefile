@@ -10,7 +10,8 @@ run: $(VENV)/.run  ## install, serve the embedded models, print what to try
 	@$(BIN)/loraplex serve serve_config.yaml
 
 test: $(VENV)/.dev  ## the whole test suite
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --ignore tests/faults
+	@$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.dev  ## format, lint, types, layers, configuration
 	@$(BIN)/ruff format --check .
@@ -18,9 +19,11 @@ check: $(VENV)/.dev  ## format, lint, types, layers, configuration
 	@$(BIN)/lint-imports
 	@$(BIN)/pyright
 	@$(BIN)/loraplex check serve_config.yaml
+	@$(BIN)/python -m cluster.validate $(if $(CI),--strict)
 
 bench: $(VENV)/.dev  ## what waiting and swaps cost on this machine
 	@$(BIN)/python -m tests.bench_service
+	@$(BIN)/python -m tests.bench_overhead
 	@$(BIN)/loraplex bench swap --model tiny
 
 demo-train: $(VENV)/.run  ## train the embedded models again, from nothing (half an hour on two quiet cores)

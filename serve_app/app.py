@@ -1,44 +1,36 @@
 """The composition root: one Ray application from one configuration.
 
-Owns how the parts are put together, and is the only reader of the process environment. `serve run` and Serve config
-files name `serve_app.app:build`.
+Owns how the parts are put together; the environment is read here, by `environment`, and handed down. `serve run` and
+Serve config files name `serve_app.app:build`.
 """
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` to make the pydantic model.
 
-import os
-from pathlib import Path
-
-from pydantic import SecretStr
 from ray.serve import Application
 
+from serve_app.autoscaling import ray_settings
 from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.deployments.alias_keeper import AliasKeeper
+from serve_app.deployments.file_index import FileIndex
 from serve_app.deployments.ingress import Ingress, deployment_name
 from serve_app.deployments.replica import BaseModelReplica
+from serve_app.environment import read_environment
+from serve_app.routing.router import router_config
 
 # One Serve worker restart should not take every replica of a base with it.
 MAX_SURGE_PERCENT = 25
-
-
-def read_environment(config: AppConfig) -> Environment:
-    """Return what the process environment says, the configuration's own words first."""
-    token = os.environ.get("HF_TOKEN")
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Environment(
-        hub_token=SecretStr(token) if token else None,
-        hub_endpoint=config.adapters.hub.endpoint or os.environ.get("HF_ENDPOINT") or None,
-        cache_dir=config.cache_dir or cache_home / "loraplex",
-    )
-
-
-def launch_environment() -> dict[str, str]:
-    """Return the environment that `loraplex serve` starts `serve run` with: this one, usage reports off."""
-    return {"RAY_USAGE_STATS_ENABLED": "0", "HF_HUB_DISABLE_TELEMETRY": "1", **os.environ}
+# Ray gives the head node, and no other, one of this.
+HEAD_NODE = "node:__internal_head__"
+# Each ingress replica has one question open with the keeper of aliases, for about two seconds.
+KEEPER_MAX_ONGOING = 1000
+KEEPER_SHUTDOWN_S = 5.0
 
 
 def build(config: AppConfig) -> Application:
     """Return the application: one ingress deployment, and one deployment per configured base."""
     environment = read_environment(config)
-    handles = {base.id: _base_deployment(base, config, environment) for base in config.bases}
+    sharing = config.adapters.sharing
+    files = FileIndex.bind(sharing) if sharing.enabled else None
+    handles = {base.id: _base_deployment(base, config, environment, files) for base in config.bases}
     ingress = config.ingress
     return Ingress.options(
         num_replicas=ingress.replicas,
@@ -46,17 +38,34 @@ def build(config: AppConfig) -> Application:
         ray_actor_options={"num_cpus": ingress.num_cpus},
         # Longer than the longest request, or a scale-down would cut requests off.
         graceful_shutdown_timeout_s=ingress.request_timeout_s,
-    ).bind(config, environment, handles)
+    ).bind(config, environment, handles, _keeper_deployment(config, environment))
 
 
-def _base_deployment(base: BaseModelConfig, config: AppConfig, environment: Environment) -> Application:
+def _keeper_deployment(config: AppConfig, environment: Environment) -> Application:
+    # Its file must be where the next keeper looks for it: on the head node.
+    return AliasKeeper.options(
+        max_ongoing_requests=KEEPER_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
+        graceful_shutdown_timeout_s=KEEPER_SHUTDOWN_S,
+        health_check_period_s=5.0,
+    ).bind(config.registry.path, environment, config.log_level)
+
+
+def _base_deployment(
+    base: BaseModelConfig, config: AppConfig, environment: Environment, files: Application | None
+) -> Application:
     replica = base.replica
     return BaseModelReplica.options(
         name=deployment_name(base.id),
         max_ongoing_requests=replica.max_ongoing_requests,
         max_queued_requests=replica.max_queued_requests,
-        autoscaling_config=base.autoscaling.model_dump(exclude_none=True),
-        ray_actor_options={"num_cpus": replica.num_cpus, "num_gpus": replica.num_gpus},
+        autoscaling_config=ray_settings(base.autoscaling),
+        ray_actor_options={
+            "num_cpus": replica.num_cpus,
+            "num_gpus": replica.num_gpus,
+            "resources": replica.resources,
+        },
+        request_router_config=router_config(base, config),
         health_check_period_s=replica.health_check_period_s,
         graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s,
-    ).bind(base, config, environment)
+    ).bind(base, config, environment, files)

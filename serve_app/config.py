@@ -1,19 +1,17 @@
 """The whole configuration, checked before anything starts.
 
 Owns `AppConfig`: what `args:` of the application in a Serve file may say. Every model refuses unknown keys and names
-the nearest known one. Must not read the environment, files or the network: `serve_app.app` does, once.
+the nearest known one. Must not read the environment, files or the network: `serve_app.environment` does, once.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal
 
 from pydantic import (
-    BaseModel,
     ByteSize,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -21,6 +19,18 @@ from pydantic import (
     SecretStr,
     field_validator,
     model_validator,
+)
+
+from serve_app.settings import (
+    AdapterLimits,
+    AutoscalingSettings,
+    Defaults,
+    Limits,
+    ModelSource,
+    ReplicaSettings,
+    RouterSettings,
+    StrictModel,
+    nearest,
 )
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -46,132 +56,13 @@ DIFFUSION_SCHEDULERS: tuple[str, ...] = (
 HALF_PRECISION_VAES = {"stabilityai/stable-diffusion-xl-base-1.0": "madebyollin/sdxl-vae-fp16-fix"}
 
 
-def nearest(name: str, known: list[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest known name, or an empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
-
-
-class StrictModel(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest known one."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[Any, Any]", data)
-        known = list(cls.model_fields)
-        unknown = [str(key) for key in fields if key not in known]
-        if unknown:
-            raise ValueError("; ".join(f"unknown key '{key}'{nearest(key, known)}" for key in unknown))
-        return fields
-
-
-class ModelSource(StrictModel):
-    """Where a model lies: exactly one of a Hub id, a folder or an embedded demo model."""
-
-    hub: str | None = None
-    folder: Path | None = None
-    embedded: str | None = None
-    revision: str | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> ModelSource:
-        if sum(place is not None for place in (self.hub, self.folder, self.embedded)) != 1:
-            raise ValueError("name exactly one of 'hub', 'folder' and 'embedded'")
-        if self.revision is not None and self.hub is None:
-            raise ValueError("'revision' goes with 'hub'")
-        return self
-
-
-class Limits(StrictModel):
-    """What one request may ask of a base."""
-
-    max_steps: PositiveInt = 100
-    min_side: PositiveInt = 64
-    max_side: PositiveInt = 2048
-    max_pixels: PositiveInt = 1024 * 1024
-    max_images: PositiveInt = 4
-    max_guidance_scale: PositiveFloat = 30.0
-    max_prompt_characters: PositiveInt = 10_000
-    max_adapters: PositiveInt = 8
-    max_adapter_scale: PositiveFloat = 10.0
-
-
-class Defaults(StrictModel):
-    """What a request gets where it says nothing."""
-
-    steps: PositiveInt = 30
-    guidance_scale: NonNegativeFloat = 7.5
-    width: PositiveInt = 512
-    height: PositiveInt = 512
-    strength: float = Field(default=0.8, gt=0, le=1)
-
-
-class AutoscalingSettings(StrictModel):
-    """Ray Serve's autoscaling of one deployment, in Ray's own terms."""
-
-    min_replicas: int = Field(default=1, ge=0)
-    initial_replicas: int | None = Field(default=None, ge=0)
-    max_replicas: PositiveInt = 1
-    target_ongoing_requests: PositiveFloat = 2.0
-    metrics_interval_s: PositiveFloat = 1.0
-    look_back_period_s: PositiveFloat = 5.0
-    upscale_delay_s: NonNegativeFloat = 0.0
-    downscale_delay_s: NonNegativeFloat = 300.0
-    downscale_to_zero_delay_s: NonNegativeFloat | None = None
-
-    @model_validator(mode="after")
-    def _ordered(self) -> AutoscalingSettings:
-        if self.min_replicas > self.max_replicas:
-            raise ValueError(f"min_replicas {self.min_replicas} is over max_replicas {self.max_replicas}")
-        if self.initial_replicas is not None and not (self.min_replicas <= self.initial_replicas <= self.max_replicas):
-            raise ValueError("initial_replicas must lie between min_replicas and max_replicas")
-        return self
-
-
-class ReplicaSettings(StrictModel):
-    """What one replica of a base is given, and how much it takes on.
-
-    `torch_threads` None means one thread for each whole CPU: torch's threads spin, and more of them than CPUs make
-    everything on the node slow. `prepare_ahead` says whether the next request's adapters are fused while a request
-    runs: "auto" only on GPUs, since on a CPU that takes the cores of the running image. `device_cache` is what
-    adapters may take of a GPU's memory, apart from the weights; a CPU has no such tier. `pristine_in` says where the
-    loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host, which takes
-    nothing more of the device but makes each swap copy; "auto" takes the host where a GPU is too small.
-    """
-
-    num_cpus: PositiveFloat = 1.0
-    num_gpus: NonNegativeFloat = 0.0
-    torch_threads: PositiveInt | None = None
-    max_ongoing_requests: PositiveInt = 16
-    max_queued_requests: PositiveInt = 64
-    max_batch_images: PositiveInt = 4
-    adapters_per_replica: PositiveInt = 32
-    host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
-    device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
-    prepare_ahead: Literal["auto", "always", "never"] = "auto"
-    pristine_in: Literal["auto", "device", "host"] = "auto"
-    health_check_period_s: PositiveFloat = 5.0
-    graceful_shutdown_timeout_s: PositiveFloat = 120.0
-
-
-class AdapterLimits(StrictModel):
-    """What an adapter file may be."""
-
-    max_rank: PositiveInt = 512
-    max_file: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
-    max_tensors: PositiveInt = 20_000
-    admission_timeout_s: PositiveFloat = 60.0
-
-
 class BaseModelConfig(StrictModel):
     """One base model: its public id, where it comes from, and how it is served.
 
-    `compile` has torch compile the denoiser at its first use, which takes a minute or two and a compiler on the node.
+    `compile` has torch compile the denoiser when a replica starts, which takes a minute or two and a compiler on the
+    node. `memory_format` is how convolutions lay out their weights and values: "auto" is channels_last on a GPU.
+    `vae_tiling` decodes large images tile by tile, which needs less memory and shows faintly: "auto" does so only for
+    sides over twice those that the VAE was trained for.
     """
 
     id: str
@@ -181,6 +72,8 @@ class BaseModelConfig(StrictModel):
     dtype: DTypeName = "auto"
     variant: str | None = None
     compile: bool = False
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    vae_tiling: Literal["auto", "always", "never"] = "auto"
     scheduler: str | None = None
     schedulers: tuple[str, ...] = DIFFUSION_SCHEDULERS
     defaults: Defaults = Defaults()
@@ -188,6 +81,7 @@ class BaseModelConfig(StrictModel):
     adapter_limits: AdapterLimits = AdapterLimits()
     replica: ReplicaSettings = ReplicaSettings()
     autoscaling: AutoscalingSettings = AutoscalingSettings()
+    router: RouterSettings = RouterSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> BaseModelConfig:
@@ -222,12 +116,32 @@ class BaseModelConfig(StrictModel):
 
 
 class HubSettings(StrictModel):
-    """How adapters are found on the Hugging Face Hub; `endpoint` None means the environment's, else the public one."""
+    """How adapters are found on the Hugging Face Hub; `endpoint` None means the environment's, else the public one.
+
+    With `forward_tokens`, adapters are looked up as anybody sees them, and what not everybody may read with the
+    caller's own token; a check of a caller's access counts for `access_ttl_s`. The service's token is then for bases
+    alone.
+    """
 
     enabled: bool = True
     endpoint: str | None = None
     timeout_s: PositiveFloat = 10.0
     download_timeout_s: PositiveFloat = 600.0
+    forward_tokens: bool = False
+    access_ttl_s: PositiveFloat = 60.0
+
+
+class SharingSettings(StrictModel):
+    """Whether adapter files travel between nodes, so that the cluster fetches each from the Hub once.
+
+    `memory` is what shared files may take of Ray's object store, which spills to disk, over the whole cluster; `disk`
+    what came from peers may take of a node's. After `patience_s` a node no longer waits for another's fetch.
+    """
+
+    enabled: bool = False
+    patience_s: PositiveFloat = 60.0
+    memory: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
+    disk: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
 
 
 class AdapterSources(StrictModel):
@@ -239,33 +153,91 @@ class AdapterSources(StrictModel):
     embedded: bool = False
     folders: tuple[Path, ...] = ()
     hub: HubSettings = HubSettings()
+    sharing: SharingSettings = SharingSettings()
     resolution_ttl_s: PositiveFloat = 300.0
     failure_ttl_s: PositiveFloat = 15.0
 
 
 class IngressSettings(StrictModel):
-    """The HTTP face: how many replicas, and what a request may weigh."""
+    """The HTTP face: how many replicas, and what a request may weigh.
+
+    `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a stream is silent before a
+    comment keeps proxies from cutting it.
+    """
 
     replicas: PositiveInt = 2
     num_cpus: NonNegativeFloat = 0.5
     max_ongoing_requests: PositiveInt = 256
     max_body: ByteSize = Field(default=ByteSize(32 * 1024**2), validate_default=True)
     max_image_pixels: PositiveInt = 4096 * 4096
+    body_timeout_s: PositiveFloat = 30.0
+    keep_alive_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0
     max_retries: int = Field(default=2, ge=0)
     cors_origins: tuple[str, ...] = ()
 
 
+class RegistrySettings(StrictModel):
+    """Where aliases are kept: a file on the head node; None means `registry.sqlite3` in the cache's folder."""
+
+    path: Path | None = None
+
+
+class KeyLimits(StrictModel):
+    """What a key may ask of each ingress replica; None means no limit. `burst` None means one second's requests."""
+
+    requests_per_s: PositiveFloat | None = None
+    burst: PositiveInt | None = None
+    concurrency: PositiveInt | None = None
+    images_per_minute: PositiveInt | None = None
+
+
+def digest_of(key: str) -> str:
+    """Return the SHA-256 of a key in hex, as configurations hold it. Keys are random, and so need no salt."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class ApiKey(StrictModel):
+    """A key by its name, which appears in logs, and the SHA-256 of the key itself; `admin` may change the registry."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    admin: bool = False
+    limits: KeyLimits = KeyLimits()
+
+
+class AuthSettings(StrictModel):
+    """Who may use the service: keys here, or in a YAML file that every ingress node has; with none, everybody.
+
+    The file holds `keys:` in the same form, and is read again when it changes.
+    """
+
+    keys: tuple[ApiKey, ...] = ()
+    keys_file: Path | None = None
+
+    @field_validator("keys")
+    @classmethod
+    def _distinct(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        for field in ("name", "sha256"):
+            values = [getattr(key, field) for key in keys]
+            if len(set(values)) < len(values):
+                raise ValueError(f"two keys have the same {field}")
+        return keys
+
+
 class AppConfig(StrictModel):
     """One Loraplex application: its bases, its adapter sources, its HTTP face.
 
-    `cache_dir` holds the admitted adapters of each node; None means a folder under the user's cache directory.
+    `cache_dir` holds the admitted adapters of each node; None means a folder under the user's cache directory. `{node}`
+    in it becomes the Ray node's id, for nodes that share a file system.
     """
 
     bases: tuple[BaseModelConfig, ...] = Field(min_length=1)
     default_base: str | None = None
     adapters: AdapterSources = AdapterSources()
     ingress: IngressSettings = IngressSettings()
+    registry: RegistrySettings = RegistrySettings()
+    auth: AuthSettings = AuthSettings()
     cache_dir: Path | None = None
     cache_size: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
@@ -300,7 +272,7 @@ class AppConfig(StrictModel):
 
 
 class Environment(StrictModel):
-    """What the process environment says, read once by `serve_app.app` and handed down."""
+    """What the process environment says, read once by `serve_app.environment` and handed down."""
 
     hub_token: SecretStr | None = None
     hub_endpoint: str | None = None

@@ -7,6 +7,10 @@ Must not know Ray, torch, HTTP or the file system.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+# Who waits for a request: a person, or a job that may take its time.
+Priority = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,13 @@ def scale_of(scale: Scale, component: str) -> float:
     if not isinstance(scale, Scales):
         return scale
     return scale.text_encoder if component.startswith("text_encoder") else scale.denoiser
+
+
+@dataclass(frozen=True, slots=True)
+class HubToken:
+    """A caller's own token for the Hub; no text that is made of it, or of what holds it, shows it."""
+
+    value: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +105,14 @@ class PixelMask:
 
 
 @dataclass(frozen=True, slots=True)
+class Due:
+    """When a request must be answered: at `at`, in seconds since 1970, `limit_s` after it came in."""
+
+    at: float
+    limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationDraft:
     """A request as it was asked: whatever is None is for the base's defaults to fill in.
 
@@ -116,6 +135,9 @@ class GenerationDraft:
     strength: float | None = None
     mask: PixelMask | None = None
     num_previews: int = 0
+    priority: Priority = "interactive"
+    due: Due | None = None
+    hub_token: HubToken | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +145,8 @@ class GenerationRequest:
     """A request with nothing left open: the same value gives the same image on any replica.
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
-    None means the base's own. With `image`, width and height are the output's size. `num_previews` changes no image.
+    None means the base's own. With `image`, width and height are the output's size. `num_previews`, `priority` and
+    `due` change no image.
     """
 
     request_id: str
@@ -142,6 +165,9 @@ class GenerationRequest:
     strength: float | None = None
     mask: PixelMask | None = None
     num_previews: int = 0
+    priority: Priority = "interactive"
+    due: Due | None = None
+    hub_token: HubToken | None = field(default=None, repr=False)
 
     @property
     def planned_steps(self) -> int:

@@ -9,9 +9,13 @@
     │   └── BaseMismatch            an adapter made for another base than the one the request names
     ├── Unauthorised 401
     ├── AccessDenied 403            a gated or private repository
+    ├── AdminRequired 403           a key that may draw, but not change the registry
     ├── ModelNotFound 404           neither a base nor an adapter
     ├── NotAcceptable 406
+    ├── NameTaken 409               a name that means something else already
+    ├── BodyTimeout 408             the body did not arrive in time
     ├── TooLarge 413
+    ├── HeadersTooLarge 431
     ├── RefusedAdapter 422
     │   ├── UnsafeFile              anything but safetensors
     │   ├── MalformedFile           truncated, lying or unreadable
@@ -23,8 +27,10 @@
     │   ├── NonFinite               NaN or infinite values
     │   ├── RankTooHigh
     │   ├── UnsupportedMethod       a way of adapting that is not served
-    │   └── AdmissionTimedOut       checking the file took longer than allowed
+    │   ├── AdmissionTimedOut       checking the file took longer than allowed
+    │   └── Quarantined             its images failed on the device again and again
     ├── QueueFull 429
+    ├── KeyLimitReached 429         a key that asks for more than it may
     ├── InternalError 500           ours
     ├── Unavailable 503
     │   ├── NotReady                the base is starting
@@ -32,6 +38,7 @@
     │   ├── HubUnavailable          the Hub did not answer
     │   └── ReplicaLost             the replica died; asking again may succeed
     └── DeadlineExceeded 504
+        └── DeadlineOutOfReach      it would run out of its time, and was not begun
 
 Messages are one sentence for the caller: they name the thing, the limit and what to do, and never a path, a host or
 a token. Errors travel between processes, so each rebuilds itself from its fields.
@@ -39,8 +46,17 @@ a token. Errors travel between processes, so each rebuilds itself from its field
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
+
+# A token of the Hub, a key of ours, or one in the shape that clients of OpenAI's use, wherever a caller may have put it.
+_CREDENTIAL = re.compile(r"\b(hf_|sk-|lpx_)[A-Za-z0-9_-]{15,}")
+
+
+def without_credentials(text: str) -> str:
+    """Return a text in which whatever looks like a token or key is cut down to its first letters."""
+    return _CREDENTIAL.sub(r"\1***", text)
 
 
 def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
@@ -60,7 +76,7 @@ class LoraplexError(Exception):
 
     def __str__(self) -> str:
         """Return the sentence that the caller reads."""
-        return self.template.format(**self.__dict__)
+        return without_credentials(self.template.format(**self.__dict__))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from fields, so that keyword construction survives pickling."""
@@ -144,9 +160,20 @@ class AccessDenied(LoraplexError):
     """A gated or private repository that the service may not read."""
 
     model: str
+    whose: str = "the service's Hub token"
     status = 403
     code = "access_denied"
-    template = "access to {model} is restricted; the service's Hub token must be granted access to it"
+    template = "access to {model} is restricted; {whose} must be granted access to it"
+
+
+@dataclass(eq=False)
+class AdminRequired(LoraplexError):
+    """A valid key that may draw, but not change the registry."""
+
+    key: str
+    status = 403
+    code = "admin_required"
+    template = "the key '{key}' may not change the registry; use an admin key"
 
 
 @dataclass(eq=False)
@@ -172,6 +199,27 @@ class NotAcceptable(LoraplexError):
 
 
 @dataclass(eq=False)
+class BodyTimeout(LoraplexError):
+    """The caller took too long to send the body."""
+
+    limit_s: float
+    status = 408
+    code = "body_timeout"
+    template = "the body did not arrive within {limit_s:g} s; send it faster, or a smaller one"
+
+
+@dataclass(eq=False)
+class NameTaken(LoraplexError):
+    """A name that means something else already."""
+
+    name: str
+    reason: str
+    status = 409
+    code = "name_taken"
+    template = "the name '{name}' is taken: {reason}; choose another, or remove that first"
+
+
+@dataclass(eq=False)
 class TooLarge(LoraplexError):
     """A body or an image over its limit."""
 
@@ -183,80 +231,14 @@ class TooLarge(LoraplexError):
 
 
 @dataclass(eq=False)
-class RefusedAdapter(LoraplexError):
-    """The adapter exists but cannot be applied; `reason` says why."""
+class HeadersTooLarge(LoraplexError):
+    """Headers and address over their limit together."""
 
-    adapter: str
-    reason: str
-    status = 422
-    code = "refused_adapter"
-    template = "adapter {adapter} is refused: {reason}"
-
-
-class UnsafeFile(RefusedAdapter):
-    """Anything but safetensors: pickled weights can run code."""
-
-    code = "unsafe_file"
-
-
-class MalformedFile(RefusedAdapter):
-    """Truncated, lying or unreadable."""
-
-    code = "malformed_file"
-
-
-class AmbiguousFile(RefusedAdapter):
-    """Several files could be meant; the reason lists them."""
-
-    code = "ambiguous_file"
-
-
-class NotAnAdapter(RefusedAdapter):
-    """A repository or file without adapter weights."""
-
-    code = "not_an_adapter"
-
-
-class BaseNotServed(RefusedAdapter):
-    """An adapter for a base that is not configured, or whose base cannot be told."""
-
-    code = "base_not_served"
-
-
-class NoLayerMatches(RefusedAdapter):
-    """No layer of the file exists in the base."""
-
-    code = "no_layer_matches"
-
-
-class ShapeMismatch(RefusedAdapter):
-    """A layer exists in the base with other widths."""
-
-    code = "shape_mismatch"
-
-
-class NonFinite(RefusedAdapter):
-    """NaN or infinite values."""
-
-    code = "non_finite"
-
-
-class RankTooHigh(RefusedAdapter):
-    """A rank over the base's limit."""
-
-    code = "rank_too_high"
-
-
-class UnsupportedMethod(RefusedAdapter):
-    """A way of adapting that is not served."""
-
-    code = "unsupported_method"
-
-
-class AdmissionTimedOut(RefusedAdapter):
-    """Checking the file took longer than allowed."""
-
-    code = "admission_timed_out"
+    size_bytes: int
+    limit_bytes: int
+    status = 431
+    code = "headers_too_large"
+    template = "the headers and the address take {size_bytes} bytes; at most {limit_bytes} are read"
 
 
 @dataclass(eq=False)
@@ -270,6 +252,19 @@ class QueueFull(LoraplexError):
     code = "queue_full"
     retry_after = True
     template = "{base} already has {limit} requests waiting; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class KeyLimitReached(LoraplexError):
+    """A key that asks for more than it may."""
+
+    key: str
+    limit: str
+    retry_after_s: int = 1
+    status = 429
+    code = "key_limit_reached"
+    retry_after = True
+    template = "the key '{key}' is limited to {limit}; try again in {retry_after_s} s"
 
 
 @dataclass(eq=False)
@@ -341,3 +336,10 @@ class DeadlineExceeded(LoraplexError):
     status = 504
     code = "deadline_exceeded"
     template = "the request took longer than {limit_s:g} s and was stopped"
+
+
+class DeadlineOutOfReach(DeadlineExceeded):
+    """The request would run out of its time with what waits before it, and was not begun."""
+
+    code = "deadline_out_of_reach"
+    template = "the request cannot be done within {limit_s:g} s with what waits before it; ask again later"

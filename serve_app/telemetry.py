@@ -45,6 +45,7 @@ DENOISE = Declaration("loraplex_denoise_seconds", "Denoising steps.", ("base",),
 DECODE = Declaration("loraplex_decode_seconds", "Decoding latents to pixels.", ("base",), SECONDS)
 BATCH = Declaration("loraplex_batch_images", "Images that shared the device pass.", ("base",), IMAGES)
 ADAPTERS = Declaration("loraplex_adapters", "Adapters asked for, by where they were found.", ("base", "tier"))
+FILES = Declaration("loraplex_file_fetches", "Adapter files brought to a node, by where from.", ("base", "tier"))
 EVICTIONS = Declaration("loraplex_evictions", "Adapters that left host memory.", ("base",))
 RESIDENT = Declaration("loraplex_resident_bytes", "Adapters in host memory.", ("base",))
 CANCELLED = Declaration(
@@ -54,9 +55,28 @@ SELF_CHECKS = Declaration(
     "loraplex_self_checks", "Times that a base's loaded weights were checked bit by bit.", ("base", "result")
 )
 
+QUARANTINED = Declaration(
+    "loraplex_quarantined", "Adapters, by scale, refused for now because they failed on the device.", ("base",)
+)
+
+BACKLOG = Declaration("loraplex_backlog_seconds", "Predicted work that runs, waits or fetches.", ("base",))
+PREDICTED = Declaration("loraplex_predicted_seconds", "What finished passes were predicted to take.", ("base",))
+BUSY = Declaration("loraplex_busy_seconds", "What finished passes took.", ("base",))
+START = Declaration("loraplex_start_seconds", "From the start of a replica to its first request.", ("base",))
+WARMED = Declaration("loraplex_warmed_adapters", "Adapters made ready before a replica's first request.", ("base",))
+ROUTED = Declaration(
+    "loraplex_routed",
+    "Requests sent to a replica, by where there the farthest of their adapters was.",
+    ("base", "place"),
+)
+ALIASES = Declaration("loraplex_aliases", "Further names of adapters that an ingress replica knows.", ())
+ACCESS = Declaration("loraplex_access_checks", "Checks of a caller's access with its own Hub token.", ("result",))
+
 DECLARED = (
+    ALIASES, ACCESS,
     REQUESTS, REFUSALS, RETRIES,
-    QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, ADAPTERS, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
+    QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, ADAPTERS, FILES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
+    QUARANTINED, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED,
 )  # fmt: skip
 
 
@@ -89,6 +109,8 @@ class IngressMetrics:
         self._requests = meters.count(REQUESTS)
         self._refusals = meters.count(REFUSALS)
         self._retries = meters.count(RETRIES)
+        self._aliases = meters.level(ALIASES)
+        self._access = meters.count(ACCESS)
 
     def answered(self, *, route: str, status: int, base_id: str | None) -> None:
         """Count an answer; `route` is the template, not the path, and the base is None while unknown."""
@@ -98,9 +120,29 @@ class IngressMetrics:
         """Count an error by its stable code."""
         self._refusals.inc(1, {"code": code})
 
+    def aliases_known(self, count: int) -> None:
+        """Report how many aliases are known here."""
+        self._aliases.set(count, {})
+
+    def access_checked(self, result: str) -> None:
+        """Count a check of a caller's access: "ok", or the code of its refusal."""
+        self._access.inc(1, {"result": result})
+
     def retried(self, base_id: str) -> None:
         """Count a request that goes to another replica."""
         self._retries.inc(1, {"base": base_id})
+
+
+class RouterMetrics:
+    """What the router of one base reports, in each process that routes."""
+
+    def __init__(self, base_id: str, meters: Meters | None = None) -> None:
+        self._base = {"base": base_id}
+        self._routed = (meters or Meters()).count(ROUTED)
+
+    def routed(self, place: str) -> None:
+        """Count a request that a replica has taken, by where its adapters were said to be there."""
+        self._routed.inc(1, {**self._base, "place": place})
 
 
 class ReplicaMetrics:
@@ -116,13 +158,21 @@ class ReplicaMetrics:
         self._decode = meters.spread(DECODE)
         self._batch = meters.spread(BATCH)
         self._adapters = meters.count(ADAPTERS)
+        self._files = meters.count(FILES)
         self._evictions = meters.count(EVICTIONS)
         self._resident = meters.level(RESIDENT)
         self._cancelled = meters.count(CANCELLED)
         self._evictions_reported = 0
         self._self_checks = meters.count(SELF_CHECKS)
+        self._quarantined = meters.level(QUARANTINED)
         self._sound_reported = 0
         self._is_mismatch_reported = False
+        self._backlog = meters.level(BACKLOG)
+        self._predicted = meters.count(PREDICTED)
+        self._busy = meters.count(BUSY)
+        self._predicted_reported = self._busy_reported = 0.0
+        self._start = meters.level(START)
+        self._warmed = meters.count(WARMED)
 
     def served(self, timings: Timings, *, batch_size: int) -> None:
         """Report where the time of one finished request went."""
@@ -141,6 +191,10 @@ class ReplicaMetrics:
         """Count one leased adapter by the tier it was found on."""
         self._adapters.inc(1, {**self._base, "tier": tier})
 
+    def file_brought(self, tier: str) -> None:
+        """Count one file that came to this node, from the "hub" or a "peer"."""
+        self._files.inc(1, {**self._base, "tier": tier})
+
     def host_tier(self, *, used_bytes: int, evictions: int) -> None:
         """Report the host tier as it is now; `evictions` counts since the replica's start."""
         self._resident.set(used_bytes, self._base)
@@ -148,6 +202,26 @@ class ReplicaMetrics:
         if evictions > self._evictions_reported:
             self._evictions.inc(evictions - self._evictions_reported, self._base)
             self._evictions_reported = evictions
+
+    def worked(self, *, backlog_s: float, predicted_s: float, busy_s: float) -> None:
+        """Report the work ahead, and what all passes since the start were predicted to take and took."""
+        self._backlog.set(backlog_s, self._base)
+        if predicted_s > self._predicted_reported:
+            self._predicted.inc(predicted_s - self._predicted_reported, self._base)
+            self._predicted_reported = predicted_s
+        if busy_s > self._busy_reported:
+            self._busy.inc(busy_s - self._busy_reported, self._base)
+            self._busy_reported = busy_s
+
+    def started(self, *, start_s: float, warmed: int) -> None:
+        """Report how long this replica took to start, and how many adapters it made ready meanwhile."""
+        self._start.set(start_s, self._base)
+        if warmed:
+            self._warmed.inc(warmed, self._base)
+
+    def quarantined(self, held: int) -> None:
+        """Report how many compositions of adapters are refused now."""
+        self._quarantined.set(held, self._base)
 
     def self_checked(self, *, sound: int, is_corrupt: bool) -> None:
         """Report the rounds that found the weights as they were loaded, counted since the start, and a mismatch."""

@@ -28,10 +28,15 @@ class Pace:
 
 def work_units(request: GenerationRequest) -> float:
     """Return the work of a request in megapixel-steps: images x steps x pixels, twice where guidance needs two."""
+    steps = max(request.planned_steps, 1)
+    return request.num_images * image_units(steps, request.guidance_scale, request.width, request.height)
+
+
+def image_units(steps: int, guidance_scale: float, width: int, height: int) -> float:
+    """Return the work of one image drawn from a prompt."""
     # Pipelines of diffusers run the denoiser once more for the unguided half when the scale is over 1.
-    evaluations = 2.0 if request.guidance_scale > 1 else 1.0
-    megapixels = request.width * request.height / 1e6
-    return request.num_images * max(request.planned_steps, 1) * evaluations * megapixels
+    evaluations = 2.0 if guidance_scale > 1 else 1.0
+    return steps * evaluations * width * height / 1e6
 
 
 class PaceMeter:

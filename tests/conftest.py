@@ -4,29 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.broken_adapters import write_broken_adapters
 from tests.hub_server import HubServer
 from tests.service import BASES, Service, base_settings, ray_cluster
 
+# Speed lives in benchmarks: a machine that is busy for a moment fails no property.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
+
 # What runs against a cluster runs in one process, one after the other; everything else runs beside it, by module.
-CLUSTER_FOLDERS = {"integration", "clients", "browser", "faults"}
-TESTS = Path(__file__).parent
+# The tests of faults have a cluster of several nodes to themselves, and so need a run of their own.
+CLUSTER_FOLDERS = {"integration", "clients", "browser"}
 EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for pytest-xdist; the group of the cluster is the longest, so it goes first."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return what hands the tests to processes: those that need the cluster to one of them, others by module."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    def needs_cluster(item: pytest.Item) -> bool:
-        return item.path.relative_to(TESTS).parts[0] in CLUSTER_FOLDERS
+    class ClusterApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::", 1)[0]
+            return "cluster" if module.split("/")[1] in CLUSTER_FOLDERS else module
 
-    for item in items:
-        group = "cluster" if needs_cluster(item) else str(item.path.relative_to(TESTS))
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not needs_cluster(item))
+    return ClusterApart(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +74,7 @@ def service(cluster: int, hub: HubServer, broken_root: Path, tmp_path_factory: p
                 "folders": [str(broken_root)],
                 "hub": {"endpoint": hub.endpoint, "timeout_s": 60.0},
             },
-            "ingress": {"replicas": 2, "num_cpus": 0.1},
+            "ingress": {"replicas": 2, "num_cpus": 0.1, "body_timeout_s": 4.0},
             "cache_dir": str(tmp_path_factory.mktemp("cache")),
         }
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy
 import torch
 from PIL import Image
 
-from serve_app.config import BaseModelConfig, ModelSource
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, PixelImage
+from serve_app.config import BaseModelConfig
+from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, PixelImage, Progress
 from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter
+from serve_app.engine.job import OnEvent
 from serve_app.engine.loading import LoadedBase, ResolvedSource
 from serve_app.engine.manifest import BaseManifest
 from serve_app.engine.pipeline import BasePipeline
+from serve_app.settings import ModelSource
 from tests.tiny import tiny_folder
 
 BASE = "tiny/base"
@@ -106,3 +109,13 @@ def use_of(name: str, scale: float = 1.0) -> AdapterUse:
         size_bytes=1,
     )
     return AdapterUse(spec, scale)
+
+
+def on_steps(listener: Callable[[int, int], object]) -> OnEvent:
+    """Return a listener to a job's events that hears (steps done, steps in all) alone."""
+
+    def hear(event: Any) -> None:
+        if isinstance(event, Progress) and event.step:
+            listener(event.step, event.steps)
+
+    return hear

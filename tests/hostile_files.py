@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from serve_app.errors import (
+from serve_app.refusals import (
     MalformedFile,
     NoLayerMatches,
     NonFinite,

@@ -183,6 +183,10 @@ class HubServer:
         self._repositories[repo_id].private = True
         self._repositories[repo_id].allowed_tokens = tokens
 
+    def revoke(self, repo_id: str, token: str) -> None:
+        """Take a token's access to a gated or private repository away."""
+        self._repositories[repo_id].allowed_tokens -= {token}
+
     # How it misbehaves
 
     def fail(self, repo_id: str, fault: Fault | None) -> None:

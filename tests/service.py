@@ -13,8 +13,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from PIL import Image
+
+from serve_app.environment import launch_environment
 
 BASES = ("demo/sdxl", "demo/sd15")
 STYLES = ("sketch", "pixel-art", "sepia", "night", "inverted", "stripes")
@@ -43,7 +46,7 @@ def ray_cluster(home: Path) -> Iterator[int]:
     """Start Ray and Serve; yield the HTTP port."""
     # Ray writes its token and its usage id below HOME; the tests' cluster is closed to other machines.
     before = dict(os.environ)
-    os.environ.update(HOME=str(home), RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0")
+    os.environ.update(launch_environment() | {"HOME": str(home), "RAY_AUTH_MODE": "disabled"})
     import ray
     from ray import serve
 
@@ -53,10 +56,26 @@ def ray_cluster(home: Path) -> Iterator[int]:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield port
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        # Serve would start a Ray of its own to shut down, had the first not come up.
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
         os.environ.clear()
         os.environ.update(before)
+
+
+def process_of(marker: str) -> psutil.Process:
+    """Return the one process of this very cluster whose command line has a marker, such as `app:deployment`."""
+    ours = psutil.Process().children(recursive=True)
+    (found,) = [process for process in ours if marker in _command_line(process)]
+    return found
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 @dataclass

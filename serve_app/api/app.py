@@ -13,12 +13,15 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from serve_app.api import faults
+from serve_app.api.auth import Access, Authentication
 from serve_app.api.boundary import Boundary, new_uuid
 from serve_app.api.document import add_document_routes, build_document
 from serve_app.api.gateway import Gateway
 from serve_app.api.huggingface import add_inference_routes
 from serve_app.api.openai import add_openai_routes
 from serve_app.api.openai_models import add_model_routes
+from serve_app.api.page import add_page_routes
+from serve_app.api.registry import add_registry_routes
 from serve_app.api.status import add_status_routes
 from serve_app.config import IngressSettings
 
@@ -37,16 +40,19 @@ def create_app(
     gateway: Gateway,
     settings: IngressSettings,
     *,
+    access: Access | None = None,
+    clock: Callable[[], float] = time.monotonic,
     new_request_id: Callable[[], str] = new_uuid,
     now: Callable[[], float] = time.time,
     echo_request_id: bool = True,
 ) -> FastAPI:
-    """Return the ASGI application over a gateway.
+    """Return the ASGI application over a gateway; without `access`, everybody may do everything.
 
     `echo_request_id` is for the server in front: Ray Serve's proxy adds `x-request-id` to every reply itself.
     """
     app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
     faults.install(app)
+    app.add_middleware(Authentication, access=access or Access(), clock=clock)
     app.add_middleware(Boundary, new_request_id=new_request_id, echo_request_id=echo_request_id)
     if settings.cors_origins:
         # Added last, so outermost: a page must be able to read our own failures too.
@@ -60,5 +66,7 @@ def create_app(
     add_inference_routes(app, gateway, settings)
     add_openai_routes(app, gateway, settings, now=now)
     add_model_routes(app, gateway)
+    add_registry_routes(app, gateway.registry, settings)
     add_document_routes(app)
+    add_page_routes(app)
     return app

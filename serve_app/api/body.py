@@ -5,21 +5,25 @@ Owns bytes to JSON values; which fields they may have is `serve_app.api.schemas`
 
 from __future__ import annotations
 
+import asyncio
+
 from pydantic import ByteSize, JsonValue
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
 from serve_app.api.waiting import CallerGone
-from serve_app.errors import MalformedRequest, TooLarge
+from serve_app.errors import BodyTimeout, MalformedRequest, TooLarge
 
 MAX_DEPTH = 16
+BODY_TIMEOUT_S = 30.0
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, *, timeout_s: float = BODY_TIMEOUT_S) -> bytes:
     """Return the whole body; one over the limit is refused as soon as its declared or real length is known.
 
     Raises:
         TooLarge: the body is over `max_bytes`.
+        BodyTimeout: it was not there after `timeout_s`.
         CallerGone: the caller hung up.
     """
     too_large = TooLarge("the body", ByteSize(max_bytes).human_readable())
@@ -29,11 +33,14 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size_bytes = 0
     try:
-        async for chunk in request.stream():
-            size_bytes += len(chunk)
-            if size_bytes > max_bytes:
-                raise too_large
-            chunks.append(chunk)
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size_bytes += len(chunk)
+                if size_bytes > max_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError:
+        raise BodyTimeout(timeout_s) from None
     except ClientDisconnect:
         raise CallerGone from None
     return b"".join(chunks)

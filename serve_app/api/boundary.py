@@ -1,6 +1,7 @@
-"""The outermost layer of the HTTP face: request ids, and no exception past this point.
+"""The outermost layer of the HTTP face: request ids, a limit on headers, and no exception past this point.
 
-Owns `x-request-id` and the reply to an unexpected failure. Plain ASGI, so that a hang-up reaches the routes.
+Owns `x-request-id`, how large a request's head may be, and the reply to an unexpected failure. Plain ASGI, so that a
+hang-up reaches the routes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.faults import internal_error
-from serve_app.api.replies import EXPOSED_HEADERS
+from serve_app.api.faults import fault_response, internal_error
+from serve_app.api.replies import EXPOSED_HEADERS, Stages
+from serve_app.errors import HeadersTooLarge
 
 log = logging.getLogger(__name__)
 
+# Browsers send a few kilobytes, cookies and all.
+MAX_HEAD_BYTES = 32 * 1024
 _SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -44,7 +48,7 @@ class Boundary:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _SANE_ID.fullmatch(given) else self._new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, stages=Stages())
         has_started = False
 
         async def send_marked(message: Message) -> None:
@@ -58,9 +62,18 @@ class Boundary:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_marked)
+            await (self._app if (refusal := _refusal(scope)) is None else refusal)(scope, receive, send_marked)
         except Exception:
-            log.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
+            log.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"][:200])
             if has_started:
                 raise
             await internal_error(scope, request_id)(scope, receive, send_marked)
+
+
+def _refusal(scope: Scope) -> ASGIApp | None:
+    """Return the reply to a request whose head alone is too large, None where it is not."""
+    size_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    size_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
+    if size_bytes <= MAX_HEAD_BYTES:
+        return None
+    return fault_response(scope, HeadersTooLarge(size_bytes, MAX_HEAD_BYTES))

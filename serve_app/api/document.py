@@ -12,35 +12,44 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from serve_app.api.openai_schemas import ImageEditForm, ImageGeneration
+from serve_app.api.openai_schemas import EVENTS, ImageEditForm, ImageGeneration
+from serve_app.api.page import asset_response, read_page
+from serve_app.api.registry_schemas import NewLora, PreloadOrder
 from serve_app.api.schemas import InferenceBody
-from serve_app.api.status import STATIC, page_response
 
-_BODIES = (InferenceBody, ImageGeneration, ImageEditForm)
+_BODIES = (InferenceBody, ImageGeneration, ImageEditForm, NewLora, PreloadOrder)
 _SUMMARY = "Serves many LoRA adapters over a few diffusion base models: name one, get its image."
 
 
 def build_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     """Return the OpenAPI document of the routes, with the models of the bodies that they read themselves."""
     document = get_openapi(title="Loraplex", version="1", summary=_SUMMARY, routes=routes)
-    _, schemas = models_json_schema(
-        [(model, "validation") for model in _BODIES], ref_template="#/components/schemas/{model}"
-    )
-    document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+    components = document.setdefault("components", {})
+    # Either of them: a service without keys takes everybody.
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{}, {"key": []}]
+    known = components.setdefault("schemas", {})
+    known.update(_schemas(_BODIES, "validation") | _schemas(EVENTS, "serialization"))
     return document
+
+
+def _schemas(models: Sequence[type[BaseModel]], mode: JsonSchemaMode) -> dict[str, Any]:
+    _, schemas = models_json_schema([(model, mode) for model in models], ref_template="#/components/schemas/{model}")
+    return schemas["$defs"]
 
 
 def add_document_routes(app: FastAPI) -> None:
     """Add the route of the documentation page; the JSON's own is FastAPI's."""
-    template = (STATIC / "docs.html").read_text("utf-8")
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return page_response(template.replace("<!-- operations -->", render(app.openapi())))
+    async def docs(request: Request) -> Response:
+        return asset_response(request, read_page("docs.html", operations=render(app.openapi())))
 
 
 def render(document: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ say.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator
@@ -20,6 +21,9 @@ from serve_app.api.waiting import CallerGone
 from serve_app.errors import InternalError, LoraplexError
 
 log = logging.getLogger(__name__)
+
+# A comment, which clients pass over (HTML standard, "Server-sent events"): a proxy that sees it keeps the connection.
+KEEP_ALIVE = b": keep-alive\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +41,16 @@ class ServerEvent:
 class EventStream(Response):
     """Writes events as they come; a failure becomes the last event, as the status is long gone.
 
-    The events are closed however the reply ends, so that whatever makes them lets go.
+    Where nothing comes for `keep_alive_s`, a comment is written, again and again. The events are closed however the
+    reply ends, so that whatever makes them lets go.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[ServerEvent], *, request_id: str) -> None:
+    def __init__(self, events: AsyncGenerator[ServerEvent], *, request_id: str, keep_alive_s: float) -> None:
         super().__init__()
         self._events = events
+        self._keep_alive_s = keep_alive_s
         self._request_id = request_id
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-store"
@@ -55,9 +61,9 @@ class EventStream(Response):
         """Write the whole stream."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         try:
-            async with aclosing(self._events) as events:
-                async for event in events:
-                    await _write(send, event.encode())
+            async with aclosing(_chunks(self._events, self._keep_alive_s)) as chunks:
+                async for chunk in chunks:
+                    await _write(send, chunk)
         except CallerGone:
             log.info("request %s: the caller left its stream", self._request_id)
         except LoraplexError as error:
@@ -67,6 +73,24 @@ class EventStream(Response):
             log.exception("request %s failed in its stream", self._request_id)
             await _write(send, _failure(InternalError(self._request_id)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _chunks(events: AsyncGenerator[ServerEvent], keep_alive_s: float) -> AsyncGenerator[bytes]:
+    """Yield events as they are written, and a comment after each `keep_alive_s` of silence."""
+    async with aclosing(events):
+        while True:
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                while not (await asyncio.wait({coming}, timeout=keep_alive_s))[0]:
+                    yield KEEP_ALIVE
+            finally:
+                # Before the events are closed, which must not happen while one is awaited.
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+            event = coming.result()
+            if event is None:
+                return
+            yield event.encode()
 
 
 def _failure(error: LoraplexError) -> bytes:

@@ -35,6 +35,9 @@ def install(app: FastAPI) -> None:
 def fault_response(scope: Scope, error: LoraplexError) -> Response:
     """Return the reply that tells a caller about an error."""
     headers: dict[str, str] = {}
+    if error.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+        # The rest of the body is still on its way; nobody will read it.
+        headers["connection"] = "close"
     retry_after_s = getattr(error, "retry_after_s", None)
     if error.retry_after and retry_after_s is not None:
         headers["retry-after"] = str(retry_after_s)

@@ -8,7 +8,59 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
-from serve_app.core import GenerationDraft, GenerationEvent, GenerationResult, ModelInfo
+from serve_app.catalog.aliases import Alias
+from serve_app.catalog.holdings import LoraReport, Preloaded, Removal, ReplicaReport
+from serve_app.config import BaseModelConfig
+from serve_app.core import GenerationDraft, GenerationEvent, GenerationResult, HubToken, ModelInfo
+
+
+class Registry(Protocol):
+    """What is known of adapters, aliases, replicas and bases, and how the first two are changed.
+
+    `token` is the caller's own for the Hub; what it alone may read is told to its owner alone.
+    """
+
+    def bases(self) -> tuple[BaseModelConfig, ...]:
+        """Return the bases that are served."""
+        ...
+
+    def default_base(self) -> BaseModelConfig:
+        """Return the base that serves a request which names none."""
+        ...
+
+    async def loras(self, *, token: HubToken | None) -> tuple[LoraReport, ...]:
+        """Return the adapters known so far and the aliases, sorted by id; a replica that hangs delays it by no more
+        than a second."""
+        ...
+
+    async def replicas(self) -> tuple[ReplicaReport, ...]:
+        """Return the replicas of every base; one that hangs is there without its details."""
+        ...
+
+    async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
+        """Keep an alias whose target can be served, and have so many replicas fetch it.
+
+        Raises:
+            NameTaken: the name means something else.
+            LoraplexError: whatever resolving the target raises.
+        """
+        ...
+
+    async def remove(self, name: str, *, token: HubToken | None) -> Removal:
+        """Remove an alias, and have every replica forget the adapter once it is not in use.
+
+        Raises:
+            LoraplexError: whatever resolving the name raises.
+        """
+        ...
+
+    async def preload(self, name: str, replicas: int, *, token: HubToken | None) -> Preloaded:
+        """Have so many replicas hold an adapter in memory.
+
+        Raises:
+            LoraplexError: whatever resolving or fetching it raises.
+        """
+        ...
 
 
 class Gateway(Protocol):
@@ -29,6 +81,11 @@ class Gateway(Protocol):
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
+        ...
+
+    @property
+    def registry(self) -> Registry:
+        """What is known of adapters, replicas and bases."""
         ...
 
     async def is_ready(self) -> bool:

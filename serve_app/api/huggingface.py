@@ -7,7 +7,6 @@ the limits of any base.
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,10 +15,21 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.body import parse_json, read_body
+from serve_app.api.caller import permitted
 from serve_app.api.gateway import Gateway
-from serve_app.api.images import decode_base64, decode_image, encode_image, is_base64_image, is_image
+from serve_app.api.images import (
+    decode_base64,
+    decode_image,
+    encode_image,
+    is_base64_image,
+    is_image,
+    off_loop,
+    pixels_of,
+)
 from serve_app.api.negotiation import FORMATS, choose_format
-from serve_app.api.replies import describe
+from serve_app.api.operations import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies, header_parameter, refusals
+from serve_app.api.queueing import PRIORITY_PARAMETER, for_queue, priority_of
+from serve_app.api.replies import Stages, describe
 from serve_app.api.schemas import MAX_NAME_LENGTH, ErrorBody, InferenceBody, Parameters, checked
 from serve_app.api.validation import clip
 from serve_app.api.waiting import TIMEOUT_PARAMETER, deadline_of, while_connected
@@ -27,13 +37,13 @@ from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, GenerationDraft, PixelImage
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 
-_REFUSALS = (400, 401, 403, 404, 406, 413, 422, 429, 500, 503, 504)
-_REPLIES: dict[int | str, dict[str, Any]] = {
+_REPLIES: Replies = {
     200: {
         "description": "the image, in the format that Accept asks for",
+        "headers": IMAGE_HEADERS,
         "content": {f"image/{name}": {"schema": {"type": "string", "format": "binary"}} for name in FORMATS},
     },
-    **{status: {"model": ErrorBody, "description": HTTPStatus(status).phrase} for status in _REFUSALS},
+    **refusals(ErrorBody, 400, 401, 403, 404, 406, 408, 413, 422, 429, 431, 500, 503, 504),
 }
 _BODY: dict[str, Any] = {
     "requestBody": {
@@ -44,14 +54,15 @@ _BODY: dict[str, Any] = {
         },
     },
     "parameters": [
-        {
-            "name": "lora",
-            "in": "header",
-            "required": False,
-            "description": "an adapter's id; wins over `parameters.lora_adapter`; empty means none",
-            "schema": {"type": "string"},
-        },
+        header_parameter(
+            "lora",
+            "an adapter's id; wins over `parameters.lora_adapter`; empty means none",
+            type="string",
+            maxLength=MAX_NAME_LENGTH,
+        ),
         TIMEOUT_PARAMETER,
+        PRIORITY_PARAMETER,
+        REQUEST_ID_PARAMETER,
     ],
 }
 
@@ -60,17 +71,23 @@ def add_inference_routes(app: FastAPI, gateway: Gateway, settings: IngressSettin
     """Add the routes of this family over a gateway."""
 
     async def answer(request: Request, model: str | None) -> Response:
+        stages: Stages = request.state.stages
         deadline = deadline_of(request, settings.request_timeout_s)
+        priority = priority_of(request)
         form = choose_format(",".join(request.headers.getlist("accept")))
-        draft = await _read_draft(request, model, settings)
+        read = await _read_draft(request, model, settings)
+        draft = permitted(request, for_queue(read, priority=priority, deadline=deadline))
+        stages.end("parse")
         result = await while_connected(
             request,
             gateway.generate(draft, request_id=request.state.request_id),
             deadline=deadline,
         )
-        content = await asyncio.to_thread(encode_image, result.images[0], form)
+        stages.end("service")
+        content = await off_loop(pixels_of(result.images[0]), encode_image, result.images[0], form)
+        stages.end("encode")
         response = Response(content, media_type=f"image/{form}")
-        describe(response, result, draft.prompt)
+        describe(response, result, draft.prompt, stages)
         return response
 
     documented: dict[str, Any] = {
@@ -99,7 +116,7 @@ def _model_id(path: str) -> str:
 
 
 async def _read_draft(request: Request, model: str | None, settings: IngressSettings) -> GenerationDraft:
-    body = await read_body(request, settings.max_body)
+    body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     lora = _lora_header(request.headers)
     if is_image(body) or (_says_image(request.headers) and not body.lstrip().startswith(b"{")):
         image = await asyncio.to_thread(decode_image, body, "body", max_pixels=settings.max_image_pixels)

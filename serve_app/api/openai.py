@@ -15,19 +15,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.body import parse_json, read_body
+from serve_app.api.caller import permitted
 from serve_app.api.events import EventStream
 from serve_app.api.forms import Form, read_form, typed
 from serve_app.api.gateway import Gateway
-from serve_app.api.images import decode_image, decode_mask
+from serve_app.api.images import decode_image, decode_mask, off_loop, pixels_of
 from serve_app.api.openai_models import FAULTS
 from serve_app.api.openai_replies import event_replies, images_reply, own_names
-from serve_app.api.openai_schemas import (
-    EventKind,
-    ImageEdit,
-    ImageGeneration,
-    ImagesReply,
-)
-from serve_app.api.replies import describe, header_id
+from serve_app.api.openai_schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
+from serve_app.api.operations import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
+from serve_app.api.queueing import PRIORITY_PARAMETER, for_queue, priority_of
+from serve_app.api.replies import Stages, describe, header_id
 from serve_app.api.schemas import checked
 from serve_app.api.validation import clip
 from serve_app.api.waiting import TIMEOUT_PARAMETER, Deadline, deadline_of, each_while_connected, while_connected
@@ -35,8 +33,13 @@ from serve_app.config import IngressSettings
 from serve_app.core import Accepted, AdapterRef, GenerationDraft, PixelImage, PixelMask
 from serve_app.errors import MalformedRequest
 
-_REPLIES: dict[int | str, dict[str, Any]] = {
-    200: {"model": ImagesReply, "content": {EventStream.media_type: {"schema": {"type": "string"}}}},
+_REPLIES: Replies = {
+    200: {
+        "model": ImagesReply,
+        "description": "the images, or with `stream` the events that lead to them",
+        "headers": IMAGE_HEADERS,
+        "content": {EventStream.media_type: {"schema": EVENTS_SCHEMA}},
+    },
     **FAULTS,
 }
 
@@ -48,8 +51,9 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     async def answer(
         request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
     ) -> Response:
+        draft = for_queue(draft, priority=priority_of(request), deadline=deadline)
         with own_names():
-            return await (stream if asked.stream else draw)(request, asked, draft, kind, deadline)
+            return await (stream if asked.stream else draw)(request, asked, permitted(request, draft), kind, deadline)
 
     async def stream(
         request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
@@ -59,7 +63,11 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
         # What is refused before the first event still has a status of its own.
         accepted = await anext(events)
         assert isinstance(accepted, Accepted)
-        response = EventStream(event_replies(events, accepted, asked, kind, now), request_id=request_id)
+        response = EventStream(
+            event_replies(events, accepted, asked, kind, now),
+            request_id=request_id,
+            keep_alive_s=settings.keep_alive_s,
+        )
         response.headers["x-base-model"] = header_id(accepted.base_id)
         response.headers["x-seed"] = str(accepted.seed)
         return response
@@ -67,12 +75,19 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     async def draw(
         request: Request, asked: ImageGeneration, draft: GenerationDraft, _: EventKind, deadline: Deadline
     ) -> Response:
+        stages: Stages = request.state.stages
+        stages.end("parse")
         call = gateway.generate(draft, request_id=request.state.request_id)
         result = await while_connected(request, call, deadline=deadline)
-        content = await asyncio.to_thread(images_reply, asked, result, int(now()))
+        stages.end("service")
+        content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(now()))
+        stages.end("encode")
         response = Response(content, media_type="application/json")
-        describe(response, result, draft.prompt)
+        describe(response, result, draft.prompt, stages)
         return response
+
+    async def body_of(request: Request) -> bytes:
+        return await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
 
     @app.post(
         "/v1/images/generations",
@@ -84,7 +99,7 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     async def generations(request: Request) -> Response:
         """Draw images from a prompt."""
         deadline = deadline_of(request, settings.request_timeout_s)
-        asked = checked(ImageGeneration, parse_json(await read_body(request, settings.max_body)))
+        asked = checked(ImageGeneration, parse_json(await body_of(request)))
         return await answer(request, asked, _draft(asked), "image_generation", deadline)
 
     @app.post(
@@ -97,7 +112,7 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     async def edits(request: Request) -> Response:
         """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
         deadline = deadline_of(request, settings.request_timeout_s)
-        form = await read_form(request.headers, await read_body(request, settings.max_body))
+        form = await read_form(request.headers, await body_of(request))
         asked = checked(ImageEdit, typed(ImageEdit, form.fields))
         image, mask = await asyncio.to_thread(_pictures, form, settings.max_image_pixels)
         return await answer(request, asked, _draft(asked, image, mask), "image_edit", deadline)
@@ -105,7 +120,8 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
 
 def _body(kind: str, schema: str) -> dict[str, Any]:
     content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    return {"requestBody": {"required": True, "content": content}, "parameters": [TIMEOUT_PARAMETER]}
+    parameters = [TIMEOUT_PARAMETER, PRIORITY_PARAMETER, REQUEST_ID_PARAMETER]
+    return {"requestBody": {"required": True, "content": content}, "parameters": parameters}
 
 
 def _pictures(form: Form, max_pixels: int) -> tuple[PixelImage, PixelMask | None]:

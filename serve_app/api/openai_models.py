@@ -5,7 +5,6 @@ Owns the list, its pages and the description of one.
 
 from __future__ import annotations
 
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,15 +13,13 @@ from starlette.responses import Response
 
 from serve_app.api.gateway import Gateway
 from serve_app.api.openai_schemas import FaultBody, Model, ModelList
+from serve_app.api.operations import refusals
 from serve_app.api.validation import clip
 from serve_app.core import ModelInfo
 from serve_app.errors import ModelNotFound, OutOfBounds
 
 MAX_PAGE = 1000
-_REFUSALS = (400, 401, 403, 404, 413, 422, 429, 500, 503, 504)
-FAULTS: dict[int | str, dict[str, Any]] = {
-    status: {"model": FaultBody, "description": HTTPStatus(status).phrase} for status in _REFUSALS
-}
+FAULTS = refusals(FaultBody, 400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503, 504)
 
 
 def add_model_routes(app: FastAPI, gateway: Gateway) -> None:
@@ -33,7 +30,12 @@ def add_model_routes(app: FastAPI, gateway: Gateway) -> None:
         "/v1/models",
         operation_id="list_models",
         responses={200: {"model": ModelList}, **FAULTS},
-        openapi_extra={"parameters": [_query("limit", "integer"), _query("after", "string")]},
+        openapi_extra={
+            "parameters": [
+                _query("limit", "how many at most", type="integer", minimum=1, maximum=MAX_PAGE),
+                _query("after", "the last id of the page before", type="string"),
+            ]
+        },
         **documented,
     )
     async def models(request: Request) -> Response:
@@ -55,8 +57,8 @@ def add_model_routes(app: FastAPI, gateway: Gateway) -> None:
         return Response(_model(found).model_dump_json(), media_type="application/json")
 
 
-def _query(name: str, kind: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "required": False, "schema": {"type": kind}}
+def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
 
 
 def _limit(request: Request) -> int:

@@ -5,14 +5,13 @@ Owns the turn from a result, or from the events of a stream, to what is written.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 
 from serve_app.api.events import ServerEvent
-from serve_app.api.images import encode_image, resized
+from serve_app.api.images import encode_image, off_loop, pixels_of, resized
 from serve_app.api.negotiation import ImageFormat
 from serve_app.api.openai_schemas import (
     AdapterReport,
@@ -68,10 +67,12 @@ async def event_replies(
                 if isinstance(event, Progress):
                     yield _event(ProgressEvent(type=f"{kind}.progress", **asdict(event)))
                 elif isinstance(event, Preview):
-                    yield await asyncio.to_thread(_preview, event, accepted, asked, kind, int(now()))
+                    pixels = accepted.width * accepted.height
+                    yield await off_loop(pixels, _preview, event, accepted, asked, kind, int(now()))
                 elif isinstance(event, GenerationResult):
                     for index in range(len(event.images)):
-                        yield await asyncio.to_thread(_completed, event, index, asked, kind, int(now()))
+                        pixels = pixels_of(event.images[index])
+                        yield await off_loop(pixels, _completed, event, index, asked, kind, int(now()))
 
 
 def _preview(event: Preview, accepted: Accepted, asked: ImageGeneration, kind: EventKind, created: int) -> ServerEvent:

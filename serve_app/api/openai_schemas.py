@@ -6,9 +6,9 @@ Owns the wire models of that family. Bounds that depend on the base are checked 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError, from_json
 
 from serve_app.api.negotiation import ImageFormat
@@ -151,10 +151,14 @@ class ImagesReply(BaseModel):
     loraplex: Report
 
 
+def _event_types(what: str) -> list[JsonValue]:
+    return [f"{kind}.{what}" for kind in get_args(EventKind)]
+
+
 class ProgressEvent(BaseModel):
     """How far a request is; clients that do not know it pass it over."""
 
-    type: str
+    type: str = Field(json_schema_extra={"enum": _event_types("progress")})
     queue_position: int | None = Field(description="requests that go before it; null while it is on its way there")
     step: int
     steps: int
@@ -163,7 +167,6 @@ class ProgressEvent(BaseModel):
 class ImageEvent(BaseModel):
     """What every event with an image says."""
 
-    type: str
     b64_json: str
     created_at: int
     size: str
@@ -176,12 +179,14 @@ class ImageEvent(BaseModel):
 class PartialImageEvent(ImageEvent):
     """A preview: a rough picture of where the image is heading."""
 
+    type: str = Field(json_schema_extra={"enum": _event_types("partial_image")})
     partial_image_index: int
 
 
 class CompletedEvent(ImageEvent):
     """One finished image."""
 
+    type: str = Field(json_schema_extra={"enum": _event_types("completed")})
     usage: Usage = Usage()
     loraplex: Report
 
@@ -220,3 +225,28 @@ class FaultBody(BaseModel):
     """What every error of this family says."""
 
     error: Fault
+
+
+EVENTS = (ProgressEvent, PartialImageEvent, CompletedEvent)
+"""What the data of a stream's events may be, beside a `FaultBody`, which is the last of a stream that failed."""
+
+
+def _event_schema(names: JsonValue, data: type[BaseModel]) -> dict[str, Any]:
+    told = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{data.__name__}"},
+    }
+    named = {"type": "string", "enum": names}
+    return {"type": "object", "required": ["event", "data"], "properties": {"event": named, "data": told}}
+
+
+EVENTS_SCHEMA: dict[str, Any] = {
+    "description": "server-sent events, each of one of these forms",
+    "oneOf": [
+        _event_schema(_event_types("progress"), ProgressEvent),
+        _event_schema(_event_types("partial_image"), PartialImageEvent),
+        _event_schema(_event_types("completed"), CompletedEvent),
+        _event_schema(["error"], FaultBody),
+    ],
+}

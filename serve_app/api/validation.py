@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from serve_app.config import nearest
 from serve_app.errors import BadRequest, MalformedRequest, OutOfBounds, UnknownParameter
+from serve_app.settings import nearest
 
 _WANTED = {
     "int_type": "an integer",

@@ -15,19 +15,18 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from serve_app.api.operations import header_parameter
 from serve_app.errors import DeadlineExceeded, MalformedRequest, OutOfBounds
 
 T = TypeVar("T")
 
 TIMEOUT_HEADER = "x-request-timeout-s"
-# The header as the OpenAPI document has it.
-TIMEOUT_PARAMETER: dict[str, Any] = {
-    "name": TIMEOUT_HEADER,
-    "in": "header",
-    "required": False,
-    "description": "seconds after which the request is stopped and answered with 504",
-    "schema": {"type": "number", "exclusiveMinimum": 0},
-}
+TIMEOUT_PARAMETER = header_parameter(
+    TIMEOUT_HEADER,
+    "seconds after which the request is stopped and answered with 504",
+    type="number",
+    exclusiveMinimum=0,
+)
 
 
 class CallerGone(Exception):

@@ -1,16 +1,21 @@
 """The admission benchmark: a file never seen, from the disk to host memory, and what that costs a generation beside.
 
 Owns the order of the measurements. Files go the way that a replica sends them: a warm child process checks them and
-writes the canonical form, this process reads that. Alone and beside take turns, so that what else the machine does
-falls on both.
+writes the canonical form, this process reads that. Alone and beside take turns in short windows, so that what else the
+machine does falls on both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,10 +33,10 @@ from serve_app.bench.options import AdmissionOptions
 from serve_app.bench.report import AdmissionReport, AdmissionRow, Beside
 from serve_app.bench.stream import ImageSteps
 from serve_app.bench.surroundings import quiet, threads
-from serve_app.config import AdapterLimits
 from serve_app.engine.admission import AdmissionProcess
 from serve_app.engine.canonical import read_canonical
 from serve_app.engine.manifest import manifest_of
+from serve_app.settings import AdapterLimits
 
 CPU = torch.device("cpu")
 
@@ -57,6 +62,7 @@ def run_admission(options: AdmissionOptions) -> AdmissionReport:
             layers=len(outline.targets(options.as_swap().targets)),
             rows=rows,
             beside=beside,
+            load_after=round(os.getloadavg()[0], 2),
         )
 
 
@@ -122,27 +128,47 @@ def _child_ms(child: AdmissionProcess) -> float:
 
 
 def _beside(options: AdmissionOptions, path: Path, child: AdmissionProcess) -> Beside:
-    """Run the same steps alone and beside admissions, in turn."""
+    """Run the same steps alone, beside admissions, and beside a process that only counts, in turn."""
     torch.set_num_threads(1)  # torch counts them for each thread
     images = ImageSteps(fill_outline(outline_of(options.running()), options.running()), options.running())
-    _step_ms(images, options.steps)  # caches
-    alone: list[float] = []
-    beside: list[float] = []
-    admitted: list[int] = []
+    _step(images, options.steps)  # caches
+    rounds: list[tuple[_StepTime, _StepTime, _StepTime]] = []
+    admitted = 0
     for _ in range(options.repeats):
-        alone.append(_step_ms(images, options.steps))
+        alone = _step(images, options.steps)
         with _Admitting(path, child) as admitting:
-            beside.append(_step_ms(images, options.steps))
-        admitted.append(admitting.count)
-    slowdowns = tuple(slow / fast for slow, fast in zip(beside, alone, strict=True))
+            beside = _step(images, options.steps)
+        with _counting(child):
+            busy = _step(images, options.steps)
+        rounds.append((alone, beside, busy))
+        admitted += admitting.count
+    slowdowns = tuple(beside.wall_ms / alone.wall_ms for alone, beside, _ in rounds)
     return Beside(
         steps=options.steps,
-        alone_ms=median(alone),
-        beside_ms=median(beside),
+        alone_ms=median(alone.wall_ms for alone, _, _ in rounds),
+        beside_ms=median(beside.wall_ms for _, beside, _ in rounds),
         slowdowns=slowdowns,
         slowdown=median(slowdowns),
-        admitted=sum(admitted),
+        slowdown_cpu=median(beside.cpu_ms / alone.cpu_ms for alone, beside, _ in rounds),
+        slowdown_busy=median(busy.wall_ms / alone.wall_ms for alone, _, busy in rounds),
+        slowdown_busy_cpu=median(busy.cpu_ms / alone.cpu_ms for alone, _, busy in rounds),
+        admitted=admitted,
     )
+
+
+@contextmanager
+def _counting(child: AdmissionProcess) -> Iterator[None]:
+    """Keep a process busy that touches no memory, as nice as the child: what any second busy core costs here."""
+    niceness = psutil.Process(child.pid).nice() if child.pid is not None else 0
+    program = f"import os; os.nice({niceness} - os.nice(0)); print(flush=True)\nwhile True: pass"
+    process = subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has begun
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 class _Admitting:
@@ -171,11 +197,21 @@ class _Admitting:
             self.count += 1
 
 
-def _step_ms(images: ImageSteps, steps: int) -> float:
-    """Return the median time of a step on the wall: one image of one step each."""
-    taken: list[float] = []
+@dataclass(frozen=True, slots=True)
+class _StepTime:
+    """A step's median, on the wall and of this thread's processor time: waiting for a core is in the first alone."""
+
+    wall_ms: float
+    cpu_ms: float
+
+
+def _step(images: ImageSteps, steps: int) -> _StepTime:
+    """Return the median times of a step: one image of one step each."""
+    wall: list[float] = []
+    cpu: list[float] = []
     for _ in range(steps):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.thread_time()
         images.run()
-        taken.append((time.perf_counter() - began) * 1e3)
-    return median(taken)
+        cpu.append((time.thread_time() - cpu_began) * 1e3)
+        wall.append((time.perf_counter() - began) * 1e3)
+    return _StepTime(median(wall), median(cpu))

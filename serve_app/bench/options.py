@@ -122,8 +122,8 @@ class AdmissionOptions:
     model: Model = Model.TINY
     dtype: DType = DType.BFLOAT16
     rank: int = 32
-    repeats: int = 5
-    steps: int = 40
+    repeats: int = 15
+    steps: int = 20
     latent: int = 32
     seed: int = 0
 
@@ -140,6 +140,44 @@ class AdmissionOptions:
     def running(self) -> SwapOptions:
         """Return the options of the generation beside."""
         return SwapOptions(dtype=DType.FLOAT32, steps=1, latent=self.latent, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOptions:
+    """One run of the pipeline benchmark.
+
+    `size` is the side in pixels of the images of the demo bases, `steps` their denoiser steps; the narrow SDXL runs at
+    latents of an eighth, its VAE at `vae_sides`. `dtype` is that of all parts; where it is not float32, the VAE is
+    measured in float32 too.
+    """
+
+    device: Device = Device.CPU
+    dtype: DType = DType.FLOAT32
+    size: int = 128
+    steps: int = 4
+    repeats: int = 5
+    seed: int = 0
+    threads: int = 1
+    vae_sides: tuple[int, ...] = (256, 512)
+
+    def command(self) -> str:
+        """Return the command line that asks for this run."""
+        words = ["loraplex bench pipeline", f"--device {self.device}", f"--dtype {self.dtype}", f"--size {self.size}"]
+        words += [f"--steps {self.steps}", f"--repeat {self.repeats}", f"--seed {self.seed}"]
+        return " ".join([*words, f"--threads {self.threads}"])
+
+    def narrow(self) -> SwapOptions:
+        """Return the options by which the narrow SDXL is built and run."""
+        return SwapOptions(
+            Model.SDXL,
+            self.device,
+            self.dtype,
+            is_narrow=True,
+            seed=self.seed,
+            threads=self.threads,
+            steps=self.steps,
+            latent=max(self.size // 8, 8),
+        )
 
 
 @dataclass(eq=False)

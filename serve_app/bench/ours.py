@@ -17,13 +17,13 @@ from serve_app.bench.denoisers import Denoiser
 from serve_app.bench.options import SwapOptions
 from serve_app.bench.stream import ImageSteps
 from serve_app.bench.timing import Step, Stopwatch
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.canonical import read_canonical, write_canonical
 from serve_app.engine.device_cache import moved_to
 from serve_app.engine.manifest import manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.engine.weights import AdapterWeights
+from serve_app.settings import AdapterLimits
 
 NAME = "benchmark"
 Fused = dict[str, Tensor]

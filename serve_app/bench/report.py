@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.bench.options import AdmissionOptions, StartOptions, SwapOptions
+from serve_app.bench.options import AdmissionOptions, PipelineOptions, StartOptions, SwapOptions
 
 SCHEMA = 1
 
@@ -211,7 +211,9 @@ class AdmissionRow:
 class Beside:
     """A generation in the parent, in turn alone and while files are admitted one after another without a pause.
 
-    `slowdowns` are the pairs' own ratios of median step times; `slowdown` is their median.
+    `slowdowns` are the rounds' own ratios of median step times on the wall; `slowdown` is their median, and
+    `slowdown_cpu` that of the generating thread's processor time, which leaves out waiting for a core. Those of `busy`
+    are the same beside a process that only counts: what any second busy core costs on this machine.
     """
 
     steps: int
@@ -219,6 +221,9 @@ class Beside:
     beside_ms: float
     slowdowns: tuple[float, ...]
     slowdown: float
+    slowdown_cpu: float
+    slowdown_busy: float
+    slowdown_busy_cpu: float
     admitted: int
 
 
@@ -234,12 +239,62 @@ class AdmissionReport:
     layers: int
     rows: tuple[AdmissionRow, ...]
     beside: Beside
+    load_after: float
 
     def to_json(self) -> str:
         """Return the report as indented JSON; `schema` changes when a name in it does."""
         return _as_json(self)
 
 
-def _as_json(report: SwapReport | StartReport | AdmissionReport) -> str:
+@dataclass(frozen=True, slots=True)
+class ChoiceRow:
+    """Two ways to do the same work, in turn: medians, and of the pairs' own ratios the median and the extremes.
+
+    Times are the processor's on a CPU and the wall's on a GPU. `largest_difference` is between the two results, of
+    values around one; 0 says that they are equal to the last bit. Peaks are torch's allocations, None on a CPU.
+    """
+
+    subject: str
+    choice: str
+    usual: str
+    other: str
+    usual_ms: float
+    other_ms: float
+    ratio: float
+    ratios: tuple[float, float]
+    largest_difference: float
+    usual_peak_bytes: int | None
+    other_peak_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WaitRow:
+    """How often the host asks for a value that is worked out on the device, with one noise scheduler: it waits then.
+
+    Waits for a GPU, that is: on a CPU they cost nothing, but are the same.
+    """
+
+    scheduler: str
+    waits_per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineReport:
+    """What each choice in a pipeline's set-up does here."""
+
+    command: str
+    date: str
+    options: PipelineOptions
+    machine: Machine
+    load_after: float
+    rows: tuple[ChoiceRow, ...]
+    waits: tuple[WaitRow, ...]
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON; `schema` changes when a name in it does."""
+        return _as_json(self)
+
+
+def _as_json(report: SwapReport | StartReport | AdmissionReport | PipelineReport) -> str:
     fields: dict[str, Any] = {"schema": SCHEMA, **dataclasses.asdict(report)}
     return json.dumps(fields, indent=2) + "\n"

@@ -28,9 +28,10 @@ from serve_app.bench.options import StartOptions
 from serve_app.bench.report import Machine, Row, StartReport
 from serve_app.bench.surroundings import quiet, threads
 from serve_app.bench.timing import Stopwatch, Timing
-from serve_app.config import BaseModelConfig, ModelSource
+from serve_app.config import BaseModelConfig
 from serve_app.engine.adapter import bytes_of, dtype_named
 from serve_app.engine.loading import HubAccess, ResolvedSource, load_base
+from serve_app.settings import ModelSource
 
 CPU = torch.device("cpu")
 READ_BYTES = 8 * 1024**2

@@ -32,11 +32,12 @@ class ImageSteps:
         self._like = next(denoiser.module.parameters())
         self._inputs = self._unet() if is_unet else self._transformer(denoiser.architecture.sequence)
 
-    def run(self) -> None:
-        """Run the steps of one image."""
+    def run(self) -> torch.Tensor:
+        """Run the steps of one image; returns what the last one gave."""
         with torch.no_grad():
             for _ in range(self.steps):
-                self._module(**self._inputs, return_dict=False)
+                (outcome,) = self._module(**self._inputs, return_dict=False)
+        return outcome
 
     def _unet(self) -> dict[str, Any]:
         config = self._config

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.bench.report import AdmissionReport, Machine, Row, StartReport, SwapReport
+from serve_app.bench.report import AdmissionReport, Machine, PipelineReport, Row, StartReport, SwapReport
 
 LABELS = {
     "diffusers.load_lora_weights": "diffusers  load_lora_weights",
@@ -92,10 +92,41 @@ def render_admission(report: AdmissionReport) -> Group:
         times = (row.admit_wall_ms, row.child_cpu_ms, row.read_wall_ms, row.read_cpu_ms)
         cells = [f"{time:.1f}" for time in (*times, row.ready_wall_ms, row.ready_cpu_ms)]
         table.add_row(f"{row.spelling}, {row.file_bytes / 1e6:.1f} MB", *cells)
-    spread = f"{min(beside.slowdowns):.3f} to {max(beside.slowdowns):.3f} over {len(beside.slowdowns)} pairs"
+    spread = f"{min(beside.slowdowns):.3f} to {max(beside.slowdowns):.3f} over {len(beside.slowdowns)} rounds"
     steps = f"{beside.alone_ms:.2f} ms alone, {beside.beside_ms:.2f} ms beside {beside.admitted} admissions"
-    facts = (("a denoiser's step", steps), ("beside / alone", f"{beside.slowdown:.3f}, {spread}"))
+    facts = (
+        ("a denoiser's step", steps),
+        ("beside / alone", f"{beside.slowdown:.3f} wall, {spread}; {beside.slowdown_cpu:.3f} processor time"),
+        ("busy core / alone", f"{beside.slowdown_busy:.3f} wall, {beside.slowdown_busy_cpu:.3f} processor time"),
+        ("load average", f"{report.machine.load_average} at the start, {report.load_after} at the end"),
+    )
     return Group(heading, table, _facts(facts))
+
+
+def render_pipeline(report: PipelineReport) -> Group:
+    """Return the whole report of a pipeline's choices."""
+    options = report.options
+    heading = Text(
+        f"demo bases at {options.size} px, {options.steps} steps, {options.dtype}; "
+        f"load {report.load_after} at the end\n{_machine(report.machine)}"
+    )
+    clock = "ms" if report.machine.accelerator is not None else "ms of processor time"
+    table = Table(title=f"{options.repeats} interleaved pairs, {clock}", title_justify="left")
+    for name in ("subject", "choice", "usual / other"):
+        table.add_column(name)
+    for name in ("usual", "other", "other / usual", "largest difference"):
+        table.add_column(name, justify="right")
+    for row in report.rows:
+        ratio = f"{row.ratio:.2f} ({row.ratios[0]:.2f} to {row.ratios[1]:.2f})"
+        times = (f"{row.usual_ms:.1f}", f"{row.other_ms:.1f}")
+        ways = f"{row.usual} / {row.other}"
+        table.add_row(row.subject, row.choice, ways, *times, ratio, f"{row.largest_difference:.1g}")
+    waits = Table(title="the host's waits for the device in a step", title_justify="left")
+    waits.add_column("scheduler")
+    waits.add_column("waits", justify="right")
+    for wait in report.waits:
+        waits.add_row(wait.scheduler, f"{wait.waits_per_step:.2g}")
+    return Group(heading, table, waits)
 
 
 def _machine(machine: Machine) -> str:

@@ -1,7 +1,7 @@
 """From the names in a request to one base and resolved adapters.
 
-Owns what is known of every adapter, for how long, and the rules of who may be combined with whom. Finding
-things out is `serve_app.catalog.examination`; remembering them is `serve_app.catalog.lookups`.
+Owns what is known of every adapter, for how long, and for whom. Finding things out is `serve_app.catalog.examination`,
+remembering them `serve_app.catalog.lookups`, and who may be combined with whom `serve_app.catalog.combining`.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.catalog.access import CallerAccess
 from serve_app.catalog.bases import BaseFactsReader
 from serve_app.catalog.card import Card
+from serve_app.catalog.combining import check_named, check_words, common_base, spec_on
 from serve_app.catalog.examination import Examiner, Finding
 from serve_app.catalog.folder import FolderRepositories
+from serve_app.catalog.holdings import KnownAdapter
 from serve_app.catalog.hub import HubRepositories
 from serve_app.catalog.lookups import SharedLookups
 from serve_app.catalog.repository import EMBEDDED, FOLDER, HUB, Repositories
-from serve_app.config import AppConfig, BaseModelConfig, nearest
-from serve_app.core import AdapterRef, AdapterSpec, AdapterUse
-from serve_app.errors import (
-    BaseMismatch,
-    LoraplexError,
-    MalformedRequest,
-    ModelNotFound,
-    NotAnAdapter,
-    OutOfBounds,
-)
+from serve_app.config import AppConfig, BaseModelConfig
+from serve_app.core import AdapterRef, AdapterSpec, AdapterUse, HubToken
+from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
+from serve_app.refusals import NotAnAdapter
+from serve_app.settings import nearest
 
 # A folder is cheap to look at again, and people edit it in place.
 LOCAL_TTL_S = 2.0
@@ -37,10 +35,14 @@ LISTED_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What a request means: one served base, and its adapters in their fixed order of application."""
+    """What a request means: one served base, and its adapters in their fixed order of application.
+
+    `is_private` says that an adapter could be read with the caller's own token alone.
+    """
 
     base: BaseModelConfig
     adapters: tuple[AdapterUse, ...]
+    is_private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,38 @@ class _Key:
     filename: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    finding: Finding
+    is_private: bool = False
+
+
 class Catalog:
     """Resolves model ids; shared by all requests of one process.
 
     What is known stays known while the Hub is away; each id is looked up once, however many ask.
     """
 
-    def __init__(self, config: AppConfig, repositories: Sequence[Repositories], *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        repositories: Sequence[Repositories],
+        *,
+        clock: Callable[[], float],
+        meant: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
+        on_access_check: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Know nothing yet.
+
+        Args:
+            config: The bases, and for how long answers are kept.
+            repositories: Where adapters lie, in the order in which they are asked.
+            clock: Monotonic seconds.
+            meant: What an alias stands for; any other name is itself.
+            on_access_check: Told how each check of a caller's access ended.
+        """
         self._config = config
+        self._meant = meant
         self._local_ttl_s = min(LOCAL_TTL_S, config.adapters.resolution_ttl_s)
         self._places = [place for place in repositories if place.origin != EMBEDDED or config.adapters.embedded]
         failure_ttl_s = config.adapters.failure_ttl_s
@@ -70,17 +96,40 @@ class Catalog:
         self._findings: SharedLookups[_Key, Finding] = SharedLookups(
             self._look_up, ttl_s_of=self._ttl_s, failure_ttl_s=failure_ttl_s, clock=clock
         )
-        self._examiner = Examiner(config.bases, self._places, BaseFactsReader(repositories, clock), self._cards.get)
+        facts = BaseFactsReader(repositories, clock)
+        self._access: CallerAccess[_Key, Finding] | None = None
+        hub = next((place for place in self._places if isinstance(place, HubRepositories)), None)
+        if config.adapters.hub.forward_tokens and hub is not None:
+            self._places = [hub.read_as(None) if place is hub else place for place in self._places]
+
+            async def examine_as(key: _Key, token: HubToken) -> Finding:
+                examiner = Examiner(config.bases, (hub.read_as(token),), facts, self._cards.get)
+                return await examiner.examine(key.id, key.revision, key.filename)
+
+            self._access = CallerAccess(
+                examine_as,
+                access_ttl_s=config.adapters.hub.access_ttl_s,
+                failure_ttl_s=failure_ttl_s,
+                clock=clock,
+                on_check=on_access_check,
+            )
+        self._examiner = Examiner(config.bases, self._places, facts, self._cards.get)
 
     def served(self) -> tuple[BaseModelConfig, ...]:
         """Return every configured base."""
         return self._config.bases
 
-    async def resolve(self, model: str | None, adapters: tuple[AdapterRef, ...]) -> Resolution:
+    def default(self) -> BaseModelConfig:
+        """Return the base that serves a request which names none."""
+        return self._config.default
+
+    async def resolve(
+        self, model: str | None, adapters: tuple[AdapterRef, ...], *, token: HubToken | None = None
+    ) -> Resolution:
         """Return the base and adapters that a request names.
 
         `model` is a base, an adapter (which then serves on its own base, with the further `adapters`), or
-        None: then the adapters' own base serves, or the default one where there are none.
+        None: then the adapters' own base serves, or the default one where there are none. `token` is the caller's own.
 
         Raises:
             MalformedRequest: an adapter is named twice, the adapters are for different bases, or several bring words.
@@ -89,20 +138,23 @@ class Catalog:
             LoraplexError: whatever `adapter` raises.
         """
         named = self._config.base(model) if model is not None else None
-        refs = (AdapterRef(model), *adapters) if model is not None and named is None else adapters
-        self._check(refs)
+        asked = (AdapterRef(model), *adapters) if model is not None and named is None else adapters
+        refs = tuple(ref if self._config.base(ref.id) is not None else self._meant(ref) for ref in asked)
+        check_named(refs, self._config)
         # Each look-up is shared and goes on by itself; the first fault in the request's order is reported.
-        outcomes = await asyncio.gather(*(self._finding(ref) for ref in refs), return_exceptions=True)
+        outcomes = await asyncio.gather(*(self._found(ref, token) for ref in refs), return_exceptions=True)
         findings: list[Finding] = []
+        is_private = False
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-            findings.append(outcome)
-        base = named or self._common_base(findings)
-        specs = [self._spec(finding, base) for finding in findings]
-        _check_words(specs)
+            findings.append(outcome.finding)
+            is_private = is_private or outcome.is_private
+        base = named or common_base(findings, self._config)
+        specs = [spec_on(finding, base, self._config) for finding in findings]
+        check_words(specs)
         uses = [AdapterUse(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
-        return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)))
+        return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)), is_private)
 
     async def adapter(self, ref: AdapterRef, *, named_base: BaseModelConfig | None = None) -> AdapterSpec:
         """Return the file, the revision and the base of one adapter.
@@ -113,11 +165,35 @@ class Catalog:
             BaseMismatch: it is for another base than `named_base`.
         """
         finding = await self._finding(ref)
-        return self._spec(finding, named_base or self._common_base([finding]))
+        return spec_on(finding, named_base or common_base([finding], self._config), self._config)
+
+    async def examined(self, ref: AdapterRef, *, token: HubToken | None = None) -> KnownAdapter:
+        """Return one adapter on its own base, with what lists say of it; `token` is the caller's own.
+
+        Raises:
+            LoraplexError: whatever `adapter` raises.
+        """
+        finding = (await self._found(ref, token)).finding
+        spec = spec_on(finding, common_base([finding], self._config), self._config)
+        return KnownAdapter(spec, finding.header.max_rank)
+
+    async def is_taken(self, name: str) -> bool:
+        """Whether a name means an adapter or repository that anybody may know of."""
+        try:
+            await self._finding(AdapterRef(name))
+        except (ModelNotFound, HubUnavailable):
+            return False
+        except LoraplexError:
+            return True
+        return True
 
     async def known_adapters(self) -> tuple[AdapterSpec, ...]:
         """Return every adapter that can be listed or was resolved, sorted by id, each on its preferred
         base."""
+        return tuple(known.spec for known in await self.known())
+
+    async def known(self) -> tuple[KnownAdapter, ...]:
+        """Return `known_adapters`, with what else lists say of each."""
         turn = asyncio.Semaphore(LISTED_AT_ONCE)
 
         async def look(model: str) -> None:
@@ -129,24 +205,29 @@ class Catalog:
 
         ids = {model for place in self._places for model in await place.ids()}
         await asyncio.gather(*(look(model) for model in ids if self._config.base(model) is None))
-        specs: dict[str, AdapterSpec] = {}
+        found: dict[str, KnownAdapter] = {}
         for finding in self._findings.values():
             base = self._config.base(next(iter(finding.placement.bases), ""))
             if base is not None:
                 with contextlib.suppress(LoraplexError):
-                    specs.setdefault(finding.id, finding.spec_for(base))
-        return tuple(specs[model] for model in sorted(specs))
+                    found.setdefault(finding.id, KnownAdapter(finding.spec_for(base), finding.header.max_rank))
+        return tuple(found[model] for model in sorted(found))
 
-    def _check(self, refs: tuple[AdapterRef, ...]) -> None:
-        most = max(base.limits.max_adapters for base in self._config.bases)
-        if len(refs) > most:
-            raise OutOfBounds("loras", f"{len(refs)} adapters", f"at most {most}")
-        named: set[tuple[str, str | None, str | None]] = set()
-        for ref in refs:
-            key = (ref.id.casefold(), ref.revision, ref.filename)
-            if key in named:
-                raise MalformedRequest(f"adapter {ref.id} is named twice; name it once, with the scale it should have")
-            named.add(key)
+    async def _found(self, ref: AdapterRef, token: HubToken | None) -> _Found:
+        """Return an adapter as anybody sees it, else as the caller does."""
+        try:
+            return _Found(await self._finding(ref))
+        except (ModelNotFound, AccessDenied) as error:
+            if self._access is None:
+                raise
+            refusal = error
+        try:
+            if token is None:
+                raise refusal
+            return _Found(await self._access.get(_Key(ref.id, ref.revision, ref.filename), token), is_private=True)
+        except AccessDenied as error:
+            # Here it is not the service's own token that counts.
+            raise AccessDenied(error.model, "the Hub token sent with the request") from None
 
     async def _finding(self, ref: AdapterRef) -> Finding:
         if self._config.base(ref.id) is not None:
@@ -166,53 +247,6 @@ class Catalog:
 
     def _ttl_s(self, finding: Finding) -> float:
         return self._config.adapters.resolution_ttl_s if finding.origin == HUB else self._local_ttl_s
-
-    def _spec(self, finding: Finding, base: BaseModelConfig) -> AdapterSpec:
-        finding.require_served(self._served_ids())
-        if base.id not in finding.placement.bases:
-            raise BaseMismatch(finding.id, finding.placement.made_for, base.id)
-        return finding.spec_for(base)
-
-    def _common_base(self, findings: Sequence[Finding]) -> BaseModelConfig:
-        """Return the base that serves all the adapters of a request that names none."""
-        if not findings:
-            return self._config.default
-        for finding in findings:
-            finding.require_served(self._served_ids())
-        certain = [finding for finding in findings if not finding.placement.is_ambiguous]
-        leading = certain[0] if certain else findings[0]
-        common = [
-            base
-            for base_id in leading.placement.bases
-            if all(base_id in finding.placement.bases for finding in findings)
-            and (base := self._config.base(base_id)) is not None
-        ]
-        if not common:
-            raise _cannot_combine(leading, findings)
-        if not certain and len(common) > 1:
-            raise leading.ambiguity()
-        return common[0]
-
-    def _served_ids(self) -> list[str]:
-        return [base.id for base in self._config.bases]
-
-
-def _check_words(specs: Sequence[AdapterSpec]) -> None:
-    teaching = [spec.id for spec in specs if spec.embeddings is not None]
-    if len(teaching) > 1:
-        raise MalformedRequest(
-            f"adapters {' and '.join(teaching)} each bring words of their own, all called <s0>, <s1>, ...; "
-            "name only one of them in a request"
-        )
-
-
-def _cannot_combine(leading: Finding, findings: Sequence[Finding]) -> MalformedRequest:
-    mine = leading.placement
-    other = next(f for f in findings if not set(mine.bases) & set(f.placement.bases) or f is findings[-1])
-    return MalformedRequest(
-        f"adapter {leading.id} is for {mine.made_for}, but adapter {other.id} is for "
-        f"{other.placement.made_for}: they cannot be combined"
-    )
 
 
 def build_repositories(

@@ -17,16 +17,8 @@ from serve_app.catalog.repository import Repositories, RepositoryListing, is_val
 from serve_app.catalog.selection import candidates, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
-from serve_app.errors import (
-    AccessDenied,
-    AmbiguousFile,
-    BaseNotServed,
-    MalformedFile,
-    ModelNotFound,
-    NotAnAdapter,
-    RankTooHigh,
-    TooLarge,
-)
+from serve_app.errors import AccessDenied, ModelNotFound, TooLarge
+from serve_app.refusals import AmbiguousFile, BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
 
 MAX_HEADERS_READ = 8
 MAX_CHAIN = 3

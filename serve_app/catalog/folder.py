@@ -16,7 +16,8 @@ from serve_app.catalog.card import Card, parse_card
 from serve_app.catalog.header import MalformedHeader, SafetensorsHeader, read_header
 from serve_app.catalog.repository import FOLDER, RepositoryFile, RepositoryListing, is_valid_id
 from serve_app.core import AdapterSpec
-from serve_app.errors import MalformedFile, ModelNotFound
+from serve_app.errors import ModelNotFound
+from serve_app.refusals import MalformedFile
 
 REVISION_CHARACTERS = 40
 MAX_CARD_BYTES = 256 * 1024

@@ -28,7 +28,8 @@ from serve_app.catalog.header import (
     parse_header,
 )
 from serve_app.catalog.hub_errors import HUB_FAILURES, MissingRevision, translate
-from serve_app.catalog.offline import OfflineMemory
+from serve_app.catalog.lent_token import lent_token
+from serve_app.catalog.offline import Forgetful, OfflineMemory
 from serve_app.catalog.repository import (
     HUB,
     RepositoryFile,
@@ -37,8 +38,9 @@ from serve_app.catalog.repository import (
     is_valid_revision,
 )
 from serve_app.config import HubSettings
-from serve_app.core import AdapterSpec
-from serve_app.errors import HubUnavailable, MalformedFile, ModelNotFound
+from serve_app.core import AdapterSpec, HubToken
+from serve_app.errors import HubUnavailable, ModelNotFound
+from serve_app.refusals import MalformedFile
 
 log = logging.getLogger(__name__)
 
@@ -52,19 +54,29 @@ MAX_SMALL_FILE_BYTES = 1024 * 1024
 class HubRepositories:
     """The repositories of one Hub endpoint, read with one token.
 
-    `cache_dir` gets the client's own cache (`hub/`) and the memory for when the Hub is away (`hub-memory/`).
+    `cache_dir` gets the client's own cache (`hub/`) and the memory for when the Hub is away (`hub-memory/`, and
+    `hub-memory-public/` for what anybody may read). What is read with a caller's token is not remembered.
     """
 
     def __init__(
         self, settings: HubSettings, *, token: str | None, cache_dir: Path, endpoint: str | None = None
     ) -> None:
+        self._settings = settings
+        self._root = cache_dir
         # False, not None: None would make the client look for a token on this machine.
         self._token: str | bool = token or False
         self._api = HfApi(endpoint=endpoint or settings.endpoint, token=self._token, library_name="loraplex")
         self._timeout_s = settings.timeout_s
         self._download_timeout_s = settings.download_timeout_s
         self._cache_dir = cache_dir / "hub"
-        self._memory = OfflineMemory(cache_dir / "hub-memory")
+        self._memory: OfflineMemory | Forgetful = OfflineMemory(cache_dir / "hub-memory")
+
+    def read_as(self, token: HubToken | None) -> HubRepositories:
+        """Return the same Hub as a caller with this token sees it, or as anybody does."""
+        secret = None if token is None else token.value
+        other = HubRepositories(self._settings, token=secret, cache_dir=self._root, endpoint=self._api.endpoint)
+        other._memory = OfflineMemory(self._root / "hub-memory-public") if token is None else Forgetful()
+        return other
 
     @property
     def origin(self) -> str:
@@ -124,8 +136,11 @@ class HubRepositories:
             return None
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
-        """Return the file in the client's cache, fetched if it is not there yet."""
-        call = functools.partial(self._download, spec, filename or spec.filename)
+        """Return the file in the client's cache, fetched if it is not there yet; with a token that was lent, if
+        one was."""
+        lent = lent_token()
+        token = self._token if lent is None else lent.value
+        call = functools.partial(self._download, spec, filename or spec.filename, token)
         return await self._call(call, spec.id, spec.revision, self._download_timeout_s)
 
     async def ids(self) -> tuple[str, ...]:
@@ -178,14 +193,14 @@ class HubRepositories:
                     break
         return bytes(read[:size_bytes])
 
-    def _download(self, spec: AdapterSpec, filename: str) -> Path:
+    def _download(self, spec: AdapterSpec, filename: str, token: str | bool) -> Path:
         cached = try_to_load_from_cache(spec.location, filename, cache_dir=self._cache_dir, revision=spec.revision)
         if isinstance(cached, str):
             return Path(cached)
         # Asked for first, because this call does not retry: the client's download would, for most of a
         # minute.
         url = hf_hub_url(spec.location, filename, revision=spec.revision, endpoint=self._api.endpoint)
-        self._api.get_hf_file_metadata(url=url, token=self._token, timeout=self._timeout_s)
+        self._api.get_hf_file_metadata(url=url, token=token, timeout=self._timeout_s)
         return Path(
             self._api.hf_hub_download(
                 spec.location,
@@ -193,7 +208,7 @@ class HubRepositories:
                 revision=spec.revision,
                 cache_dir=self._cache_dir,
                 etag_timeout=self._timeout_s,
-                token=self._token,
+                token=token,
                 tqdm_class=silent_tqdm,  # type: ignore[arg-type]
             )
         )

@@ -72,6 +72,22 @@ class OfflineMemory:
             return None
 
 
+class Forgetful:
+    """A memory that keeps nothing, for what not everybody may know."""
+
+    def remember(self, listing: RepositoryListing, asked_revision: str | None) -> None:
+        """Keep nothing."""
+
+    def recall(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
+        """Know nothing."""
+
+    def remember_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
+        """Keep nothing."""
+
+    def recall_header(self, location: str, commit: str, filename: str) -> bytes | None:
+        """Know nothing."""
+
+
 def _name(text: str) -> str:
     """Return a text as one file name, at most 200 characters long."""
     return quote(text, safe="").replace(".", "%2E")[-200:]

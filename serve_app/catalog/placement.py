@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from serve_app.catalog.bases import BaseFacts
 from serve_app.catalog.header import HeaderFacts
-from serve_app.errors import LoraplexError, NoLayerMatches, ShapeMismatch
+from serve_app.errors import LoraplexError
+from serve_app.refusals import NoLayerMatches, ShapeMismatch
 
 
 @dataclass(frozen=True, slots=True)

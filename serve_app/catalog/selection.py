@@ -6,7 +6,8 @@ Pure: a listing in, candidate names out, in the order in which they are to be be
 from __future__ import annotations
 
 from serve_app.catalog.repository import RepositoryListing
-from serve_app.errors import ModelNotFound, NotAnAdapter, RefusedAdapter, UnsafeFile
+from serve_app.errors import ModelNotFound
+from serve_app.refusals import NotAnAdapter, RefusedAdapter, UnsafeFile
 
 CANONICAL = "pytorch_lora_weights.safetensors"
 SAFE_SUFFIX = ".safetensors"

@@ -1,4 +1,4 @@
-"""`loraplex bench`: what this machine does, measured.
+"""`loraplex bench`: what this machine does, measured; what a service does, in `serve_app.cli.traffic`.
 
 Owns arguments and what is printed. Torch is imported by the commands alone, so that other commands start at once.
 """
@@ -16,13 +16,15 @@ from serve_app.bench.options import (
     Device,
     DType,
     Model,
+    PipelineOptions,
     StartOptions,
     SwapOptions,
     Targets,
 )
+from serve_app.cli import traffic
 from serve_app.cli.terminal import out, print_line, reporting
 
-app = typer.Typer(no_args_is_help=True, help="Measure what this machine does.")
+app = typer.Typer(no_args_is_help=True, help="Measure this machine, simulate a service, load one.")
 
 
 @app.command()
@@ -79,12 +81,35 @@ def start(
 
 
 @app.command()
+def pipeline(
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.CPU,
+    dtype: Annotated[DType, typer.Option(help="The dtype of all parts.")] = DType.FLOAT32,
+    size: Annotated[int, typer.Option(min=64, help="Side of the demo bases' images; a multiple of 64.")] = 128,
+    steps: Annotated[int, typer.Option(min=1, help="Denoiser steps of an image.")] = 4,
+    repeat: Annotated[int, typer.Option(min=1, help="Pairs of each choice; medians are shown.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the images and of the random weights.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Torch's threads.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+) -> None:
+    """Measure each choice in a pipeline's set-up, both ways in turn, on the demo bases and a narrow SDXL."""
+    from serve_app.bench.pipeline import run_pipeline
+    from serve_app.bench.table import render_pipeline
+
+    with reporting(as_json=False):
+        report = run_pipeline(PipelineOptions(device, dtype, size, steps, repeat, seed, threads))
+    print_line(f"$ {report.command}")
+    out.print(render_pipeline(report))
+    if json_file is not None:
+        json_file.write_text(report.to_json())
+
+
+@app.command()
 def admission(
     model: Annotated[Model, typer.Option(help="Which denoiser the adapters are for, full size.")] = Model.TINY,
     dtype: Annotated[DType, typer.Option(help="The dtype of its weights.")] = DType.BFLOAT16,
     rank: Annotated[int, typer.Option(min=1, max=512, help="The adapters' rank.")] = 32,
-    repeat: Annotated[int, typer.Option(min=1, help="Repeats of each file; pairs of alone and beside.")] = 5,
-    steps: Annotated[int, typer.Option(min=1, help="Denoiser steps of the generation beside, each time.")] = 40,
+    repeat: Annotated[int, typer.Option(min=1, help="Repeats of each file; rounds of alone and beside.")] = 15,
+    steps: Annotated[int, typer.Option(min=1, help="Denoiser steps of the generation in each window.")] = 20,
     latent: Annotated[int, typer.Option(min=8, help="Height and width of its latents; even.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
@@ -99,3 +124,8 @@ def admission(
     out.print(render_admission(report))
     if json_file is not None:
         json_file.write_text(report.to_json())
+
+
+app.command()(traffic.workload)
+app.command()(traffic.simulate)
+app.command(no_args_is_help=True)(traffic.load)

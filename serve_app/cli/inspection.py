@@ -17,14 +17,8 @@ from serve_app.catalog.selection import SAFE_SUFFIX, candidates
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef
-from serve_app.errors import (
-    BaseMismatch,
-    LoraplexError,
-    MalformedFile,
-    ModelNotFound,
-    NotAnAdapter,
-    UnsafeFile,
-)
+from serve_app.errors import BaseMismatch, LoraplexError, ModelNotFound
+from serve_app.refusals import MalformedFile, NotAnAdapter, UnsafeFile
 
 MAX_CARD_CHARACTERS = 256 * 1024
 

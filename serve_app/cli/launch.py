@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 
-from serve_app.app import launch_environment
+from serve_app.environment import launch_environment
 
 POLL_S = 1.0
 STOP_TIMEOUT_S = 60.0

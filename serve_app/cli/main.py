@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from serve_app.cli import bench
+from serve_app.cli import bench, key
 from serve_app.cli.generate import generate
 from serve_app.cli.inspect import inspect
 from serve_app.cli.models import models
@@ -107,6 +107,7 @@ app.command(rich_help_panel="Drawing")(models)
 app.command(rich_help_panel="Drawing", no_args_is_help=True)(generate)
 app.command(rich_help_panel="Adapters", no_args_is_help=True)(inspect)
 app.command(rich_help_panel="Adapters", no_args_is_help=True)(pull)
+app.add_typer(key.app, name="key", rich_help_panel="The service")
 app.add_typer(bench.app, name="bench", rich_help_panel="The service")
 
 

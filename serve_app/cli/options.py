@@ -14,7 +14,8 @@ import typer
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
-def _checked_url(value: str) -> str:
+def checked_url(value: str) -> str:
+    """Return an address without a slash at its end; typer reports one that is none."""
     try:
         parts = urlsplit(value)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -29,7 +30,7 @@ def _checked_url(value: str) -> str:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Url = Annotated[
-    str, typer.Option("--url", envvar="LORAPLEX_URL", callback=_checked_url, help="Where the service answers.")
+    str, typer.Option("--url", envvar="LORAPLEX_URL", callback=checked_url, help="Where the service answers.")
 ]
 Key = Annotated[str | None, typer.Option("--key", envvar="LORAPLEX_KEY", help="A key for the service, if it asks.")]
 ServeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A Serve config file.", exists=True, dir_okay=False)]

@@ -12,9 +12,9 @@ from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from ray.serve.schema import ServeDeploySchema
 
-from serve_app.config import AppConfig, nearest
+from serve_app.config import AppConfig
+from serve_app.settings import nearest
 
 IMPORT_PATH = "serve_app.app:build"
 
@@ -58,27 +58,48 @@ def check_serve_file(path: Path) -> ServeFileReport:
     Raises:
         ServeFileInvalid: with every fault that was found.
     """
+    from ray.serve.schema import ServeDeploySchema
+
     data = _read(path)
     faults = _unknown_keys(data, ServeDeploySchema, "")
     try:
         schema = ServeDeploySchema.model_validate(data)
     except ValidationError as error:
         raise ServeFileInvalid(faults + _readable(error, "")) from None
+    applications = _applications([(one.import_path, one.args) for one in schema.applications], faults)
+    options = schema.http_options
+    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
+    return ServeFileReport(url=f"http://{host}:{options.port}", applications=applications)
+
+
+def applications_of(path: Path) -> tuple[AppConfig, ...]:
+    """Return the Loraplex applications of a Serve file, without Ray: what is Serve's own is not looked at.
+
+    Raises:
+        ServeFileInvalid: with every fault that was found.
+    """
+    listed = _read(path).get("applications")
+    if not isinstance(listed, list):
+        raise ServeFileInvalid(["applications: is not a list"])
+    found = [one for one in listed if isinstance(one, dict)]
+    return _applications([(one.get("import_path"), one.get("args") or {}) for one in found], [])
+
+
+def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[AppConfig, ...]:
+    """Return those of the (import path, args) listed that are Loraplex's; `faults` are those found before."""
     applications: list[AppConfig] = []
-    for index, application in enumerate(schema.applications):
-        if application.import_path != IMPORT_PATH:
+    for index, (import_path, args) in enumerate(listed):
+        if import_path != IMPORT_PATH:
             continue
         try:
-            applications.append(AppConfig.model_validate(application.args))
+            applications.append(AppConfig.model_validate(args))
         except ValidationError as error:
             faults += _readable(error, f"applications.{index}.args.")
     if not applications and not faults:
         faults.append(f"no application has import_path {IMPORT_PATH}")
     if faults:
         raise ServeFileInvalid(faults)
-    options = schema.http_options
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
-    return ServeFileReport(url=f"http://{host}:{options.port}", applications=tuple(applications))
+    return tuple(applications)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from serve_app.catalog.card import Card
 from serve_app.catalog.catalog import build_repositories
 from serve_app.catalog.examination import Examiner
 from serve_app.catalog.repository import HUB, Repositories
-from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
+from serve_app.cli.serve_file import ServeFileInvalid, applications_of
 from serve_app.cli.terminal import CommandFailed
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.demo.embedded import BASES, embedded_root
+from serve_app.environment import read_environment
 from serve_app.errors import BaseUnusable
 
 DEFAULT_FILE = Path("serve_config.yaml")
@@ -109,8 +110,6 @@ def open_sources(path: Path | None) -> Sources:
     Raises:
         CommandFailed: the file is not valid.
     """
-    from serve_app.app import read_environment
-
     if path is None and DEFAULT_FILE.is_file():
         path = DEFAULT_FILE
     config = _embedded_config() if path is None else _config_of(path)
@@ -127,7 +126,7 @@ def open_sources(path: Path | None) -> Sources:
 
 def _config_of(path: Path) -> AppConfig:
     try:
-        return check_serve_file(path).applications[0]
+        return applications_of(path)[0]
     except ServeFileInvalid as error:
         more = f" (and {len(error.faults) - 1} more; see: loraplex check {path})" if len(error.faults) > 1 else ""
         raise CommandFailed(f"{path}: {error.faults[0]}{more}", "invalid_config") from None

@@ -9,10 +9,12 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog
 from serve_app.core import Accepted, GenerationDraft, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo
+from serve_app.deployments.registry import ServiceRegistry
 from serve_app.deployments.settle import settle
 from serve_app.errors import LoraplexError
 
@@ -43,12 +45,14 @@ class ServiceGateway:
         catalog: Catalog,
         dispatch: Dispatch,
         *,
+        registry: ServiceRegistry,
         draw_seed: Callable[[], int],
         can_serve: Callable[[], Awaitable[bool]],
         on_refusal: Callable[[str], None],
     ) -> None:
         self._catalog = catalog
         self._dispatch = dispatch
+        self._registry = registry
         self._draw_seed = draw_seed
         self._can_serve = can_serve
         self._on_refusal = on_refusal
@@ -86,9 +90,11 @@ class ServiceGateway:
                     yield event
 
     async def _settled(self, draft: GenerationDraft, request_id: str) -> GenerationRequest:
-        resolution = await self._catalog.resolve(draft.model, draft.adapters)
+        resolution = await self._catalog.resolve(draft.model, draft.adapters, token=draft.hub_token)
         seed = self._draw_seed()
-        return settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+        request = settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+        # A caller's token goes no further than it is needed.
+        return replace(request, hub_token=draft.hub_token) if resolution.is_private else request
 
     @contextmanager
     def _refusals_noted(self, draft: GenerationDraft, request_id: str) -> Iterator[None]:
@@ -99,12 +105,17 @@ class ServiceGateway:
             self._on_refusal(error.code)
             raise
 
+    @property
+    def registry(self) -> ServiceRegistry:
+        """What is known of adapters, replicas and bases."""
+        return self._registry
+
     async def is_ready(self) -> bool:
         """Whether any base can serve now."""
         return await self._can_serve()
 
     async def models(self) -> tuple[ModelInfo, ...]:
-        """Return the bases that are served and the adapters known so far."""
+        """Return the bases that are served, the adapters known so far, and the aliases."""
         bases = [
             ModelInfo(id=base.id, base_id=None, owned_by=_owner(base.id), created=0) for base in self._catalog.served()
         ]
@@ -112,7 +123,11 @@ class ServiceGateway:
             ModelInfo(id=spec.id, base_id=spec.base_id, owned_by=_owner(spec.id), created=0)
             for spec in await self._catalog.known_adapters()
         ]
-        return (*bases, *adapters)
+        aliases = [
+            ModelInfo(id=alias.name, base_id=known.spec.base_id, owned_by=_owner(known.spec.id), created=0)
+            for alias, known in await self._registry.aliased()
+        ]
+        return (*bases, *adapters, *aliases)
 
 
 def _owner(model: str) -> str:

@@ -11,7 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ray import serve
@@ -21,15 +21,24 @@ from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
+from serve_app.api.auth import Access
 from serve_app.catalog.catalog import Catalog, build_repositories
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult
 from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.alias_keeper import KeeperHandle
+from serve_app.deployments.alias_mirror import AliasMirror
 from serve_app.deployments.gateway import ServiceGateway
+from serve_app.deployments.keys import Keys
 from serve_app.deployments.logs import set_up_logging
 from serve_app.deployments.measured import Measured
+from serve_app.deployments.pressure import Pressure
+from serve_app.deployments.registry import ServiceRegistry
+from serve_app.deployments.roll_call import RollCall, counted
+from serve_app.deployments.sharing import on_this_node
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.telemetry import IngressMetrics
+from serve_app.work import work_units
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +46,8 @@ READINESS_TTL_S = 1.0
 # Serve types its states as an enumeration, and sends them as text.
 RUNNING: Any = "RUNNING"
 SEED_BITS = 32
+# A new ingress waits this long for the aliases before it serves without them.
+ALIASES_PATIENCE_S = 5.0
 
 
 def deployment_name(base_id: str) -> str:
@@ -57,6 +68,7 @@ class Dispatcher:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
         self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
+        self._pressures = {base.id: Pressure(time.monotonic) for base in config.bases}
         self._handles = handles
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
@@ -69,7 +81,7 @@ class Dispatcher:
         for attempt in range(1, self._attempts + 1):
             response = self._handle(request).generate.remote(request)
             try:
-                with self._errors_of(request):
+                with self._sending(request), self._errors_of(request):
                     return await response
             except (RayActorError, ReplicaLost) as error:
                 self._note_loss(request, attempt, error)
@@ -90,7 +102,7 @@ class Dispatcher:
             # With this option a call is an asynchronous generator, which Ray's types do not say.
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
             try:
-                with self._errors_of(request):
+                with self._sending(request), self._errors_of(request):
                     async for event in response:
                         has_begun = True
                         yield event
@@ -116,12 +128,16 @@ class Dispatcher:
         )  # fmt: skip
         self._on_retry(request.base_id)
 
+    def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
+        return self._pressures[request.base_id].sending(work_units(request))
+
     @contextmanager
     def _errors_of(self, request: GenerationRequest) -> Iterator[None]:
         try:
             yield
         except BackPressureError:
-            raise QueueFull(base=request.base_id, limit=self._queue_limits[request.base_id]) from None
+            limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
+            raise QueueFull(base=request.base_id, limit=limit, retry_after_s=retry_after_s) from None
         except LoraplexError as error:
             # What arrives is Ray's double of our error, whose text is a remote traceback.
             cause = getattr(error, "cause", error)
@@ -168,8 +184,15 @@ class Readiness:
 class Ingress:
     """One replica of the HTTP face."""
 
-    def __init__(self, config: AppConfig, environment: Environment, handles: dict[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        config: AppConfig,
+        environment: Environment,
+        handles: dict[str, DeploymentHandle],
+        keeper: DeploymentHandle,
+    ) -> None:
         set_up_logging(config.log_level)
+        environment = on_this_node(environment)
         self._config = config
         self._metrics = IngressMetrics()
         repositories = build_repositories(
@@ -179,18 +202,36 @@ class Ingress:
             cache_dir=environment.cache_dir,
             endpoint=environment.hub_endpoint,
         )
+        app_name = serve.get_replica_context().app_name
+        self._aliases = AliasMirror(KeeperHandle(keeper), on_change=self._metrics.aliases_known)
+        catalog = Catalog(
+            config,
+            repositories,
+            clock=time.monotonic,
+            meant=self._aliases.meant,
+            on_access_check=self._metrics.access_checked,
+        )
+        deployments = {base.id: deployment_name(base.id) for base in config.bases}
+        replicas = RollCall(handles, lambda: counted(deployments, app_name), clock=time.monotonic)
+        self._access = Access(
+            keys=Keys(config.auth, clock=time.monotonic),
+            takes_hub_tokens=config.adapters.hub.forward_tokens,
+            on_refusal=self._metrics.refused,
+        )
         self._gateway = ServiceGateway(
-            Catalog(config, repositories, clock=time.monotonic),
+            catalog,
             Dispatcher(config, handles, on_retry=self._metrics.retried),
+            registry=ServiceRegistry(catalog, self._aliases, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
-            can_serve=Readiness(config, serve.get_replica_context().app_name),
+            can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
         )
 
-    def __serve_build_asgi_app__(self) -> ASGIApp:
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
+        await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
-        app = create_app(self._gateway, self._config.ingress, echo_request_id=False)
+        app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
 
         def count(route: str, status: int, base_id: str | None) -> None:
             self._metrics.answered(route=route, status=status, base_id=base_id)

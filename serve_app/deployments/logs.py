@@ -1,11 +1,27 @@
 """What a replica's log holds.
 
-Owns the levels. Serve itself adds the request id, the replica and the time to every line.
+Owns the levels, and that no line holds a credential. Serve itself adds the request id, the replica and the time to
+every line.
 """
 
 from __future__ import annotations
 
 import logging
+import traceback
+
+from serve_app.errors import without_credentials
+
+
+class NoCredentials(logging.Filter):
+    """Cuts tokens and keys down wherever they stand in a record: callers put them into paths and names too."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrite a record in place, and let it through."""
+        record.msg, record.args = without_credentials(record.getMessage()), None
+        if record.exc_info and record.exc_info[0] is not None:
+            record.exc_text = without_credentials("".join(traceback.format_exception(*record.exc_info)).rstrip())
+            record.exc_info = None
+        return True
 
 
 def set_up_logging(level: str) -> None:
@@ -15,5 +31,8 @@ def set_up_logging(level: str) -> None:
     # Serve's handlers know the request; a logger outside `ray.serve` has none and would lose everything below WARNING.
     ours.handlers = list(logging.getLogger("ray.serve").handlers)
     ours.propagate = False
+    for handler in ours.handlers:
+        if not any(isinstance(known, NoCredentials) for known in handler.filters):
+            handler.addFilter(NoCredentials())
     for talkative in ("huggingface_hub", "httpx", "httpx2"):
         logging.getLogger(talkative).setLevel(logging.ERROR)

@@ -12,28 +12,33 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
-from serve_app.catalog.catalog import build_repositories
-from serve_app.catalog.files import AdapterFiles
+from serve_app.autoscaling import replica_report
+from serve_app.catalog.holdings import ReplicaReport
+from serve_app.catalog.lent_token import lent
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, Preview, Progress, Timings
-from serve_app.demo.embedded import embedded_root
+from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
 from serve_app.deployments.health import ailment
 from serve_app.deployments.logs import set_up_logging
+from serve_app.deployments.parts import choose_residence, load_pipeline, make_store, typical_units
+from serve_app.deployments.residency import Residency
+from serve_app.deployments.sharing import on_this_node
+from serve_app.deployments.siblings import ask_siblings
+from serve_app.deployments.warming import Demand, Wanted, make_ready, warm_up_limits
 from serve_app.errors import InternalError, LoraplexError
-from serve_app.store.admitted import AdmittedFiles
-from serve_app.store.store import AdapterStore, Lease
+from serve_app.routing.cost import demand_of
+from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.store.quarantine import Quarantine
+from serve_app.store.store import Lease
 from serve_app.telemetry import ReplicaMetrics
 
 if TYPE_CHECKING:
     from serve_app.engine.adapter import ParsedAdapter
     from serve_app.engine.job import Job
-    from serve_app.engine.pipeline import BasePipeline
-    from serve_app.engine.residence import Residence
     from serve_app.engine.worker import WorkerState
 
 log = logging.getLogger(__name__)
@@ -66,19 +71,32 @@ class BaseModelReplica:
     out.
     """
 
-    def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment) -> None:
+    async def __init__(
+        self,
+        base: BaseModelConfig,
+        config: AppConfig,
+        environment: Environment,
+        shared_files: DeploymentHandle | None = None,
+    ) -> None:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission import AdmissionProcess
         from serve_app.engine.integrity import PacedCheck, SelfCheck
+        from serve_app.engine.queue import QueuePolicy
+        from serve_app.engine.warming import warm_up
         from serve_app.engine.weights import AdapterWeights
         from serve_app.engine.worker import EngineWorker
 
         set_up_logging(config.log_level)
+        environment = on_this_node(environment)
         started = time.monotonic()
         self._base = base
-        pipeline = _load(base, environment)
+        pipeline = load_pipeline(base, environment)
+        torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
+        if base.compile or pipeline.device.type == "cuda":
+            warming_s = warm_up(pipeline, base, torch_threads=torch_threads)
+            log.info("%s is warm after %.1f s", base.id, warming_s)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
-        residence = _residence(base, pipeline)
+        residence = choose_residence(base, pipeline)
         self._weights = AdapterWeights(
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
@@ -88,52 +106,30 @@ class BaseModelReplica:
             pipeline,
             self._weights,
             max_batch_images=base.replica.max_batch_images,
-            torch_threads=base.replica.torch_threads or max(1, int(base.replica.num_cpus)),
+            torch_threads=torch_threads,
             prepares_ahead=residence.prepares_ahead,
             self_check=PacedCheck(SelfCheck(self._weights.watched, is_written=self._weights.is_written)),
+            policy=QueuePolicy(base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_delay_s),
+            max_backlog_s=base.replica.max_backlog_s,
+            typical_units=typical_units(base),
         )
-        self._store = self._make_store(pipeline, config, environment)
         self._metrics = ReplicaMetrics(base.id)
+        self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
+        self._store = make_store(
+            base, config, environment, pipeline=pipeline, admission=self._admission,
+            shared_files=shared_files, on_brought=self._metrics.file_brought,
+        )  # fmt: skip
         self._hold = multiplexer(base.replica.adapters_per_replica)
-        log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, time.monotonic() - started)
-
-    def _make_store(
-        self, pipeline: BasePipeline, config: AppConfig, environment: Environment
-    ) -> AdapterStore[ParsedAdapter]:
-        import torch
-
-        from serve_app.engine.canonical import read_canonical
-
-        is_on_gpu = pipeline.device.type == "cuda"
-        token = environment.hub_token.get_secret_value() if environment.hub_token else None
-        files = AdapterFiles(
-            build_repositories(
-                config,
-                token=token,
-                embedded_root=embedded_root(),
-                cache_dir=environment.cache_dir,
-                endpoint=environment.hub_endpoint,
-            )
+        self._recorder = Recorder(wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.stall_after_s)
+        self._demand = Demand(time.monotonic)
+        own_id = serve.get_replica_context().replica_id.unique_id
+        self._residency = Residency(
+            own_id, base.id, pipeline.device_name, store=self._store, weights=self._weights, clock=time.time
         )
-
-        async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
-            await self._admission.admit(source, spec.id, target, await files.embeddings(spec))
-
-        return AdapterStore(
-            admitted=AdmittedFiles(
-                environment.cache_dir / "admitted",
-                config.cache_size,
-                base_fingerprint=pipeline.manifest.fingerprint,
-                dtype=pipeline.manifest.dtype,
-                clock=time.time,
-            ),
-            fetch=files.path,
-            admit=admit,
-            load=lambda spec, path: read_canonical(path, pinned=is_on_gpu and torch.cuda.is_available()),
-            size_of=lambda adapter: adapter.size_bytes,
-            host_budget_bytes=self._base.replica.host_cache,
-            clock=time.monotonic,
-        )
+        warmed = await make_ready(ask_siblings, self._bring, warm_up_limits(base.replica), clock=time.monotonic)
+        self._start_s = time.monotonic() - started
+        self._metrics.started(start_s=self._start_s, warmed=warmed)
+        log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Return the images of one request; whoever cancels stops it at the next step.
@@ -173,9 +169,13 @@ class BaseModelReplica:
         job: Job | None = None
         try:
             async with contextlib.AsyncExitStack() as pins:
-                leases = await self._lease_all(request, pins)
+                demand = demand_of(request)
+                with self._worker.expecting(request), self._recorder.fetching(demand), lent(request.hub_token):
+                    leases = await self._lease_all(request, pins)
+                pins.enter_context(self._quarantine.watched(request))
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
                 job = self._worker.submit(request, adapters, on_event=on_event)
+                self._recorder.queued(demand)
                 result = await asyncio.wrap_future(job.future)
         except LoraplexError as error:
             log.info("request %s on %s: %s (%s)", request.request_id, self._base.id, error, error.code)
@@ -200,8 +200,10 @@ class BaseModelReplica:
         self, timings: Timings, leases: list[Lease[ParsedAdapter]], result: GenerationResult
     ) -> GenerationResult:
         self._metrics.served(timings, batch_size=result.batch_size)
+        self._recorder.served(leases, timings)
         for lease in leases:
             self._metrics.adapter_found(lease.tier)
+            self._demand.note(lease.spec)
         host = self._store.state()
         self._metrics.host_tier(used_bytes=host.used_bytes, evictions=host.evictions)
         return dataclasses.replace(result, timings=timings)
@@ -222,6 +224,7 @@ class BaseModelReplica:
             await asyncio.gather(*pinning, return_exceptions=True)
             raise
         for lease in leases:
+            self._residency.note(lease, is_hit=True)
             # Shielded: a caller who leaves in the middle would have Ray advertise an adapter that never came.
             await asyncio.shield(self._hold(lease.spec.key))
         return leases
@@ -234,6 +237,57 @@ class BaseModelReplica:
         """Return the sha256 of the base's loaded weights, in hex."""
         return await asyncio.to_thread(self._weights.checksum)
 
+    async def demand(self) -> tuple[Wanted, ...]:
+        """Return the adapters that this replica was asked for most of late."""
+        return self._demand.most()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Return what routers go by; called by Serve every `stats_period_s`."""
+        state, host = self._worker.snapshot(), self._store.state()
+        progress = state.steps + state.work.busy_s
+        return self._recorder.tell(
+            DeviceLoad(state.backlog_s, state.pace, progress=progress, is_busy=state.running > 0),
+            Tiers(self._store.resident(), host.budget_bytes - host.used_bytes, self._residency.on_device(state)),
+        )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what the autoscaling policy goes by; called by Serve every `metrics_interval_s`."""
+        state = self._worker.snapshot()
+        work = state.work
+        self._metrics.worked(backlog_s=work.backlog_s, predicted_s=work.predicted_s, busy_s=work.busy_s)
+        return replica_report(
+            backlog_s=work.backlog_s,
+            request_s=work.request_s,
+            load=work.load,
+            requests=state.waiting + state.running + work.coming,
+            start_s=self._start_s,
+        )
+
+    async def _bring(self, spec: AdapterSpec) -> None:
+        async with self._store.lease(spec) as lease:
+            self._residency.note(lease, is_hit=False)
+            await self._hold(spec.key)
+
+    async def report(self) -> ReplicaReport:
+        """Return what this replica is doing and holds."""
+        return self._residency.report(self._worker.snapshot())
+
+    async def forget_adapter(self, model: str) -> str | None:
+        """Drop an adapter from memory once no request uses it; return this replica's id if it held it."""
+        return self._residency.replica_id if self._residency.forget(model) else None
+
+    async def preload_adapter(self, spec: AdapterSpec, replicas: tuple[str, ...], token: HubToken | None) -> str | None:
+        """Fetch an adapter into memory, where this replica is meant; return its id then.
+
+        Raises:
+            LoraplexError: it cannot be fetched or served.
+        """
+        if self._residency.replica_id not in replicas:
+            return None
+        with lent(token):
+            await self._bring(spec)
+        return self._residency.replica_id
+
     async def check_health(self) -> None:
         """Tell Serve whether this replica can go on.
 
@@ -241,6 +295,11 @@ class BaseModelReplica:
             ReplicaUnhealthy: the loaded weights are damaged, the device thread died, or batch after batch fails.
         """
         state = self._worker.snapshot()
+        self._metrics.quarantined(self._quarantine.held)
+        # Ray forgets a level that is not told again, so it is told with every health check.
+        host = self._store.state()
+        self._metrics.host_tier(used_bytes=host.used_bytes, evictions=host.evictions)
+        self._metrics.started(start_s=self._start_s, warmed=0)
         self._metrics.self_checked(sound=state.self_checks, is_corrupt=state.is_corrupt)
         if (reason := ailment(state, self._base.id)) is not None:
             raise ReplicaUnhealthy(reason)
@@ -252,32 +311,3 @@ class BaseModelReplica:
         await asyncio.to_thread(self._worker.close, is_draining=True)
         await self._store.close()
         self._admission.close()
-
-
-def _load(base: BaseModelConfig, environment: Environment) -> BasePipeline:
-    from serve_app.engine.loading import HubAccess, resolve_source
-    from serve_app.engine.pipeline import BasePipeline
-
-    return BasePipeline.load(
-        base,
-        resolve_source(base.source, embedded_root()),
-        vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
-        hub=HubAccess(token=environment.hub_token.get_secret_value() if environment.hub_token else None),
-    )
-
-
-def _residence(base: BaseModelConfig, pipeline: BasePipeline) -> Residence:
-    """Choose where the pristine weights live, once the base is loaded."""
-    from serve_app.engine.manifest import bytes_of_layers
-    from serve_app.engine.residence import free_bytes_of, residence_of
-
-    asked = base.replica
-    chosen = residence_of(
-        asked.pristine_in,
-        asked.prepare_ahead,
-        layer_bytes=bytes_of_layers(pipeline.components),
-        reserved_bytes=asked.device_cache,
-        free_bytes=free_bytes_of(pipeline.device),
-    )
-    log.info("%s keeps its pristine weights on the %s", base.id, chosen.pristine_in)
-    return chosen

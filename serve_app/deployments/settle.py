@@ -51,6 +51,8 @@ def settle(
         strength=_strength(draft, base),
         mask=draft.mask,
         num_previews=draft.num_previews,
+        priority=draft.priority,
+        due=draft.due,
     )
 
 

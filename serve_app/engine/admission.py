@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from serve_app import errors
-from serve_app.config import AdapterLimits
+from serve_app import refusals
 from serve_app.engine.admission_lane import ChildDied, Lane, Overtaken
 from serve_app.engine.manifest import BaseManifest
-from serve_app.errors import AdmissionTimedOut, MalformedFile, RefusedAdapter
+from serve_app.refusals import AdmissionTimedOut, MalformedFile, RefusedAdapter
+from serve_app.settings import AdapterLimits
 
 # How long a file may keep others waiting. An ordinary one takes a tenth of this on a slow machine.
 PATIENCE_S = 5.0
@@ -86,7 +86,7 @@ class AdmissionProcess:
 
 def _refusal(answer: dict[str, Any], name: str) -> RefusedAdapter:
     """Rebuild the child's error; only refusals are, by name, and only from text."""
-    kind = getattr(errors, str(answer.get("error")), None)
+    kind = getattr(refusals, str(answer.get("error")), None)
     if isinstance(kind, type) and issubclass(kind, RefusedAdapter):
         return kind(name, str(answer.get("reason")))
     return MalformedFile(name, "its file could not be read")

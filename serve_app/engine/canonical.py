@@ -53,7 +53,11 @@ class DamagedCanonicalFile(LoraplexError, ValueError):
 
 
 def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
-    """Write an adapter so that it appears under `path` whole or not at all."""
+    """Write an adapter so that it appears under `path` whole or not at all.
+
+    It is not waited for to reach the disk: what a crash of the machine tears, its seal shows, and the source is
+    admitted again.
+    """
     body = _Body()
     table = json.dumps(_table_of(adapter, body), separators=(",", ":")).encode()
     head = PREAMBLE.pack(MAGIC, len(table), body.size) + table
@@ -67,8 +71,6 @@ def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
                 seal.add(chunk)
                 file.write(chunk)
             file.write(seal.value())
-            file.flush()
-            os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -127,7 +129,8 @@ class _Body:
     def chunks(self) -> Iterator[bytes | memoryview]:
         position = 0
         for offset, tensor in self._placed:
-            yield b"\0" * (offset - position)
+            if offset > position:
+                yield b"\0" * (offset - position)
             yield bytes_of(tensor.detach().contiguous())
             position = offset + tensor.nbytes
         yield b"\0" * (self.size - position)

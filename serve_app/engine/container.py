@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import bytes_of
 from serve_app.engine.hostbuffer import HostBuffers
-from serve_app.errors import MalformedFile, NotAnAdapter, RefusedAdapter, UnsafeFile
+from serve_app.refusals import MalformedFile, NotAnAdapter, RefusedAdapter, UnsafeFile
+from serve_app.settings import AdapterLimits
 
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_KEY_CHARACTERS = 512

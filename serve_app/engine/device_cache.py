@@ -29,6 +29,7 @@ class DeviceCache:
         self._budget = ByteBudget(budget_bytes)
         self._move = move
         self._adapters: dict[str, ParsedAdapter] = {}
+        self._unwanted: set[str] = set()
 
     @property
     def used_bytes(self) -> int:
@@ -40,6 +41,10 @@ class DeviceCache:
         """The digests of the adapters that are there, least recently used first."""
         return self._budget.keys
 
+    def forget(self, digest: str) -> None:
+        """Have a copy dropped when copies are held next; from any thread."""
+        self._unwanted.add(digest)
+
     @contextmanager
     def holding(self, adapters: Sequence[ParsedAdapter]) -> Iterator[Sequence[ParsedAdapter]]:
         """Give the adapters' copies on the device, copying those that are not there yet."""
@@ -49,6 +54,8 @@ class DeviceCache:
         finally:
             for digest in held:
                 self._drop(self._budget.unpin(digest))
+            while self._unwanted:
+                self._drop(self._budget.forget(self._unwanted.pop()))
 
     def _hold(self, adapter: ParsedAdapter, held: list[str]) -> ParsedAdapter:
         self._budget.pin(adapter.digest)

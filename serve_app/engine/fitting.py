@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serve_app.engine.manifest import Layer
 from serve_app.engine.metadata import Scaling
-from serve_app.errors import MalformedFile, NonFinite, RankTooHigh, ShapeMismatch
+from serve_app.refusals import MalformedFile, NonFinite, RankTooHigh, ShapeMismatch
 
 
 @dataclass(frozen=True, slots=True)

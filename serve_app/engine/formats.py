@@ -15,7 +15,7 @@ from serve_app.engine.finite import check_finite
 from serve_app.engine.fitting import Place, alpha_and_divisor, check_rank
 from serve_app.engine.lycoris import dense, hadamard, kronecker
 from serve_app.engine.metadata import Scaling
-from serve_app.errors import UnsupportedMethod
+from serve_app.refusals import UnsupportedMethod
 
 LORA_PARTS = frozenset(("down", "up", "mid", "bias", "magnitude", "dora_scale", "alpha"))
 

@@ -21,6 +21,11 @@ from serve_app.engine.adapter import Delta, Dense, Dora, Hadamard, Kronecker, Lo
 _ALIGNMENT_BYTES = 64
 # What products may take while a group is fused: on a CPU they should stay in its cache.
 _SCRATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+# On a CPU a layer with a larger product is fused in blocks of rows, each from product to sum while it is in the
+# cache next to the core. Rows of a product do not depend on each other, so that the bits are those of the whole.
+_LARGE_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 19
+_ROWS_TOGETHER = 16  # blocks begin where a matrix of their own might, whatever the rank
 
 # The same operation on each pair of tensors, called once: what optimisers of torch are made of.
 _add_all = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
@@ -60,8 +65,13 @@ def fuse_weights(changes: Sequence[Change]) -> None:
             group.append((out, pristine, up, down))
         else:
             fuse_weight(out, pristine, current, delta, scale)
+    scratch: dict[torch.dtype, Tensor] = {}
     for alike, group in groups.items():
         first = group[0][0]
+        if first.device.type == "cpu" and first.numel() > _LARGE_ELEMENTS:
+            for product in group:
+                _fuse_in_blocks(product, *factors[alike], scratch)
+            continue
         count = max(_SCRATCH_BYTES.get(first.device.type, 0) // max(4 * first.numel(), 1), 1)
         for start in range(0, len(group), count):
             _fuse_alike(group[start : start + count], *factors[alike])
@@ -88,6 +98,27 @@ def _fuse_alike(group: Sequence[_Product], factor: float, is_first: bool) -> Non
         _add_all(outs, pristines)
     else:
         _add_all(outs, scratch.to(dtype).unbind())
+
+
+def _fuse_in_blocks(product: _Product, factor: float, is_first: bool, scratch: dict[torch.dtype, Tensor]) -> None:
+    """Fuse one large linear layer on a CPU; `scratch` keeps memory that was touched for the next layer."""
+    out, pristine, up, down = product
+    up, down = _computable(up, out.device), _computable(down, out.device)
+    blocks = -(-out.numel() // _BLOCK_ELEMENTS)
+    rows = -(-len(out) // (blocks * _ROWS_TOGETHER)) * _ROWS_TOGETHER
+    needed = min(rows, len(out)) * out.shape[1]
+    memory = scratch.get(up.dtype)
+    if memory is None or memory.numel() < needed:
+        memory = scratch[up.dtype] = torch.empty(needed, dtype=up.dtype)
+    for part, base, up_rows in zip(out.split(rows), pristine.split(rows), up.split(rows), strict=True):
+        changes = torch.mm(up_rows, down, out=memory[: part.numel()].view(part.shape))
+        if factor != 1.0:
+            changes.mul_(factor)
+        if is_first:
+            part.copy_(changes)
+            part.add_(base)
+        else:
+            part.add_(changes.to(part.dtype))
 
 
 def _multiply(ups: Sequence[Tensor], downs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import ParsedAdapter, dtype_named
 from serve_app.engine.container import read_tensor_file, shown
 from serve_app.engine.manifest import BaseManifest, Vocabulary
-from serve_app.errors import MalformedFile, MalformedRequest, NonFinite, ShapeMismatch, UnsupportedMethod
+from serve_app.errors import MalformedRequest
+from serve_app.refusals import MalformedFile, NonFinite, ShapeMismatch, UnsupportedMethod
+from serve_app.settings import AdapterLimits
 
 MAX_WORDS = 256
 # How trainers call the text encoders of each kind, in the pipeline's order.

@@ -13,7 +13,6 @@ from serve_app.engine.queue import Waiting
 
 log = logging.getLogger(__name__)
 
-OnProgress = Callable[[int, int], None]
 OnEvent = Callable[[Progress | Preview], None]
 
 
@@ -22,15 +21,14 @@ class Job:
     """A submitted request. `future` ends in its result, in an error of `serve_app.errors`, or cancelled.
 
     Cancelling the future is cancelling the job, from any thread and at any time: a waiting job leaves the
-    queue, a running one stops at the next step unless others share its pass. `on_progress` is called on the
-    device thread with (steps done, steps in all); `on_event` there and at submission with whatever a stream tells.
+    queue, a running one stops at the next step unless others share its pass. `on_event` is called on the device
+    thread, and at submission, with whatever a stream tells. `waiting` is the device thread's to replace.
     """
 
     request: GenerationRequest
     adapters: Sequence[tuple[ParsedAdapter, Scale]]
     waiting: Waiting
     submitted_at: float
-    on_progress: OnProgress | None = None
     on_event: OnEvent | None = None
     future: Future[GenerationResult] = field(default_factory=Future)
     is_started: bool = False
@@ -58,16 +56,7 @@ class Job:
 
     def report(self, step: int, steps: int) -> None:
         """Tell the submitter how far it is; whatever is wrong with a listener stays with this job."""
-        if self.is_cancelled:
-            return
         self._tell(Progress(0, step, steps))
-        if self.on_progress is None:
-            return
-        try:
-            self.on_progress(step, steps)
-        except Exception:
-            log.exception("the progress listener of request %s failed and is dropped", self.request.request_id)
-            self.on_progress = None
 
     def start(self) -> None:
         """Note that its pass begins."""

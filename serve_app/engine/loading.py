@@ -26,15 +26,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from serve_app.config import BaseModelConfig, DTypeName, ModelSource
+from serve_app.config import BaseModelConfig, DTypeName
 from serve_app.engine.compiling import compile_denoiser
+from serve_app.engine.digests import FileDigests
 from serve_app.engine.manifest import adaptable_components
+from serve_app.engine.tuning import tune
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
+from serve_app.settings import ModelSource
 
 # These overflow nowhere in half precision but in SDXL's own VAE, which its configuration says
 # (`force_upcast`). Newer families were trained in bfloat16 and overflow in float16.
 _FLOAT16_FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
-_READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +91,12 @@ def load_base(
     *,
     device: torch.device,
     hub: HubAccess,
+    digests: FileDigests | None = None,
 ) -> LoadedBase:
-    """Load a base, freeze it and move it to `device`.
+    """Load a base, freeze it, move it to `device` and set it up as the configuration says.
 
     Its components are those of its own `model_index.json`: a base that comes with a safety checker keeps it.
+    `digests` keeps what a folder's weights add up to, so that they are read for that once.
 
     Raises:
         BaseUnusable: its files are missing, incomplete, pickled, need code of their own, or are no image model.
@@ -113,9 +117,11 @@ def load_base(
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
     _freeze(pipeline.to(device))
+    tune(pipeline, config)
     if config.compile:
         compile_denoiser(pipeline)
-    return LoadedBase(pipeline, _fingerprint(folder, source, pipeline, dtype))
+    fingerprint = _fingerprint(folder, source, pipeline, dtype, digests or FileDigests(None))
+    return LoadedBase(pipeline, fingerprint)
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
@@ -226,7 +232,7 @@ def _freeze(pipeline: Any) -> None:
             component.requires_grad_(requires_grad=False).eval()
 
 
-def _fingerprint(folder: Path, source: ResolvedSource, pipeline: Any, dtype: torch.dtype) -> str:
+def _fingerprint(folder: Path, source: ResolvedSource, pipeline: Any, dtype: torch.dtype, digests: FileDigests) -> str:
     """Digest what the adaptable weights are: the commit of a Hub repository, the bytes of a folder."""
     digest = hashlib.sha256(f"{type(pipeline).__name__} {dtype}".encode())
     if source.hub is not None:
@@ -234,12 +240,5 @@ def _fingerprint(folder: Path, source: ResolvedSource, pipeline: Any, dtype: tor
         return digest.hexdigest()
     for name in adaptable_components(pipeline):
         for path in sorted((folder / name).glob("*.safetensors")):
-            digest.update(path.name.encode())
-            _digest_file(digest, path)
+            digest.update(f"{path.name} {digests.of(path)} ".encode())
     return digest.hexdigest()
-
-
-def _digest_file(digest: hashlib._Hash, path: Path) -> None:
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)

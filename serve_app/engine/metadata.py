@@ -15,7 +15,7 @@ from typing import Any
 
 from serve_app.engine.adapter import divisor_of
 from serve_app.engine.container import shown
-from serve_app.errors import MalformedFile, UnsupportedMethod
+from serve_app.refusals import MalformedFile, UnsupportedMethod
 
 METADATA_KEY = "lora_adapter_metadata"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from serve_app.engine.container import shown
 from serve_app.engine.manifest import BaseManifest
-from serve_app.errors import MalformedFile, NoLayerMatches
+from serve_app.refusals import MalformedFile, NoLayerMatches
 
 # How the parts of a layer are spelt at the end of a key; longer spellings first where one ends another.
 PARTS = {

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage
+from serve_app.engine.digests import FileDigests
 from serve_app.engine.loading import HubAccess, LoadedBase, ResolvedSource, default_device, load_base
 from serve_app.engine.manifest import BaseManifest, adaptable_components, manifest_of
 from serve_app.engine.pixels import are_finite, fitted, fitted_mask, pixel_images, share_out
 from serve_app.engine.preview import LatentColours, OnPreview, Previewer, fit_latent_colours
 from serve_app.engine.schedulers import NoiseSchedulers
 from serve_app.engine.steps import OnStep, StepWatch
+from serve_app.engine.texts import encoded_apart, text_encoders_of
 from serve_app.engine.variants import takes_size, variants_of
 from serve_app.engine.vocabularies import Vocabularies
 from serve_app.errors import LoraplexError, OutOfBounds
@@ -65,6 +67,7 @@ class BasePipeline:
         self._variants = variants_of(loaded.pipeline)
         self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler)
         self._idle_scheduler = loaded.pipeline.scheduler
+        self._text_encoders = text_encoders_of(loaded.pipeline)
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
         self._vocabularies = Vocabularies(loaded.pipeline)
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
@@ -81,15 +84,16 @@ class BasePipeline:
         vae_source: ResolvedSource | None = None,
         device: torch.device | None = None,
         hub: HubAccess | None = None,
+        digests: FileDigests | None = None,
     ) -> BasePipeline:
-        """Load a base onto `device`, by default the GPU where there is one.
+        """Load a base onto `device`, by default the GPU where there is one; the rest is `load_base`'s.
 
         Raises:
             BaseUnusable: it cannot be loaded as configured.
             HubUnavailable: its files are not all at hand and the Hub does not answer.
         """
-        loaded = load_base(config, source, vae_source, device=device or default_device(), hub=hub or HubAccess())
-        return cls(config, loaded)
+        device, hub = device or default_device(), hub or HubAccess()
+        return cls(config, load_base(config, source, vae_source, device=device, hub=hub, digests=digests))
 
     @property
     def base_id(self) -> str:
@@ -169,7 +173,8 @@ class BasePipeline:
         started = time.perf_counter()
         try:
             pipeline.scheduler = scheduler
-            output = pipeline(**arguments, callback_on_step_end=watch)
+            with encoded_apart(self._text_encoders):
+                output = pipeline(**arguments, callback_on_step_end=watch)
             are_sound: list[bool] = (watch.is_finite & are_finite(output.images).cpu()).tolist()
             images = pixel_images(output.images)
         except BaseException:
@@ -181,7 +186,7 @@ class BasePipeline:
         ended = time.perf_counter()
         blacked_out = getattr(output, "nsfw_content_detected", None) or [False] * len(images)
         return PassOutcome(
-            images=share_out(requests, images, are_sound),
+            images=share_out(requests, images, are_sound, blacked_out),
             warnings=self._warnings(requests, blacked_out),
             denoise_ms=(watch.denoised_at - started) * 1e3,
             decode_ms=(ended - watch.denoised_at) * 1e3,

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.errors import InternalError, LoraplexError, NonFinite
+from serve_app.errors import InternalError, LoraplexError
+from serve_app.refusals import NonFinite
 
 
 def fitted(request: GenerationRequest) -> Image.Image:
@@ -55,21 +56,39 @@ def pixel_images(images: Tensor) -> list[PixelImage]:
 
 
 def share_out(
-    requests: Sequence[GenerationRequest], images: Sequence[PixelImage], are_sound: Sequence[bool]
+    requests: Sequence[GenerationRequest],
+    images: Sequence[PixelImage],
+    are_sound: Sequence[bool],
+    are_censored: Sequence[bool],
 ) -> tuple[tuple[PixelImage, ...] | LoraplexError, ...]:
-    """Give each request its images, or an error where one of them is not finite: never a black picture."""
+    """Give each request its images, or an error where one of them is not finite or came out black.
+
+    What a safety checker blacked out (`are_censored`) stays as it is.
+    """
     shares: list[tuple[PixelImage, ...] | LoraplexError] = []
     start = 0
     for request in requests:
         end = start + request.num_images
-        drawn = tuple(with_kept_pixels(request, image) for image in images[start:end])
-        shares.append(drawn if all(are_sound[start:end]) else _unsound(request))
+        drawn = images[start:end]
+        if not all(are_sound[start:end]):
+            shares.append(_unsound(request, "the image overflows"))
+        elif any(_is_lost(request, *pair) for pair in zip(drawn, are_censored[start:end], strict=True)):
+            shares.append(_unsound(request, "the image came out all black, as it does where values overflow"))
+        else:
+            shares.append(tuple(with_kept_pixels(request, image) for image in drawn))
         start = end
     return tuple(shares)
 
 
-def _unsound(request: GenerationRequest) -> LoraplexError:
+def _is_lost(request: GenerationRequest, image: PixelImage, is_censored: bool) -> bool:
+    """Whether an overflow was cut off to black: no base draws nothing but zeros, but an input picture may be black."""
+    if is_censored or not request.adapters or request.image is not None:
+        return False
+    return image.pixels.count(0) == len(image.pixels)
+
+
+def _unsound(request: GenerationRequest, what: str) -> LoraplexError:
     if not request.adapters:
         return InternalError(request.request_id)
     names = " with ".join(f"{use.spec.id} at scale {use.scale:g}" for use in request.adapters)
-    return NonFinite(names, "the image overflows; a smaller scale or other steps may help")
+    return NonFinite(names, f"{what}; a smaller scale or other steps may help")

@@ -1,18 +1,22 @@
 """Which waiting requests run next, together: pure decisions, no thread, no tensor.
 
-Owns the batch key (what requests must share to run in one pass) and the choice of the next batch. Must not
-know pipelines, weights or time.
+Owns the batch key (what requests must share to run in one pass), the order of those who wait, how far that order may
+be broken, and who waits in vain. Must not know pipelines or weights; the time is handed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
-from serve_app.core import GenerationRequest, Scale
+from serve_app.core import GenerationRequest, Priority, Scale
+from serve_app.work import Pace
 
 # The adapters of a request in their order of application: (digest of the file, scale) each.
 CompositionKey = tuple[tuple[str, Scale], ...]
+
+# A request is given up for its deadline only if it would have to run twice as fast as predicted.
+FASTEST_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +40,42 @@ class BatchKey:
 
 
 @dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """How far the order of arrival may be broken.
+
+    A request is overtaken when a pass begins whose first request comes after it. That may happen to it
+    `max_overtakes` times, and for `max_overtaken_s` seconds from the first time on. A request of priority "batch"
+    takes the place that it would have had `batch_delay_s` seconds later, so that it waits for interactive ones that
+    come within that time and for no others.
+    """
+
+    max_overtakes: int = 4
+    max_overtaken_s: float = 5.0
+    batch_delay_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
-    """One request in the queue: `ticket` names it, `num_images` is its share of a batch."""
+    """One request in the queue: `ticket` names it, `num_images` is its share of a batch, `units` its work.
+
+    Times are on one clock, that of `now_s`. `overtaken` counts how often it was overtaken, first at
+    `overtaken_since_s`.
+    """
 
     ticket: int
     key: BatchKey
     num_images: int
+    arrived_s: float = 0.0
+    deadline_s: float | None = None
+    priority: Priority = "interactive"
+    units: float = 0.0
+    overtaken: int = 0
+    overtaken_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The requests that run next, in one pass: `tickets` in order of arrival."""
+    """The requests that run next, in one pass: `tickets` in the queue's order."""
 
     key: BatchKey
     tickets: tuple[int, ...]
@@ -69,21 +98,82 @@ def batch_key(request: GenerationRequest, composition: CompositionKey) -> BatchK
     )
 
 
-def next_batch(waiting: Sequence[Waiting], *, max_images: int) -> Batch | None:
-    """Choose the next batch: the oldest request, and those behind it that can share its pass and still fit.
+def in_order(waiting: Iterable[Waiting], policy: QueuePolicy) -> list[Waiting]:
+    """Return those who wait in the order in which they run where nobody overtakes."""
 
-    `waiting` is in order of arrival. The oldest always runs, so nobody waits for more batches than there are
-    requests before it. A request of more than `max_images` images runs alone. Preferring whatever is applied
-    already was left out on purpose: a swap costs milliseconds, a turn costs seconds.
+    def place(item: Waiting) -> tuple[float, int]:
+        delay_s = policy.batch_delay_s if item.priority == "batch" else 0.0
+        return item.arrived_s + delay_s, item.ticket
+
+    return sorted(waiting, key=place)
+
+
+def next_batch(
+    waiting: Iterable[Waiting],
+    *,
+    applied: CompositionKey | None,
+    now_s: float,
+    policy: QueuePolicy,
+    max_images: int,
+) -> Batch | None:
+    """Choose the next batch: the first in order, and those behind it that can share its pass and still fit.
+
+    The first is overtaken by the nearest request of the composition `applied` now, which saves a swap, as long as
+    nobody before that one has been overtaken as often or as long as `policy` allows. None only where nobody waits.
+    A request of more than `max_images` images runs alone. Whoever joins a pass overtakes nobody: it costs the others
+    no turn.
     """
-    if not waiting:
+    order = in_order(waiting, policy)
+    if not order:
         return None
-    head = waiting[0]
-    tickets, num_images = [head.ticket], head.num_images
-    for item in waiting[1:]:
+    first = _first(order, applied, now_s, policy)
+    tickets, num_images = [first.ticket], first.num_images
+    for item in order:
         if num_images >= max_images:
             break
-        if item.key == head.key and num_images + item.num_images <= max_images:
+        if item is not first and item.key == first.key and num_images + item.num_images <= max_images:
             tickets.append(item.ticket)
             num_images += item.num_images
-    return Batch(head.key, tuple(tickets), num_images)
+    return Batch(first.key, tuple(tickets), num_images)
+
+
+def left_after(waiting: Iterable[Waiting], batch: Batch, *, now_s: float, policy: QueuePolicy) -> list[Waiting]:
+    """Return those who still wait once `batch` has begun at `now_s`, in order, with who was overtaken noted."""
+    left: list[Waiting] = []
+    has_begun = False
+    for item in in_order(waiting, policy):
+        if item.ticket in batch.tickets:
+            has_begun = has_begun or item.ticket == batch.tickets[0]
+        elif has_begun:
+            left.append(item)
+        else:
+            since = now_s if item.overtaken_since_s is None else item.overtaken_since_s
+            left.append(replace(item, overtaken=item.overtaken + 1, overtaken_since_s=since))
+    return left
+
+
+def in_vain(waiting: Sequence[Waiting], *, now_s: float, pace: Pace | None) -> tuple[int, ...]:
+    """Return the tickets of those whose deadline has passed, or cannot be met even at twice the predicted pace.
+
+    `pace` None means that nothing is known yet. A request that waits alone is tried all the same: nobody gains by
+    its being refused, and only what runs can correct a wrong pace.
+    """
+
+    def is_in_vain(item: Waiting) -> bool:
+        if item.deadline_s is None:
+            return False
+        needed_s = 0.0 if pace is None or len(waiting) == 1 else FASTEST_SHARE * pace.seconds(item.units)
+        return now_s + needed_s >= item.deadline_s
+
+    return tuple(item.ticket for item in waiting if is_in_vain(item))
+
+
+def _first(order: Sequence[Waiting], applied: CompositionKey | None, now_s: float, policy: QueuePolicy) -> Waiting:
+    for item in order:
+        if item.key.composition == applied:
+            return item
+        since = item.overtaken_since_s
+        is_spent = since is not None and now_s - since >= policy.max_overtaken_s
+        if is_spent or item.overtaken >= policy.max_overtakes:
+            break
+    return order[0]

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import Coverage, Delta, ParsedAdapter
 from serve_app.engine.container import TensorFile, read_tensor_file, shown
 from serve_app.engine.formats import Place, build_delta, inner_width
@@ -18,7 +17,8 @@ from serve_app.engine.inversion import with_words
 from serve_app.engine.manifest import BaseManifest
 from serve_app.engine.metadata import read_scalings
 from serve_app.engine.naming import NamedLayers, name_layers
-from serve_app.errors import MalformedFile, NoLayerMatches, NotAnAdapter, UnsupportedMethod
+from serve_app.refusals import MalformedFile, NoLayerMatches, NotAnAdapter, UnsupportedMethod
+from serve_app.settings import AdapterLimits
 
 UNMATCHED_SHOWN = 20
 # Below this share of matching layers a file is taken to be made for another base.

@@ -36,35 +36,35 @@ class _Unfit:
 class NoiseSchedulers:
     """The schedulers of one base, by class name.
 
-    The templates made at the start are never stepped: every call gets a copy, so that nothing of one request
-    (steps, history, the choice itself) reaches the next. A copy costs 0.1 ms; making one anew costs ten times
-    that, and for some classes a loop over all training steps.
+    The templates are never stepped: every call gets a copy, so that nothing of one request (steps, history, the
+    choice itself) reaches the next. A copy costs 0.1 ms; making a template costs ten times that, and for some classes
+    a loop over all training steps. So those that nobody configured are made, and tried, when first asked for.
     """
 
     def __init__(self, config: BaseModelConfig, own: Any) -> None:
-        """Try every configured name with the configuration of `own`, the scheduler that the base came with.
+        """Try the default and the names that the configuration lists itself, with the configuration of `own`.
 
-        Names of the default list that do not fit are left out.
+        `own` is the scheduler that the base came with. Names of the default list that do not fit are left out.
 
         Raises:
             BaseUnusable: `config.scheduler`, or a name that the configuration itself lists, cannot serve this
             base.
         """
         self._base_id = config.id
+        self._own = own
         self._default = config.scheduler or type(own).__name__
         wanted = {self._default, *(config.schedulers if "schedulers" in config.model_fields_set else ())}
-        self._offers: dict[str, _Offer] = {}
-        for name in sorted({type(own).__name__, *wanted, *config.schedulers}):
-            offer = _offer(name, own)
-            if isinstance(offer, _Offer):
-                self._offers[name] = offer
-            elif name in wanted:
-                raise BaseUnusable(config.id, f"scheduler '{name}' {offer.reason}")
+        self._known = frozenset((type(own).__name__, *wanted, *config.schedulers))
+        self._tried: dict[str, _Offer | _Unfit] = {}
+        for name in sorted(wanted):
+            tried = self._try(name)
+            if isinstance(tried, _Unfit):
+                raise BaseUnusable(config.id, f"scheduler '{name}' {tried.reason}")
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that a request may give, sorted."""
-        return tuple(self._offers)
+        """The names that a request may give, sorted; tries all of them."""
+        return tuple(name for name in sorted(self._known) if isinstance(self._try(name), _Offer))
 
     def check(self, name: str | None, steps: int) -> None:
         """Refuse what this base cannot run; None means its default.
@@ -74,15 +74,23 @@ class NoiseSchedulers:
             OutOfBounds: the scheduler cannot run that few steps.
         """
         name = name or self._default
-        if name not in self._offers:
+        tried = self._try(name) if name in self._known else None
+        if not isinstance(tried, _Offer):
             raise UnknownScheduler(name, self._base_id, ", ".join(self.names))
-        min_steps = self._offers[name].min_steps
-        if steps < min_steps:
-            raise OutOfBounds("num_inference_steps", steps, f"at least {min_steps} with {name}")
+        if steps < tried.min_steps:
+            raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
 
     def fresh(self, name: str | None) -> Any:
         """Return an unused scheduler of a name that `check` passes."""
-        return copy.deepcopy(self._offers[name or self._default].template)
+        tried = self._try(name or self._default)
+        assert isinstance(tried, _Offer)
+        return copy.deepcopy(tried.template)
+
+    def _try(self, name: str) -> _Offer | _Unfit:
+        """Return what came of trying a name; two threads may try one at a time, with the same outcome."""
+        if name not in self._tried:
+            self._tried[name] = _offer(name, self._own)
+        return self._tried[name]
 
 
 def _offer(name: str, own: Any) -> _Offer | _Unfit:

@@ -112,6 +112,16 @@ class AdapterWeights:
         return 0 if self._cache is None else self._cache.used_bytes
 
     @property
+    def cached(self) -> tuple[str, ...]:
+        """The digests of the adapters on the device, least recently used first; from any thread."""
+        return () if self._cache is None else self._cache.resident
+
+    def forget(self, digest: str) -> None:
+        """Have an adapter's copy on the device dropped at the next swap; from any thread."""
+        if self._cache is not None:
+            self._cache.forget(digest)
+
+    @property
     def loaded(self) -> dict[str, Tensor]:
         """The loaded tensors, parameters and buffers, whatever is bound now, by component and name.
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,14 +20,19 @@ from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.ahead import Ahead
 from serve_app.engine.integrity import Damage, PacedCheck
 from serve_app.engine.inversion import words_of
-from serve_app.engine.job import Job, OnEvent, OnProgress
+from serve_app.engine.job import Job, OnEvent
+from serve_app.engine.jobs import JobQueue
+from serve_app.engine.pace import WorkBooks, WorkState, guess_of
 from serve_app.engine.pipeline import BasePipeline, PassOutcome, seeds_of
-from serve_app.engine.queue import CompositionKey, Waiting, batch_key, next_batch
+from serve_app.engine.queue import CompositionKey, QueuePolicy, batch_key
 from serve_app.engine.steps import GenerationCancelled
 from serve_app.engine.weights import AdapterWeights, composition_key
 from serve_app.errors import InternalError, LoraplexError, ReplicaLost
+from serve_app.work import Pace, work_units
 
 log = logging.getLogger(__name__)
+
+NO_WORK = WorkState(0.0, guess_of("cpu"), 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class WorkerState:
     `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
     is broken for good shows as a number that grows. `is_corrupt` says that the loaded weights have changed, after
     which the worker takes nothing more; `self_checks` counts the times that all of them were found sound.
-    `prepared` counts the swaps that had been prepared while the batch before them ran.
+    `prepared` counts the swaps that had been prepared while the batch before them ran. `work` is the same in seconds.
     """
 
     waiting: int
@@ -50,6 +56,17 @@ class WorkerState:
     is_corrupt: bool = False
     self_checks: int = 0
     prepared: int = 0
+    work: WorkState = NO_WORK
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of work that run, wait or are on their way here."""
+        return self.work.backlog_s
+
+    @property
+    def pace(self) -> Pace:
+        """The pace measured of late."""
+        return self.work.pace
 
 
 class EngineWorker:
@@ -69,7 +86,11 @@ class EngineWorker:
         torch_threads: int | None = None,
         prepares_ahead: bool = False,
         self_check: PacedCheck | None = None,
+        policy: QueuePolicy | None = None,
+        max_backlog_s: float | None = None,
+        typical_units: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Start the thread.
 
@@ -80,17 +101,26 @@ class EngineWorker:
             torch_threads: How many threads it computes with; None leaves torch's own choice.
             prepares_ahead: Fuse the next batch's adapters while a batch runs; on a CPU the batch pays for it.
             self_check: Checks the loaded weights between batches and while nothing waits.
+            policy: How far the order of arrival may be broken.
+            max_backlog_s: Beyond how much work nothing more is accepted; None for no such limit.
+            typical_units: The work of a request, until there have been some.
             clock: Seconds that only grow.
+            wall_clock: Seconds since 1970, in which deadlines come.
         """
         self._pipeline = pipeline
         self._weights = weights
-        self._max_batch_images = max_batch_images
         self._torch_threads = torch_threads
         self._clock = clock
+        self._books = WorkBooks(guess_of(pipeline.device.type), typical_units=typical_units)
+        self._queue = JobQueue(
+            self._books,
+            policy or QueuePolicy(),
+            max_images=max_batch_images,
+            max_backlog_s=max_backlog_s,
+            clock=clock,
+            wall_clock=wall_clock,
+        )
         self._changed = threading.Condition()
-        self._waiting: list[Job] = []
-        self._running: tuple[Job, ...] = ()
-        self._tickets = 0
         self._is_closing = False
         self._is_aborting = False
         self._failed_batches = 0
@@ -107,13 +137,13 @@ class EngineWorker:
         request: GenerationRequest,
         adapters: Sequence[tuple[ParsedAdapter, Scale]],
         *,
-        on_progress: OnProgress | None = None,
         on_event: OnEvent | None = None,
     ) -> Job:
         """Queue a request and return at once; `adapters` are those of the request, parsed, in its order.
 
         Raises:
             BadRequest: the base cannot do what is asked.
+            DeadlineExceeded: its deadline has passed, or cannot be met with what waits before it.
             ReplicaLost: the worker is closing.
         """
         assert len(adapters) == len(request.adapters)
@@ -123,20 +153,33 @@ class EngineWorker:
         with self._changed:
             if self._is_closing:
                 raise ReplicaLost(self._pipeline.base_id, attempts=1)
-            waiting = Waiting(self._tickets, key, request.num_images)
-            job = Job(request, tuple(adapters), waiting, self._clock(), on_progress, on_event)
-            job.place(len(self._running) + sum(not other.is_cancelled for other in self._waiting))
-            self._tickets += 1
-            self._waiting.append(job)
+            job = self._queue.add(request, adapters, key, on_event)
             self._changed.notify()
         return job
+
+    @contextmanager
+    def expecting(self, request: GenerationRequest) -> Iterator[None]:
+        """Count a request as work ahead while it is on its way here: while its adapters are fetched.
+
+        Raises:
+            QueueFull: there is more work ahead than is accepted.
+        """
+        units = work_units(request)
+        with self._changed:
+            self._queue.check_room(request)
+            self._books.expect(units)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._books.stop_expecting(units)
 
     def snapshot(self) -> WorkerState:
         """Return what the worker is doing right now."""
         with self._changed:
             return WorkerState(
-                waiting=sum(not job.is_cancelled for job in self._waiting),
-                running=len(self._running),
+                waiting=len(self._queue.waiting()),
+                running=len(self._queue.running),
                 applied=self._applied,
                 is_alive=self._thread.is_alive() and not self._is_closing,
                 failed_batches=self._failed_batches,
@@ -144,6 +187,7 @@ class EngineWorker:
                 is_corrupt=self._is_corrupt,
                 self_checks=0 if self._self_check is None else self._self_check.rounds,
                 prepared=0 if self._ahead is None else self._ahead.bound,
+                work=self._queue.work(),
             )
 
     def close(self, *, is_draining: bool = False) -> None:
@@ -177,7 +221,7 @@ class EngineWorker:
         self._tell_places(jobs)
         endings = self._run(jobs)
         with self._changed:
-            self._running = ()
+            self._queue.ended(denoise_s=_denoise_s(endings))
         for job, ending in zip(jobs, endings, strict=True):
             job.end(ending)
         self._check_slice()
@@ -189,32 +233,31 @@ class EngineWorker:
             with self._changed:
                 if self._is_aborting:
                     break
-                self._running = self._chosen()
-                if self._running:
-                    self._waiting = [job for job in self._waiting if job not in self._running]
-                    return self._running
-                if self._is_closing:
-                    break
-                if self._changed.wait(None if self._self_check is None else self._self_check.pause_s):
-                    continue
-            self._check_slice()
+                late = self._queue.give_up_in_vain()
+                if jobs := self._queue.next(self._applied):
+                    self._queue.begin(jobs)
+                is_over = self._is_closing and not jobs
+                is_idle = not (jobs or late or is_over) and not self._changed.wait(self._pause_s)
+            for job, error in late:
+                job.end(error)
+            if jobs or is_over:
+                return jobs
+            if is_idle:
+                self._check_slice()
         return ()
-
-    def _chosen(self) -> tuple[Job, ...]:
-        """Return the jobs of the batch that would run now; for whoever holds the lock."""
-        self._waiting = [job for job in self._waiting if not job.is_cancelled]
-        batch = next_batch([job.waiting for job in self._waiting], max_images=self._max_batch_images)
-        tickets = () if batch is None else set(batch.tickets)
-        return tuple(job for job in self._waiting if job.waiting.ticket in tickets)
 
     def _look_ahead(self) -> None:
         """Have the adapters of the next batch fused, as far as one can know which that will be."""
         if self._ahead is None:
             return
         with self._changed:
-            jobs = self._chosen()
+            jobs = self._queue.next(self._applied)
         if jobs:
             self._ahead.prepare(jobs[0].adapters)
+
+    @property
+    def _pause_s(self) -> float | None:
+        return None if self._self_check is None else self._self_check.pause_s
 
     def _check_slice(self) -> None:
         if self._self_check is not None:
@@ -227,7 +270,7 @@ class EngineWorker:
 
     def _tell_places(self, running: Sequence[Job]) -> None:
         with self._changed:
-            waiting = [job for job in self._waiting if not job.is_cancelled]
+            waiting = self._queue.waiting()
         for job in running:
             job.start()
         for index, job in enumerate(waiting):
@@ -310,10 +353,14 @@ class EngineWorker:
         """Fail whatever is left, so that nobody waits for ever, however the thread came to its end."""
         with self._changed:
             self._is_closing = True
-            left = (*self._running, *self._waiting)
-            self._running, self._waiting = (), []
+            left = self._queue.clear()
         for job in left:
             job.end(ReplicaLost(self._pipeline.base_id, attempts=1))
+
+
+def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:
+    """Return how long a pass denoised, or None where it made nothing."""
+    return next((ending.timings.denoise_ms / 1e3 for ending in endings if isinstance(ending, GenerationResult)), None)
 
 
 def _show(jobs: Sequence[Job], shares: Sequence[tuple[PixelImage, ...]]) -> None:

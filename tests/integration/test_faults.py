@@ -8,7 +8,9 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
+import openai
 import psutil
 import pytest
 from ray import serve
@@ -58,6 +60,21 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(fragile: Servic
     refused = next(reply for reply in replies if reply.status_code == 429)
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["code"] == "queue_full"
+
+
+def test_openai_s_client_comes_back_when_a_full_queue_says_so_until_it_has_its_image(fragile: Service) -> None:
+    statuses: list[int] = []
+    hooks = {"response": [lambda reply: statuses.append(reply.status_code)]}
+    with (
+        httpx.Client(event_hooks=hooks, trust_env=False, timeout=60) as http,
+        openai.OpenAI(base_url=f"{fragile.url}/v1", api_key="unused", max_retries=20, http_client=http) as ai,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        slow = {"num_inference_steps": 20}
+        replies = list(pool.map(lambda _: ai.images.generate(prompt=PROMPT, extra_body=slow), range(8)))
+    assert all(reply.data for reply in replies)
+    assert statuses.count(200) == 8
+    assert 429 in statuses
 
 
 def test_a_request_whose_replica_is_killed_still_gets_its_image(fragile: Service) -> None:

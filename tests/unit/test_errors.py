@@ -3,12 +3,12 @@ import pickle
 
 import pytest
 
-from serve_app import errors
-from serve_app.errors import LoraplexError, OutOfBounds, QueueFull, RefusedAdapter
+from serve_app import errors, refusals
+from serve_app.errors import LoraplexError, OutOfBounds, QueueFull
+from serve_app.refusals import RefusedAdapter
 
-TREE = [
-    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, LoraplexError)
-]  # fmt: skip
+MEMBERS = [*inspect.getmembers(errors, inspect.isclass), *inspect.getmembers(refusals, inspect.isclass)]
+TREE = list(dict.fromkeys(cls for _, cls in MEMBERS if issubclass(cls, LoraplexError)))
 
 
 def made(cls: type[LoraplexError]) -> LoraplexError:
@@ -17,7 +17,7 @@ def made(cls: type[LoraplexError]) -> LoraplexError:
         for name, parameter in inspect.signature(cls).parameters.items()
         if parameter.default is inspect.Parameter.empty
     }
-    if cls is errors.DeadlineExceeded:
+    if issubclass(cls, (errors.DeadlineExceeded, errors.BodyTimeout)):
         required = {"limit_s": 3.0}  # type: ignore[dict-item]
     return cls(**required)
 
@@ -55,3 +55,10 @@ def test_refusals_of_adapters_share_one_status() -> None:
 def test_codes_are_distinct() -> None:
     codes = [cls.code for cls in TREE if cls not in (LoraplexError,)]
     assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize("secret", ["hf_abcdefghijklmnopqrst", "lpx_-cdefgh_jklmnopqrstuv", "sk-proj-abcdefghijklmnop"])
+def test_what_looks_like_a_credential_is_cut_down(secret: str) -> None:
+    text = errors.without_credentials(f"model 'acme/{secret}' is not known")
+    assert secret not in text
+    assert "acme/" in text

@@ -9,7 +9,7 @@ import pytest
 from ray.serve import metrics
 
 from serve_app.core import Timings
-from serve_app.telemetry import DECLARED, IngressMetrics, Meters, ReplicaMetrics
+from serve_app.telemetry import DECLARED, IngressMetrics, Meters, ReplicaMetrics, RouterMetrics
 
 Labels = dict[str, str]
 
@@ -60,7 +60,7 @@ def test_names_follow_the_rules_of_prometheus_and_are_distinct() -> None:
 
 def test_no_label_can_take_as_many_values_as_there_are_adapters() -> None:
     labels = {label for declared in DECLARED for label in declared.labels}
-    assert labels == {"route", "status", "base", "code", "tier", "stage", "result"}
+    assert labels == {"route", "status", "base", "code", "tier", "stage", "result", "place"}
 
 
 def test_an_answer_is_counted_by_route_status_and_base(points: list[tuple[str, float, Labels]]) -> None:
@@ -132,9 +132,16 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     ingress.answered(route="/", status=200, base_id=None)
     ingress.refused("internal")
     ingress.retried("demo/sd15")
+    ingress.aliases_known(1)
+    ingress.access_checked("ok")
     replica.served(Timings(), batch_size=1)
     replica.adapter_found("host")
+    replica.file_brought("hub")
     replica.host_tier(used_bytes=1, evictions=1)
     replica.cancelled("queued")
     replica.self_checked(sound=1, is_corrupt=False)
+    replica.quarantined(1)
+    replica.worked(backlog_s=1.0, predicted_s=1.0, busy_s=1.0)
+    replica.started(start_s=1.0, warmed=1)
+    RouterMetrics("demo/sd15", METERS).routed("host")
     assert {name for name, _, _ in points} == {declared.name for declared in DECLARED}

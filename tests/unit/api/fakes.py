@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import replace
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp
 from serve_app.core import (
     Accepted,
     AppliedAdapter,
+    Due,
     GenerationDraft,
     GenerationEvent,
     GenerationResult,
@@ -23,6 +25,7 @@ from serve_app.core import (
     Progress,
     Timings,
 )
+from tests.unit.api.fake_registry import FakeRegistry
 
 STEPS = 4
 
@@ -40,11 +43,15 @@ class FakeGateway:
     """
 
     def __init__(self) -> None:
+        self.registry = FakeRegistry()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything: one gateway serves a whole session, as making an application takes longer."""
+        self.registry.reset()
+        # Without their deadlines, which no two requests share; those are in `dues`.
         self.drafts: list[GenerationDraft] = []
+        self.dues: list[Due | None] = []
         self.request_ids: list[str] = []
         self.failure: Exception | None = None
         self.is_stuck = False
@@ -85,7 +92,8 @@ class FakeGateway:
         yield result
 
     def _note(self, draft: GenerationDraft, request_id: str) -> None:
-        self.drafts.append(draft)
+        self.drafts.append(replace(draft, due=None))
+        self.dues.append(draft.due)
         self.request_ids.append(request_id)
         self.started.set()
         self.on_generate()

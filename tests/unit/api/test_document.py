@@ -39,7 +39,31 @@ def test_the_document_has_every_route_and_its_replies(client: TestClient) -> Non
         "id",
         "lora",
         "x-request-timeout-s",
+        "x-request-id",
+        "x-priority",
     }
+
+
+def test_the_document_has_the_events_of_streams_and_the_headers_of_replies(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    reply = document["paths"]["/v1/images/generations"]["post"]["responses"]["200"]
+    assert {"x-seed", "x-base-model", "x-adapters", "server-timing"} <= set(reply["headers"])
+    events = reply["content"]["text/event-stream"]["schema"]["oneOf"]
+    told = {name: event["properties"]["data"] for event in events for name in event["properties"]["event"]["enum"]}
+    assert told["image_edit.completed"]["contentSchema"] == {"$ref": "#/components/schemas/CompletedEvent"}
+    assert set(told) == {
+        f"{kind}.{what}"
+        for kind in ("image_generation", "image_edit")
+        for what in ("progress", "partial_image", "completed")
+    } | {"error"}
+    assert set(told) - {"error"} == {
+        name
+        for model in ("ProgressEvent", "PartialImageEvent", "CompletedEvent")
+        for name in document["components"]["schemas"][model]["properties"]["type"]["enum"]
+    }
+    for status in ("429", "503"):
+        replies = document["paths"]["/"]["post"]["responses"]
+        assert "retry-after" in replies[status]["headers"]
 
 
 def test_operations_have_names_of_their_own(client: TestClient) -> None:

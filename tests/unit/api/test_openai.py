@@ -16,7 +16,8 @@ from serve_app.api.app import create_app
 from serve_app.api.images import decode_image, encode_image
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, GenerationDraft, ModelInfo
-from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull, RankTooHigh
+from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
+from serve_app.refusals import RankTooHigh
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PICTURE = gradient(40, 24)

@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
 
-from serve_app import errors
+from serve_app import errors, refusals
 from serve_app.api.app import create_app
 from serve_app.config import IngressSettings
 from tests.unit.api.fakes import FakeGateway
@@ -20,8 +20,8 @@ REFUSALS: list[tuple[errors.LoraplexError, int, str | None]] = [
     (errors.Unauthorised("no valid key"), 401, None),
     (errors.AccessDenied("a/b"), 403, None),
     (errors.ModelNotFound("a/b"), 404, None),
-    (errors.UnsafeFile("a/b", "it is a pickle file"), 422, None),
-    (errors.BaseNotServed("a/b", "it is for another base"), 422, None),
+    (refusals.UnsafeFile("a/b", "it is a pickle file"), 422, None),
+    (refusals.BaseNotServed("a/b", "it is for another base"), 422, None),
     (errors.QueueFull("demo/sdxl", 64, 3), 429, "3"),
     (errors.InternalError("made-id"), 500, None),
     (errors.NotReady("demo/sdxl"), 503, "5"),
@@ -140,3 +140,16 @@ async def test_a_server_that_cancels_a_request_cancels_its_generation(gateway: F
     with pytest.raises(asyncio.CancelledError):
         await request
     assert gateway.cancelled.is_set()
+
+
+def test_a_head_that_is_too_large_is_refused_in_the_shape_of_its_route(
+    client: TestClient, gateway: FakeGateway
+) -> None:
+    long = {"x-a": "a" * 40_000}
+    reply = client.post("/", json={"inputs": "elephant"}, headers=long)
+    assert (reply.status_code, reply.json()["code"]) == (431, "headers_too_large")
+    assert "at most 32768 are read" in reply.json()["error"]
+    reply = client.get("/v1/models?after=" + "a" * 40_000)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (431, "headers_too_large")
+    assert gateway.drafts == []
+    assert client.post("/", json={"inputs": "elephant"}, headers={"x-a": "a" * 20_000}).status_code == 200

@@ -6,10 +6,10 @@ import torch
 from serve_app.bench.adapter_files import as_kohya, draw_factors, write_adapter_files
 from serve_app.bench.denoisers import fill_outline, outline_of
 from serve_app.bench.options import Model, SwapOptions, Targets
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import ParsedAdapter, tensors_of
 from serve_app.engine.manifest import manifest_of
 from serve_app.engine.reader import read_adapter
+from serve_app.settings import AdapterLimits
 
 
 @pytest.mark.parametrize("model", [Model.TINY, Model.SD15, Model.SDXL])

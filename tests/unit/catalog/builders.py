@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +11,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from serve_app.catalog.catalog import Catalog, build_repositories
-from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, HubSettings, ModelSource
+from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, HubSettings
+from serve_app.core import AdapterRef
+from serve_app.settings import ModelSource
 from tests.hub_server import HubServer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -120,9 +122,11 @@ class World:
             cache_dir=self.folder / "cache",
         )
 
-    def catalog(self, config: AppConfig | None = None) -> Catalog:
+    def catalog(
+        self, config: AppConfig | None = None, *, meant: Callable[[AdapterRef], AdapterRef] = lambda ref: ref
+    ) -> Catalog:
         config = config or self.config()
-        return Catalog(config, self.places(config), clock=self.clock)
+        return Catalog(config, self.places(config), clock=self.clock, meant=meant)
 
     def put(self, model: str, files: Mapping[str, bytes]) -> Path:
         """Make a repository in the adapters' folder."""

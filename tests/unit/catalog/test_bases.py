@@ -7,7 +7,8 @@ import pytest
 from serve_app.catalog.bases import BaseFacts, BaseFactsReader, BaseNames
 from serve_app.catalog.folder import FolderRepositories
 from serve_app.catalog.hub import HubRepositories
-from serve_app.config import BaseModelConfig, HubSettings, ModelSource
+from serve_app.config import BaseModelConfig, HubSettings
+from serve_app.settings import ModelSource
 from tests.hub_server import Fault, HubServer
 from tests.unit.catalog.builders import SD_TEXT, SD_WIDTHS, Clock, base_files, write_files
 

@@ -9,20 +9,15 @@ from safetensors.numpy import save
 from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import AdapterRef
-from serve_app.errors import (
+from serve_app.errors import BaseMismatch, LoraplexError, MalformedRequest, ModelNotFound, OutOfBounds, TooLarge
+from serve_app.refusals import (
     AmbiguousFile,
-    BaseMismatch,
     BaseNotServed,
-    LoraplexError,
     MalformedFile,
-    MalformedRequest,
-    ModelNotFound,
     NoLayerMatches,
     NotAnAdapter,
-    OutOfBounds,
     RankTooHigh,
     ShapeMismatch,
-    TooLarge,
     UnsafeFile,
 )
 from tests.unit.catalog.builders import (

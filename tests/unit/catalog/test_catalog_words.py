@@ -8,7 +8,8 @@ from safetensors.numpy import save
 
 from serve_app.catalog.files import AdapterFiles
 from serve_app.core import AdapterRef
-from serve_app.errors import LoraplexError, MalformedFile, MalformedRequest
+from serve_app.errors import LoraplexError, MalformedRequest
+from serve_app.refusals import MalformedFile
 from tests.unit.catalog.builders import WEIGHTS, World, adapter_files, lora
 
 EMBEDDINGS = "embeddings.safetensors"

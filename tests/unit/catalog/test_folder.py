@@ -7,7 +7,8 @@ import pytest
 
 from serve_app.catalog.folder import FolderRepositories
 from serve_app.core import AdapterSpec
-from serve_app.errors import MalformedFile, ModelNotFound
+from serve_app.errors import ModelNotFound
+from serve_app.refusals import MalformedFile
 from tests.unit.catalog.builders import WEIGHTS, adapter_files, lora, write_files
 
 

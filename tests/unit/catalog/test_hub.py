@@ -9,7 +9,8 @@ from serve_app.catalog.hub import FIRST_RANGE_BYTES, HubRepositories
 from serve_app.catalog.repository import RepositoryListing
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec
-from serve_app.errors import AccessDenied, HubUnavailable, MalformedFile, ModelNotFound
+from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound
+from serve_app.refusals import MalformedFile
 from tests.hub_server import CDN, FILE, INFO, Fault, HubServer
 from tests.unit.catalog.builders import WEIGHTS, adapter_files, lora
 

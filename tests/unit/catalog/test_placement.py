@@ -7,7 +7,7 @@ from safetensors.numpy import save
 from serve_app.catalog.bases import BaseFacts
 from serve_app.catalog.header import HeaderFacts, describe, parse_header
 from serve_app.catalog.placement import place
-from serve_app.errors import NoLayerMatches, ShapeMismatch
+from serve_app.refusals import NoLayerMatches, ShapeMismatch
 from tests.unit.catalog.builders import BLOCK, pair
 
 SD = BaseFacts("sd", "sd1", "unet", 768, frozenset({320, 640, 1280}))

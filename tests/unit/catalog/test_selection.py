@@ -5,7 +5,8 @@ import pytest
 from serve_app.catalog.card import Card
 from serve_app.catalog.repository import RepositoryFile, RepositoryListing, is_valid_id, is_valid_revision
 from serve_app.catalog.selection import candidates, embeddings_beside
-from serve_app.errors import ModelNotFound, NotAnAdapter, UnsafeFile
+from serve_app.errors import ModelNotFound
+from serve_app.refusals import NotAnAdapter, UnsafeFile
 
 
 def listing(*names: str) -> RepositoryListing:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from serve_app.core import AdapterRef, Scales
-from serve_app.errors import BaseMismatch, LoraplexError, RankTooHigh
+from serve_app.errors import BaseMismatch, LoraplexError
+from serve_app.refusals import RankTooHigh
 from tests.unit.api.fakes import FakeGateway
 from tests.unit.cli.conftest import Run
 

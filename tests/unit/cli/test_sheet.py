@@ -11,7 +11,7 @@ from PIL import Image
 from serve_app.cli.contact_sheet import COLUMNS, Tile, compose
 from serve_app.cli.service import Drawing
 from serve_app.core import GenerationDraft, GenerationResult
-from serve_app.errors import RankTooHigh
+from serve_app.refusals import RankTooHigh
 from tests.unit.api.fakes import FakeGateway
 from tests.unit.cli.conftest import Run
 

@@ -21,8 +21,11 @@ from serve_app.core import (
     Progress,
     Timings,
 )
+from serve_app.deployments.alias_mirror import AliasMirror
 from serve_app.deployments.gateway import ServiceGateway
+from serve_app.deployments.registry import ServiceRegistry
 from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
+from tests.unit.deployments.registry_fakes import FakeReplicas, StoreKeeper
 
 DRAFT = GenerationDraft("a cat", num_previews=2)
 RESULT = GenerationResult("id", "demo/sd15", (PixelImage(1, 1, b"abc"),), (5,), (), Timings(), 0.1, "cpu", 1)
@@ -68,9 +71,11 @@ def gateway(replica: Replica, refusals: list[str] | None = None) -> ServiceGatew
     async def can_serve() -> bool:
         return True
 
+    catalog = Catalog(config, (), clock=time.monotonic)
     return ServiceGateway(
-        Catalog(config, (), clock=time.monotonic),
+        catalog,
         replica,
+        registry=ServiceRegistry(catalog, AliasMirror(StoreKeeper()), FakeReplicas()),
         draw_seed=lambda: 5,
         can_serve=can_serve,
         on_refusal=(refusals if refusals is not None else []).append,

@@ -15,12 +15,13 @@ import psutil
 import pytest
 import torch
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.admission import AdmissionProcess
+from serve_app.engine.admission_child import NICENESS
 from serve_app.engine.canonical import read_canonical
 from serve_app.engine.manifest import BaseManifest, manifest_of
 from serve_app.engine.reader import read_adapter
-from serve_app.errors import AdmissionTimedOut, MalformedFile, NonFinite, ShapeMismatch
+from serve_app.refusals import AdmissionTimedOut, MalformedFile, NonFinite, ShapeMismatch
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import lora, write
 from tests.tiny_forms import Form, put
@@ -29,7 +30,7 @@ from tests.tiny_words import embeddings
 PARENT = """
 import asyncio, sys, time
 from pathlib import Path
-from serve_app.config import AdapterLimits
+from serve_app.settings import AdapterLimits
 from serve_app.engine.admission import AdmissionProcess
 from serve_app.engine.manifest import BaseManifest
 
@@ -122,7 +123,7 @@ async def test_the_child_has_one_thread_of_torch_and_a_low_priority(
 ) -> None:
     await admission.admit(source, "a/b", tmp_path / "canonical")
     assert admission.pid is not None
-    assert psutil.Process(admission.pid).nice() == min(19, psutil.Process().nice() + 5)
+    assert psutil.Process(admission.pid).nice() == min(19, psutil.Process().nice() + NICENESS)
 
 
 async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_another(

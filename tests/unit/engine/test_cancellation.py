@@ -14,7 +14,7 @@ from serve_app.core import GenerationRequest, PixelImage
 from serve_app.engine.job import Job
 from serve_app.engine.weights import AdapterWeights
 from serve_app.engine.worker import EngineWorker
-from tests.engine_cases import one_image, parsed_adapter, request, use_of, wrap
+from tests.engine_cases import on_steps, one_image, parsed_adapter, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 120.0
@@ -43,7 +43,7 @@ class Counted:
             is_reached.set()
             assert is_open.wait(WAIT_S)
 
-        job = self.worker.submit(request(steps=1, width=128), (), on_progress=wait)
+        job = self.worker.submit(request(steps=1, width=128), (), on_event=on_steps(wait))
         assert is_reached.wait(WAIT_S)
         self.passes = 0
         return job, is_open
@@ -81,8 +81,8 @@ def test_half_of_a_hundred_leave_and_the_other_half_get_their_images(alone: Coun
 
     for index in range(100):
         adapters = [(adapter, 0.5)] if index % 3 == 0 else []
-        listener = leave_at_first_step(index) if index in leaving - queued else None
-        jobs.append(alone.worker.submit(wanted(index), adapters, on_progress=listener))
+        listener = leave_at_first_step(index) if index in leaving - queued else lambda *_: None
+        jobs.append(alone.worker.submit(wanted(index), adapters, on_event=on_steps(listener)))
     for index in queued:
         assert jobs[index].cancel()
     assert alone.worker.snapshot().waiting == 75
@@ -110,10 +110,12 @@ def test_leaving_a_shared_pass_changes_no_bit_of_the_others(shared: Counted) -> 
         _, is_open = shared.hold()
         jobs: list[Job] = []
         for seed in range(4):
-            listener = (
-                (lambda step, _, seed=seed: jobs[seed].cancel() if step == 2 else None) if seed in leaving else None
-            )
-            jobs.append(shared.worker.submit(request(steps=STEPS, seed=seed), (), on_progress=listener))
+
+            def listener(step: int, _: int, seed: int = seed) -> None:
+                if step == 2 and seed in leaving:
+                    jobs[seed].cancel()
+
+            jobs.append(shared.worker.submit(request(steps=STEPS, seed=seed), (), on_event=on_steps(listener)))
         is_open.set()
         return {seed: jobs[seed].future.result(WAIT_S).images[0] for seed in range(4) if seed not in leaving}
 
@@ -130,7 +132,7 @@ def test_a_shared_pass_that_all_have_left_stops(shared: Counted) -> None:
 
     jobs.append(shared.worker.submit(request(steps=40, seed=0), ()))
     jobs.append(shared.worker.submit(request(steps=40, seed=1), ()))
-    jobs.append(shared.worker.submit(request(steps=40, seed=2), (), on_progress=leave_one_by_one))
+    jobs.append(shared.worker.submit(request(steps=40, seed=2), (), on_event=on_steps(leave_one_by_one)))
     is_open.set()
     after = shared.worker.submit(request(steps=1), ())
     after.future.result(WAIT_S)

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import Coverage, Delta, Dense, LowRank, ParsedAdapter, tensors_of
 from serve_app.engine.canonical import DamagedCanonicalFile, read_canonical, write_canonical
 from serve_app.engine.manifest import manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.engine.seal import CHUNK_BYTES, Seal
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import everything, full, loha, lokr, lora
 from tests.tiny_forms import Form, output_projection, put, with_text

@@ -10,16 +10,20 @@ import pytest
 import torch
 from torch._dynamo import reset
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.compiling import compile_denoiser
 from serve_app.engine.manifest import adaptable_components, manifest_of
 from serve_app.engine.reader import read_adapter
+from serve_app.engine.warming import warm_up
 from serve_app.engine.weights import AdapterWeights
-from tests.engine_cases import load, one_image, request
+from serve_app.engine.worker import EngineWorker
+from serve_app.settings import AdapterLimits, Defaults
+from tests.engine_cases import base_config, load, one_image, request, use_of, wrap
 from tests.tiny import denoiser_name, latents, tiny_pipeline
 from tests.tiny_adapters import everything, linear, lora
 from tests.tiny_forms import Form, put
+
+SMALL = Defaults(steps=3, guidance_scale=4.0, width=64, height=64)
 
 
 class Counting:
@@ -84,6 +88,24 @@ def test_a_base_is_compiled_where_its_configuration_says_so() -> None:
     for wanted in (True, False):
         denoiser = next(iter(load("sd15", compile=wanted).components.values()))
         assert (getattr(denoiser, "_compiled_call_impl", None) is not None) is wanted
+
+
+def test_after_the_warm_up_the_first_requests_compile_nothing(tmp_path: Path) -> None:
+    live, backend = tiny_pipeline("sd15"), Counting()
+    compile_denoiser(live, backend=backend)
+    base, config = wrap(live), base_config("sd15", defaults=SMALL)
+    weights, adapter = AdapterWeights(base.components), adapters(live, tmp_path)[0]
+    assert warm_up(base, config, torch_threads=1) > 0
+    compiled = backend.graphs
+    worker = EngineWorker(base, weights, max_batch_images=config.replica.max_batch_images, torch_threads=1)
+    try:
+        for num_images in (1, config.replica.max_batch_images, 3):
+            wanted = request(num_images=num_images, adapters=(use_of("a/b"),), steps=5)
+            worker.submit(wanted, [(adapter, 0.7)]).future.result(timeout=60)
+    finally:
+        worker.close()
+    assert compiled > 0
+    assert backend.graphs == compiled
 
 
 def test_images_of_a_compiled_base_are_those_of_a_plain_one() -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import LowRank
 from serve_app.engine.manifest import manifest_of
 from serve_app.engine.reader import read_adapter
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_forms import Form, flux_kohya, fused_by_diffusers, put, unequal, weights_of
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.manifest import adaptable_components, manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.engine.weights import AdapterWeights
-from serve_app.errors import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsupportedMethod
+from serve_app.refusals import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsupportedMethod
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, full, lora
 from tests.tiny_forms import Form, put

@@ -8,21 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.canonical import read_canonical, write_canonical
 from serve_app.engine.inversion import words_of
 from serve_app.engine.manifest import BaseManifest, manifest_of
 from serve_app.engine.reader import read_adapter
-from serve_app.errors import (
-    MalformedFile,
-    MalformedRequest,
-    NonFinite,
-    RefusedAdapter,
-    ShapeMismatch,
-    UnsafeFile,
-    UnsupportedMethod,
-)
+from serve_app.errors import MalformedRequest
+from serve_app.refusals import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsafeFile, UnsupportedMethod
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import lora, write
 from tests.tiny_forms import Form, put

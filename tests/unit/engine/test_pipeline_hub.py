@@ -25,7 +25,8 @@ LOADER = """
 import hashlib, json, sys
 from pathlib import Path
 import torch
-from serve_app.config import BaseModelConfig, ModelSource
+from serve_app.config import BaseModelConfig
+from serve_app.settings import ModelSource
 from serve_app.engine.loading import HubAccess, resolve_source
 from serve_app.engine.pipeline import BasePipeline
 from serve_app.errors import LoraplexError

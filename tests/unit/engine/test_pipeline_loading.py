@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from serve_app.config import BaseModelConfig, ModelSource
+from serve_app.config import BaseModelConfig
 from serve_app.engine.loading import ResolvedSource, resolve_dtype, resolve_source
 from serve_app.engine.pipeline import BasePipeline
 from serve_app.errors import BaseUnusable
+from serve_app.settings import ModelSource
 from tests.engine_cases import BASE, load, one_image, request, wrap
 from tests.tiny import tiny_folder, tiny_pipeline
 

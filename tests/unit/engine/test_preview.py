@@ -9,15 +9,17 @@ import numpy
 import pytest
 import torch
 
-from serve_app.config import DIFFUSION_SCHEDULERS, BaseModelConfig, ModelSource
+from serve_app.config import DIFFUSION_SCHEDULERS, BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage, Preview, Progress
 from serve_app.demo.embedded import embedded_root
+from serve_app.engine.job import OnEvent
 from serve_app.engine.loading import resolve_source
 from serve_app.engine.pipeline import BasePipeline
 from serve_app.engine.preview import estimate_finished, fit_latent_colours, preview_steps
 from serve_app.engine.weights import AdapterWeights
 from serve_app.engine.worker import EngineWorker
-from tests.engine_cases import load, one_image, photo, request, wrap
+from serve_app.settings import ModelSource
+from tests.engine_cases import load, on_steps, one_image, photo, request, wrap
 from tests.tiny import tiny_pipeline
 
 
@@ -140,13 +142,19 @@ def test_a_job_hears_its_place_its_steps_and_its_previews() -> None:
     worker = EngineWorker(pipeline, AdapterWeights(pipeline.components), max_batch_images=1, torch_threads=1)
     heard: dict[int, list[Progress | Preview]] = {0: [], 1: [], 2: []}
     are_all_there = threading.Event()
+
+    def listener(seed: int) -> OnEvent:
+        hold = on_steps(lambda *_: are_all_there.wait(60))
+
+        def hear(event: Progress | Preview) -> None:
+            heard[seed].append(event)
+            if seed == 0:
+                hold(event)
+
+        return hear
+
     jobs = [
-        worker.submit(
-            request(seed=seed, num_previews=1 if seed == 2 else 0),
-            (),
-            on_event=heard[seed].append,
-            on_progress=(lambda *_: are_all_there.wait(60)) if seed == 0 else None,
-        )
+        worker.submit(request(seed=seed, num_previews=1 if seed == 2 else 0), (), on_event=listener(seed))
         for seed in heard
     ]
     are_all_there.set()

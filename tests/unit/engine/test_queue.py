@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core import PixelImage, PixelMask
-from serve_app.engine.queue import BatchKey, Waiting, batch_key, next_batch
+from serve_app.engine.queue import Batch, BatchKey, QueuePolicy, Waiting, batch_key
+from serve_app.engine.queue import next_batch as next_batch_of
 from tests.engine_cases import request
 
 KEYS = tuple(batch_key(request(steps=steps), ()) for steps in (1, 2, 3))
@@ -16,6 +17,11 @@ KEYS = tuple(batch_key(request(steps=steps), ()) for steps in (1, 2, 3))
 
 def waiting(*items: tuple[BatchKey, int]) -> list[Waiting]:
     return [Waiting(ticket, key, num_images) for ticket, (key, num_images) in enumerate(items)]
+
+
+def next_batch(queue: list[Waiting], *, max_images: int) -> Batch | None:
+    """Choose with nothing applied that anybody could be overtaken for."""
+    return next_batch_of(queue, applied=None, now_s=0.0, policy=QueuePolicy(), max_images=max_images)
 
 
 queues = st.lists(st.tuples(st.sampled_from(KEYS), st.integers(1, 5)), max_size=20).map(lambda items: waiting(*items))

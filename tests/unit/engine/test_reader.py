@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import Dora, Hadamard, Kronecker, LowRank, ParsedAdapter
 from serve_app.engine.fuse import weight_delta
 from serve_app.engine.manifest import manifest_of
 from serve_app.engine.reader import read_adapter
-from serve_app.errors import MalformedFile, NonFinite, RankTooHigh, RefusedAdapter
+from serve_app.refusals import MalformedFile, NonFinite, RankTooHigh, RefusedAdapter
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, loha, lokr, lora
 from tests.tiny_forms import Form, described, put, with_text

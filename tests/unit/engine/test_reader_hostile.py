@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.manifest import BaseManifest, manifest_of
 from serve_app.engine.reader import read_adapter
+from serve_app.settings import AdapterLimits
 from tests.hostile_files import CORPUS
 from tests.tiny import tiny_pipeline
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.config import AdapterLimits
 from serve_app.core import PixelImage
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.manifest import manifest_of
@@ -19,6 +18,7 @@ from serve_app.engine.vocabularies import Vocabularies
 from serve_app.engine.weights import AdapterWeights
 from serve_app.engine.worker import EngineWorker
 from serve_app.errors import MalformedRequest
+from serve_app.settings import AdapterLimits
 from tests.engine_cases import photo, request, use_of, wrap
 from tests.tiny import latents, tiny_pipeline
 from tests.tiny_adapters import lora, write

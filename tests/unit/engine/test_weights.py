@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from serve_app.config import AdapterLimits
 from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.manifest import adaptable_components, manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.engine.weights import AdapterWeights
+from serve_app.settings import AdapterLimits
 from tests.tiny import latents, tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, linear, lora
 from tests.tiny_forms import (

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import hashlib
-import tempfile
 import weakref
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -16,64 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.config import AdapterLimits
-from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter, bytes_of
-from serve_app.engine.manifest import adaptable_components, manifest_of
-from serve_app.engine.reader import read_adapter
+from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter
+from serve_app.engine.manifest import adaptable_components
 from serve_app.engine.weights import AdapterWeights, Prepared, StalePreparation
 from tests.tiny import tiny_pipeline
-from tests.tiny_adapters import everything, lora
-from tests.tiny_forms import Form, output_projection, put, with_text
+from tests.tiny_compositions import BROKEN, Members, adapter, composition, digest_of, freshly_bound
 
-ADAPTERS = {
-    "attention": lambda pipe: lora(pipe, seed=1),
-    "everything": lambda pipe: lora(pipe, chooses=everything, seed=2),
-    "text": lambda pipe: with_text(pipe, seed=3),
-    "dora": lambda pipe: lora(pipe, dora=True, seed=4),
-    "bias": lambda pipe: lora(pipe, chooses=output_projection, bias=True, seed=5),
-}
-BROKEN = "broken"
-Members = tuple[tuple[str, float], ...]
-MEMBER = st.tuples(st.sampled_from([*ADAPTERS, BROKEN]), st.sampled_from((0.3, -1.0, 1.0)))
+KINDS = ("attention", "everything", "text", "dora", "bias")
+MEMBER = st.tuples(st.sampled_from([*KINDS, BROKEN]), st.sampled_from((0.3, -1.0, 1.0)))
 MEMBERS = st.lists(MEMBER, max_size=2, unique_by=lambda member: member[0]).map(tuple)
 EVENTS = st.one_of(
     st.tuples(st.just("prepare"), MEMBERS),
     st.tuples(st.just("apply"), MEMBERS),
     st.tuples(st.sampled_from(["bind", "bind", "restore", "drop"]), st.just(())),
 )
-
-
-@functools.cache
-def adapter(name: str, dtype: torch.dtype) -> ParsedAdapter:
-    """Read an adapter once; the broken one has good layers before the one that fails."""
-    if name == BROKEN:
-        good = adapter("attention", dtype).components["unet"]
-        strange = LowRank(torch.ones(1, 3), torch.ones(3, 1), 1.0, 1.0)
-        return ParsedAdapter(BROKEN, {"unet": {**good, "no.such.layer": strange}}, Coverage(1, 1))
-    pipeline = tiny_pipeline("sd15", dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        path = put(Path(folder), name, Form(ADAPTERS[name](pipeline)))
-        return read_adapter(path, name, manifest_of(pipeline), AdapterLimits())
-
-
-def composition(members: Members, dtype: torch.dtype) -> list[tuple[ParsedAdapter, float]]:
-    return [(adapter(name, dtype), scale) for name, scale in members]
-
-
-def digest_of(components: dict[str, torch.nn.Module]) -> str:
-    digest = hashlib.sha256()
-    for component in components.values():
-        for parameter in component.parameters():
-            digest.update(bytes_of(parameter.data.contiguous()))
-    return digest.hexdigest()
-
-
-@functools.cache
-def freshly_bound(members: Members, dtype: torch.dtype) -> str:
-    """What a base that has seen nothing else holds with this composition."""
-    live = Live(dtype)
-    live.weights.apply(composition(members, dtype))
-    return digest_of(live.components)
 
 
 class Live:

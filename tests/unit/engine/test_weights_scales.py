@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.config import AdapterLimits
 from serve_app.core import Scale, Scales
 from serve_app.engine.manifest import adaptable_components, manifest_of
 from serve_app.engine.reader import read_adapter
 from serve_app.engine.weights import AdapterWeights
+from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_forms import Form, fused_by_diffusers, put, unequal, weights_of, with_text
 

@@ -19,8 +19,9 @@ from serve_app.engine.job import Job
 from serve_app.engine.pipeline import BasePipeline
 from serve_app.engine.weights import AdapterWeights
 from serve_app.engine.worker import EngineWorker
-from serve_app.errors import InternalError, NonFinite, OutOfBounds, ReplicaLost
-from tests.engine_cases import largest_difference, one_image, parsed_adapter, photo, request, use_of, wrap
+from serve_app.errors import InternalError, OutOfBounds, ReplicaLost
+from serve_app.refusals import NonFinite
+from tests.engine_cases import largest_difference, on_steps, one_image, parsed_adapter, photo, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 60.0
@@ -82,7 +83,7 @@ def make_bench(family: str) -> Bench:
 def hold(bench: Bench) -> tuple[Job, Gate]:
     """Occupy the device thread with a request that nothing can share a pass with."""
     gate = Gate()
-    job = bench.worker.submit(request(steps=2, prompt="the gate", width=128), (), on_progress=gate)
+    job = bench.worker.submit(request(steps=2, prompt="the gate", width=128), (), on_event=on_steps(gate))
     assert gate.reached.wait(WAIT_S)
     return job, gate
 
@@ -175,7 +176,7 @@ def test_progress_reaches_each_job_of_a_pass(bench: Bench) -> None:
         return lambda step, steps: heard[index].append((step, steps))
 
     _, gate = hold(bench)
-    jobs = [bench.worker.submit(request(seed=seed), (), on_progress=listener(seed)) for seed in heard]
+    jobs = [bench.worker.submit(request(seed=seed), (), on_event=on_steps(listener(seed))) for seed in heard]
     gate.open()
     for job in jobs:
         job.future.result(WAIT_S)
@@ -186,14 +187,14 @@ def test_a_listener_that_fails_costs_its_job_nothing(bench: Bench) -> None:
     def fail(step: int, steps: int) -> None:
         raise ValueError("the caller has gone")
 
-    job = bench.worker.submit(request(), (), on_progress=fail)
+    job = bench.worker.submit(request(), (), on_event=on_steps(fail))
     assert job.future.result(WAIT_S).images[0] == bench.image(request())
 
 
 def test_a_job_cancelled_in_the_queue_never_runs(bench: Bench) -> None:
     heard: list[int] = []
     _, gate = hold(bench)
-    job = bench.worker.submit(request(), (), on_progress=lambda step, _: heard.append(step))
+    job = bench.worker.submit(request(), (), on_event=on_steps(lambda step, _: heard.append(step)))
     assert job.cancel()
     assert bench.worker.snapshot().waiting == 0
     gate.open()
@@ -216,7 +217,7 @@ def test_a_running_job_that_is_cancelled_stops_at_the_next_step_and_leaves_no_tr
 
     adapter = parsed_adapter(bench.pipeline.manifest, seed=4)
     wanted = request(steps=40, adapters=(use_of("me/it"),))
-    jobs.append(bench.worker.submit(wanted, [(adapter, 1.0)], on_progress=cancel_at_second))
+    jobs.append(bench.worker.submit(wanted, [(adapter, 1.0)], on_event=on_steps(cancel_at_second)))
     held_steps = 1  # the holding pass still has one to run
     gate.open()
     with pytest.raises(CancelledError):
@@ -230,7 +231,7 @@ def test_a_running_job_that_is_cancelled_stops_at_the_next_step_and_leaves_no_tr
 def test_when_one_of_a_pass_is_cancelled_the_others_go_on(bench: Bench) -> None:
     jobs: list[Job] = []
     _, gate = hold(bench)
-    jobs.append(bench.worker.submit(request(seed=1), (), on_progress=lambda *_: jobs[0].cancel()))
+    jobs.append(bench.worker.submit(request(seed=1), (), on_event=on_steps(lambda *_: jobs[0].cancel())))
     jobs.append(bench.worker.submit(request(seed=2), ()))
     gate.open()
     assert jobs[1].future.result(WAIT_S).batch_size == 2
@@ -292,7 +293,7 @@ def test_the_device_thread_computes_with_the_threads_it_is_given() -> None:
         worker = EngineWorker(pipeline, AdapterWeights(pipeline.components), max_batch_images=1, torch_threads=threads)
         heard: list[int] = []
         worker.submit(
-            request(steps=1), (), on_progress=lambda *_, heard=heard: heard.append(torch.get_num_threads())
+            request(steps=1), (), on_event=on_steps(lambda *_, heard=heard: heard.append(torch.get_num_threads()))
         ).future.result(WAIT_S)
         worker.close()
         assert heard == [threads]

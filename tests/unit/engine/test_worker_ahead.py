@@ -14,10 +14,11 @@ from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.ahead import Ahead
 from serve_app.engine.job import Job
 from serve_app.engine.pipeline import BasePipeline
+from serve_app.engine.queue import QueuePolicy
 from serve_app.engine.weights import AdapterWeights
 from serve_app.engine.worker import EngineWorker
 from serve_app.errors import InternalError
-from tests.engine_cases import parsed_adapter, request, use_of, wrap
+from tests.engine_cases import on_steps, parsed_adapter, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 60.0
@@ -31,15 +32,21 @@ class Bench:
         self.pipeline: BasePipeline = wrap(self.live, schedulers=("DDIMScheduler",))
         self.weights = AdapterWeights(self.pipeline.components)
         self.worker = EngineWorker(
-            self.pipeline, self.weights, max_batch_images=1, torch_threads=1, prepares_ahead=True
+            self.pipeline,
+            self.weights,
+            max_batch_images=1,
+            torch_threads=1,
+            prepares_ahead=True,
+            policy=QueuePolicy(max_overtakes=0),
         )
         self.adapters = [parsed_adapter(self.pipeline.manifest, seed=seed) for seed in range(3)]
 
-    def submit(self, index: int | None, on_progress: Callable[[int, int], None] | None = None, **changes: Any) -> Job:
+    def submit(self, index: int | None, on_step: Callable[[int, int], None] | None = None, **changes: Any) -> Job:
+        on_event = None if on_step is None else on_steps(on_step)
         if index is None:
-            return self.worker.submit(request(**changes), (), on_progress=on_progress)
+            return self.worker.submit(request(**changes), (), on_event=on_event)
         wanted = request(adapters=(use_of(f"me/{index}"),), **changes)
-        return self.worker.submit(wanted, [(self.adapters[index], 1.0)], on_progress=on_progress)
+        return self.worker.submit(wanted, [(self.adapters[index], 1.0)], on_event=on_event)
 
     def hold(self, index: int | None = None) -> tuple[Job, Callable[[], None]]:
         """Hold the device thread in the first step of a long batch; return its job and what lets it go on."""
@@ -49,7 +56,7 @@ class Bench:
             reached.set()
             assert opened.wait(WAIT_S)
 
-        job = self.submit(index, on_progress=stop, prompt="the gate")
+        job = self.submit(index, on_step=stop, prompt="the gate")
         assert reached.wait(WAIT_S)
         return job, opened.set
 
@@ -91,7 +98,7 @@ def test_a_job_cancelled_after_it_was_prepared_changes_nothing(bench: Bench) -> 
             unwanted.cancel()
             cancelled.set()
 
-    first.on_progress = cancel
+    first.on_event = on_steps(cancel)
     after = bench.submit(2)
     go_on()
     assert after.future.result(WAIT_S).images[0] == plain(2)

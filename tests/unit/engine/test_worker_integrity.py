@@ -16,7 +16,7 @@ from serve_app.engine.pipeline import BasePipeline
 from serve_app.engine.weights import AdapterWeights
 from serve_app.engine.worker import EngineWorker, WorkerState
 from serve_app.errors import InternalError, ReplicaLost
-from tests.engine_cases import parsed_adapter, request, use_of, wrap
+from tests.engine_cases import on_steps, parsed_adapter, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 60.0
@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_noticed_by_a_worker_that_is_never_idle() -> None:
     bench = Bench(rest_s=3600.0, slice_bytes=64 << 20)  # one slice is everything
     bench.until(lambda state: state.self_checks > 0)
     opened = threading.Event()
-    held = bench.worker.submit(request(width=128), (), on_progress=lambda *_: opened.wait(WAIT_S) and None)
+    held = bench.worker.submit(request(width=128), (), on_event=on_steps(lambda *_: opened.wait(WAIT_S)))
     waiting = bench.worker.submit(request(), ())
     bench.flip_a_bit()
     opened.set()
@@ -93,7 +93,7 @@ def test_after_an_error_in_application_everything_is_checked_at_once() -> None:
         reached.set()
         assert opened.wait(WAIT_S)
 
-    bench.worker.submit(request(width=128, steps=1), (), on_progress=hold)
+    bench.worker.submit(request(width=128, steps=1), (), on_event=on_steps(hold))
     assert reached.wait(WAIT_S)
     bench.flip_a_bit()
     job = bench.worker.submit(request(adapters=(use_of("me/bad"),)), [(broken(bench), 1.0)])

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from serve_app.core import AdapterSpec
-from serve_app.errors import HubUnavailable, LoraplexError, MalformedFile, ReplicaLost
+from serve_app.errors import HubUnavailable, LoraplexError, ReplicaLost
+from serve_app.refusals import MalformedFile
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore, Lease
 

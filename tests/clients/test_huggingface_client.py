@@ -55,3 +55,20 @@ def test_image_to_image_without_any_parameter(client: InferenceClient, service: 
 def test_a_refusal_shows_its_sentence(client: InferenceClient) -> None:
     with pytest.raises(HfHubHTTPError, match="unknown parameter 'stepz'"):
         client.text_to_image(PROMPT, extra_body={"stepz": 3})
+
+
+def test_the_lora_header_holds_for_image_to_image_too(service: Service) -> None:
+    plain = service.draw(PROMPT, model="demo/sdxl", seed=7)
+    encoded = io.BytesIO()
+    Image.fromarray(plain).save(encoded, "PNG")
+    asked = {"prompt": PROMPT, "strength": 0.6, "seed": 7}
+    images = [
+        np.asarray(
+            InferenceClient(model=service.url, headers={"lora": lora})
+            .image_to_image(encoded.getvalue(), **asked)
+            .convert("RGB")
+        ).astype(int)
+        for lora in ("", "demo/sdxl-night")
+    ]
+    # Night darkens.
+    assert images[1].mean() < images[0].mean()

@@ -1,0 +1,206 @@
+"""Several Ray nodes on one machine: `python -m cluster.local_cluster --nodes 4` prints what to try.
+
+Owns the life of the nodes, each a real raylet with a store of its own and as many GPUs as it is told to claim: Ray
+counts them, nothing computes on them. For trying scale-out, the loss of a node and upgrades before they happen. Must
+not know what is served.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import ray
+from ray import serve
+from ray._private.authentication_test_utils import reset_auth_token_state, set_auth_mode, set_env_auth_token
+from ray.cluster_utils import Cluster
+
+OBJECT_STORE_BYTES = 128 * 1024**2
+ISOLATION = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
+    # Ray's workers give way to everything else on the machine, and then the nodes take each other for dead.
+    "RAY_worker_niceness": "0",
+    # A busy machine takes its time to start a node.
+    "RAY_raylet_start_wait_time_s": "180",
+    # Else a metric takes ten seconds to be seen.
+    "RAY_metrics_report_interval_ms": "1000",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NodeShape:
+    """What one node claims to have."""
+
+    cpus: float = 1
+    gpus: float = 0
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the shape as Ray's own arguments."""
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "resources": dict(self.resources),
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+
+
+class LocalCluster:
+    """A head without room for replicas, and worker nodes that come and go; Serve's proxy is on the head."""
+
+    def __init__(self, *, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._port = port
+        self._cluster = Cluster()
+        self._nodes: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Start the head, and Serve on it."""
+        self._cluster.add_node(**NodeShape(cpus=0).arguments(), include_dashboard=False)
+        ray.init(address=self._cluster.address, log_to_driver=False)
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self._port})
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The ids of the worker nodes, oldest first."""
+        return tuple(self._nodes)
+
+    def grow(self, workers: int, shape: NodeShape) -> tuple[str, ...]:
+        """Start some worker nodes, wait until all have joined, and return their ids."""
+        added = [self._cluster.add_node(wait=False, **shape.arguments()) for _ in range(workers)]
+        self._cluster.wait_for_nodes(timeout=60)
+        self._nodes |= {str(node.node_id): node for node in added}
+        return tuple(str(node.node_id) for node in added)
+
+    def kill(self, node_id: str) -> None:
+        """End a node and all that runs on it, without a word to anybody."""
+        self._cluster.remove_node(self._nodes.pop(node_id), allow_graceful=False)
+
+    def metrics(self) -> str:
+        """Return what Prometheus would read from all nodes now."""
+        ports = [node["MetricsExportPort"] for node in ray.nodes() if node["Alive"]]
+        host = ray.util.get_node_ip_address()
+        with httpx.Client(timeout=10, trust_env=False) as http:
+            texts: list[str] = []
+            for port in ports:
+                # A node that was just lost is taken for alive a little longer.
+                with suppress(httpx.TransportError):
+                    texts.append(http.get(f"http://{host}:{port}/metrics").text)
+        return "\n".join(texts)
+
+    def close(self) -> None:
+        """End everything, as much of it as there is."""
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+        self._cluster.shutdown()
+
+
+@contextmanager
+def local_cluster(workers: int, shape: NodeShape, *, port: int | None = None) -> Iterator[LocalCluster]:
+    """Run a cluster of one head and some workers, apart from any other Ray of this machine and user.
+
+    It has a token of its own: Ray programs look for any cluster on their machine, and might take this one for theirs.
+    """
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True) as home:
+        os.environ.update(ISOLATION, HOME=home)
+        set_auth_mode("token")
+        set_env_auth_token(secrets.token_hex(32))
+        reset_auth_token_state()
+        cluster = LocalCluster(port=port or free_port())
+        try:
+            cluster.start()
+            cluster.grow(workers, shape)
+            yield cluster
+        finally:
+            cluster.close()
+            os.environ.clear()
+            os.environ.update(before)
+            reset_auth_token_state()
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def demo_config(nodes: int, cache: Path) -> dict[str, Any]:
+    """Return the arguments of an application that has one replica of a demo base on each node."""
+    return {
+        "bases": [
+            {
+                "id": "demo/sd15",
+                "source": {"embedded": "demo/sd15"},
+                "defaults": {"steps": 12, "guidance_scale": 3.0, "width": 64, "height": 64},
+                "limits": {"min_side": 32, "max_side": 128, "max_pixels": 16384, "max_steps": 50},
+                "replica": {"num_cpus": 0.2, "num_gpus": 1, "torch_threads": 1},
+                "autoscaling": {"min_replicas": 1, "max_replicas": nodes, "target_ongoing_requests": 2},
+            }
+        ],
+        "adapters": {"embedded": True, "hub": {"enabled": False}},
+        "ingress": {"replicas": 2, "num_cpus": 0.1},
+        "cache_dir": str(cache / "{node}"),
+    }
+
+
+def main() -> None:
+    """Serve a demo base on a local cluster until Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nodes", type=int, default=4, help="worker nodes, each with one pretended GPU")
+    parser.add_argument("--port", type=int, default=8000)
+    options = parser.parse_args()
+    from serve_app.app import build
+    from serve_app.config import AppConfig
+
+    shape = NodeShape(cpus=1, gpus=1)
+    say = sys.stdout.write
+    with local_cluster(options.nodes, shape, port=options.port) as cluster, tempfile.TemporaryDirectory() as cache:
+        config = AppConfig.model_validate(demo_config(options.nodes, Path(cache)))
+        serve.run(build(config), name="loraplex", route_prefix="/")
+        ask = f"""curl {cluster.url} -d '{{"inputs": "a blue star"}}'"""
+        say(f"ready at {cluster.url} on {options.nodes} worker nodes\n\n")
+        say(f"  {ask} -o star.jpg\n")
+        say(f"  seq 60 | xargs -P 12 -I% {ask} -so /dev/null        scale-out: one replica to {options.nodes}\n")
+        for node_id in cluster.nodes:
+            say(f"  kill -9 {raylet_of(node_id)}        node {node_id[:12]} is lost; run it during the line above\n")
+        say("\nCtrl-C stops everything\n")
+        sys.stdout.flush()
+        try:
+            while True:
+                time.sleep(3600)
+        except KeyboardInterrupt:
+            return
+
+
+def raylet_of(node_id: str) -> int:
+    """Return the process id of a node's raylet on this machine."""
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and any(node_id in part for part in process.info["cmdline"] or ()):
+            return int(process.pid)
+    raise LookupError(f"no raylet of node {node_id} runs here")
+
+
+def node_holds(node_id: str, deployment: str) -> bool:
+    """Say whether a replica of a deployment runs on a node."""
+    workers = psutil.Process(raylet_of(node_id)).children()
+    return any(deployment in " ".join(worker.cmdline()) for worker in workers)
+
+
+if __name__ == "__main__":
+    main()

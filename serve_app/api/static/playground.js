@@ -1,0 +1,169 @@
+// Ties the page together: the form asks, the service draws, the gallery shows, the panel watches.
+
+import { Composer } from "./composer.js";
+import { byId, icon, plural } from "./dom.js";
+import { Card, Gallery } from "./gallery.js";
+import { Replicas } from "./replicas.js";
+import { Service, ServiceError } from "./service.js";
+import { curl, python } from "./snippets.js";
+
+const service = new Service();
+const composer = new Composer();
+const gallery = new Gallery();
+const replicas = new Replicas(service);
+
+let running = null; // {card, controller}
+
+async function loadCatalog() {
+  try {
+    const [bases, loras] = await Promise.all([service.list("v1/bases"), service.list("v1/loras")]);
+    composer.adapters.known = loras;
+    composer.bases = bases;
+    byId("summary").textContent = `${plural(bases.length, "base")}, ${plural(loras.length, "adapter")}`;
+    lock(false);
+    replicas.start();
+  } catch (error) {
+    complain(error);
+  }
+}
+
+// Adapters come and go while the page is open: asked for anew when the list is about to be used.
+async function refreshAdapters() {
+  const loras = await service.list("v1/loras").catch(() => null);
+  if (loras) composer.adapters.known = loras;
+}
+
+async function generate() {
+  if (running) return;
+  clearBanner();
+  const request = composer.request();
+  if (!request) return;
+  const controller = new AbortController();
+  const card = new Card(request, { cancel, again: reuse, startFrom, copy });
+  running = { card, controller };
+  gallery.add(card);
+  busy(true);
+  reveal(card.element);
+  try {
+    for await (const event of service.draw(request, controller.signal)) say(card.take(event));
+    if (!card.isDone) throw new ServiceError("The connection ended before the image was done. Try again.");
+    card.finish();
+    say(request.fields.n > 1 ? `${request.fields.n} images are done` : "The image is done");
+  } catch (error) {
+    gallery.remove(card);
+    if (error.name === "AbortError") say(`Cancelled: ${card.said.textContent.toLowerCase()}`);
+    else complain(error);
+  } finally {
+    running = null;
+    busy(false);
+    replicas.start();
+  }
+}
+
+function cancel() {
+  running?.controller.abort();
+}
+
+function busy(isBusy) {
+  const [shown, gone] = isBusy ? [byId("cancel"), byId("generate")] : [byId("generate"), byId("cancel")];
+  const hadFocus = document.activeElement === gone;
+  shown.hidden = false;
+  // The focus moves on with the button that had it; elsewhere it stays where it is.
+  if (hadFocus) shown.focus({ preventScroll: true });
+  gone.hidden = true;
+}
+
+function reveal(element) {
+  const box = element.getBoundingClientRect();
+  if (box.top >= 0 && box.top < innerHeight - 120) return;
+  const isStill = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  element.scrollIntoView({ block: "start", behavior: isStill ? "auto" : "smooth" });
+}
+
+function say(text) {
+  if (text !== null && byId("status").textContent !== text) byId("status").textContent = text;
+}
+
+function complain(error) {
+  say("");
+  if (error.status === 401) {
+    lock(true, service.key ? "This key was not accepted." : "");
+    return;
+  }
+  const message = error instanceof ServiceError ? error.message : `The page failed: ${error.message}`;
+  const sentence = message.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase()); // but never an id
+  const field = error.param ?? (composer.adapters.ids.some((id) => message.includes(id)) ? "loras" : null);
+  if (!field || !composer.blame(field, sentence)) byId("banner").replaceChildren(icon("alert"), sentence);
+}
+
+function clearBanner() {
+  byId("banner").replaceChildren();
+}
+
+function lock(isLocked, note = "") {
+  byId("key-form").hidden = !isLocked;
+  byId("key-open").hidden = !isLocked && !service.key;
+  // A browser that follows a link cannot show a key.
+  byId("docs").hidden = isLocked || Boolean(service.key);
+  byId("key-note").textContent = note || "Kept in this tab until it is closed.";
+  byId("key-note").classList.toggle("wrong", Boolean(note));
+  if (isLocked) {
+    replicas.stop();
+    byId("key").focus();
+  }
+}
+
+async function startFrom(file) {
+  await composer.picture.take(file);
+  reveal(byId("drop"));
+}
+
+async function reuse(request) {
+  await composer.fill(request);
+  byId("prompt").focus();
+}
+
+async function copy(kind, request, button) {
+  const where = { url: service.url("./"), hasKey: Boolean(service.key) };
+  const label = button.querySelector("span");
+  const before = label.textContent;
+  try {
+    await navigator.clipboard.writeText((kind === "curl" ? curl : python)(request, where));
+    label.textContent = "Copied";
+  } catch {
+    label.textContent = "The browser forbids copying";
+  }
+  say(label.textContent);
+  setTimeout(() => (label.textContent = before), 1500);
+}
+
+byId("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  generate();
+});
+byId("cancel").addEventListener("click", cancel);
+byId("adapter").addEventListener("focus", refreshAdapters);
+byId("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  service.key = byId("key").value.trim();
+  byId("key").value = "";
+  loadCatalog();
+});
+byId("key-forget").addEventListener("click", () => {
+  service.key = "";
+  loadCatalog();
+});
+byId("key-open").addEventListener("click", () => lock(byId("key-form").hidden));
+addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    generate();
+  } else if (event.key === "Escape") {
+    cancel();
+  }
+});
+composer.adapters.addEventListener("change", () => (replicas.wanted = composer.adapters.ids));
+composer.addEventListener("say", ({ detail }) => say(detail));
+replicas.addEventListener("locked", () => lock(true, service.key ? "This key was not accepted." : ""));
+
+loadCatalog();

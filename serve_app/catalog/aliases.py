@@ -1,0 +1,157 @@
+"""Further names for adapters: the values, and the file in which they outlive the service.
+
+Owns the SQLite file and its change counter. Must not know Ray, HTTP, or whether a name leads anywhere. Every call of
+the store may block on the disk, so call it from a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from serve_app.core import AdapterRef
+from serve_app.errors import NameTaken, OutOfBounds
+
+log = logging.getLogger(__name__)
+
+MAX_ALIASES = 10_000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS aliases (
+    name TEXT PRIMARY KEY, id TEXT NOT NULL, revision TEXT, filename TEXT, changed_at REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS state (only INTEGER PRIMARY KEY CHECK (only = 0), epoch TEXT NOT NULL, version INTEGER);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A further name of an adapter: requests that name it mean `target`, at their own scale."""
+
+    name: str
+    target: AdapterRef
+
+
+@dataclass(frozen=True, slots=True)
+class TableVersion:
+    """Which aliases are known: `number` grows with each change of one file, `epoch` tells files apart."""
+
+    epoch: str
+    number: int
+
+
+NOTHING_YET = TableVersion("", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class AliasTable:
+    """All aliases at one version, by name."""
+
+    version: TableVersion = NOTHING_YET
+    aliases: Mapping[str, Alias] = field(default_factory=dict[str, Alias])
+
+    def meant(self, ref: AdapterRef) -> AdapterRef:
+        """Return the adapter that a request means: an alias's target at the request's own scale, else `ref` itself.
+
+        A revision or file that the request names goes before the alias's.
+        """
+        alias = self.aliases.get(ref.id)
+        if alias is None:
+            return ref
+        target = alias.target
+        return AdapterRef(target.id, ref.scale, ref.revision or target.revision, ref.filename or target.filename)
+
+    def names_of(self, model: str) -> tuple[str, ...]:
+        """Return the aliases of an adapter, sorted."""
+        return tuple(sorted(alias.name for alias in self.aliases.values() if alias.target.id == model))
+
+
+class AliasStore:
+    """The aliases on disk.
+
+    Invariants: a change is on disk before the call returns, or it is not made; the version grows with each change and
+    with nothing else. A damaged file is put aside under another name, and an empty one begun. Thread-safe.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
+        """Open or create the file; `clock` is in seconds since 1970."""
+        self._clock = clock
+        self._lock = threading.Lock()
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self._database = _opened(path)
+        except sqlite3.DatabaseError as error:
+            aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
+            log.error("the registry's file is damaged (%s); it is kept as %s", error, aside.name)
+            for suffix in ("", "-wal", "-shm"):
+                if (part := path.with_name(path.name + suffix)).exists():
+                    part.rename(aside.with_name(aside.name + suffix))
+            self._database = _opened(path)
+
+    def table(self) -> AliasTable:
+        """Return all aliases."""
+        with self._lock:
+            return self._table()
+
+    def put(self, alias: Alias, *, may_replace: bool = False) -> AliasTable:
+        """Add an alias; adding what is there already changes nothing.
+
+        Raises:
+            NameTaken: the alias stands for something else, and may not be replaced.
+            OutOfBounds: there are as many as are kept.
+        """
+        target = alias.target
+        with self._lock, self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            known = self._table().aliases
+            if known.get(alias.name) == alias:
+                return self._table()
+            if alias.name in known and not may_replace:
+                raise NameTaken(alias.name, f"it stands for {known[alias.name].target.id}")
+            if alias.name not in known and len(known) >= MAX_ALIASES:
+                raise OutOfBounds("lora_name", f"one alias more than {MAX_ALIASES}", f"at most {MAX_ALIASES} in all")
+            row = (alias.name, target.id, target.revision, target.filename, self._clock())
+            self._database.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?, ?)", row)
+            self._database.execute("UPDATE state SET version = version + 1")
+            return self._table()
+
+    def remove(self, name: str) -> AliasTable:
+        """Remove an alias, if it is there."""
+        with self._lock, self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            if self._database.execute("DELETE FROM aliases WHERE name = ?", (name,)).rowcount:
+                self._database.execute("UPDATE state SET version = version + 1")
+            return self._table()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._database.close()
+
+    def _table(self) -> AliasTable:
+        with closing(self._database.execute("SELECT name, id, revision, filename FROM aliases")) as rows:
+            aliases = {row[0]: Alias(row[0], AdapterRef(row[1], 1.0, row[2], row[3])) for row in rows}
+        epoch, number = self._database.execute("SELECT epoch, version FROM state").fetchone()
+        return AliasTable(TableVersion(epoch, number), aliases)
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    # Autocommit: transactions are begun by hand, so that the version and what it counts change together.
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.executescript(_SCHEMA)
+        database.execute("INSERT OR IGNORE INTO state VALUES (0, ?, 0)", (uuid.uuid4().hex,))
+        (verdict,) = database.execute("PRAGMA quick_check").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+    except sqlite3.DatabaseError:
+        database.close()
+        raise
+    return database

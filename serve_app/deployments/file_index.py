@@ -1,0 +1,106 @@
+"""Which adapter files the nodes of a cluster have, and who is fetching which: the index behind `sharing`.
+
+Owns the claims and the references to what was announced. It holds no bytes, and losing it costs one fetch for each file
+that is still wanted. Must not know how files are fetched, copied or checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from ray import serve
+
+from serve_app.config import SharingSettings
+from serve_app.store.budget import ByteBudget
+
+
+@dataclass(frozen=True, slots=True)
+class SharedFile:
+    """A file that a peer has put into Ray's object store: its node, its digest, and references to its chunks."""
+
+    node: str
+    sha256: str
+    size_bytes: int
+    chunks: tuple[Any, ...]
+
+
+class Flights:
+    """Who fetches what, and what was fetched: the index without Ray.
+
+    Invariants: while somebody fetches a key, for at most `patience_s`, nobody else is told to. Files that were asked
+    for least recently are forgotten, so that those known never exceed the budget.
+    """
+
+    def __init__(self, *, patience_s: float, budget_bytes: int, clock: Callable[[], float]) -> None:
+        self._patience_s = patience_s
+        self._clock = clock
+        self._budget = ByteBudget(budget_bytes)
+        self._known: dict[str, SharedFile] = {}
+        self._fetching: dict[str, tuple[float, asyncio.Event]] = {}
+
+    async def claim(self, key: str) -> SharedFile | None:
+        """Return the file, waiting for whoever fetches it; None means that the caller is to fetch it."""
+        while True:
+            if (file := self._known.get(key)) is not None:
+                self._forget(self._budget.add(key, file.size_bytes).evict)
+                return file
+            if key not in self._fetching:
+                self._fetching[key] = (self._clock(), asyncio.Event())
+                return None
+            since, done = self._fetching[key]
+            with suppress(TimeoutError):
+                await asyncio.wait_for(done.wait(), max(0.0, since + self._patience_s - self._clock()))
+            if not done.is_set():
+                # Whoever fetches is slow or dead. One of those who wait takes over, the others wait for that one.
+                self.give_up(key)
+
+    def announce(self, key: str, file: SharedFile) -> None:
+        """Make a fetched file known to all who wait for it and all who will ask."""
+        self._known[key] = file
+        self._forget(self._budget.add(key, file.size_bytes).evict)
+        self.give_up(key)
+
+    def give_up(self, key: str) -> None:
+        """Take back a claim; the next who asks, or who waits, gets it."""
+        _, done = self._fetching.pop(key, (0.0, None))
+        if done is not None:
+            done.set()
+
+    def lose(self, key: str, sha256: str) -> None:
+        """Forget a file whose bytes could not be had."""
+        if (file := self._known.get(key)) is not None and file.sha256 == sha256:
+            self._forget(self._budget.forget(key).evict)
+
+    def _forget(self, keys: tuple[str, ...]) -> None:
+        # Dropping the references frees the chunks in Ray's object store.
+        for key in keys:
+            self._known.pop(key, None)
+
+
+@serve.deployment(name="files", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+class FileIndex:
+    """The one index of an application. It holds no bytes: losing it costs one fetch for each file still wanted."""
+
+    def __init__(self, settings: SharingSettings) -> None:
+        loop = asyncio.get_event_loop()
+        self._flights = Flights(patience_s=settings.patience_s, budget_bytes=settings.memory, clock=loop.time)
+
+    async def claim(self, key: str) -> SharedFile | None:
+        """Return the file, or None to whoever is to fetch it."""
+        return await self._flights.claim(key)
+
+    async def announce(self, key: str, file: SharedFile) -> None:
+        """Make a fetched file known."""
+        self._flights.announce(key, file)
+
+    async def give_up(self, key: str) -> None:
+        """Take back a claim."""
+        self._flights.give_up(key)
+
+    async def lose(self, key: str, sha256: str) -> None:
+        """Forget a file whose bytes could not be had."""
+        self._flights.lose(key, sha256)

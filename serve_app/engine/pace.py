@@ -1,0 +1,135 @@
+"""How much work a worker has before it, in seconds, and how well that was foretold.
+
+Owns the books: what is coming, what runs, what arrived of late and what passes took. Pure: every time is handed in.
+Must not know the queue's order, threads or tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from serve_app.work import Pace, PaceMeter
+
+# The load of late is that of about the last minute.
+LOAD_WINDOW_S = 60.0
+
+# The newest request's share in the mean request.
+NEWEST_SHARE = 0.1
+
+# Until the first pass has been measured: a small GPU's, and a processor's.
+GPU_GUESS = Pace(fixed_s=0.5, unit_s=0.15)
+CPU_GUESS = Pace(fixed_s=0.2, unit_s=2.0)
+
+
+def guess_of(device_type: str) -> Pace:
+    """Return the pace to assume of a device of which nothing has been measured yet."""
+    return CPU_GUESS if device_type == "cpu" else GPU_GUESS
+
+
+@dataclass(frozen=True, slots=True)
+class WorkState:
+    """What a worker's books say.
+
+    `backlog_s` is how long it would take to finish everything that runs, waits or is on its way here, of which there
+    are `coming`. `request_s` is what a request of late takes, before the first a typical one. `load` is the work that
+    arrived of late, in seconds of work per second: over 1 is more than one replica can do. `predicted_s` and `busy_s`
+    are sums over all finished passes: what they were expected to take, and what they took.
+    """
+
+    backlog_s: float
+    pace: Pace
+    request_s: float
+    load: float
+    predicted_s: float
+    busy_s: float
+    coming: int = 0
+
+
+class WorkBooks:
+    """The books of one worker. Work is in the units of `serve_app.work`. Not thread-safe."""
+
+    def __init__(self, guess: Pace, *, typical_units: float = 1.0) -> None:
+        """Start with nothing measured: with a guess of the pace, and of a request's work."""
+        self._meter = PaceMeter(guess)
+        self._coming: list[float] = []
+        self._running: tuple[float, float] | None = None
+        self._mean_units = typical_units
+        self._units_per_s = 0.0
+        self._requests_per_s = 0.0
+        self._counted_at = -math.inf
+        self._predicted_s = 0.0
+        self._busy_s = 0.0
+        self._passes = 0
+
+    @property
+    def pace(self) -> Pace:
+        """The pace measured of late, or the guess."""
+        return self._meter.pace
+
+    @property
+    def measured(self) -> Pace | None:
+        """The pace measured of late, or None before the first pass."""
+        return self._meter.pace if self._passes else None
+
+    def expect(self, units: float) -> None:
+        """Note a request that is accepted and not yet in the queue."""
+        self._coming.append(units)
+
+    def stop_expecting(self, units: float) -> None:
+        """Note that a request expected is in the queue now, or gone."""
+        self._coming.remove(units)
+
+    def arrived(self, units: float, now_s: float) -> None:
+        """Note a request that enters the queue."""
+        self._fade(now_s)
+        self._units_per_s += units / LOAD_WINDOW_S
+        self._requests_per_s += 1 / LOAD_WINDOW_S
+        self._mean_units += NEWEST_SHARE * (units - self._mean_units)
+
+    def begun(self, units: float, now_s: float) -> None:
+        """Note that a pass begins."""
+        self._running = (units, now_s)
+
+    def ended(self, now_s: float, *, denoise_s: float | None) -> None:
+        """Note that the pass is over; `denoise_s` None where it failed or was cancelled, which teaches nothing."""
+        if self._running is None:
+            return
+        units, began_s = self._running
+        self._running = None
+        if denoise_s is None:
+            return
+        self._predicted_s += self._meter.pace.seconds(units)
+        self._busy_s += now_s - began_s
+        self._passes += 1
+        self._meter.observe(units=units, denoise_s=denoise_s, other_s=now_s - began_s - denoise_s)
+
+    def backlog_s(self, waiting: Iterable[float], now_s: float) -> float:
+        """Return the seconds of work ahead; `waiting` is the work of each request in the queue."""
+        pace = self._meter.pace
+        running_s = 0.0
+        if self._running is not None:
+            units, began_s = self._running
+            running_s = max(0.0, pace.seconds(units) - (now_s - began_s))
+        return running_s + sum(map(pace.seconds, waiting)) + sum(map(pace.seconds, self._coming))
+
+    def state(self, waiting: Iterable[float], now_s: float) -> WorkState:
+        """Return what the books say at `now_s`."""
+        self._fade(now_s)
+        pace = self._meter.pace
+        return WorkState(
+            backlog_s=self.backlog_s(waiting, now_s),
+            pace=pace,
+            request_s=pace.seconds(self._mean_units),
+            load=pace.unit_s * self._units_per_s + pace.fixed_s * self._requests_per_s,
+            predicted_s=self._predicted_s,
+            busy_s=self._busy_s,
+            coming=len(self._coming),
+        )
+
+    def _fade(self, now_s: float) -> None:
+        share = math.exp(-max(0.0, now_s - self._counted_at) / LOAD_WINDOW_S)
+        self._units_per_s *= share
+        self._requests_per_s *= share
+        self._counted_at = now_s

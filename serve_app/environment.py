@@ -1,0 +1,38 @@
+"""The process environment: what the service takes from it, and what it gives to the processes that it starts.
+
+Owns every reading of the environment. Must not import Ray: commands that start no service read it too.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from serve_app.config import AppConfig, Environment
+
+# As Serve's proxy imports it; the module itself is above this one.
+PROXY_GUARDS = "serve_app.deployments.proxy:guards"
+
+
+def read_environment(config: AppConfig) -> Environment:
+    """Return what the process environment says, the configuration's own words first."""
+    token = os.environ.get("HF_TOKEN")
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Environment(
+        hub_token=SecretStr(token) if token else None,
+        hub_endpoint=config.adapters.hub.endpoint or os.environ.get("HF_ENDPOINT") or None,
+        cache_dir=config.cache_dir or cache_home / "loraplex",
+    )
+
+
+def launch_environment() -> dict[str, str]:
+    """Return the environment that `loraplex serve` starts `serve run` with: this one, usage reports off, and callers
+    kept from steering Serve's proxy."""
+    return {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_GUARDS,
+        **os.environ,
+    }

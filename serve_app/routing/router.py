@@ -1,0 +1,110 @@
+"""The router of a base's requests, as Serve runs it in every process that holds a handle to the base.
+
+Owns the way between Serve's router interface and `serve_app.routing.ledger` and `cost`, and how Serve is told of it.
+Must not decide anything itself. Serve marks the interface as alpha: `docs/routing.md` names what is used of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+from ray.serve.config import RequestRouterConfig
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from serve_app.config import AppConfig, BaseModelConfig
+from serve_app.core import GenerationRequest
+from serve_app.routing.cost import AdapterNeed, Demand, demand_of, rank
+from serve_app.routing.ledger import TYPICAL_BYTES, Ledger, Sighting
+from serve_app.telemetry import RouterMetrics
+
+log = logging.getLogger(__name__)
+
+
+def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConfig:
+    """Return what Serve is to route a base's requests with."""
+    settings = base.router
+    if settings.policy == "ray":
+        return RequestRouterConfig()
+    # Serve annotates the fields of this model in a way that type checkers misread.
+    fields: dict[str, Any] = {
+        # By name: every process that holds a handle imports it for itself.
+        "request_router_class": f"{__name__}:PredictedFinishRouter",
+        "request_router_kwargs": {
+            "base_id": base.id,
+            "disk_bytes": int(config.cache_size),
+            "stale_after_s": settings.stale_after_s,
+        },
+        "request_routing_stats_period_s": settings.stats_period_s,
+        "max_backoff_s": settings.max_backoff_s,
+    }
+    return RequestRouterConfig(**fields)
+
+
+class PredictedFinishRouter(RequestRouter):
+    """Sends each request to the replica that is predicted to finish it at the least cost."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Start with what the deployment's `request_router_kwargs` say: `base_id`, `disk_bytes`, `stale_after_s`."""
+        self._rng = Random()  # spreads ties; nothing else is left to chance
+        self._base_id: str = kwargs["base_id"]
+        self._ledger = Ledger(disk_bytes=int(kwargs["disk_bytes"]), stale_after_s=float(kwargs["stale_after_s"]))
+        self._metrics = RouterMetrics(self._base_id)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Return one replica per rank, best first: Serve takes the first that is not full."""
+        now_s = time.time()
+        self._sight(candidate_replicas, now_s)
+        demand = self._ledger.tagged(_demanded(pending_request))
+        ranks = rank(demand, self._ledger.views(now_s), self._ledger.costs, rng=self._rng)
+        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        order = [id_ for members in ranks for id_ in members]
+        if pending_request is not None and order:
+            # Without it Serve asks again and again without a pause while all replicas are full.
+            pending_request.routing_context.should_backoff = True
+            # Booked at the choice, not at the acceptance: others choose in between.
+            self._ledger.book(order[0], pending_request.metadata.internal_request_id, demand, now_s)
+        return [[by_id[id_]] for id_ in order]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Count a request where a replica has taken it, which may be another than the one chosen first."""
+        now_s = time.time()
+        id_, request_id = replica_id.unique_id, pending_request.metadata.internal_request_id
+        place = self._ledger.accepted(id_, request_id, now_s)
+        if place is None:
+            self._ledger.book(id_, request_id, self._ledger.tagged(_demanded(pending_request)), now_s)
+            place = self._ledger.accepted(id_, request_id, now_s)
+        if place is not None:
+            self._metrics.routed(place)
+            log.debug("request %s of %s goes to %s, adapters: %s", request_id, self._base_id, id_, place)
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count a request no more."""
+        self._ledger.finished(replica_id.unique_id, internal_request_id)
+
+    def _sight(self, replicas: Sequence[RunningReplica], now_s: float) -> None:
+        """Take in which replicas there are, and what those have told that have told anything new."""
+        ledger = self._ledger
+        for replica in replicas:
+            id_, told = replica.replica_id.unique_id, replica.routing_stats
+            if not ledger.has_seen(id_, told):
+                held = frozenset(replica.multiplexed_model_ids)
+                ledger.sight(Sighting(id_, replica.node_id, told, held), now_s)
+        if ledger.count() != len(replicas):
+            ledger.keep({replica.replica_id.unique_id for replica in replicas})
+
+
+def _demanded(pending: PendingRequest | None) -> Demand:
+    """Return what a call asks for; a call that is no generation asks for nothing but an answer."""
+    if pending is None:
+        return Demand((), 0.0)
+    for argument in (*pending.args, *pending.kwargs.values()):
+        if isinstance(argument, GenerationRequest):
+            return demand_of(argument)
+    model_id = pending.metadata.multiplexed_model_id
+    return Demand((AdapterNeed(model_id, TYPICAL_BYTES),) if model_id else (), 0.0)

@@ -1,0 +1,102 @@
+"""Which adapters are kept from the device for a while, because their images fail on it again and again.
+
+Pure but for its own books: the clock is given. Must not know what fails, or how.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from serve_app.core import GenerationRequest, Scale
+from serve_app.errors import InternalError
+from serve_app.refusals import NonFinite, Quarantined
+
+# Fewer than the failed batches in a row after which a replica is taken to be broken, as it may be the adapter alone.
+MAX_FAILURES = 2
+PERIOD_S = 60.0
+LONGEST_S = 900.0
+# Failures closer to each other than this are those of one pass over the device.
+SAME_PASS_S = 0.25
+MAX_REMEMBERED = 1024
+
+# The scales count: what overflows at eight times its strength does not at its own.
+Composition = tuple[tuple[str, Scale], ...]
+
+
+@dataclass(slots=True)
+class _Record:
+    failures: int = 0
+    counted_at: float = -math.inf
+    held_until: float = -math.inf
+
+
+class Quarantine:
+    """Counts the failures in a row of each composition of adapters.
+
+    After `MAX_FAILURES` it is refused for a minute; then one more failure suffices, for twice as long each time. One
+    image that comes out clears it. Requests without adapters are never refused.
+    """
+
+    def __init__(self, *, clock: Callable[[], float], on_change: Callable[[int], None] = lambda _: None) -> None:
+        """`clock` gives seconds that only grow; `on_change` hears how many compositions are refused now."""
+        self._clock = clock
+        self._on_change = on_change
+        self._records: OrderedDict[Composition, _Record] = OrderedDict()
+
+    @contextmanager
+    def watched(self, request: GenerationRequest) -> Generator[None]:
+        """Refuse a request whose adapters are held; else learn from how the work inside ends.
+
+        Raises:
+            Quarantined: they failed too often.
+        """
+        if not request.adapters:
+            yield
+            return
+        self._check(request)
+        try:
+            yield
+        except (NonFinite, InternalError):
+            self._note_failure(request)
+            raise
+        # What is given up, refused or out of time says nothing about the adapters.
+        self._records.pop(_composition(request), None)
+        self._on_change(self.held)
+
+    @property
+    def held(self) -> int:
+        """How many compositions are refused now."""
+        now = self._clock()
+        return sum(record.held_until > now for record in self._records.values())
+
+    def _check(self, request: GenerationRequest) -> None:
+        record = self._records.get(_composition(request))
+        if record is None:
+            return
+        left_s = record.held_until - self._clock()
+        if left_s > 0:
+            raise Quarantined(_names(request), f"its last {record.failures} tries failed", math.ceil(left_s))
+
+    def _note_failure(self, request: GenerationRequest) -> None:
+        now, composition = self._clock(), _composition(request)
+        record = self._records.setdefault(composition, _Record())
+        self._records.move_to_end(composition)
+        if now - record.counted_at >= SAME_PASS_S:
+            record.failures, record.counted_at = record.failures + 1, now
+            if record.failures >= MAX_FAILURES:
+                record.held_until = now + min(PERIOD_S * 2 ** (record.failures - MAX_FAILURES), LONGEST_S)
+        while len(self._records) > MAX_REMEMBERED:
+            self._records.popitem(last=False)
+        self._on_change(self.held)
+
+
+def _composition(request: GenerationRequest) -> Composition:
+    return tuple((use.spec.key, use.scale) for use in request.adapters)
+
+
+def _names(request: GenerationRequest) -> str:
+    return " with ".join(f"{use.spec.id} at scale {use.scale:g}" for use in request.adapters)

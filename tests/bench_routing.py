@@ -1,0 +1,311 @@
+"""What routing gains on real Ray, and what it costs; by hand, not by CI.
+
+    python -m tests.bench_routing decisions      how long one decision takes
+    python -m tests.bench_routing day            the calibrated day, compressed, under several routers at once
+
+`day` sends the same requests at the same times to three applications that differ in their router alone: three replicas
+each, whose generations are sleeps (`tests.sleeping_replica`), so that processors do not decide.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from serve_app.bench.workload import TRAFFICS, Arrival, generate
+from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest
+from serve_app.engine.queue import QueuePolicy
+from serve_app.routing.cost import AdapterNeed, Demand, rank
+from serve_app.routing.ledger import Ledger, Sighting
+from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.work import Pace, work_units
+from tests.service import ray_cluster
+from tests.sleeping_replica import LeastLoadedRouter, SleepingReplica, Sleeps, Slept, quickened
+
+REPLICAS = 3
+# The calibrated day's constants, in seconds of the day: one image, a swap, a fetch. A tenth of an image is not steps.
+IMAGE_S, SWAP_S, FETCH_S, FIXED_SHARE = 8.5, 0.03, 1.5, 0.1
+FILE_BYTES = 64_000
+OURS, LEAST, POW_2, RAYS = "ours", "least loaded", "Ray's, without ids", "Ray's, multiplexed"
+POLICIES = {OURS: "ours", LEAST: "least-loaded", POW_2: "pow-2", RAYS: "multiplexed"}
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One request under one router."""
+
+    latency_s: float
+    fetches: int
+    is_swapped: bool
+
+
+def decisions(replicas: int, adapters: int, count: int) -> None:
+    """Time what the router does for one request: read the news of one replica, rank all, book."""
+    rng = random.Random(0)
+    keys = [f"acme/adapter-{index:04d}@0123456789abcdef/adapter.safetensors" for index in range(adapters)]
+    now_s = time.time()
+
+    held = [rng.sample(keys, 64) for _ in range(replicas)]
+
+    def told(index: int, at_s: float) -> dict[str, Any]:
+        """One request more than before: one adapter came, one went."""
+        held[index] = [*held[index][1:], rng.choice(keys)]
+        recorder = Recorder(wall_clock=lambda: at_s, clock=time.monotonic)
+        recorder.queued(Demand((AdapterNeed(held[index][-1], 10**8),), 60.0))
+        load = DeviceLoad(rng.random() * 30, Pace(0.8, 0.12), 0, is_busy=True)
+        return recorder.tell(load, Tiers(held[index], host_free_bytes=0.0))
+
+    sightings = [Sighting(f"r{index}", f"n{index // 4}", told(index, now_s)) for index in range(replicas)]
+    ledger = Ledger(disk_bytes=20 * 2**30)
+    for sighting in sightings:
+        ledger.sight(sighting, now_s)
+    walls, cpus = [], []
+    for number in range(count):
+        needs = tuple(AdapterNeed(key, 10**8) for key in rng.sample(keys, rng.choice((1, 1, 1, 2))))
+        # A tenth of a second later: what was worked out for the decision before is of no use any more.
+        now_s += 0.1
+        index = rng.randrange(replicas)
+        sightings[index] = replace(sightings[index], told=told(index, now_s))
+        wall_s, cpu_s = time.perf_counter(), time.thread_time()
+        for sighting in sightings:
+            if not ledger.has_seen(sighting.id, sighting.told):
+                ledger.sight(sighting, now_s)
+        demand = ledger.tagged(Demand(needs, 60.0))
+        order = rank(demand, ledger.views(now_s), ledger.costs, rng=rng)
+        ledger.book(order[0][0], str(number), demand, now_s)
+        cpus.append(time.thread_time() - cpu_s)
+        walls.append(time.perf_counter() - wall_s)
+        if number >= 200:
+            ledger.finished(order[0][0], str(number - 200))
+    say(f"{count} decisions over {replicas} replicas and {adapters} adapters, 64 of them on each replica")
+    _say_times("a decision, wall", walls)
+    _say_times("a decision, processor", cpus)
+    _say_times("empty loops as long, processor", _loops(len(cpus), statistics.median(cpus)))
+
+
+def _loops(count: int, seconds: float) -> list[float]:
+    """Time loops that take `seconds` each at the median: how much the machine itself makes equal work differ."""
+    turns, times = 1000, [0.0]
+    while statistics.median(times) < seconds:
+        turns = int(turns * 1.2)
+        times = [_loop_s(turns) for _ in range(21)]
+    return [_loop_s(turns) for _ in range(count)]
+
+
+def _loop_s(turns: int) -> float:
+    began_s, total = time.thread_time(), 0
+    for turn in range(turns):
+        total += turn
+    return time.thread_time() - began_s
+
+
+def _say_times(what: str, times: list[float]) -> None:
+    times.sort()
+    say(f"  {what:31}: p50 {_at(times, 0.5) * 1e6:6.0f} us, p99 {_at(times, 0.99) * 1e6:6.0f} us")
+
+
+@dataclass(frozen=True)
+class Day:
+    """A stretch of the calibrated day, `factor` times as fast: what warms up, and what is measured."""
+
+    warm_up: tuple[Arrival, ...]
+    measured: tuple[Arrival, ...]
+    factor: float
+
+
+def stretch(seed: int, *, hour: int, warm_up: int, requests: int, factor: float, rate: float) -> Day:
+    """Cut a stretch out of a day of one image a request, whose requests come `rate` times as dense."""
+    traffic = replace(TRAFFICS["day"], images=((1, 1.0),), steps=((30, 1.0),))
+    arrivals = generate(traffic, seed).arrivals
+    first = next(index for index, arrival in enumerate(arrivals) if arrival.at_s >= hour * 3600)
+    began_s = arrivals[first].at_s
+    measured = tuple(
+        replace(arrival, at_s=(arrival.at_s - began_s) / rate / factor)
+        for arrival in arrivals[first : first + requests]
+    )
+    return Day(arrivals[max(first - warm_up, 0) : first], measured, factor)
+
+
+def request_of(arrival: Arrival, number: int, seed: int = 0) -> GenerationRequest:
+    # Every seed has adapters of its own, so that none is warm from the seed before.
+    uses = tuple(
+        AdapterUse(
+            AdapterSpec(f"seed-{seed}/{ask.key}", "sleeping", "0" * 16, "adapter.bin", "folder", "", FILE_BYTES),
+            ask.scale,
+        )
+        for ask in arrival.adapters
+    )
+    return GenerationRequest(
+        f"r{number}", "sleeping", "", None, uses, arrival.width, arrival.height, arrival.steps,
+        arrival.guidance_scale, None, number, arrival.images,
+    )  # fmt: skip
+
+
+def sleeps_of(factor: float, host_adapters: int) -> Sleeps:
+    units = work_units(request_of(Arrival(0.0, "sleeping", ()), 0))
+    unit_s = IMAGE_S * (1 - FIXED_SHARE) / units
+    pace = Pace(IMAGE_S * FIXED_SHARE / factor, unit_s / factor)
+    policy = QueuePolicy(max_overtakes=4, max_overtaken_s=5.0 / factor)
+    return Sleeps(pace, SWAP_S / factor, FETCH_S / factor, host_adapters, FILE_BYTES, 4, policy)
+
+
+def start(policy: str, sleeps: Sleeps, folder: Path) -> Any:
+    """Start one application and return the handle to its replicas."""
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    from serve_app.config import AppConfig
+    from serve_app.routing.router import router_config
+
+    options: dict[str, Any] = {}
+    if policy == OURS:
+        bases = [{"id": "sleeping", "source": {"embedded": "demo/sd15"}, "router": {"stats_period_s": 0.1}}]
+        config = AppConfig.model_validate({"bases": bases, "cache_size": 0})
+        options["request_router_config"] = router_config(config.bases[0], config)
+    elif policy == LEAST:
+        options["request_router_config"] = RequestRouterConfig(request_router_class=LeastLoadedRouter)  # type: ignore[arg-type]
+    name = POLICIES[policy]
+    app = SleepingReplica.options(
+        name="sleeping", num_replicas=REPLICAS, max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.01}, **options
+    ).bind(sleeps, folder)
+    return serve.run(app, name=name, route_prefix=None)
+
+
+async def ask(policy: str, handle: Any, request: GenerationRequest) -> Outcome:
+    key = request.adapters[0].spec.key if request.adapters and policy in (OURS, RAYS) else ""
+    began_s = time.perf_counter()
+    slept: Slept = await handle.options(multiplexed_model_id=key).generate.remote(request)
+    return Outcome(time.perf_counter() - began_s, slept.fetches, slept.is_swapped)
+
+
+async def replay(policy: str, handle: Any, day: Day, seed: int) -> list[Outcome]:
+    """Send a stretch of the day to one application: first what warms it up, four at a time, then at its times."""
+    gate = asyncio.Semaphore(4)
+
+    async def warm(number: int, arrival: Arrival) -> None:
+        async with gate:
+            await ask(policy, handle, quickened(request_of(arrival, number, seed)))
+
+    await asyncio.gather(*(warm(number, arrival) for number, arrival in enumerate(day.warm_up)))
+    await asyncio.sleep(1.0)
+    loop = asyncio.get_running_loop()
+    began_s = loop.time()
+
+    async def at_its_time(number: int, arrival: Arrival) -> Outcome:
+        await asyncio.sleep(max(began_s + arrival.at_s - loop.time(), 0.0))
+        return await ask(policy, handle, request_of(arrival, number, seed))
+
+    return await asyncio.gather(*(at_its_time(number, arrival) for number, arrival in enumerate(day.measured)))
+
+
+def day(options: argparse.Namespace) -> None:
+    """Compare routers over several seeds, all of a seed at the same time."""
+    sleeps = sleeps_of(options.factor, options.host)
+    outcomes: dict[str, list[list[Outcome]]] = {policy: [] for policy in options.policies}
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "adapters"
+        folder.mkdir()
+        (folder / "adapter.bin").write_bytes(random.Random(0).randbytes(FILE_BYTES))
+        with ray_cluster(Path(home)):
+            handles = {policy: start(policy, sleeps, folder) for policy in options.policies}
+            for seed in options.seeds:
+                stretched = stretch(
+                    seed, hour=12, warm_up=options.warm_up, requests=options.requests, factor=options.factor,
+                    rate=options.rate,
+                )  # fmt: skip
+                for policy, got in asyncio.run(all_at_once(handles, stretched, seed)).items():
+                    outcomes[policy].append(got)
+                    say(f"seed {seed}, {policy:20}: {_line(got, options.factor)}")
+    report(outcomes, options)
+
+
+async def all_at_once(handles: dict[str, Any], stretched: Day, seed: int) -> dict[str, list[Outcome]]:
+    """Send the same stretch to every application at the same times."""
+    got = await asyncio.gather(*(replay(policy, handle, stretched, seed) for policy, handle in handles.items()))
+    return dict(zip(handles, got, strict=True))
+
+
+def report(outcomes: dict[str, list[list[Outcome]]], options: argparse.Namespace) -> None:
+    say(
+        f"\n{options.factor:g} times as fast, told in seconds of the day; "
+        f"{len(options.seeds)} seeds of {options.requests} requests"
+    )
+    pooled = {policy: [outcome for seed in seeds for outcome in seed] for policy, seeds in outcomes.items()}
+    for policy, got in pooled.items():
+        say(f"  {policy:20}: {_line(got, options.factor)}")
+    for other in (policy for policy in pooled if policy != OURS):
+        ratios = [_p95(mine) / _p95(theirs) for mine, theirs in zip(outcomes[OURS], outcomes[other], strict=True)]
+        fetches = _fetches(pooled[OURS]) / max(_fetches(pooled[other]), 1e-9)
+        say(
+            f"  ours against {other}: p95 {_p95(pooled[OURS]) / _p95(pooled[other]) - 1:+.1%} pooled, seeds "
+            f"{' '.join(f'{ratio - 1:+.1%}' for ratio in ratios)}; fetches a request {fetches:.2f} times"
+        )
+    if options.json:
+        options.json.write_text(
+            json.dumps({name: [[vars(o) for o in seed] for seed in seeds] for name, seeds in outcomes.items()})
+        )
+
+
+def _line(got: Sequence[Outcome], factor: float) -> str:
+    latencies = sorted(outcome.latency_s * factor for outcome in got)
+    swaps = statistics.mean(outcome.is_swapped for outcome in got)
+    return (
+        f"p50 {_at(latencies, 0.5):5.1f}  p95 {_at(latencies, 0.95):5.1f}  p99 {_at(latencies, 0.99):5.1f}  "
+        f"mean {statistics.mean(latencies):5.1f}  fetches {_fetches(got):.3f}  swaps {swaps:.2f}"
+    )
+
+
+def _fetches(got: Sequence[Outcome]) -> float:
+    return statistics.mean(outcome.fetches for outcome in got)
+
+
+def _p95(got: Sequence[Outcome]) -> float:
+    return _at(sorted(outcome.latency_s for outcome in got), 0.95)
+
+
+def _at(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    timing = commands.add_parser("decisions")
+    timing.add_argument("--replicas", type=int, default=100)
+    timing.add_argument("--adapters", type=int, default=1000)
+    timing.add_argument("--count", type=int, default=5000)
+    comparing = commands.add_parser("day")
+    comparing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    comparing.add_argument("--requests", type=int, default=150)
+    comparing.add_argument("--warm-up", type=int, default=150)
+    comparing.add_argument("--factor", type=float, default=12.0, help="how many times faster than the day")
+    comparing.add_argument("--rate", type=float, default=1.9, help="how many times denser than the day")
+    comparing.add_argument("--host", type=int, default=24, help="adapters in a replica's host memory")
+    comparing.add_argument("--policies", nargs="+", default=[OURS, LEAST, RAYS], choices=list(POLICIES))
+    comparing.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    say(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, Python {sys.version.split()[0]}")
+    if options.command == "decisions":
+        decisions(options.replicas, options.adapters, options.count)
+    else:
+        day(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Replicas come with a burst, go when it is over, and come again from none; nothing is lost on any of these ways."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+import pytest
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.autoscaling import ray_settings
+from serve_app.core import GenerationResult
+from serve_app.settings import AutoscalingSettings
+from tests.sleeper import Sleeper, sleeping_request
+
+APP = "sleeping"
+WAIT_S = 60.0
+
+
+def deploy(**autoscaling: float) -> DeploymentHandle:
+    # Half the default interval between reports: the machines that run this are busy with other tests.
+    fields = {"downscale_delay_s": 0.5, "target_wait_s": 2.5, "metrics_interval_s": 0.25, **autoscaling}
+    settings = AutoscalingSettings.model_validate(fields)
+    deployment = Sleeper.options(
+        autoscaling_config=ray_settings(settings),
+        max_ongoing_requests=16,
+        max_queued_requests=100,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=10,
+    )
+    return serve.run(deployment.bind(), name=APP, route_prefix=None)
+
+
+@pytest.fixture
+def clean(cluster: int) -> Iterator[None]:
+    yield
+    serve.delete(APP)
+
+
+def replicas() -> int:
+    """Return how many replicas run or start."""
+    states = serve.status().applications[APP].deployments["Sleeper"].replica_states
+    return sum(count for state, count in states.items() if str(state).rpartition(".")[2] in ("RUNNING", "STARTING"))
+
+
+async def until(is_so: Callable[[], bool], *, what: str, within_s: float) -> float:
+    """Wait until something is so, and return after how many seconds it was."""
+    began = time.monotonic()
+    while not await asyncio.to_thread(is_so):
+        assert time.monotonic() - began < within_s, f"{what}: not within {within_s} s"
+        await asyncio.sleep(0.02)
+    return time.monotonic() - began
+
+
+async def answers(calls: list[Awaitable[GenerationResult]]) -> list[str]:
+    return [result.request_id for result in await asyncio.wait_for(asyncio.gather(*calls), WAIT_S)]
+
+
+async def test_a_burst_asks_for_all_replicas_at_once_and_nothing_is_lost_on_the_way_down(clean: None) -> None:
+    handle = deploy(min_replicas=1, max_replicas=4)
+    burst = [handle.generate.remote(sleeping_request(number)) for number in range(40)]
+    # 40 requests of a quarter of a second are 10 s of work, for 2.5 s before each.
+    taken_s = await until(lambda: replicas() == 4, what="4 replicas", within_s=WAIT_S)
+    assert taken_s < 2.0
+    assert await answers(burst) == [f"request-{number}" for number in range(40)]
+
+    trickle: list[Awaitable[GenerationResult]] = []
+    while await asyncio.to_thread(replicas) > 1:
+        trickle.append(handle.generate.remote(sleeping_request(len(trickle))))
+        await asyncio.sleep(0.4)
+    assert await answers(trickle) == [f"request-{number}" for number in range(len(trickle))]
+
+
+async def test_a_base_goes_to_zero_and_answers_everything_that_waited_for_its_return(clean: None) -> None:
+    handle = deploy(min_replicas=0, initial_replicas=1, max_replicas=4)
+    await answers([handle.generate.remote(sleeping_request(0))])
+    await until(lambda: replicas() == 0, what="no replica", within_s=WAIT_S)
+    calls = [handle.generate.remote(sleeping_request(number)) for number in range(40)]
+    assert await answers(calls) == [f"request-{number}" for number in range(40)]

@@ -1,0 +1,79 @@
+"""A stand-in for a base's replica: its requests take as long as they say, one after the other, and cost no CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from ray import serve
+
+from serve_app.autoscaling import replica_report
+from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, GenerationResult, Timings
+from serve_app.deployments.siblings import ask_siblings
+from serve_app.deployments.warming import Demand, Wanted, WarmUpLimits, make_ready
+from serve_app.engine.pace import WorkBooks
+from serve_app.work import Pace, work_units
+
+UNIT_S = 0.05
+BASE = "sleep/base"
+
+
+def sleeping_request(number: int, *adapters: AdapterUse) -> GenerationRequest:
+    """Return a request of a quarter of a second: five units of work."""
+    return GenerationRequest(
+        request_id=f"request-{number}", base_id=BASE, prompt="", negative_prompt=None, adapters=adapters,
+        width=1000, height=1000, steps=5, guidance_scale=1.0, scheduler=None, seed=number,
+    )  # fmt: skip
+
+
+@serve.deployment
+class Sleeper:
+    """Sleeps `UNIT_S` for each unit of work, and reports itself as a real replica does."""
+
+    async def __init__(self) -> None:
+        self._made_ready: list[str] = []
+        self._demand = Demand(time.monotonic)
+        limits = WarmUpLimits(timeout_s=10.0, max_adapters=8, max_bytes=1000)
+        await make_ready(ask_siblings, self._bring, limits, clock=time.monotonic)
+        self._books = WorkBooks(Pace(fixed_s=0.0, unit_s=UNIT_S), typical_units=5.0)
+        self._waiting: list[float] = []
+        self._device = asyncio.Lock()
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Take as long as the request's work."""
+        for use in request.adapters:
+            self._demand.note(use.spec)
+        units = work_units(request)
+        self._books.arrived(units, time.monotonic())
+        self._waiting.append(units)
+        async with self._device:
+            self._waiting.remove(units)
+            self._books.begun(units, time.monotonic())
+            await asyncio.sleep(units * UNIT_S)
+            self._books.ended(time.monotonic(), denoise_s=units * UNIT_S)
+        return GenerationResult(
+            request_id=request.request_id, base_id=request.base_id, images=(), seeds=(request.seed,), adapters=(),
+            timings=Timings(), compute_s=units * UNIT_S, device="sleep", batch_size=1,
+        )  # fmt: skip
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Report as a replica does."""
+        work = self._books.state(self._waiting, time.monotonic())
+        return replica_report(
+            backlog_s=work.backlog_s,
+            request_s=work.request_s,
+            load=work.load,
+            requests=len(self._waiting) + self._device.locked(),
+            start_s=0.1,
+        )
+
+    async def demand(self) -> tuple[Wanted, ...]:
+        """Tell a sibling what was asked for."""
+        return self._demand.most()
+
+    async def made_ready(self) -> list[str]:
+        """Return the ids of the adapters brought before the first request."""
+        return self._made_ready
+
+    async def _bring(self, spec: AdapterSpec) -> None:
+        self._made_ready.append(spec.id)

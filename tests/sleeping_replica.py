@@ -1,0 +1,205 @@
+"""A replica whose generations are sleeps: production's queue, books, store and stats, without a base.
+
+What stands in is the device alone. Adapter files are real files, fetched after a delay into the store's bounded host
+tier. No replica finds an adapter on the disk: each is as if alone on a node that keeps nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import tempfile
+import threading
+import time
+from concurrent.futures import Future
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from serve_app.core import AdapterSpec, GenerationRequest, Timings
+from serve_app.engine.pace import WorkBooks
+from serve_app.engine.queue import Batch, CompositionKey, QueuePolicy, Waiting, batch_key, left_after, next_batch
+from serve_app.routing.cost import demand_of
+from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.store.admitted import AdmittedFiles
+from serve_app.store.store import AdapterStore
+from serve_app.work import Pace, work_units
+
+
+@dataclass(frozen=True)
+class Sleeps:
+    """How long things take, in seconds, and what the host tier holds."""
+
+    pace: Pace
+    swap_s: float
+    fetch_s: float
+    host_adapters: int
+    file_bytes: int
+    max_batch_images: int
+    policy: QueuePolicy
+
+
+@dataclass(frozen=True)
+class Slept:
+    """Which replica answered, how many of the adapters it had to fetch, and whether it had to swap."""
+
+    replica: str
+    fetches: int
+    is_swapped: bool
+
+
+class SleepingDevice:
+    """A thread that takes batches off production's queue and sleeps for as long as they would take."""
+
+    def __init__(self, sleeps: Sleeps) -> None:
+        self._sleeps = sleeps
+        self._changed = threading.Condition()
+        self._books = WorkBooks(sleeps.pace)
+        self._waiting: list[Waiting] = []
+        self._futures: dict[int, Future[bool]] = {}
+        self._tickets = 0
+        self._running = 0
+        self._passes = 0
+        self._applied: CompositionKey = ()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def expect(self, units: float) -> None:
+        with self._changed:
+            self._books.expect(units)
+
+    def submit(self, request: GenerationRequest) -> Future[bool]:
+        """Queue an expected request; the future says whether it needed a swap."""
+        composition = tuple((use.spec.key, use.scale) for use in request.adapters)
+        with self._changed:
+            units = work_units(request)
+            self._books.stop_expecting(units)
+            self._books.arrived(units, time.monotonic())
+            self._tickets += 1
+            self._waiting.append(
+                Waiting(
+                    self._tickets, batch_key(request, composition), request.num_images,
+                    arrived_s=time.monotonic(), units=units,
+                )
+            )  # fmt: skip
+            future = self._futures[self._tickets] = Future()
+            self._changed.notify()
+        return future
+
+    def load(self) -> DeviceLoad:
+        with self._changed:
+            state = self._books.state((item.units for item in self._waiting), time.monotonic())
+            return DeviceLoad(state.backlog_s, state.pace, progress=self._passes, is_busy=self._running > 0)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while (batch := self._next()) is None:
+                    self._changed.wait()
+                units = sum(item.units for item in self._waiting if item.ticket in batch.tickets)
+                now_s = time.monotonic()
+                self._waiting = left_after(self._waiting, batch, now_s=now_s, policy=self._sleeps.policy)
+                self._books.begun(units, now_s)
+                self._running = len(batch.tickets)
+                is_swapped = batch.key.composition != self._applied
+                self._applied = batch.key.composition
+            time.sleep((self._sleeps.swap_s if is_swapped else 0.0) + self._sleeps.pace.seconds(units))
+            with self._changed:
+                self._books.ended(time.monotonic(), denoise_s=self._sleeps.pace.unit_s * units)
+                self._running, self._passes = 0, self._passes + 1
+                futures = [self._futures.pop(ticket) for ticket in batch.tickets]
+            for future in futures:
+                future.set_result(is_swapped)
+
+    def _next(self) -> Batch | None:
+        return next_batch(
+            self._waiting,
+            applied=self._applied,
+            now_s=time.monotonic(),
+            policy=self._sleeps.policy,
+            max_images=self._sleeps.max_batch_images,
+        )
+
+
+@serve.deployment
+class SleepingReplica:
+    """One replica of a base that sleeps."""
+
+    def __init__(self, sleeps: Sleeps, folder: Path) -> None:
+        # The very multiplexer of production; its module is heavy, so it is imported where it is needed.
+        from serve_app.deployments.replica import multiplexer
+
+        self._sleeps = sleeps
+        self._folder = folder
+        self._id = serve.get_replica_context().replica_id.unique_id
+        self._hold = multiplexer(sleeps.host_adapters)
+        self._device = SleepingDevice(self._sleeps)
+        self._recorder = Recorder(wall_clock=time.time, clock=time.monotonic)
+        self._store: AdapterStore[bytes] = AdapterStore(
+            admitted=AdmittedFiles(
+                Path(tempfile.mkdtemp(prefix="sleeping-")),
+                1,
+                base_fingerprint="sleeping",
+                dtype="none",
+                clock=time.time,
+            ),
+            fetch=self._fetch,
+            admit=_admit,
+            load=lambda spec, path: path.read_bytes(),
+            size_of=len,
+            host_budget_bytes=sleeps.host_adapters * sleeps.file_bytes,
+            clock=time.monotonic,
+        )
+
+    async def generate(self, request: GenerationRequest) -> Slept:
+        demand = demand_of(request)
+        self._device.expect(demand.units)
+        async with AsyncExitStack() as pins:
+            with self._recorder.fetching(demand):
+                leases = await asyncio.gather(
+                    *(pins.enter_async_context(self._store.lease(use.spec)) for use in request.adapters)
+                )
+            for lease in leases:
+                await asyncio.shield(self._hold(lease.spec.key))
+            self._recorder.queued(demand)
+            is_swapped = await asyncio.wrap_future(self._device.submit(request))
+            timings = Timings(swap_ms=self._sleeps.swap_s * 1000 if is_swapped else 0.0)
+            self._recorder.served(leases, timings)
+        return Slept(self._id, sum(lease.tier == "remote" for lease in leases), is_swapped)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        host = self._store.state()
+        free_bytes = host.budget_bytes - host.used_bytes
+        return self._recorder.tell(self._device.load(), Tiers(self._store.resident(), host_free_bytes=free_bytes))
+
+    async def _fetch(self, spec: AdapterSpec) -> Path:
+        await asyncio.sleep(self._sleeps.fetch_s)
+        return self._folder / spec.filename
+
+
+async def _admit(spec: AdapterSpec, source: Path, target: Path) -> None:
+    await asyncio.to_thread(shutil.copyfile, source, target)
+
+
+class LeastLoadedRouter(RequestRouter):
+    """The replica with the fewest requests, any of several; Serve compares their numbers within a rank."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        from random import Random
+
+        self._rng = Random()
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        return [self._rng.sample(candidate_replicas, len(candidate_replicas))]
+
+
+def quickened(request: GenerationRequest) -> GenerationRequest:
+    """The same request with next to no work: what warms the replicas up."""
+    return replace(request, steps=1)

@@ -1,0 +1,95 @@
+"""A registry without a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from serve_app.catalog.aliases import Alias
+from serve_app.catalog.holdings import (
+    Holding,
+    InWeights,
+    KnownAdapter,
+    LoraReport,
+    Preloaded,
+    Removal,
+    ReplicaReport,
+)
+from serve_app.config import BaseModelConfig
+from serve_app.core import AdapterSpec, HubToken, Scales
+from serve_app.errors import ModelNotFound
+from serve_app.settings import ModelSource
+
+BASE = BaseModelConfig(id="demo/sdxl", aliases=("xl",), source=ModelSource(embedded="demo/sdxl"))
+
+
+def spec(model: str) -> AdapterSpec:
+    return AdapterSpec(model, "demo/sdxl", "0123abcd" * 5, "lora.safetensors", "folder", "/secret/place", 4096, "sks")
+
+
+def known(model: str) -> LoraReport:
+    return LoraReport(id=model, adapter=KnownAdapter(spec(model), 8))
+
+
+class FakeRegistry:
+    """Knows `demo/sketch` and one replica that holds it; `failure` is raised by whatever changes something."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.rows: dict[str, LoraReport] = {
+            "demo/sketch": replace(
+                known("demo/sketch"), resident=(("r1", "applied"),), hits=3, last_used_s=1000.5, layers_matched=48
+            )
+        }
+        self.reports: tuple[ReplicaReport, ...] = (
+            ReplicaReport(
+                "r1", "demo/sdxl", device="cpu", waiting=1, running=2, backlog_s=1.23456,
+                applied=(InWeights("demo/sketch", Scales(0.5, 1.0)),),
+                holdings=(Holding("demo/sketch@1/f", "demo/sketch", "applied"),),
+            ),
+        )  # fmt: skip
+        self.failure: Exception | None = None
+        self.tokens: list[HubToken | None] = []
+        self.added: list[tuple[Alias, bool, int]] = []
+        self.preloads: list[tuple[str, int]] = []
+
+    def bases(self) -> tuple[BaseModelConfig, ...]:
+        return (BASE,)
+
+    def default_base(self) -> BaseModelConfig:
+        return BASE
+
+    async def loras(self, *, token: HubToken | None) -> tuple[LoraReport, ...]:
+        self.tokens.append(token)
+        return tuple(self.rows[name] for name in sorted(self.rows))
+
+    async def replicas(self) -> tuple[ReplicaReport, ...]:
+        return self.reports
+
+    async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
+        self._changing(token)
+        self.added.append((alias, may_replace, preload))
+        row = replace(known(alias.target.id), id=alias.name, alias_of=alias.target.id)
+        self.rows[alias.name] = row
+        return row
+
+    async def remove(self, name: str, *, token: HubToken | None) -> Removal:
+        self._changing(token)
+        row = self.rows.get(name)
+        if row is None:
+            raise ModelNotFound(name)
+        if row.alias_of:
+            del self.rows[name]
+        return Removal(name, was_alias=row.alias_of is not None, replicas=("r1",))
+
+    async def preload(self, name: str, replicas: int, *, token: HubToken | None) -> Preloaded:
+        self._changing(token)
+        self.preloads.append((name, replicas))
+        return Preloaded(spec(name), ("r1",), replicas)
+
+    def _changing(self, token: HubToken | None) -> None:
+        self.tokens.append(token)
+        if self.failure is not None:
+            raise self.failure

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import logging
+
+from serve_app.deployments.logs import NoCredentials
+from serve_app.errors import ModelNotFound
+
+TOKEN = "hf_" + "abcdefghijklmnopqrst"
+KEY = "sk-" + "live-of-a-caller-1234"
+
+
+def written(record: logging.LogRecord) -> str:
+    assert NoCredentials().filter(record)
+    return logging.Formatter("%(message)s").format(record)
+
+
+def record_of(message: str, *arguments: object, error: Exception | None = None) -> logging.LogRecord:
+    raised = (type(error), error, error.__traceback__) if error is not None else None
+    return logging.LogRecord("serve_app", logging.INFO, __file__, 1, message, arguments, raised)
+
+
+def test_a_credential_in_a_line_is_cut_down() -> None:
+    line = written(record_of("request %s for %s and %s", 7, TOKEN, f"../{KEY}/x"))
+    assert line == "request 7 for hf_*** and ../sk-***/x"
+
+
+def test_a_credential_in_a_traceback_is_cut_down() -> None:
+    try:
+        raise ValueError(f"Bearer {TOKEN}")
+    except ValueError as error:
+        line = written(record_of("failed", error=error))
+    assert "ValueError: Bearer hf_***" in line
+    assert TOKEN not in line
+
+
+def test_a_credential_that_a_caller_puts_into_a_name_is_in_no_sentence() -> None:
+    assert str(ModelNotFound(f"a/{TOKEN}")).startswith("model a/hf_*** was not found")
+
+
+def test_names_that_look_a_little_like_credentials_stay() -> None:
+    for name in ("hf_demo/x", "hf-internal-testing/tiny", "sk-8/sdxl", "task-generation-of-many-things"):
+        assert name in written(record_of("%s", name))

@@ -1,0 +1,173 @@
+"""How many replicas a base should have, and the class through which Ray asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.serve.config import AutoscalingConfig
+
+from serve_app.autoscaling import (
+    Load,
+    PredictedWorkPolicy,
+    ScalingRule,
+    desired_replicas,
+    ray_settings,
+    replica_report,
+)
+from serve_app.settings import AutoscalingSettings
+
+RULE = ScalingRule(target_wait_s=10.0, max_replicas=20)
+IDLE = Load(running=1, starting=0, work_s=0.0, requests=0.0, arriving=0.0)
+
+
+def wanted(load: Load, rule: ScalingRule = RULE) -> int:
+    return desired_replicas(load, rule).replicas
+
+
+def test_a_burst_is_met_in_one_step() -> None:
+    assert wanted(Load(running=1, starting=0, work_s=95.0, requests=40, arriving=0.5)) == 10
+
+
+def test_replicas_that_are_starting_are_not_asked_for_again() -> None:
+    assert wanted(Load(running=1, starting=9, work_s=95.0, requests=40, arriving=0.5)) == 10
+
+
+def test_work_that_is_done_before_a_new_replica_has_started_asks_for_none() -> None:
+    load = Load(running=1, starting=0, work_s=40.0, requests=5, arriving=0.1)
+    assert wanted(load) == 4
+    assert wanted(load, ScalingRule(10.0, start_s=60.0, max_replicas=20)) == 1
+    assert wanted(load, ScalingRule(10.0, start_s=15.0, max_replicas=20)) == 3
+
+
+def test_work_that_goes_on_arriving_while_a_replica_starts_is_counted() -> None:
+    load = Load(running=1, starting=0, work_s=20.0, requests=5, arriving=3.0)
+    assert wanted(load, ScalingRule(10.0, start_s=20.0, max_replicas=20)) == 6
+
+
+def test_arriving_work_keeps_its_replicas_although_nothing_queues() -> None:
+    assert wanted(Load(running=4, starting=0, work_s=3.0, requests=1, arriving=2.9)) == 4
+
+
+def test_down_it_goes_by_a_quarter_at_a_time_and_by_one_at_least() -> None:
+    assert wanted(Load(running=16, starting=0, work_s=1.0, requests=1, arriving=0.1)) == 12
+    assert wanted(Load(running=2, starting=0, work_s=1.0, requests=1, arriving=0.1)) == 1
+
+
+def test_the_last_replica_goes_only_when_nothing_is_there_to_do() -> None:
+    assert wanted(IDLE) == 0
+    assert wanted(Load(running=1, starting=0, work_s=0.0, requests=1, arriving=0.0)) == 1
+    assert wanted(IDLE, ScalingRule(10.0, min_replicas=1)) == 1
+
+
+def test_a_decision_says_why() -> None:
+    decision = desired_replicas(Load(1, 0, work_s=95.0, requests=40, arriving=0.5), ScalingRule(10.0, max_replicas=3))
+    assert decision.replicas == 3
+    assert decision.reason == "95.0 s of work against 10 s before each replica; from 0 to 3 are allowed"
+
+
+loads = st.builds(
+    Load,
+    running=st.integers(1, 50),
+    starting=st.integers(0, 20),
+    work_s=st.floats(0, 5000),
+    requests=st.floats(0, 500),
+    arriving=st.floats(0, 50),
+)
+rules = st.builds(
+    ScalingRule,
+    target_wait_s=st.floats(0.5, 60),
+    start_s=st.floats(0, 300),
+    min_replicas=st.integers(0, 3),
+    max_replicas=st.integers(3, 100),
+)
+
+
+@given(loads, rules)
+def test_the_bounds_hold(load: Load, rule: ScalingRule) -> None:
+    assert rule.min_replicas <= wanted(load, rule) <= rule.max_replicas
+
+
+@given(loads, rules, st.floats(0, 1000))
+def test_more_work_never_asks_for_fewer(load: Load, rule: ScalingRule, more_s: float) -> None:
+    heavier = Load(load.running, load.starting, load.work_s + more_s, load.requests + 1, load.arriving)
+    assert wanted(heavier, rule) >= wanted(load, rule)
+
+
+@given(loads, rules, st.floats(0, 300))
+def test_a_slower_start_never_raises_what_the_present_work_asks_for(
+    load: Load, rule: ScalingRule, more_s: float
+) -> None:
+    alone = Load(load.running, load.starting, load.work_s, load.requests, arriving=0.0)
+    slower = ScalingRule(rule.target_wait_s, rule.start_s + more_s, rule.min_replicas, rule.max_replicas)
+    assert wanted(alone, slower) <= wanted(alone, rule)
+
+
+@dataclass
+class Value:
+    """One sample as Ray keeps it."""
+
+    value: float
+
+
+@dataclass
+class Asked:
+    """Ray's context, as far as the policy reads it."""
+
+    current_num_replicas: int = 1
+    target_num_replicas: int = 1
+    capacity_adjusted_min_replicas: int = 0
+    capacity_adjusted_max_replicas: int = 20
+    total_num_requests: float = 0.0
+    raw_metrics: dict[str, dict[str, list[Value]]] | None = None
+    policy_state: dict[str, Any] = field(default_factory=dict)
+
+
+def reported(**replicas: dict[str, float]) -> dict[str, dict[str, list[Value]]]:
+    """Return Ray's shape of what replicas reported, with an older value before each."""
+    names = next(iter(replicas.values()))
+    return {name: {key: [Value(1e9), Value(report[name])] for key, report in replicas.items()} for name in names}
+
+
+def report(backlog_s: float = 0.0, requests: int = 0, load: float = 0.0, start_s: float = 0.0) -> dict[str, float]:
+    return replica_report(backlog_s=backlog_s, request_s=2.0, load=load, requests=requests, start_s=start_s)
+
+
+def test_requests_that_no_replica_knows_of_yet_count_as_the_mean_request() -> None:
+    replicas, _ = PredictedWorkPolicy(target_wait_s=10.0)(
+        Asked(total_num_requests=41, raw_metrics=reported(a=report(backlog_s=32.0, requests=16)))
+    )
+    assert replicas == 9  # 32 s there and 25 requests of 2 s elsewhere
+
+
+def test_a_request_on_its_way_from_a_handle_to_a_replica_is_counted_once() -> None:
+    metrics = reported(a=report(backlog_s=20.0, requests=10), b=report(backlog_s=20.0, requests=10))
+    policy = PredictedWorkPolicy(target_wait_s=10.0)
+    asked = Asked(current_num_replicas=2, target_num_replicas=4, total_num_requests=20, raw_metrics=metrics)
+    assert policy(asked)[0] == 4
+
+
+def test_what_a_request_takes_is_remembered_while_no_replica_runs() -> None:
+    policy = PredictedWorkPolicy(target_wait_s=10.0)
+    _, state = policy(Asked(total_num_requests=1, raw_metrics=reported(a=report(start_s=7.0))))
+    replicas, _ = policy(Asked(total_num_requests=20, raw_metrics={}, policy_state=state))
+    assert replicas == 4  # 40 s of work, of which one replica does 7 while others start
+
+
+def test_a_base_that_nobody_asked_for_yet_keeps_one_replica_while_it_has_requests() -> None:
+    assert PredictedWorkPolicy(target_wait_s=10.0)(Asked(total_num_requests=3, raw_metrics=None))[0] == 1
+
+
+@pytest.mark.parametrize("policy", ["predicted_work", "ray"])
+def test_ray_accepts_what_it_is_told(policy: str) -> None:
+    settings = AutoscalingSettings.model_validate({"policy": policy, "target_wait_s": 3.0, "max_replicas": 4})
+    config = AutoscalingConfig(**ray_settings(settings))
+    assert config.max_replicas == 4
+    assert config.policy.is_default_policy_function() == (policy == "ray")
+    if policy == "predicted_work":
+        # As Serve's controller makes it, from the pickled class.
+        made = config.policy.get_policy()(**config.policy.policy_kwargs)
+        assert made(Asked(total_num_requests=9, raw_metrics=reported(a=report(backlog_s=9.0))))[0] == 9
