@@ -50,7 +50,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-# A token of the Hub, a key of ours, or one in the shape that clients of OpenAI's use, wherever a caller may have put it.
+# A token of the Hub, a key of ours or one of the shape that OpenAI's clients use, wherever a caller may have put it.
 _CREDENTIAL = re.compile(r"\b(hf_|sk-|lpx_)[A-Za-z0-9_-]{15,}")
 
 

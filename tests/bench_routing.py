@@ -129,17 +129,18 @@ class Day:
     factor: float
 
 
-def stretch(seed: int, *, hour: int, warm_up: int, requests: int, factor: float, rate: float) -> Day:
-    """Cut a stretch out of a day of one image a request, whose requests come `rate` times as dense."""
+def stretch(seed: int, *, warm_up: int, requests: int, factor: float) -> Day:
+    """Cut out of a day of one image a request the stretch whose density is the median of all of its length."""
     traffic = replace(TRAFFICS["day"], images=((1, 1.0),), steps=((30, 1.0),))
     arrivals = generate(traffic, seed).arrivals
-    first = next(index for index, arrival in enumerate(arrivals) if arrival.at_s >= hour * 3600)
+    starts = range(warm_up, len(arrivals) - requests)
+    by_length = sorted(starts, key=lambda start: arrivals[start + requests].at_s - arrivals[start].at_s)
+    first = by_length[len(by_length) // 2]
     began_s = arrivals[first].at_s
     measured = tuple(
-        replace(arrival, at_s=(arrival.at_s - began_s) / rate / factor)
-        for arrival in arrivals[first : first + requests]
+        replace(arrival, at_s=(arrival.at_s - began_s) / factor) for arrival in arrivals[first : first + requests]
     )
-    return Day(arrivals[max(first - warm_up, 0) : first], measured, factor)
+    return Day(arrivals[first - warm_up : first], measured, factor)
 
 
 def request_of(arrival: Arrival, number: int, seed: int = 0) -> GenerationRequest:
@@ -225,10 +226,7 @@ def day(options: argparse.Namespace) -> None:
         with ray_cluster(Path(home)):
             handles = {policy: start(policy, sleeps, folder) for policy in options.policies}
             for seed in options.seeds:
-                stretched = stretch(
-                    seed, hour=12, warm_up=options.warm_up, requests=options.requests, factor=options.factor,
-                    rate=options.rate,
-                )  # fmt: skip
+                stretched = stretch(seed, warm_up=options.warm_up, requests=options.requests, factor=options.factor)
                 for policy, got in asyncio.run(all_at_once(handles, stretched, seed)).items():
                     outcomes[policy].append(got)
                     say(f"seed {seed}, {policy:20}: {_line(got, options.factor)}")
@@ -292,11 +290,10 @@ def main() -> None:
     timing.add_argument("--count", type=int, default=5000)
     comparing = commands.add_parser("day")
     comparing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    comparing.add_argument("--requests", type=int, default=150)
-    comparing.add_argument("--warm-up", type=int, default=150)
-    comparing.add_argument("--factor", type=float, default=12.0, help="how many times faster than the day")
-    comparing.add_argument("--rate", type=float, default=1.9, help="how many times denser than the day")
-    comparing.add_argument("--host", type=int, default=24, help="adapters in a replica's host memory")
+    comparing.add_argument("--requests", type=int, default=400)
+    comparing.add_argument("--warm-up", type=int, default=300)
+    comparing.add_argument("--factor", type=float, default=20.0, help="how many times faster than the day")
+    comparing.add_argument("--host", type=int, default=64, help="adapters in a replica's host memory")
     comparing.add_argument("--policies", nargs="+", default=[OURS, LEAST, RAYS], choices=list(POLICIES))
     comparing.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -11,7 +11,7 @@ import pytest
 
 from tests.broken_adapters import write_broken_adapters
 from tests.hub_server import HubServer
-from tests.service import BASES, Service, base_settings, ray_cluster
+from tests.service import BASES, EMBEDDED, Service, base_settings, ray_cluster
 
 # Speed lives in benchmarks: a machine that is busy for a moment fails no property.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -20,7 +20,6 @@ hypothesis.settings.load_profile("untimed")
 # What runs against a cluster runs in one process, one after the other; everything else runs beside it, by module.
 # The tests of faults have a cluster of several nodes to themselves, and so need a run of their own.
 CLUSTER_FOLDERS = {"integration", "clients", "browser"}
-EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -20,6 +20,7 @@ from PIL import Image
 from serve_app.environment import launch_environment
 
 BASES = ("demo/sdxl", "demo/sd15")
+EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
 STYLES = ("sketch", "pixel-art", "sepia", "night", "inverted", "stripes")
 
 

@@ -42,7 +42,7 @@ class Demand:
         return frozenset(need.key for need in self.adapters)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # never changed, but not frozen: a hundred are made for a decision, at twice the price
 class ReplicaView:
     """What is known of a replica when a request is to be placed.
 

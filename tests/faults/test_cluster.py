@@ -58,7 +58,7 @@ def config(hub: HubServer, cache: Path, *, max_steps: int) -> dict[str, Any]:
                     "policy": "ray",
                     "min_replicas": FIRST_NODES,
                     "max_replicas": NODES,
-                    "target_ongoing_requests": 1,
+                    "target_ongoing_requests": 2,
                     "downscale_delay_s": 600,
                 },
             }

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from ray import serve
 
-from tests.conftest import EMBEDDED
 from tests.hub_server import CDN, HubServer
-from tests.service import Service
+from tests.service import EMBEDDED, Service
 
 PROMPT = "a white cross on a green background"
 BASE = "demo/sd15"

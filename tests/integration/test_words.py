@@ -7,10 +7,9 @@ import json
 import numpy as np
 import pytest
 from safetensors.numpy import save
-from tests.conftest import EMBEDDED
 
 from tests.hub_server import HubServer
-from tests.service import Service
+from tests.service import EMBEDDED, Service
 
 PROMPT = "a <s0> square on a <s1> background"
 
