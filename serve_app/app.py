@@ -16,8 +16,6 @@ from serve_app.deployments.replica import BaseModelReplica
 from serve_app.environment import read_environment
 from serve_app.routing.router import router_config
 
-# One Serve worker restart should not take every replica of a base with it.
-MAX_SURGE_PERCENT = 25
 # Ray gives the head node, and no other, one of this.
 HEAD_NODE = "node:__internal_head__"
 # Each ingress replica has one question open with the keeper of aliases, for about two seconds.

@@ -277,3 +277,8 @@ class Environment(StrictModel):
     hub_token: SecretStr | None = None
     hub_endpoint: str | None = None
     cache_dir: Path
+
+    @property
+    def token(self) -> str | None:
+        """The Hub token in the clear, for the Hub's client alone."""
+        return self.hub_token.get_secret_value() if self.hub_token else None

@@ -22,7 +22,7 @@ from serve_app.catalog.holdings import KnownAdapter
 from serve_app.catalog.hub import HubRepositories
 from serve_app.catalog.lookups import SharedLookups
 from serve_app.catalog.repository import EMBEDDED, FOLDER, HUB, Repositories
-from serve_app.config import AppConfig, BaseModelConfig
+from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterRef, AdapterSpec, AdapterUse, HubToken
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
 from serve_app.refusals import NotAnAdapter
@@ -250,17 +250,11 @@ class Catalog:
 
 
 def build_repositories(
-    config: AppConfig,
-    *,
-    token: str | None,
-    embedded_root: Path | None,
-    cache_dir: Path,
-    endpoint: str | None = None,
+    config: AppConfig, environment: Environment, *, embedded_root: Path | None
 ) -> tuple[Repositories, ...]:
     """Return the places that a configuration names, in the order in which they are asked.
 
-    `endpoint` is the Hub's, where the environment names one and the configuration does not. The embedded
-    place is there for the embedded bases even where its adapters are not served.
+    The embedded place is there for the embedded bases even where its adapters are not served.
     """
     sources = config.adapters
     places: list[Repositories] = []
@@ -269,6 +263,7 @@ def build_repositories(
     if sources.folders:
         places.append(FolderRepositories(sources.folders, origin=FOLDER))
     if sources.hub.enabled:
-        hub_endpoint = sources.hub.endpoint or endpoint
-        places.append(HubRepositories(sources.hub, token=token, cache_dir=cache_dir, endpoint=hub_endpoint))
+        endpoint = sources.hub.endpoint or environment.hub_endpoint
+        token, cache_dir = environment.token, environment.cache_dir
+        places.append(HubRepositories(sources.hub, token=token, cache_dir=cache_dir, endpoint=endpoint))
     return tuple(places)

@@ -23,7 +23,6 @@ REVISION_CHARACTERS = 40
 MAX_CARD_BYTES = 256 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_FILES = 10_000
-_CHUNK_BYTES = 1024 * 1024
 
 
 class FolderRepositories:
@@ -146,11 +145,8 @@ class FolderRepositories:
         known = self._digests.get(str(path))
         if known is not None and known[:2] == (stat.st_mtime_ns, stat.st_size):
             return known[2]
-        digest = hashlib.sha256()
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-        revision = digest.hexdigest()[:REVISION_CHARACTERS]
+            revision = hashlib.file_digest(file, "sha256").hexdigest()[:REVISION_CHARACTERS]
         self._digests[str(path)] = (stat.st_mtime_ns, stat.st_size, revision)
         return revision
 

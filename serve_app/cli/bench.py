@@ -6,9 +6,10 @@ Owns arguments and what is printed. Torch is imported by the commands alone, so 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import typer
+from rich.console import RenderableType
 
 from serve_app.bench.options import (
     AdmissionOptions,
@@ -23,6 +24,22 @@ from serve_app.bench.options import (
 )
 from serve_app.cli import traffic
 from serve_app.cli.terminal import out, print_line, reporting
+
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)]
+
+
+class Reported(Protocol):
+    """What every benchmark returns."""
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for the same run."""
+        ...
+
+    def to_json(self) -> str:
+        """Return the whole report."""
+        ...
+
 
 app = typer.Typer(no_args_is_help=True, help="Measure this machine, simulate a service, load one.")
 
@@ -42,7 +59,7 @@ def swap(
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads on the CPU.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoiser steps of an image of the stream.")] = None,
     latent: Annotated[int | None, typer.Option(min=8, help="Height and width of its latents; even.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Change adapters, diffusers' way and ours, side by side, with random weights; nothing is downloaded."""
     from serve_app.bench.swap import run_swap
@@ -53,10 +70,7 @@ def swap(
     )
     with reporting(as_json=False):
         report = run_swap(options)
-    print_line(f"$ {report.command}")
-    out.print(render(report))
-    if json_file is not None:
-        json_file.write_text(report.to_json())
+    _show(report, render(report), json_file)
 
 
 @app.command()
@@ -66,7 +80,7 @@ def start(
     repeat: Annotated[int, typer.Option(min=1, help="Repeats of each step; medians are shown.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Load a base, and read its file's bytes; its random weights are written to the temporary folder once."""
     from serve_app.bench.start import run_start
@@ -74,10 +88,7 @@ def start(
 
     with reporting(as_json=False):
         report = run_start(StartOptions(model, dtype, repeat, seed, threads))
-    print_line(f"$ {report.command}")
-    out.print(render_start(report))
-    if json_file is not None:
-        json_file.write_text(report.to_json())
+    _show(report, render_start(report), json_file)
 
 
 @app.command()
@@ -89,7 +100,7 @@ def pipeline(
     repeat: Annotated[int, typer.Option(min=1, help="Pairs of each choice; medians are shown.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the images and of the random weights.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Measure each choice in a pipeline's set-up, both ways in turn, on the demo bases and a narrow SDXL."""
     from serve_app.bench.pipeline import run_pipeline
@@ -97,10 +108,7 @@ def pipeline(
 
     with reporting(as_json=False):
         report = run_pipeline(PipelineOptions(device, dtype, size, steps, repeat, seed, threads))
-    print_line(f"$ {report.command}")
-    out.print(render_pipeline(report))
-    if json_file is not None:
-        json_file.write_text(report.to_json())
+    _show(report, render_pipeline(report), json_file)
 
 
 @app.command()
@@ -112,7 +120,7 @@ def admission(
     steps: Annotated[int, typer.Option(min=1, help="Denoiser steps of the generation in each window.")] = 20,
     latent: Annotated[int, typer.Option(min=8, help="Height and width of its latents; even.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report there.", dir_okay=False)] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Admit files never seen, in the process that replicas use, alone and beside a running generation."""
     from serve_app.bench.admission import run_admission
@@ -120,8 +128,13 @@ def admission(
 
     with reporting(as_json=False):
         report = run_admission(AdmissionOptions(model, dtype, rank, repeat, steps, latent, seed))
+    _show(report, render_admission(report), json_file)
+
+
+def _show(report: Reported, table: RenderableType, json_file: Path | None) -> None:
+    """Print how to repeat a run and what it found, and write it down where that was asked for."""
     print_line(f"$ {report.command}")
-    out.print(render_admission(report))
+    out.print(table)
     if json_file is not None:
         json_file.write_text(report.to_json())
 

@@ -37,11 +37,6 @@ class Sources:
     environment: Environment
     places: tuple[Repositories, ...]
 
-    @property
-    def token(self) -> str | None:
-        """The Hub token of the environment."""
-        return self.environment.hub_token.get_secret_value() if self.environment.hub_token else None
-
     def base(self, name: str) -> BaseModelConfig:
         """Return the configured base of that id or alias.
 
@@ -114,13 +109,7 @@ def open_sources(path: Path | None) -> Sources:
         path = DEFAULT_FILE
     config = _embedded_config() if path is None else _config_of(path)
     environment = read_environment(config)
-    places = build_repositories(
-        config,
-        token=environment.hub_token.get_secret_value() if environment.hub_token else None,
-        embedded_root=embedded_root(),
-        cache_dir=environment.cache_dir,
-        endpoint=environment.hub_endpoint,
-    )
+    places = build_repositories(config, environment, embedded_root=embedded_root())
     return Sources(config, environment, places)
 
 

@@ -28,13 +28,14 @@ from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.alias_keeper import KeeperHandle
 from serve_app.deployments.alias_mirror import AliasMirror
+from serve_app.deployments.census import Count, replica_counts
 from serve_app.deployments.gateway import ServiceGateway
 from serve_app.deployments.keys import Keys
 from serve_app.deployments.logs import set_up_logging
 from serve_app.deployments.measured import Measured
 from serve_app.deployments.pressure import Pressure
 from serve_app.deployments.registry import ServiceRegistry
-from serve_app.deployments.roll_call import RollCall, counted
+from serve_app.deployments.roll_call import RollCall
 from serve_app.deployments.sharing import on_this_node
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.telemetry import IngressMetrics
@@ -43,8 +44,6 @@ from serve_app.work import work_units
 log = logging.getLogger(__name__)
 
 READINESS_TTL_S = 1.0
-# Serve types its states as an enumeration, and sends them as text.
-RUNNING: Any = "RUNNING"
 SEED_BITS = 32
 # A new ingress waits this long for the aliases before it serves without them.
 ALIASES_PATIENCE_S = 5.0
@@ -169,14 +168,8 @@ class Readiness:
         return self._is_ready
 
     def _any_running(self) -> bool:
-        application = serve.status().applications.get(self._app_name)
-        if application is None:
-            return False
-        return any(
-            overview.replica_states.get(RUNNING, 0) > 0
-            for name, overview in application.deployments.items()
-            if name in self._deployments
-        )
+        counts = replica_counts(self._app_name)
+        return any(count.running for name, count in counts.items() if name in self._deployments)
 
 
 @serve.deployment
@@ -195,13 +188,7 @@ class Ingress:
         environment = on_this_node(environment)
         self._config = config
         self._metrics = IngressMetrics()
-        repositories = build_repositories(
-            config,
-            token=environment.hub_token.get_secret_value() if environment.hub_token else None,
-            embedded_root=embedded_root(),
-            cache_dir=environment.cache_dir,
-            endpoint=environment.hub_endpoint,
-        )
+        repositories = build_repositories(config, environment, embedded_root=embedded_root())
         app_name = serve.get_replica_context().app_name
         self._aliases = AliasMirror(KeeperHandle(keeper), on_change=self._metrics.aliases_known)
         catalog = Catalog(
@@ -211,8 +198,13 @@ class Ingress:
             meant=self._aliases.meant,
             on_access_check=self._metrics.access_checked,
         )
-        deployments = {base.id: deployment_name(base.id) for base in config.bases}
-        replicas = RollCall(handles, lambda: counted(deployments, app_name), clock=time.monotonic)
+
+        def counts() -> dict[str, Count]:
+            known = replica_counts(app_name)
+            names = {base.id: deployment_name(base.id) for base in config.bases}
+            return {base_id: known[name] for base_id, name in names.items() if name in known}
+
+        replicas = RollCall(handles, counts, clock=time.monotonic)
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,

@@ -53,7 +53,7 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
         base,
         resolve_source(base.source, embedded_root()),
         vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
-        hub=HubAccess(token=_token(environment)),
+        hub=HubAccess(token=environment.token),
         digests=FileDigests(environment.cache_dir / "digests"),
     )
 
@@ -89,15 +89,7 @@ def make_store(
     from serve_app.engine.canonical import read_canonical
 
     is_on_gpu = pipeline.device.type == "cuda"
-    files: Files = AdapterFiles(
-        build_repositories(
-            config,
-            token=_token(environment),
-            embedded_root=embedded_root(),
-            cache_dir=environment.cache_dir,
-            endpoint=environment.hub_endpoint,
-        )
-    )
+    files: Files = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
     if shared_files is not None:
         sharing = config.adapters.sharing
         files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
@@ -120,7 +112,3 @@ def make_store(
         host_budget_bytes=base.replica.host_cache,
         clock=time.monotonic,
     )
-
-
-def _token(environment: Environment) -> str | None:
-    return environment.hub_token.get_secret_value() if environment.hub_token else None

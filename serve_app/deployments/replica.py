@@ -204,9 +204,12 @@ class BaseModelReplica:
         for lease in leases:
             self._metrics.adapter_found(lease.tier)
             self._demand.note(lease.spec)
+        self._tell_host_tier()
+        return dataclasses.replace(result, timings=timings)
+
+    def _tell_host_tier(self) -> None:
         host = self._store.state()
         self._metrics.host_tier(used_bytes=host.used_bytes, evictions=host.evictions)
-        return dataclasses.replace(result, timings=timings)
 
     async def _lease_all(
         self, request: GenerationRequest, pins: contextlib.AsyncExitStack
@@ -297,8 +300,7 @@ class BaseModelReplica:
         state = self._worker.snapshot()
         self._metrics.quarantined(self._quarantine.held)
         # Ray forgets a level that is not told again, so it is told with every health check.
-        host = self._store.state()
-        self._metrics.host_tier(used_bytes=host.used_bytes, evictions=host.evictions)
+        self._tell_host_tier()
         self._metrics.started(start_s=self._start_s, warmed=0)
         self._metrics.self_checked(sound=state.self_checks, is_corrupt=state.is_corrupt)
         if (reason := ailment(state, self._base.id)) is not None:

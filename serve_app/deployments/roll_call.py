@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.catalog.holdings import ReplicaReport
 from serve_app.core import AdapterSpec, HubToken
+from serve_app.deployments.census import Count
 from serve_app.errors import LoraplexError, NotReady
 
 log = logging.getLogger(__name__)
@@ -26,13 +26,6 @@ log = logging.getLogger(__name__)
 REPORTS_TTL_S = 1.0
 ANSWER_TIMEOUT_S = 1.0
 FORGET_TIMEOUT_S = 5.0
-# Serve types its states as an enumeration, and sends them as text.
-RUNNING: Any = "RUNNING"
-STARTING: Any = "STARTING"
-
-
-# How many replicas of each base run and start.
-Counts = Mapping[str, tuple[int, int]]
 
 
 class RollCall:
@@ -41,7 +34,7 @@ class RollCall:
     def __init__(
         self,
         handles: Mapping[str, DeploymentHandle],
-        counts: Callable[[], Counts],
+        counts: Callable[[], Mapping[str, Count]],
         *,
         clock: Callable[[], float],
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
@@ -50,7 +43,7 @@ class RollCall:
 
         Args:
             handles: The way to the replicas of each base.
-            counts: How many there are; may block, and is called in a thread.
+            counts: How many there are of each base; may block, and is called in a thread.
             clock: Monotonic seconds.
             answer_timeout_s: How long a replica has to say what it does.
         """
@@ -73,7 +66,7 @@ class RollCall:
                 self._reports = tuple(
                     report
                     for base, answers in zip(self._handles, asked, strict=True)
-                    for report in self._complete(base, answers, *known.get(base, (len(answers), 0)))
+                    for report in self._complete(base, answers, known.get(base, Count(running=len(answers))))
                 )
                 self._asked_at = self._clock()
         return self._reports
@@ -106,13 +99,13 @@ class RollCall:
         answers = await self._ask(base, "report", timeout_s=self._answer_timeout_s)
         return [answer for answer in answers if isinstance(answer, ReplicaReport)]
 
-    def _complete(self, base: str, answers: list[ReplicaReport], running: int, starting: int) -> list[ReplicaReport]:
+    def _complete(self, base: str, answers: list[ReplicaReport], count: Count) -> list[ReplicaReport]:
         """Add those that run and did not answer, as they were when they last did, and those that start."""
         answered = {report.id: report for report in answers}
         missing = [report for id_, report in self._last[base].items() if id_ not in answered]
-        silent = [replace(report, state="SILENT") for report in missing[: max(0, running - len(answers))]]
+        silent = [replace(report, state="SILENT") for report in missing[: max(0, count.running - len(answers))]]
         self._last[base] = answered | {report.id: report for report in silent}
-        new = [ReplicaReport(f"starting-{index + 1}", base, state="STARTING") for index in range(starting)]
+        new = [ReplicaReport(f"starting-{index + 1}", base, state="STARTING") for index in range(count.starting)]
         return [*sorted(answers, key=lambda report: report.id), *silent, *new]
 
     async def _ask(self, base: str, method: str, *args: Any, timeout_s: float | None) -> list[Any]:
@@ -136,25 +129,12 @@ class RollCall:
                     wait.cancel()
         return [wait.exception() or wait.result() for wait in waits if wait in done and not wait.cancelled()]
 
-    async def _counts(self) -> Counts:
+    async def _counts(self) -> Mapping[str, Count]:
         """Return how many replicas of each base there are, as far as Serve says in time."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(self._counts_of), self._answer_timeout_s)
         except (RayError, RayServeException, TimeoutError):
             return {}
-
-
-def counted(deployments: Mapping[str, str], app_name: str) -> Counts:
-    """Return how many replicas of each base Serve says there are; `deployments` are their names by base."""
-    application = serve.status().applications.get(app_name)
-    if application is None:
-        return {}
-    states = {name: overview.replica_states for name, overview in application.deployments.items()}
-    return {
-        base: (states[name].get(RUNNING, 0), states[name].get(STARTING, 0))
-        for base, name in deployments.items()
-        if name in states
-    }
 
 
 def _own(errors: Sequence[BaseException]) -> LoraplexError | None:

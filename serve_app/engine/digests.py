@@ -13,8 +13,6 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_READ_BYTES = 1 << 20
-
 
 class FileDigests:
     """The sha256 of files, in hex; kept in a folder of small notes, one for each path, or not at all.
@@ -69,8 +67,5 @@ def _keep(note: Path, content: dict[str, int | str]) -> None:
 
 
 def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

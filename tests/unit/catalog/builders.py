@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import SecretStr
 from safetensors.numpy import save
 
 from serve_app.catalog.catalog import Catalog, build_repositories
-from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, HubSettings
+from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, Environment, HubSettings
 from serve_app.core import AdapterRef
 from serve_app.settings import ModelSource
 from tests.hub_server import HubServer
@@ -115,12 +116,9 @@ class World:
         )
 
     def places(self, config: AppConfig | None = None):
-        return build_repositories(
-            config or self.config(),
-            token=self.token,
-            embedded_root=self.folder / "demo-root",
-            cache_dir=self.folder / "cache",
-        )
+        token = SecretStr(self.token) if self.token is not None else None
+        environment = Environment(hub_token=token, cache_dir=self.folder / "cache")
+        return build_repositories(config or self.config(), environment, embedded_root=self.folder / "demo-root")
 
     def catalog(
         self, config: AppConfig | None = None, *, meant: Callable[[AdapterRef], AdapterRef] = lambda ref: ref

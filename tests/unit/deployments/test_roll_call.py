@@ -7,6 +7,7 @@ import pytest
 
 from serve_app.catalog.holdings import ReplicaReport
 from serve_app.core import AdapterSpec
+from serve_app.deployments.census import Count
 from serve_app.deployments.roll_call import RollCall
 from serve_app.errors import ModelNotFound, NotReady
 
@@ -57,7 +58,8 @@ class Clock:
 
 def roll_call(counts: dict[str, tuple[int, int]], clock: Clock | None = None, **handles: Handle) -> RollCall:
     by_base: Any = {base.replace("_", "/"): handle for base, handle in handles.items()}
-    return RollCall(by_base, lambda: counts, clock=clock or Clock(), answer_timeout_s=0.05)
+    known = {base: Count(*count) for base, count in counts.items()}
+    return RollCall(by_base, lambda: known, clock=clock or Clock(), answer_timeout_s=0.05)
 
 
 def report(name: str, **fields: Any) -> ReplicaReport:

@@ -22,15 +22,8 @@ from serve_app.store.store import AdapterStore, Lease
 
 
 def spec(name: str) -> AdapterSpec:
-    return AdapterSpec(
-        id=f"demo/{name}",
-        base_id="demo/base",
-        revision="0" * 40,
-        filename="pytorch_lora_weights.safetensors",
-        origin="folder",
-        location="elsewhere",
-        size_bytes=10,
-    )
+    filename = "pytorch_lora_weights.safetensors"
+    return AdapterSpec(f"demo/{name}", "demo/base", "0" * 40, filename, "folder", "elsewhere", size_bytes=10)
 
 
 class Remote:
