@@ -13,13 +13,14 @@ test: $(VENV)/.dev  ## the whole test suite
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --ignore tests/faults
 	@$(BIN)/python -m pytest tests/faults
 
-check: $(VENV)/.dev  ## format, lint, types, layers, configuration
+check: $(VENV)/.dev  ## format, lint, types, layers, configuration, known vulnerabilities
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/pyright
 	@$(BIN)/loraplex check serve_config.yaml
 	@$(BIN)/python -m cluster.validate $(if $(CI),--strict)
+	@$(BIN)/python -m tests.audit
 
 bench: $(VENV)/.dev  ## what waiting and swaps cost on this machine
 	@$(BIN)/python -m tests.bench_service

@@ -28,6 +28,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state, set_a
 from ray.cluster_utils import Cluster
 
 OBJECT_STORE_BYTES = 128 * 1024**2
+JOIN_S = 120.0
 ISOLATION = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SCHEDULER_EVENTS": "0",
@@ -35,6 +36,7 @@ ISOLATION = {
     "RAY_worker_niceness": "0",
     # A busy machine takes its time to start a node.
     "RAY_raylet_start_wait_time_s": "180",
+    "RAY_agent_register_timeout_ms": "180000",
     # Else a metric takes ten seconds to be seen.
     "RAY_metrics_report_interval_ms": "1000",
 }
@@ -59,11 +61,16 @@ class NodeShape:
 
 
 class LocalCluster:
-    """A head without room for replicas, and worker nodes that come and go; Serve's proxy is on the head."""
+    """A head without room for replicas, and worker nodes that come and go.
 
-    def __init__(self, *, port: int) -> None:
+    `proxies` says where Serve's proxies are: "HeadOnly", or "EveryNode" that has a replica. All of a machine's share
+    one port, among which the kernel spreads connections.
+    """
+
+    def __init__(self, *, port: int, proxies: str = "HeadOnly") -> None:
         self.url = f"http://127.0.0.1:{port}"
         self._port = port
+        self._proxies = proxies
         self._cluster = Cluster()
         self._nodes: dict[str, Any] = {}
 
@@ -71,7 +78,7 @@ class LocalCluster:
         """Start the head, and Serve on it."""
         self._cluster.add_node(**NodeShape(cpus=0).arguments(), include_dashboard=False)
         ray.init(address=self._cluster.address, log_to_driver=False)
-        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": self._port})
+        serve.start(proxy_location=self._proxies, http_options={"host": "127.0.0.1", "port": self._port})
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -81,9 +88,10 @@ class LocalCluster:
     def grow(self, workers: int, shape: NodeShape) -> tuple[str, ...]:
         """Start some worker nodes, wait until all have joined, and return their ids."""
         added = [self._cluster.add_node(wait=False, **shape.arguments()) for _ in range(workers)]
-        self._cluster.wait_for_nodes(timeout=60)
         self._nodes |= {str(node.node_id): node for node in added}
-        return tuple(str(node.node_id) for node in added)
+        ids = tuple(str(node.node_id) for node in added)
+        _wait_until_alive(frozenset(ids))
+        return ids
 
     def kill(self, node_id: str) -> None:
         """End a node and all that runs on it, without a word to anybody."""
@@ -109,8 +117,23 @@ class LocalCluster:
         self._cluster.shutdown()
 
 
+def _wait_until_alive(node_ids: frozenset[str]) -> None:
+    """Return once nodes have joined, whatever Ray has noticed of others that were lost.
+
+    Raises:
+        TimeoutError: they have not joined within `JOIN_S`.
+    """
+    until = time.monotonic() + JOIN_S
+    while not node_ids <= {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+        if time.monotonic() > until:
+            raise TimeoutError(f"nodes did not join within {JOIN_S:g} s")
+        time.sleep(0.1)
+
+
 @contextmanager
-def local_cluster(workers: int, shape: NodeShape, *, port: int | None = None) -> Iterator[LocalCluster]:
+def local_cluster(
+    workers: int, shape: NodeShape, *, port: int | None = None, proxies: str = "HeadOnly"
+) -> Iterator[LocalCluster]:
     """Run a cluster of one head and some workers, apart from any other Ray of this machine and user.
 
     It has a token of its own: Ray programs look for any cluster on their machine, and might take this one for theirs.
@@ -121,7 +144,7 @@ def local_cluster(workers: int, shape: NodeShape, *, port: int | None = None) ->
         set_auth_mode("token")
         set_env_auth_token(secrets.token_hex(32))
         reset_auth_token_state()
-        cluster = LocalCluster(port=port or free_port())
+        cluster = LocalCluster(port=port or free_port(), proxies=proxies)
         try:
             cluster.start()
             cluster.grow(workers, shape)

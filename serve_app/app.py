@@ -5,6 +5,8 @@ Serve config files name `serve_app.app:build`.
 """
 # No `from __future__ import annotations` here: Serve reads the annotation of `build` to make the pydantic model.
 
+from typing import Any
+
 from ray.serve import Application
 
 from serve_app.autoscaling import ray_settings
@@ -12,31 +14,49 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.deployments.alias_keeper import AliasKeeper
 from serve_app.deployments.file_index import FileIndex
 from serve_app.deployments.ingress import Ingress, deployment_name
+from serve_app.deployments.limit_keeper import LimitKeeper, is_needed
+from serve_app.deployments.pressure import most_held
 from serve_app.deployments.replica import BaseModelReplica
 from serve_app.environment import read_environment
 from serve_app.routing.router import router_config
+from serve_app.tracing import check_tracing
 
 # Ray gives the head node, and no other, one of this.
 HEAD_NODE = "node:__internal_head__"
 # Each ingress replica has one question open with the keeper of aliases, for about two seconds.
 KEEPER_MAX_ONGOING = 1000
 KEEPER_SHUTDOWN_S = 5.0
+MAX_QUEUED_IN_PROXY = 1000
+# Its answers take no time; what waits for it is bounded by what the ingress replicas let in.
+LIMITS_MAX_ONGOING = 10_000
 
 
 def build(config: AppConfig) -> Application:
     """Return the application: one ingress deployment, and one deployment per configured base."""
+    return assemble(config, BaseModelReplica)
+
+
+def assemble(config: AppConfig, replica: Any) -> Application:
+    """Return the application with `BaseModelReplica`, or a deployment like it, for each base."""
+    check_tracing(config.tracing)
     environment = read_environment(config)
     sharing = config.adapters.sharing
     files = FileIndex.bind(sharing) if sharing.enabled else None
-    handles = {base.id: _base_deployment(base, config, environment, files) for base in config.bases}
+    handles = {base.id: _base_deployment(replica, base, config, environment, files) for base in config.bases}
     ingress = config.ingress
     return Ingress.options(
         num_replicas=ingress.replicas,
-        max_ongoing_requests=ingress.max_ongoing_requests,
+        max_ongoing_requests=ingress.max_ongoing_requests + most_held(config),
+        # What waits for the bases must not stand before health checks and refusals. What finds all replicas full
+        # waits in the proxy; requests for images are refused before that.
+        max_queued_requests=MAX_QUEUED_IN_PROXY,
+        backpressure_config={"status_code": 429, "retry_after_s": 1.0},
         ray_actor_options={"num_cpus": ingress.num_cpus},
+        health_check_period_s=ingress.health_check_period_s,
+        health_check_timeout_s=ingress.health_check_timeout_s,
         # Longer than the longest request, or a scale-down would cut requests off.
         graceful_shutdown_timeout_s=ingress.request_timeout_s,
-    ).bind(config, environment, handles, _keeper_deployment(config, environment))
+    ).bind(config, environment, handles, _keeper_deployment(config, environment), _limits_deployment(config))
 
 
 def _keeper_deployment(config: AppConfig, environment: Environment) -> Application:
@@ -49,11 +69,23 @@ def _keeper_deployment(config: AppConfig, environment: Environment) -> Applicati
     ).bind(config.registry.path, environment, config.log_level)
 
 
+def _limits_deployment(config: AppConfig) -> Application | None:
+    if not is_needed(config):
+        return None
+    # On the head node, so that no node that comes and goes takes it along.
+    return LimitKeeper.options(
+        max_ongoing_requests=LIMITS_MAX_ONGOING,
+        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
+        graceful_shutdown_timeout_s=KEEPER_SHUTDOWN_S,
+        health_check_period_s=5.0,
+    ).bind(config.log_level)
+
+
 def _base_deployment(
-    base: BaseModelConfig, config: AppConfig, environment: Environment, files: Application | None
+    kind: Any, base: BaseModelConfig, config: AppConfig, environment: Environment, files: Application | None
 ) -> Application:
     replica = base.replica
-    return BaseModelReplica.options(
+    return kind.options(
         name=deployment_name(base.id),
         max_ongoing_requests=replica.max_ongoing_requests,
         max_queued_requests=replica.max_queued_requests,
@@ -65,5 +97,6 @@ def _base_deployment(
         },
         request_router_config=router_config(base, config),
         health_check_period_s=replica.health_check_period_s,
+        health_check_timeout_s=replica.health_check_timeout_s,
         graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s,
     ).bind(base, config, environment, files)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     ByteSize,
@@ -120,7 +121,7 @@ class HubSettings(StrictModel):
 
     With `forward_tokens`, adapters are looked up as anybody sees them, and what not everybody may read with the
     caller's own token; a check of a caller's access counts for `access_ttl_s`. The service's token is then for bases
-    alone.
+    alone. `cache_size` is what fetched files may take of a node's disk beside the admitted ones made of them.
     """
 
     enabled: bool = True
@@ -129,6 +130,7 @@ class HubSettings(StrictModel):
     download_timeout_s: PositiveFloat = 600.0
     forward_tokens: bool = False
     access_ttl_s: PositiveFloat = 60.0
+    cache_size: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
 
 
 class SharingSettings(StrictModel):
@@ -162,7 +164,8 @@ class IngressSettings(StrictModel):
     """The HTTP face: how many replicas, and what a request may weigh.
 
     `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a stream is silent before a
-    comment keeps proxies from cutting it.
+    comment keeps proxies from cutting it. A request whose replica dies is sent again `max_retries` times. A replica of
+    the face that gives no answer to three health checks in a row, each within `health_check_timeout_s`, is replaced.
     """
 
     replicas: PositiveInt = 2
@@ -174,6 +177,8 @@ class IngressSettings(StrictModel):
     keep_alive_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0
     max_retries: int = Field(default=2, ge=0)
+    health_check_period_s: PositiveFloat = 5.0
+    health_check_timeout_s: PositiveFloat = 10.0
     cors_origins: tuple[str, ...] = ()
 
 
@@ -184,7 +189,7 @@ class RegistrySettings(StrictModel):
 
 
 class KeyLimits(StrictModel):
-    """What a key may ask of each ingress replica; None means no limit. `burst` None means one second's requests."""
+    """What a key may ask of the service; None means no limit. `burst` None means one second's requests."""
 
     requests_per_s: PositiveFloat | None = None
     burst: PositiveInt | None = None
@@ -225,6 +230,34 @@ class AuthSettings(StrictModel):
         return keys
 
 
+class TracingSettings(StrictModel):
+    """Where OpenTelemetry traces go, by OTLP over HTTP, such as `http://collector:4318`; None for nowhere.
+
+    `sample` is the share of requests that are traced, of those whose caller has not decided that with `traceparent`.
+    """
+
+    endpoint: str | None = None
+    sample: float = Field(default=0.1, ge=0.0, le=1.0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_address(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("endpoint must be the address of a collector, such as http://collector:4318")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("endpoint is an address alone; credentials go into OTEL_EXPORTER_OTLP_HEADERS on nodes")
+        return endpoint.rstrip("/")
+
+
+class MetricsSettings(StrictModel):
+    """How many adapters have metrics of their own: those asked for most of late; the rest are counted together."""
+
+    top_adapters: int = Field(default=20, ge=0, le=200)
+
+
 class AppConfig(StrictModel):
     """One Loraplex application: its bases, its adapter sources, its HTTP face.
 
@@ -238,6 +271,8 @@ class AppConfig(StrictModel):
     ingress: IngressSettings = IngressSettings()
     registry: RegistrySettings = RegistrySettings()
     auth: AuthSettings = AuthSettings()
+    tracing: TracingSettings = TracingSettings()
+    metrics: MetricsSettings = MetricsSettings()
     cache_dir: Path | None = None
     cache_size: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -44,6 +44,14 @@ class HubToken:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceContext:
+    """Where in which trace something belongs, in the two headers of W3C's Trace Context."""
+
+    traceparent: str
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterRef:
     """An adapter as a request names it, before anything is known about it."""
 
@@ -117,7 +125,8 @@ class GenerationDraft:
     """A request as it was asked: whatever is None is for the base's defaults to fill in.
 
     `model` is the id in the route (a base or an adapter), None where the route names none. `mask` goes with `image`
-    and has its size. `num_previews` is how many previews of each image a stream should carry at most.
+    and has its size. `num_previews` is how many previews of each image a stream should carry at most. `key` is the name
+    of the caller's key, for log lines.
     """
 
     prompt: str
@@ -138,6 +147,7 @@ class GenerationDraft:
     priority: Priority = "interactive"
     due: Due | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +155,8 @@ class GenerationRequest:
     """A request with nothing left open: the same value gives the same image on any replica.
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
-    None means the base's own. With `image`, width and height are the output's size. `num_previews`, `priority` and
-    `due` change no image.
+    None means the base's own. With `image`, width and height are the output's size. `num_previews`, `priority`, `due`
+    and `trace` change no image.
     """
 
     request_id: str
@@ -168,6 +178,7 @@ class GenerationRequest:
     priority: Priority = "interactive"
     due: Due | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
+    trace: TraceContext | None = field(default=None, repr=False, compare=False)
 
     @property
     def planned_steps(self) -> int:

@@ -36,3 +36,17 @@ def launch_environment() -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": PROXY_GUARDS,
         **os.environ,
     }
+
+
+# What the loader, Python's own start, temporary files and torch's threads need, and nothing that could be a secret.
+_FOR_CHILDREN = (
+    "PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONHASHSEED",
+    "PYTHONMALLOC", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
+)  # fmt: skip
+
+
+def child_environment() -> dict[str, str]:
+    """Return the environment of a process that reads files nobody vouches for: no token, no key, no way to the Hub, and
+    no GPU."""
+    passed = {name: os.environ[name] for name in _FOR_CHILDREN if name in os.environ}
+    return {**passed, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -30,13 +30,17 @@
     │   ├── AdmissionTimedOut       checking the file took longer than allowed
     │   └── Quarantined             its images failed on the device again and again
     ├── QueueFull 429
+    ├── Overloaded 429              more comes in than can be looked at
     ├── KeyLimitReached 429         a key that asks for more than it may
     ├── InternalError 500           ours
     ├── Unavailable 503
     │   ├── NotReady                the base is starting
     │   ├── BaseUnusable            the base cannot be loaded as configured; raised at start, not by requests
     │   ├── HubUnavailable          the Hub did not answer
-    │   └── ReplicaLost             the replica died; asking again may succeed
+    │   ├── DiskFull                no room for an adapter on a replica's node
+    │   ├── OutOfMemory             the device has no room for it, not even alone
+    │   ├── ReplicaLost             the replica died; asking again may succeed
+    │   └── IngressLost             the way to the replicas died; asking again may succeed
     └── DeadlineExceeded 504
         └── DeadlineOutOfReach      it would run out of its time, and was not begun
 
@@ -46,6 +50,7 @@ a token. Errors travel between processes, so each rebuilds itself from its field
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -57,6 +62,11 @@ _CREDENTIAL = re.compile(r"\b(hf_|sk-|lpx_)[A-Za-z0-9_-]{15,}")
 def without_credentials(text: str) -> str:
     """Return a text in which whatever looks like a token or key is cut down to its first letters."""
     return _CREDENTIAL.sub(r"\1***", text)
+
+
+def holds_credentials(text: str) -> bool:
+    """Whether anything in a text looks like a token or key."""
+    return _CREDENTIAL.search(text) is not None
 
 
 def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
@@ -81,6 +91,12 @@ class LoraplexError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from fields, so that keyword construction survives pickling."""
         return _rebuild, (type(self), dict(self.__dict__))
+
+
+def without_frames(error: LoraplexError) -> LoraplexError:
+    """Return an error that is to be kept without the frames of it and of its causes: they keep all in them alive."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
 
 
 class BadRequest(LoraplexError):
@@ -255,6 +271,17 @@ class QueueFull(LoraplexError):
 
 
 @dataclass(eq=False)
+class Overloaded(LoraplexError):
+    """More requests come in than can be looked at, let alone drawn."""
+
+    retry_after_s: int = 1
+    status = 429
+    code = "overloaded"
+    retry_after = True
+    template = "more is asked of the service than it can do; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
 class KeyLimitReached(LoraplexError):
     """A key that asks for more than it may."""
 
@@ -318,14 +345,55 @@ class HubUnavailable(Unavailable):
 
 
 @dataclass(eq=False)
+class DiskFull(Unavailable):
+    """The disk of a replica's node has no room for an adapter, not even after dropping what was cached."""
+
+    model: str
+    retry_after_s: int = 30
+    code = "disk_full"
+    template = (
+        "{model} could not be prepared: the disk of the node that serves it is full and must be given room; "
+        "try again in {retry_after_s} s"
+    )
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Say whether the disk, or this user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(eq=False)
+class OutOfMemory(Unavailable):
+    """The device had no room for a request, nor when it was tried again alone; `advice` says what would take less."""
+
+    base: str
+    what: str
+    advice: str
+    retry_after_s: int = 10
+    code = "out_of_memory"
+    template = "{base} has no memory left for {what}; {advice}, or try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
 class ReplicaLost(Unavailable):
-    """The replica that had the request died, and so did those tried after it."""
+    """The replica that had the request died, and so did those tried after it; `why` is for metrics alone."""
 
     base: str
     attempts: int
     retry_after_s: int = 2
+    why: str = "closing"
     code = "replica_lost"
     template = "{base} lost this request's replica ({attempts} attempts); try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class IngressLost(Unavailable):
+    """The ingress replica that had the request died, and so did those tried after it."""
+
+    attempts: int
+    retry_after_s: int = 2
+    code = "ingress_lost"
+    template = "the request was lost on its way to a replica ({attempts} attempts); try again in {retry_after_s} s"
 
 
 @dataclass(eq=False)

@@ -87,14 +87,16 @@ class Defaults(StrictModel):
 
 
 class AutoscalingSettings(StrictModel):
-    """Autoscaling of one deployment, in Ray Serve's own terms but for the first two.
+    """Autoscaling of one deployment, in Ray Serve's own terms but for the first three.
 
     The policy "predicted_work" wants at most `target_wait_s` of predicted work before each replica; "ray" is Serve's
-    own, which goes by `target_ongoing_requests`.
+    own, which goes by `target_ongoing_requests`. The first request to a base without replicas starts
+    `replicas_from_zero` at once, whatever comes with it.
     """
 
     policy: Literal["predicted_work", "ray"] = "predicted_work"
     target_wait_s: PositiveFloat = 10.0
+    replicas_from_zero: PositiveInt = 1
     min_replicas: int = Field(default=1, ge=0)
     initial_replicas: int | None = Field(default=None, ge=0)
     max_replicas: PositiveInt = 1
@@ -111,6 +113,10 @@ class AutoscalingSettings(StrictModel):
             raise ValueError(f"min_replicas {self.min_replicas} is over max_replicas {self.max_replicas}")
         if self.initial_replicas is not None and not (self.min_replicas <= self.initial_replicas <= self.max_replicas):
             raise ValueError("initial_replicas must lie between min_replicas and max_replicas")
+        if self.replicas_from_zero > self.max_replicas:
+            raise ValueError(f"replicas_from_zero {self.replicas_from_zero} is over max_replicas {self.max_replicas}")
+        if self.replicas_from_zero > 1 and self.policy == "ray":
+            raise ValueError("replicas_from_zero goes with the policy predicted_work")
         return self
 
 
@@ -128,13 +134,17 @@ class ReplicaSettings(StrictModel):
     A waiting request may be overtaken by others that need no swap, `max_overtakes` times and for `max_overtaken_s`;
     one of priority "batch" also by interactive ones that come within `batch_delay_s` of it. With over `max_backlog_s`
     of predicted work ahead, requests are refused. A new replica fetches the adapters that others use most before it
-    takes requests, for at most `warm_up_timeout_s` and `warm_up_size`.
+    takes requests, for at most `warm_up_timeout_s` and `warm_up_size`. A replica that gives no answer to three health
+    checks in a row, each within `health_check_timeout_s`, is replaced.
+
+    A replica whose device makes no headway for `stall_after_s` though it has work is replaced. None means 300 s, or
+    1200 s with `compile`; it must be longer than a whole pass, as a GPU's steps may be launched long before they run.
     """
 
     num_cpus: PositiveFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     torch_threads: PositiveInt | None = None
-    max_ongoing_requests: PositiveInt = 16
+    max_ongoing_requests: PositiveInt = 8
     max_queued_requests: PositiveInt = 64
     max_batch_images: PositiveInt = 4
     max_overtakes: int = Field(default=4, ge=0)
@@ -150,6 +160,8 @@ class ReplicaSettings(StrictModel):
     prepare_ahead: Literal["auto", "always", "never"] = "auto"
     pristine_in: Literal["auto", "device", "host"] = "auto"
     health_check_period_s: PositiveFloat = 5.0
+    health_check_timeout_s: PositiveFloat = 10.0
+    stall_after_s: PositiveFloat | None = None
     graceful_shutdown_timeout_s: PositiveFloat = 120.0
 
 

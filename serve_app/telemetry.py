@@ -2,18 +2,20 @@
 
 Owns the names, labels and buckets, and the two objects through which an ingress and a replica report. Serve
 adds the labels deployment, replica and application by itself, to metrics made inside a replica: make these
-objects there. Labels have few values: bases, tiers, error codes and route templates, never adapters, callers
-or prompts. Must not know where its numbers come from.
+objects there. Labels have few values: bases, tiers, error codes and route templates, never callers or prompts, and of
+adapters those that `serve_app.top_adapters` names. Must not know where its numbers come from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ray.serve import metrics
 
-from serve_app.core import Timings
+from serve_app.core import GenerationRequest, GenerationResult, Timings
+from serve_app.top_adapters import PRIVATE, TopAdapters
 
 # From a swap of a millisecond to a download of minutes.
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -37,7 +39,10 @@ class Declaration:
 
 REQUESTS = Declaration("loraplex_requests", "Requests answered.", ("route", "status", "base"))
 REFUSALS = Declaration("loraplex_refusals", "Requests answered with an error, by its code.", ("code",))
-RETRIES = Declaration("loraplex_retries", "Requests sent again because their replica was lost.", ("base",))
+RETRIES = Declaration("loraplex_retries", "Requests sent again as their replica was lost, by why.", ("base", "why"))
+LOST = Declaration(
+    "loraplex_ingress_losses", "Requests that lost their ingress replica, by what became of them.", ("result",)
+)
 QUEUE = Declaration("loraplex_queue_seconds", "Wait in a replica for the device.", ("base",), SECONDS)
 FETCH = Declaration("loraplex_fetch_seconds", "Wait for the request's adapters.", ("base",), SECONDS)
 SWAP = Declaration("loraplex_swap_seconds", "Applying the request's adapters.", ("base",), SECONDS)
@@ -48,6 +53,14 @@ ADAPTERS = Declaration("loraplex_adapters", "Adapters asked for, by where they w
 FILES = Declaration("loraplex_file_fetches", "Adapter files brought to a node, by where from.", ("base", "tier"))
 EVICTIONS = Declaration("loraplex_evictions", "Adapters that left host memory.", ("base",))
 RESIDENT = Declaration("loraplex_resident_bytes", "Adapters in host memory.", ("base",))
+# Few tell much: a label's value stays for as long as its process lives.
+BY_ADAPTER = Declaration(
+    "loraplex_adapter_requests", "Requests answered with images, by the adapters asked for most.", ("base", "adapter")
+)
+DEVICE_BY_ADAPTER = Declaration(
+    "loraplex_adapter_device_seconds", "Device time of those requests' images.", ("base", "adapter")
+)
+SPANS = Declaration("loraplex_spans", "Spans of traces, by whether the collector took them.", ("result",))
 CANCELLED = Declaration(
     "loraplex_cancelled", "Requests given up by their caller or deadline, by how far they were.", ("base", "stage")
 )
@@ -59,6 +72,9 @@ QUARANTINED = Declaration(
     "loraplex_quarantined", "Adapters, by scale, refused for now because they failed on the device.", ("base",)
 )
 
+SHORTAGES = Declaration(
+    "loraplex_memory_shortages", "Times that a device had no room, by what came of the second try.", ("base", "outcome")
+)
 BACKLOG = Declaration("loraplex_backlog_seconds", "Predicted work that runs, waits or fetches.", ("base",))
 PREDICTED = Declaration("loraplex_predicted_seconds", "What finished passes were predicted to take.", ("base",))
 BUSY = Declaration("loraplex_busy_seconds", "What finished passes took.", ("base",))
@@ -71,12 +87,13 @@ ROUTED = Declaration(
 )
 ALIASES = Declaration("loraplex_aliases", "Further names of adapters that an ingress replica knows.", ())
 ACCESS = Declaration("loraplex_access_checks", "Checks of a caller's access with its own Hub token.", ("result",))
+GRANTS = Declaration("loraplex_key_grants", "Requests of keys with limits that were let in, by whose count.", ("by",))
 
 DECLARED = (
-    ALIASES, ACCESS,
-    REQUESTS, REFUSALS, RETRIES,
+    ALIASES, ACCESS, GRANTS,
+    REQUESTS, REFUSALS, RETRIES, LOST,
     QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, ADAPTERS, FILES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
-    QUARANTINED, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED,
+    QUARANTINED, SHORTAGES, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED, BY_ADAPTER, DEVICE_BY_ADAPTER, SPANS,
 )  # fmt: skip
 
 
@@ -101,6 +118,56 @@ class Meters:
         return self.histogram(declared.name, declared.description, list(declared.buckets), declared.tag_keys)
 
 
+class ProxyMetrics:
+    """What the layers around one of Serve's proxies report."""
+
+    def __init__(self, meters: Meters | None = None) -> None:
+        meters = meters or Meters()
+        self._lost = meters.count(LOST)
+        self._refusals = meters.count(REFUSALS)
+
+    def lost(self, result: str) -> None:
+        """Count a request that lost its ingress replica: it was sent again, refused, or its answer cut off."""
+        self._lost.inc(1, {"result": result})
+
+    def shed(self) -> None:
+        """Count a request that is refused before an ingress replica has seen it."""
+        self._refusals.inc(1, {"code": "overloaded"})
+
+
+class TracingMetrics:
+    """What one process reports of its traces."""
+
+    def __init__(self, meters: Meters | None = None) -> None:
+        self._spans = (meters or Meters()).count(SPANS)
+
+    def sent(self, spans: int, is_sent: bool) -> None:
+        """Count spans that the collector took, or that are lost."""
+        self._spans.inc(spans, {"result": "sent" if is_sent else "lost"})
+
+
+class AdapterMetrics:
+    """What one ingress replica reports by adapter: of the `top` asked for most of late each by its id, the rest
+    together, and together those that not everybody may read."""
+
+    def __init__(self, top: int, *, clock: Callable[[], float], meters: Meters | None = None) -> None:
+        meters = meters or Meters()
+        self._names = TopAdapters(top, clock=clock)
+        self._requests = meters.count(BY_ADAPTER)
+        self._device_s = meters.count(DEVICE_BY_ADAPTER)
+
+    def drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
+        """Count a request that got its images; one with several adapters counts for each of them."""
+        # Requests that shared a pass share its time.
+        device_s = result.compute_s * request.num_images / max(result.batch_size, 1)
+        for use in request.adapters:
+            name = self._names.label(use.spec.id) if request.hub_token is None else PRIVATE
+            labels = {"base": request.base_id, "adapter": name}
+            self._requests.inc(1, labels)
+            if device_s > 0:
+                self._device_s.inc(device_s, labels)
+
+
 class IngressMetrics:
     """What one ingress replica reports."""
 
@@ -111,6 +178,7 @@ class IngressMetrics:
         self._retries = meters.count(RETRIES)
         self._aliases = meters.level(ALIASES)
         self._access = meters.count(ACCESS)
+        self._grants = meters.count(GRANTS)
 
     def answered(self, *, route: str, status: int, base_id: str | None) -> None:
         """Count an answer; `route` is the template, not the path, and the base is None while unknown."""
@@ -128,9 +196,13 @@ class IngressMetrics:
         """Count a check of a caller's access: "ok", or the code of its refusal."""
         self._access.inc(1, {"result": result})
 
-    def retried(self, base_id: str) -> None:
-        """Count a request that goes to another replica."""
-        self._retries.inc(1, {"base": base_id})
+    def granted(self, by: str) -> None:
+        """Count a request of a key with limits: let in by the "keeper" of all, or as this replica's "share"."""
+        self._grants.inc(1, {"by": by})
+
+    def retried(self, base_id: str, why: str) -> None:
+        """Count a request that goes to another replica, by why its first one was lost."""
+        self._retries.inc(1, {"base": base_id, "why": why})
 
 
 class RouterMetrics:
@@ -165,6 +237,8 @@ class ReplicaMetrics:
         self._evictions_reported = 0
         self._self_checks = meters.count(SELF_CHECKS)
         self._quarantined = meters.level(QUARANTINED)
+        self._shortages = meters.count(SHORTAGES)
+        self._shortages_reported = {"recovered": 0, "refused": 0}
         self._sound_reported = 0
         self._is_mismatch_reported = False
         self._backlog = meters.level(BACKLOG)
@@ -231,3 +305,10 @@ class ReplicaMetrics:
         if is_corrupt and not self._is_mismatch_reported:
             self._self_checks.inc(1, {**self._base, "result": "mismatch"})
             self._is_mismatch_reported = True
+
+    def out_of_memory(self, *, recovered: int, refused: int) -> None:
+        """Report how often memory ran out, counted since the start, by what came of the second try."""
+        for outcome, count in (("recovered", recovered), ("refused", refused)):
+            if count > self._shortages_reported[outcome]:
+                self._shortages.inc(count - self._shortages_reported[outcome], {**self._base, "outcome": outcome})
+                self._shortages_reported[outcome] = count

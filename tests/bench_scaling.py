@@ -1,7 +1,7 @@
 """How soon after a burst every replica that it needs is asked for: `python -m tests.bench_scaling [runs]`.
 
 Runs Serve's own controller with the product's policy and default intervals over replicas that sleep: 40 requests of a
-quarter of a second meet one replica, where 2.5 s of work are wanted before each of at most four.
+quarter of a second meet one replica, or none, where 2.5 s of work are wanted before each of at most four.
 """
 
 from __future__ import annotations
@@ -21,33 +21,45 @@ REPLICAS = 4
 APP = "sleeping"
 
 
-def run() -> float:
-    """Return the seconds from the burst until all replicas run or start."""
+def run(before: int, from_zero: int) -> tuple[float, float]:
+    """Return the seconds from the burst until all replicas run or start, and until all is answered.
+
+    `before` replicas run when the burst comes; where none does, it starts `from_zero` at once.
+    """
     from ray import serve
 
-    settings = AutoscalingSettings(target_wait_s=2.5, max_replicas=REPLICAS)
+    settings = AutoscalingSettings(
+        target_wait_s=2.5, min_replicas=before, replicas_from_zero=from_zero, max_replicas=REPLICAS
+    )
     deployment = Sleeper.options(
-        autoscaling_config=ray_settings(settings), max_ongoing_requests=16, ray_actor_options={"num_cpus": 0.1}
+        autoscaling_config=ray_settings(settings), max_ongoing_requests=4, ray_actor_options={"num_cpus": 0.1}
     )
     handle = serve.run(deployment.bind(), name=APP, route_prefix=None)
-    calls = [handle.generate.remote(sleeping_request(number)) for number in range(40)]
     began = time.perf_counter()
+    calls = [handle.generate.remote(sleeping_request(number)) for number in range(40)]
     while sum(serve.status().applications[APP].deployments["Sleeper"].replica_states.values()) < REPLICAS:
         time.sleep(0.02)
-    taken_s = time.perf_counter() - began
+    asked_s = time.perf_counter() - began
     for call in calls:
         call.result(timeout_s=60)
+    answered_s = time.perf_counter() - began
     serve.delete(APP)
-    return taken_s
+    return asked_s, answered_s
 
 
 def main() -> None:
-    """Print the machine and each run's seconds."""
+    """Print each run's seconds, and how busy the machine was."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as home, ray_cluster(Path(home)):
-        for _ in range(runs):
+        for before, from_zero in ((1, 1), (0, 1), (0, REPLICAS)) * runs:
             load = os.getloadavg()[0]
-            print(f"{REPLICAS} replicas asked for after {run():.2f} s; load {load:.1f}", flush=True)  # noqa: T201
+            asked_s, answered_s = run(before, from_zero)
+            start = "one runs" if before else f"none runs, {from_zero} come from zero"
+            print(  # noqa: T201
+                f"{start}: {REPLICAS} asked for after {asked_s:.2f} s, all answered after {answered_s:.2f} s; "
+                f"load {load:.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import hypothesis
 import pytest
 
 from tests.broken_adapters import write_broken_adapters
+from tests.collector import Collector
 from tests.hub_server import HubServer
 from tests.service import BASES, EMBEDDED, Service, base_settings, ray_cluster
 
@@ -59,7 +60,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 
 @pytest.fixture(scope="session")
-def service(cluster: int, hub: HubServer, broken_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Service:
+def collector() -> Iterator[Collector]:
+    """A collector of traces; the service sends it those of callers who ask for one, and no others."""
+    with Collector() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def service(
+    cluster: int, hub: HubServer, broken_root: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
+) -> Service:
     from ray import serve
 
     from serve_app.app import build
@@ -74,6 +84,7 @@ def service(cluster: int, hub: HubServer, broken_root: Path, tmp_path_factory: p
                 "hub": {"endpoint": hub.endpoint, "timeout_s": 60.0},
             },
             "ingress": {"replicas": 2, "num_cpus": 0.1, "body_timeout_s": 4.0},
+            "tracing": {"endpoint": collector.endpoint, "sample": 0.0},
             "cache_dir": str(tmp_path_factory.mktemp("cache")),
         }
     )

@@ -17,10 +17,10 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".onnx")
 CHUNK_BYTES = 16 * 1024
 
 
-def listen() -> socket.socket:
+def listen(port: int = 0) -> socket.socket:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", 0))
+    listener.bind(("127.0.0.1", port))
     # Listening before the server runs: whoever connects early waits in the backlog, so nobody has to poll.
     listener.listen(128)
     return listener
@@ -58,6 +58,18 @@ def slowed(response: Response, bytes_per_s: float | None) -> Response:
 
     headers = dict(response.headers)
     return StreamingResponse(trickle(), status_code=response.status_code, headers=headers)
+
+
+def broken_off(response: Response, after_bytes: int | None) -> Response:
+    """Send the first bytes of what the headers promise, and then hang up."""
+    if after_bytes is None or response.status_code >= 300:
+        return response
+    body, headers = bytes(response.body), dict(response.headers)
+
+    async def first() -> AsyncIterator[bytes]:
+        yield body[:after_bytes]
+
+    return StreamingResponse(first(), status_code=response.status_code, headers=headers)
 
 
 def card_data(readme: bytes) -> dict[str, object]:

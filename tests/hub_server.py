@@ -28,6 +28,7 @@ from starlette.routing import Route
 from tests.hub_responses import (
     LFS_SUFFIXES,
     blob_facts,
+    broken_off,
     card_data,
     git_oid,
     listen,
@@ -56,13 +57,18 @@ class HubRequest:
 
 @dataclass(frozen=True)
 class Fault:
-    """How a repository misbehaves: a status instead of the answer, a delay, a slow body, the whole file for a range."""
+    """How a repository misbehaves: a status instead of the answer, a delay, a slow body, the whole file for a range, a
+    body that ends too early or holds other bytes, a size that is not the file's. After `times` answers it behaves."""
 
     status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     delay_s: float = 0.0
     bytes_per_s: float | None = None
     ignores_range: bool = False
+    cut_after_bytes: int | None = None
+    alters_bytes: bool = False
+    claimed_bytes: int | None = None
+    times: int | None = None
     kinds: tuple[str, ...] = (INFO, TREE, FILE, CDN)
 
 
@@ -74,6 +80,7 @@ class _Repository:
     private: bool = False
     allowed_tokens: frozenset[str] = frozenset()
     fault: Fault | None = None
+    faults_left: int | None = None
     held: asyncio.Event | None = None
     is_holding_downloads_only: bool = False
     tags: tuple[str, ...] = ()
@@ -100,12 +107,14 @@ class _Server(uvicorn.Server):
 class HubServer:
     """A running Hub; a context manager. `down()` closes its doors for good."""
 
-    def __init__(self) -> None:
+    def __init__(self, ports: tuple[int, int] = (0, 0)) -> None:
+        """Listen, for the Hub and its CDN; on ports of an earlier Hub this is that one, back again."""
         self.requests: list[HubRequest] = []
         self._repositories: dict[str, _Repository] = {}
         self._renamed: dict[str, str] = {}
         self._arrived = threading.Condition()
-        self._hub_socket, self._cdn_socket = listen(), listen()
+        self._hub_socket, self._cdn_socket = (listen(port) for port in ports)
+        self.ports = (self._hub_socket.getsockname()[1], self._cdn_socket.getsockname()[1])
         self.endpoint = f"http://127.0.0.1:{self._hub_socket.getsockname()[1]}"
         self.cdn = f"http://127.0.0.1:{self._cdn_socket.getsockname()[1]}"
         self._closing = asyncio.Event()
@@ -191,7 +200,8 @@ class HubServer:
 
     def fail(self, repo_id: str, fault: Fault | None) -> None:
         """Make a repository misbehave, or behave again; it need not exist."""
-        self._repositories.setdefault(repo_id, _Repository()).fault = fault
+        repository = self._repositories.setdefault(repo_id, _Repository())
+        repository.fault, repository.faults_left = fault, fault.times if fault else None
 
     def hold(self, repo_id: str, *, is_downloads_only: bool = False) -> None:
         """Keep back every answer about a repository, or only those with a whole large file, until `release`."""
@@ -278,7 +288,14 @@ class HubServer:
             repository = self._repositories.get(repo_id)
             fault = await self._misbehave(repository, kind, is_download=kind == CDN and "range" not in request.headers)
             self._authorise(repository, kind, token)
-            return slowed(answer(request, repo_id, revision), fault.bytes_per_s if fault else None)
+            answered = answer(request, repo_id, revision)
+            if fault is None:
+                return answered
+            if fault.alters_bytes and answered.body:
+                answered.body = answered.body[:-1] + bytes([answered.body[-1] ^ 1])
+            if fault.claimed_bytes is not None and "x-linked-size" in answered.headers:
+                answered.headers["x-linked-size"] = str(fault.claimed_bytes)
+            return broken_off(slowed(answered, fault.bytes_per_s), fault.cut_after_bytes)
         except _Refusal as refused:
             return refused.response
 
@@ -291,8 +308,10 @@ class HubServer:
         if repository.held is not None and (is_download or not repository.is_holding_downloads_only):
             await self._until(repository.held.wait())
         fault = repository.fault
-        if fault is None or kind not in fault.kinds:
+        if fault is None or kind not in fault.kinds or repository.faults_left == 0:
             return None
+        if repository.faults_left is not None:
+            repository.faults_left -= 1
         if fault.delay_s:
             await self._until(asyncio.sleep(fault.delay_s))
         if fault.status is not None:

@@ -12,8 +12,8 @@ import tempfile
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from contextlib import AsyncExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Sleeps:
     file_bytes: int
     max_batch_images: int
     policy: QueuePolicy
+    is_fetching_late: bool = False  # the device waits for adapters that are fetched only when their turn comes
 
 
 @dataclass(frozen=True)
@@ -138,9 +139,10 @@ class SleepingReplica:
         self._hold = multiplexer(sleeps.host_adapters)
         self._device = SleepingDevice(self._sleeps)
         self._recorder = Recorder(wall_clock=time.time, clock=time.monotonic)
+        self._turn = asyncio.Lock() if sleeps.is_fetching_late else nullcontext()
         self._store: AdapterStore[bytes] = AdapterStore(
             admitted=AdmittedFiles(
-                Path(tempfile.mkdtemp(prefix="sleeping-")),
+                Path(tempfile.mkdtemp(prefix="sleeping-", dir=folder.parent)),
                 1,
                 base_fingerprint="sleeping",
                 dtype="none",
@@ -157,7 +159,7 @@ class SleepingReplica:
     async def generate(self, request: GenerationRequest) -> Slept:
         demand = demand_of(request)
         self._device.expect(demand.units)
-        async with AsyncExitStack() as pins:
+        async with self._turn, AsyncExitStack() as pins:
             with self._recorder.fetching(demand):
                 leases = await asyncio.gather(
                     *(pins.enter_async_context(self._store.lease(use.spec)) for use in request.adapters)
@@ -198,8 +200,3 @@ class LeastLoadedRouter(RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         return [self._rng.sample(candidate_replicas, len(candidate_replicas))]
-
-
-def quickened(request: GenerationRequest) -> GenerationRequest:
-    """The same request with next to no work: what warms the replicas up."""
-    return replace(request, steps=1)

@@ -28,7 +28,6 @@ SERVE_METRICS = frozenset(
         "ray_serve_autoscaling_target_replicas",
         "ray_serve_deployment_queued_queries",
         "ray_serve_deployment_replica_healthy",
-        "ray_serve_registered_multiplexed_model_id",
         "ray_serve_replica_processing_queries",
     }
 )

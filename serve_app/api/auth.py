@@ -9,14 +9,14 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.caller import Caller, read_hub_token
 from serve_app.api.faults import fault_response
-from serve_app.api.limits import KeyAllowance
+from serve_app.api.limits import UNLIMITED, LocalMeter, Meter
 from serve_app.config import ApiKey, digest_of
 from serve_app.errors import AdminRequired, LoraplexError, Unauthorised
 
@@ -34,11 +34,13 @@ class Access:
     """The rules in force.
 
     `keys` are those of now, asked for at each request: with none, everybody may do everything. `takes_hub_tokens` says
-    that callers may bring their own token for the Hub.
+    that callers may bring their own token for the Hub. `meter` counts what keys with limits ask for; None means that
+    this process counts for itself.
     """
 
     keys: Callable[[], tuple[ApiKey, ...]] = tuple
     takes_hub_tokens: bool = False
+    meter: Meter | None = None
     on_refusal: Callable[[str], None] = field(default=lambda _: None)
 
 
@@ -59,8 +61,7 @@ class Authentication:
         """Guard an application; `clock` is in monotonic seconds."""
         self._app = app
         self._access = access
-        self._clock = clock
-        self._allowances: dict[ApiKey, KeyAllowance] = {}
+        self._meter = access.meter or LocalMeter(clock=clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -78,7 +79,7 @@ class Authentication:
             await self._app(scope, receive, send)
             return
         log.info("request %s: %s %s with key %s", request_id, scope["method"], _path(scope), key.name)
-        if scope["method"] in READING:
+        if scope["method"] in READING or key.limits == UNLIMITED:
             await self._app(scope, receive, send)
             return
         await self._metered(key, scope, receive, send)
@@ -97,17 +98,15 @@ class Authentication:
             if needs_admin(method, path) and not key.admin:
                 raise AdminRequired(key.name)
         token = read_hub_token(headers, is_key_in_authorization=bool(keys)) if self._access.takes_hub_tokens else None
-        if key is None:
-            return None, Caller(hub_token=token)
-        return key, Caller(key.name, _Spending(self._allowance(key)), token)
+        return key, Caller(None if key is None else key.name, hub_token=token)
 
     async def _metered(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
-        allowance = self._allowance(key)
         try:
-            allowance.begin()
+            grant = await self._meter.begin(key.name, key.limits)
         except LoraplexError as error:
             await self._refuse(error, scope, receive, send)
             return
+        scope["state"]["caller"] = replace(scope["state"]["caller"], allowance=grant)
         status = 0
 
         async def send_seen(message: Message) -> None:
@@ -119,10 +118,7 @@ class Authentication:
         try:
             await self._app(scope, receive, send_seen)
         finally:
-            allowance.end()
-            if not 200 <= status < 300:
-                spending: _Spending = scope["state"]["caller"].allowance
-                spending.undo()
+            grant.end(drew=200 <= status < 300)
 
     async def _refuse(self, error: LoraplexError, scope: Scope, receive: Receive, send: Send) -> None:
         log.info("request %s: %s: %s", scope["state"]["request_id"], error.code, error)
@@ -131,36 +127,6 @@ class Authentication:
         if isinstance(error, Unauthorised):
             response.headers["www-authenticate"] = "Bearer"
         await response(scope, receive, send)
-
-    def _allowance(self, key: ApiKey) -> KeyAllowance:
-        if key not in self._allowances:
-            # Keys come and go with the file of keys; what is gone need not be counted on.
-            known = set(self._access.keys())
-            self._allowances = {one: allowance for one, allowance in self._allowances.items() if one in known}
-            self._allowances[key] = KeyAllowance(key.name, key.limits, clock=self._clock)
-        return self._allowances[key]
-
-
-class _Spending:
-    """The images that one request took off its key's allowance."""
-
-    def __init__(self, allowance: KeyAllowance) -> None:
-        self._allowance = allowance
-        self._spent = 0
-
-    def spend_images(self, count: int) -> None:
-        """Take images off.
-
-        Raises:
-            KeyLimitReached, OutOfBounds: as the allowance does.
-        """
-        self._allowance.spend_images(count)
-        self._spent += count
-
-    def undo(self) -> None:
-        """Give them back: none came of it."""
-        self._allowance.return_images(self._spent)
-        self._spent = 0
 
 
 def _presented(headers: Headers, keys: tuple[ApiKey, ...]) -> ApiKey:

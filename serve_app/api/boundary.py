@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.faults import fault_response, internal_error
 from serve_app.api.replies import EXPOSED_HEADERS, Stages
-from serve_app.errors import HeadersTooLarge
+from serve_app.errors import HeadersTooLarge, holds_credentials
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_ID.fullmatch(given) else self._new_request_id()
+        is_fit = _SANE_ID.fullmatch(given) and not holds_credentials(given)
+        request_id = given if is_fit else self._new_request_id()
         scope.setdefault("state", {}).update(request_id=request_id, stages=Stages())
         has_started = False
 

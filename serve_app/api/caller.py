@@ -23,7 +23,7 @@ _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{1,250}")
 class Allowance(Protocol):
     """What a key may still draw."""
 
-    def spend_images(self, count: int) -> None:
+    async def spend_images(self, count: int) -> None:
         """Take images off what the key may draw now.
 
         Raises:
@@ -57,7 +57,7 @@ def hub_token_of(request: Request) -> HubToken | None:
     return caller_of(request).hub_token
 
 
-def permitted(request: Request, draft: GenerationDraft) -> GenerationDraft:
+async def permitted(request: Request, draft: GenerationDraft) -> GenerationDraft:
     """Take a draft off what its caller may draw, and return it with what the caller may see.
 
     Raises:
@@ -65,8 +65,8 @@ def permitted(request: Request, draft: GenerationDraft) -> GenerationDraft:
     """
     caller = caller_of(request)
     if caller.allowance is not None:
-        caller.allowance.spend_images(draft.num_images)
-    return draft if caller.hub_token is None else replace(draft, hub_token=caller.hub_token)
+        await caller.allowance.spend_images(draft.num_images)
+    return draft if caller is NOBODY else replace(draft, hub_token=caller.hub_token, key=caller.key)
 
 
 def read_hub_token(headers: Headers, *, is_key_in_authorization: bool) -> HubToken | None:

@@ -68,10 +68,10 @@ class EventStream(Response):
             log.info("request %s: the caller left its stream", self._request_id)
         except LoraplexError as error:
             log.warning("request %s: its stream ended in %s: %s", self._request_id, error.code, error)
-            await _write(send, _failure(error))
+            await _write(send, failure_event(error))
         except Exception:
             log.exception("request %s failed in its stream", self._request_id)
-            await _write(send, _failure(InternalError(self._request_id)))
+            await _write(send, failure_event(InternalError(self._request_id)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -93,7 +93,8 @@ async def _chunks(events: AsyncGenerator[ServerEvent], keep_alive_s: float) -> A
             yield event.encode()
 
 
-def _failure(error: LoraplexError) -> bytes:
+def failure_event(error: LoraplexError) -> bytes:
+    """Return the last event of a stream that failed, as it is written."""
     return ServerEvent("error", json.dumps({"error": fault_content(error)})).encode()
 
 

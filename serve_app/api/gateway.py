@@ -33,8 +33,17 @@ class Registry(Protocol):
         than a second."""
         ...
 
-    async def replicas(self) -> tuple[ReplicaReport, ...]:
-        """Return the replicas of every base; one that hangs is there without its details."""
+    async def lora(self, name: str, *, token: HubToken | None) -> LoraReport:
+        """Return one adapter or alias.
+
+        Raises:
+            LoraplexError: whatever resolving the name raises.
+        """
+        ...
+
+    async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
+        """Return the replicas of every base, each with those of its adapters that the caller may know of; one that
+        hangs is there without its details."""
         ...
 
     async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:

@@ -76,7 +76,7 @@ def add_inference_routes(app: FastAPI, gateway: Gateway, settings: IngressSettin
         priority = priority_of(request)
         form = choose_format(",".join(request.headers.getlist("accept")))
         read = await _read_draft(request, model, settings)
-        draft = permitted(request, for_queue(read, priority=priority, deadline=deadline))
+        draft = await permitted(request, for_queue(read, priority=priority, deadline=deadline))
         stages.end("parse")
         result = await while_connected(
             request,

@@ -53,7 +53,8 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     ) -> Response:
         draft = for_queue(draft, priority=priority_of(request), deadline=deadline)
         with own_names():
-            return await (stream if asked.stream else draw)(request, asked, permitted(request, draft), kind, deadline)
+            draft = await permitted(request, draft)
+            return await (stream if asked.stream else draw)(request, asked, draft, kind, deadline)
 
     async def stream(
         request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline

@@ -23,6 +23,7 @@ from serve_app.api.registry_schemas import (
     BaseDefaults,
     BaseLimits,
     DeletedLora,
+    HeldBackLora,
     HeldLora,
     Lora,
     LoraList,
@@ -61,10 +62,16 @@ def add_registry_routes(app: FastAPI, registry: Registry, settings: IngressSetti
         rows = await registry.loras(token=hub_token_of(request))
         return _json(LoraList(data=[_lora(row) for row in rows]))
 
+    @app.get("/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **FAULTS}, **listed)
+    async def lora(name: str, request: Request) -> Response:
+        """Say of one adapter or alias what the list would."""
+        return _json(_lora(await registry.lora(name, token=hub_token_of(request))))
+
     @app.get("/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **FAULTS}, **listed)
-    async def replicas() -> Response:
+    async def replicas(request: Request) -> Response:
         """List the replicas of every base: what each is doing, and which adapters it holds."""
-        return _json(ReplicaList(data=[_replica(report) for report in await registry.replicas()]))
+        reports = await registry.replicas(token=hub_token_of(request))
+        return _json(ReplicaList(data=[_replica(report) for report in reports]))
 
     @app.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **FAULTS}, **listed)
     async def bases() -> Response:
@@ -172,6 +179,16 @@ def _lora(row: LoraReport) -> Lora:
         hits=row.hits,
         last_used=row.last_used_s,
         instance_prompt=spec.instance_prompt,
+        quarantine=[
+            HeldBackLora(
+                replica=replica,
+                scale=_scale(held.scales[held.keys.index(spec.key)]),
+                beside=len(held.keys) - 1,  # not which: not everybody may know of them
+                reason=held.reason,
+                retry_after_s=held.left_s,
+            )
+            for replica, held in row.held_back
+        ],
     )
 
 

@@ -53,6 +53,16 @@ class Residence(BaseModel):
     tier: Literal["applied", "device", "host"]
 
 
+class HeldBackLora(BaseModel):
+    """That a replica refuses an adapter for now, because its images failed on the device again and again."""
+
+    replica: str
+    scale: float | ScalesReply = Field(description="it is refused at this scale alone")
+    beside: int = Field(description="it is refused together with so many certain other adapters")
+    reason: str
+    retry_after_s: int = Field(description="for how long")
+
+
 class Lora(BaseModel):
     """An adapter known so far, or an alias of one."""
 
@@ -69,6 +79,7 @@ class Lora(BaseModel):
     hits: int = Field(description="requests for it, on the replicas that run now")
     last_used: float | None = Field(description="seconds since 1970")
     instance_prompt: str | None = Field(description="the words that its card says to use")
+    quarantine: list[HeldBackLora] = Field(description="what replicas refuse of it, the longest first")
 
 
 class LoraList(BaseModel):

@@ -25,11 +25,16 @@ from serve_app.bench.workload import Workload
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """How many replicas a base has: `replicas` of them, or, with a rule, what the rule wants, beginning with those."""
+    """How many replicas a base has: `replicas` of them, or, with a rule, what the rule wants, beginning with those.
+
+    From none, the first request starts `from_zero`. Each takes on `max_ongoing` requests at a time.
+    """
 
     replicas: int
     scaling: ScalingRule | None = None
     downscale_delay_s: float = 300.0
+    from_zero: int = 1
+    max_ongoing: int = 16
 
     @property
     def most(self) -> int:
@@ -67,6 +72,7 @@ def simulate(
         noise=noise,
         is_fetching_early=policy.is_fetching_early,
         swap_s=profile.blog_swap_s if policy.has_blog_swap else None,
+        max_ongoing=fleet.max_ongoing,
     )
     return _Simulation(workload, setting, policy, fleet, random.Random(seed)).run()
 
@@ -97,7 +103,9 @@ class _Simulation:
             for index in range(fleet.most)
         ]
         start_s = setting.timings.start_s
-        self._scaler = Scaler(self._pool, fleet.replicas, fleet.scaling, start_s, fleet.downscale_delay_s)
+        self._scaler = Scaler(
+            self._pool, fleet.replicas, fleet.scaling, start_s, fleet.downscale_delay_s, fleet.from_zero
+        )
         self._is_scaling = fleet.scaling is not None
 
     def run(self) -> Run:

@@ -25,11 +25,18 @@ class Scaler:
     """
 
     def __init__(
-        self, pool: Pool, replicas: int, rule: ScalingRule | None, start_s: float, down_delay_s: float
+        self,
+        pool: Pool,
+        replicas: int,
+        rule: ScalingRule | None,
+        start_s: float,
+        down_delay_s: float,
+        from_zero: int = 1,
     ) -> None:
         self.period_s = PERIOD_S
         self.most = replicas
         self._pool, self._rule, self._start_s, self._down_delay_s = pool, rule, start_s, down_delay_s
+        self._from_zero = from_zero
         pool.is_open[:replicas] = True
         self._starting = 0
         self._draining: set[int] = set()
@@ -61,6 +68,9 @@ class Scaler:
             arriving=self._arrived_s / ARRIVING_WINDOW_S if self._arrived else 0.0,
         )
         wanted = desired_replicas(load, self._rule).replicas
+        if not running and load.requests:
+            # Where none runs, Serve asks nobody and starts so many.
+            wanted = max(self._from_zero, self._starting)
         return self._follow(wanted - running - self._starting, now_s)
 
     def _follow(self, change: int, now_s: float) -> list[float]:

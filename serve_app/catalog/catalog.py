@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +212,26 @@ class Catalog:
                 with contextlib.suppress(LoraplexError):
                     found.setdefault(finding.id, KnownAdapter(finding.spec_for(base), finding.header.max_rank))
         return tuple(found[model] for model in sorted(found))
+
+    async def visible(self, models: Collection[str], token: HubToken | None) -> frozenset[str]:
+        """Return those adapters that a caller may know of; `token` is its own."""
+        if self._access is None:
+            return frozenset(models)
+        turn = asyncio.Semaphore(LISTED_AT_ONCE)
+
+        async def is_visible(model: str) -> bool:
+            async with turn:
+                try:
+                    await self._found(AdapterRef(model), token)
+                except (ModelNotFound, AccessDenied, HubUnavailable):
+                    return False
+                except LoraplexError:
+                    return True  # it was seen, and refused for what it is
+            return True
+
+        names = list(models)
+        seen = await asyncio.gather(*(is_visible(model) for model in names))
+        return frozenset(model for model, is_so in zip(names, seen, strict=True) if is_so)
 
     async def _found(self, ref: AdapterRef, token: HubToken | None) -> _Found:
         """Return an adapter as anybody sees it, else as the caller does."""

@@ -29,6 +29,21 @@ class AdapterFiles:
         """Return the file with the adapter's own words, alike; None where it has none."""
         return None if spec.embeddings is None else await self._path(spec, spec.embeddings)
 
+    def arriving_bytes(self, spec: AdapterSpec) -> int:
+        """Return how much has arrived of an adapter's file that is being fetched."""
+        place = self._places.get(spec.origin)
+        return 0 if place is None else place.arriving_bytes(spec)
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of the adapter's files: from now on they may be removed to make room."""
+        place = self._places.get(spec.origin)
+        if place is not None:
+            place.release(spec)
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove files that can be fetched again, until so many bytes are free; return how many became so. Blocks."""
+        return sum(place.make_room(needed_bytes) for place in self._places.values())
+
     async def _path(self, spec: AdapterSpec, filename: str) -> Path:
         place = self._places.get(spec.origin)
         if place is None:

@@ -23,6 +23,7 @@ REVISION_CHARACTERS = 40
 MAX_CARD_BYTES = 256 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_FILES = 10_000
+MAX_DIGESTS = 10_000
 
 
 class FolderRepositories:
@@ -57,6 +58,17 @@ class FolderRepositories:
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file itself, once the digest of the spec's files is seen to be the spec's."""
         return await run_blocking(lambda: self._download(spec, filename or spec.filename))
+
+    def arriving_bytes(self, spec: AdapterSpec) -> int:
+        """Return nothing: the files are here."""
+        return 0
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Do nothing: the files are the folder's own."""
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove nothing: the files are the folder's own."""
+        return 0
 
     async def ids(self) -> tuple[str, ...]:
         """Return every id below the roots, sorted."""
@@ -147,6 +159,8 @@ class FolderRepositories:
             return known[2]
         with path.open("rb") as file:
             revision = hashlib.file_digest(file, "sha256").hexdigest()[:REVISION_CHARACTERS]
+        if len(self._digests) >= MAX_DIGESTS:
+            self._digests.clear()
         self._digests[str(path)] = (stat.st_mtime_ns, stat.st_size, revision)
         return revision
 

@@ -38,6 +38,16 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
+class HeldBack:
+    """Adapters that a replica refuses for now, together and at these scales, why, and for how long."""
+
+    keys: tuple[str, ...]
+    scales: tuple[Scale, ...]
+    reason: str
+    left_s: int
+
+
+@dataclass(frozen=True, slots=True)
 class InWeights:
     """An adapter that is in the live weights, at a scale."""
 
@@ -62,6 +72,7 @@ class ReplicaReport:
     applied: tuple[InWeights, ...] = ()
     holdings: tuple[Holding, ...] = ()
     uses: tuple[Use, ...] = ()
+    held_back: tuple[HeldBack, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +87,8 @@ class KnownAdapter:
 class LoraReport:
     """One row of the registry: an adapter or an alias of one, where it is resident, and how much it is used.
 
-    `resident` pairs replicas with tiers. `layers_matched` is None until some replica has read the file.
+    `resident` pairs replicas with tiers. `layers_matched` is None until some replica has read the file. `held_back` is
+    what replicas refuse of it for now, each with the replica, the longest first.
     """
 
     id: str
@@ -87,6 +99,7 @@ class LoraReport:
     hits: int = 0
     last_used_s: float | None = None
     layers_matched: int | None = None
+    held_back: tuple[tuple[str, HeldBack], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

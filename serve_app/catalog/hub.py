@@ -1,25 +1,26 @@
 """Adapters on the Hugging Face Hub, through its own client.
 
 Owns every call to the Hub that the catalog makes: at which commit a repository stands, what it holds, the
-header of a file by range request, the file itself into the client's disk cache. No call outlives its time for
-the caller, none is retried here, and what was once seen can be seen again while the Hub is away. The token is
-handed over explicitly and appears in no message.
+header of a file by range request, the file itself into this node's originals. No call outlives its time for
+the caller, and what was once seen can be seen again while the Hub is away. The token is handed over explicitly
+and appears in no message.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_url
 from huggingface_hub.hf_api import ModelInfo
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, silent_tqdm
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from serve_app.catalog.blocking import run_blocking
 from serve_app.catalog.card import card_from
+from serve_app.catalog.download import Download
 from serve_app.catalog.header import (
     LENGTH_BYTES,
     MalformedHeader,
@@ -27,9 +28,11 @@ from serve_app.catalog.header import (
     header_length,
     parse_header,
 )
-from serve_app.catalog.hub_errors import HUB_FAILURES, MissingRevision, translate
+from serve_app.catalog.hub_calls import DOWNLOAD, HubCalls
+from serve_app.catalog.hub_errors import MissingRevision
 from serve_app.catalog.lent_token import lent_token
 from serve_app.catalog.offline import Forgetful, OfflineMemory
+from serve_app.catalog.originals import Original, Originals
 from serve_app.catalog.repository import (
     HUB,
     RepositoryFile,
@@ -39,27 +42,34 @@ from serve_app.catalog.repository import (
 )
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec, HubToken
-from serve_app.errors import HubUnavailable, ModelNotFound
+from serve_app.errors import HubUnavailable, ModelNotFound, is_disk_full
 from serve_app.refusals import MalformedFile
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 # Holds the whole header of nearly every adapter, so that one request is enough.
 FIRST_RANGE_BYTES = 128 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
+# What is fetched of a file whose size nobody told; bases set their own limits on what they read.
+MAX_UNLISTED_BYTES = 4 * 1024**3
 
 
 class HubRepositories:
     """The repositories of one Hub endpoint, read with one token.
 
-    `cache_dir` gets the client's own cache (`hub/`) and the memory for when the Hub is away (`hub-memory/`, and
-    `hub-memory-public/` for what anybody may read). What is read with a caller's token is not remembered.
+    `cache_dir` gets the files (`hub/`) and the memory for when the Hub is away (`hub-memory/`, and
+    `hub-memory-public/` for what anybody may read). What is read with a caller's token is not remembered. A file that
+    was downloaded is held against eviction until it is released.
     """
 
     def __init__(
-        self, settings: HubSettings, *, token: str | None, cache_dir: Path, endpoint: str | None = None
+        self,
+        settings: HubSettings,
+        *,
+        token: str | None,
+        cache_dir: Path,
+        endpoint: str | None = None,
+        calls: HubCalls | None = None,
     ) -> None:
         self._settings = settings
         self._root = cache_dir
@@ -68,7 +78,9 @@ class HubRepositories:
         self._api = HfApi(endpoint=endpoint or settings.endpoint, token=self._token, library_name="loraplex")
         self._timeout_s = settings.timeout_s
         self._download_timeout_s = settings.download_timeout_s
-        self._cache_dir = cache_dir / "hub"
+        self._calls = calls or HubCalls()
+        self._originals = Originals(cache_dir / "hub", settings.cache_size, clock=time.time)
+        self._held: dict[str, list[Original]] = {}
         self._memory: OfflineMemory | Forgetful = OfflineMemory(cache_dir / "hub-memory")
 
     def read_as(self, token: HubToken | None) -> HubRepositories:
@@ -91,7 +103,7 @@ class HubRepositories:
         if revision is not None and not is_valid_revision(revision):
             raise ModelNotFound(model, "a revision is a branch, a tag or a commit")
         try:
-            return await self._call(lambda: self._find(model, revision), model, revision, self._timeout_s)
+            return await self._calls.ask(lambda: self._find(model, revision), model, revision, self._timeout_s)
         except HubUnavailable as error:
             remembered = await run_blocking(lambda: self._memory.recall(model, revision))
             if remembered is None:
@@ -107,7 +119,7 @@ class HubRepositories:
         """Return the header of a file by range requests; from the memory, if the Hub is away."""
         commit = str(listing.revision)
         try:
-            head = await self._call(lambda: self._head(listing, filename), listing.id, commit, self._timeout_s)
+            head = await self._calls.ask(lambda: self._head(listing, filename), listing.id, commit, self._timeout_s)
         except HubUnavailable:
             remembered = await run_blocking(lambda: self._memory.recall_header(listing.location, commit, filename))
             if remembered is None:
@@ -126,7 +138,7 @@ class HubRepositories:
     async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
         """Return a file of at most 1 MiB, or None where there is none."""
         try:
-            return await self._call(
+            return await self._calls.ask(
                 lambda: self._read_prefix(model, revision, filename, MAX_SMALL_FILE_BYTES),
                 model,
                 revision,
@@ -136,26 +148,31 @@ class HubRepositories:
             return None
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
-        """Return the file in the client's cache, fetched if it is not there yet; with a token that was lent, if
-        one was."""
+        """Return the file on this node's disk, fetched if it is not there as it was; with a token that was lent, if
+        one was. It stays there at least until `release`."""
         lent = lent_token()
         token = self._token if lent is None else lent.value
-        call = functools.partial(self._download, spec, filename or spec.filename, token)
-        return await self._call(call, spec.id, spec.revision, self._download_timeout_s)
+        call = functools.partial(self._original, spec, filename or spec.filename, token)
+        original = await self._calls.run(call, spec.id, spec.revision, self._download_timeout_s)
+        self._held.setdefault(spec.key, []).append(original)
+        return original.path
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of what was downloaded for an adapter."""
+        for original in self._held.pop(spec.key, ()):
+            original.release()
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove files that nobody holds, those used longest ago first; return the bytes that became free."""
+        return self._originals.make_room(needed_bytes)
+
+    def arriving_bytes(self, spec: AdapterSpec) -> int:
+        """Return how much of an adapter's file has arrived."""
+        return self._originals.arriving_bytes(_file_key(spec, spec.filename))
 
     async def ids(self) -> tuple[str, ...]:
         """Return nothing: the Hub is too large to list."""
         return ()
-
-    async def _call(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
-        try:
-            return await run_blocking(call, timeout_s=timeout_s)
-        except TimeoutError:
-            reason = f"the Hub took longer than {timeout_s:g} s"
-            raise HubUnavailable(model, reason) from None
-        except HUB_FAILURES as error:
-            log.info("the Hub failed for %s: %s", model, type(error).__name__)
-            raise translate(error, model, revision) from None
 
     def _find(self, model: str, revision: str | None) -> RepositoryListing:
         info = self._api.model_info(
@@ -193,25 +210,39 @@ class HubRepositories:
                     break
         return bytes(read[:size_bytes])
 
-    def _download(self, spec: AdapterSpec, filename: str, token: str | bool) -> Path:
-        cached = try_to_load_from_cache(spec.location, filename, cache_dir=self._cache_dir, revision=spec.revision)
-        if isinstance(cached, str):
-            return Path(cached)
-        # Asked for first, because this call does not retry: the client's download would, for most of a
-        # minute.
-        url = hf_hub_url(spec.location, filename, revision=spec.revision, endpoint=self._api.endpoint)
-        self._api.get_hf_file_metadata(url=url, token=token, timeout=self._timeout_s)
-        return Path(
-            self._api.hf_hub_download(
-                spec.location,
-                filename,
-                revision=spec.revision,
-                cache_dir=self._cache_dir,
-                etag_timeout=self._timeout_s,
-                token=token,
-                tqdm_class=silent_tqdm,  # type: ignore[arg-type]
+    def _original(self, spec: AdapterSpec, filename: str, token: str | bool) -> Original:
+        key = _file_key(spec, filename)
+        found = self._originals.find(key)
+        if found is not None:
+            return found
+        until = self._calls.clock() + self._download_timeout_s
+        with self._originals.draft(key) as draft:
+            download = Download(
+                draft,
+                model=spec.id,
+                url=hf_hub_url(spec.location, filename, revision=spec.revision, endpoint=self._api.endpoint),
+                headers=build_hf_headers(token=token, library_name="loraplex"),
+                listed_bytes=(spec.size_bytes or None) if filename == spec.filename else None,
+                limit_bytes=MAX_UNLISTED_BYTES,
+                timeout_s=self._timeout_s,
+                is_over=lambda: self._calls.clock() >= until,
             )
-        )
+            run = functools.partial(self._run, download, needed_bytes=spec.size_bytes)
+            self._calls.persist(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
+            return self._originals.keep(key, draft)
+
+    def _run(self, download: Download, *, needed_bytes: int) -> None:
+        try:
+            download.run()
+        except OSError as error:
+            if not is_disk_full(error) or not self._originals.make_room(max(needed_bytes, 1)):
+                raise
+            log.warning("the disk is full; files that were fetched before made room")
+            download.run()
+
+
+def _file_key(spec: AdapterSpec, filename: str) -> str:
+    return f"{spec.location}@{spec.revision}/{filename}"
 
 
 def _listing(model: str, info: ModelInfo) -> RepositoryListing:

@@ -1,10 +1,15 @@
 """The Hub client's exceptions in the product's words.
 
-Owns which failure of the Hub means "not there", "not allowed" and "not now". Messages name the model alone:
-what the client says may hold hosts.
+Owns which failure of the Hub means "not there", "not allowed", "not now" and "no room here". Messages name the model
+alone: what the client says may hold hosts.
 """
 
 from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import httpx2
 from huggingface_hub.errors import (
@@ -18,10 +23,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
+from serve_app.errors import AccessDenied, DiskFull, HubUnavailable, LoraplexError, ModelNotFound, is_disk_full
 
 DEFAULT_RETRY_AFTER_S = 10
 MAX_RETRY_AFTER_S = 120
+_WINDOW = re.compile(r"\bt=(\d{1,6})\b")
 
 # What the client can raise besides answers: its transport, the local disk, a client closed by another
 # thread's failed connection (RuntimeError), and answers of an unexpected shape.
@@ -42,8 +48,21 @@ class MissingRevision(ModelNotFound):
     """The repository is there, but not the revision that was asked for."""
 
 
+@dataclass(eq=False)
+class HubBusy(HubUnavailable):
+    """The Hub said itself when to come back; `is_limiting` where that holds for every question."""
+
+    is_limiting: bool = False
+
+
+class Hopeless(HubUnavailable):
+    """Asking again at once would change nothing."""
+
+
 def translate(error: Exception, model: str, revision: str | None) -> LoraplexError:
     """Return the product's error for what the Hub client raised about one model."""
+    if isinstance(error, LoraplexError):
+        return error
     if isinstance(error, (GatedRepoError, DisabledRepoError)):
         return AccessDenied(model)
     if isinstance(error, RepositoryNotFoundError):
@@ -56,6 +75,10 @@ def translate(error: Exception, model: str, revision: str | None) -> LoraplexErr
         return ModelNotFound(model, "the file is not in the repository")
     if isinstance(error, HfHubHTTPError):
         return _from_status(error, model)
+    if isinstance(error, OfflineModeIsEnabled):
+        return Hopeless(model, "the service is set to work offline")
+    if isinstance(error, OSError) and is_disk_full(error):
+        return DiskFull(model)
     return HubUnavailable(model, _transport_reason(error))
 
 
@@ -72,20 +95,43 @@ def _from_status(error: HfHubHTTPError, model: str) -> LoraplexError:
         return AccessDenied(model)
     if status == 404:
         return ModelNotFound(model)
+    asked_s = _asked_pause_s(error.response.headers)
     if status == 429:
-        asked = error.response.headers.get("retry-after", "")
-        wait_s = min(int(asked), MAX_RETRY_AFTER_S) if asked.isdecimal() else DEFAULT_RETRY_AFTER_S
-        return HubUnavailable(model, "the Hub is limiting requests", max(wait_s, 1))
-    return HubUnavailable(model, f"the Hub answered with status {status}")
+        return HubBusy(model, "the Hub is limiting requests", asked_s or DEFAULT_RETRY_AFTER_S, is_limiting=True)
+    reason = f"the Hub answered with status {status}"
+    return HubUnavailable(model, reason) if asked_s is None else HubBusy(model, reason, asked_s)
+
+
+def _asked_pause_s(headers: httpx2.Headers) -> int | None:
+    """Return for how long an answer asks to be left alone: in seconds, until a date, or until the Hub counts anew."""
+    asked = headers.get("retry-after", "").strip()
+    window = _WINDOW.search(headers.get("ratelimit", ""))
+    if asked.isdecimal():
+        pause_s = int(asked[:9])
+    elif asked:
+        pause_s = _seconds_until(asked, headers.get("date", ""))
+    else:
+        pause_s = int(window[1]) if window else None
+    return None if pause_s is None else max(1, min(pause_s, MAX_RETRY_AFTER_S))
+
+
+def _seconds_until(date: str, now: str) -> int | None:
+    """Return the seconds between two dates of HTTP, the second by the Hub's own clock where it tells it."""
+    try:
+        until = parsedate_to_datetime(date)
+        since = parsedate_to_datetime(now) if now else datetime.now(UTC)
+        return int((until - since).total_seconds())
+    except (ValueError, TypeError):
+        return None
 
 
 def _transport_reason(error: Exception) -> str:
     if isinstance(error, httpx2.TimeoutException):
         return "the Hub did not answer in time"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the service is set to work offline"
+    if isinstance(error, httpx2.RemoteProtocolError):
+        return "the Hub broke off"
     if isinstance(error, httpx2.HTTPError):
         return "the Hub cannot be reached"
     if isinstance(error, OSError):
-        return "the download did not complete"
+        return "it could not be written to this node's disk"
     return "the Hub's answer could not be understood"

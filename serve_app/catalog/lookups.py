@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serve_app.errors import HubUnavailable, LoraplexError
+from serve_app.catalog.hub_errors import HubBusy
+from serve_app.errors import HubUnavailable, LoraplexError, without_frames
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +75,10 @@ class SharedLookups(Generic[K, V]):
         if entry is not None:
             self._entries.move_to_end(key)
             if self._clock() < entry.expires_at:
-                return _outcome(entry)
+                return self._outcome(entry)
         if isinstance(entry, _Found):
-            return _outcome(await self._renewed(key, entry))
-        return _outcome(await asyncio.shield(self._flight(key)))
+            return self._outcome(await self._renewed(key, entry))
+        return self._outcome(await asyncio.shield(self._flight(key)))
 
     def values(self) -> Iterator[V]:
         """Yield every value that is remembered, old ones included."""
@@ -116,16 +118,21 @@ class SharedLookups(Generic[K, V]):
         return entry
 
     def _after_failure(self, key: K, error: LoraplexError) -> _Found[V] | _Failed:
-        expires_at = self._clock() + self._failure_ttl_s
+        # The Hub's own word counts where it asked for more time than failures are kept for.
+        kept_s = max(self._failure_ttl_s, error.retry_after_s) if isinstance(error, HubBusy) else self._failure_ttl_s
+        expires_at = self._clock() + kept_s
         old = self._entries.get(key)
         if isinstance(old, _Found) and isinstance(error, HubUnavailable):
             log.warning("what was known before is served on: %s", error.reason)
             return _Found(old.value, expires_at)
-        return _Failed(error.with_traceback(None), expires_at)
+        return _Failed(without_frames(error), expires_at)
 
-
-def _outcome(entry: _Found[V] | _Failed) -> V:
-    if isinstance(entry, _Failed):
+    def _outcome(self, entry: _Found[V] | _Failed) -> V:
+        if isinstance(entry, _Found):
+            return entry.value
         # A copy: an exception that is raised again and again would gather tracebacks.
-        raise copy.copy(entry.error)
-    return entry.value
+        error = copy.copy(entry.error)
+        if isinstance(error, HubUnavailable):
+            # Sooner than that, nobody would be asked.
+            error.retry_after_s = max(1, math.ceil(entry.expires_at - self._clock()))
+        raise error

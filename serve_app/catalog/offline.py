@@ -1,7 +1,7 @@
 """What the Hub said about repositories, kept on disk for when it does not answer.
 
 Owns a folder of small files: listings by id and revision, headers by commit. Losing any of them costs one
-request.
+request, so that the oldest go where they take too much of the disk.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +22,21 @@ from serve_app.catalog.repository import HUB, RepositoryFile, RepositoryListing
 
 log = logging.getLogger(__name__)
 
+MAX_BYTES = 512 * 1024**2
+# How much is written between two looks at how much there is.
+LOOK_AFTER_BYTES = 16 * 1024**2
+
 
 class OfflineMemory:
     """Listings and headers below one folder; writes are atomic, and neither reading nor writing ever
     fails."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, look_after_bytes: int = LOOK_AFTER_BYTES) -> None:
+        """Keep at most `max_bytes`, and `look_after_bytes` more for each process that writes here."""
         self._folder = folder
+        self._max_bytes = max_bytes
+        self._look_after_bytes = look_after_bytes
+        self._unseen_bytes = 0
 
     def remember(self, listing: RepositoryListing, asked_revision: str | None) -> None:
         """Keep a listing under the revision that was asked for."""
@@ -62,8 +72,21 @@ class OfflineMemory:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished.write_bytes(content)
             os.replace(unfinished, path)
+            self._unseen_bytes += len(content)
+            if self._unseen_bytes >= self._look_after_bytes:
+                self._unseen_bytes = 0
+                self._drop_oldest()
         except OSError as error:
             log.warning("what the Hub said could not be kept for offline use: %s", error.strerror)
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+
+    def _drop_oldest(self) -> None:
+        kept = 0
+        for _, size_bytes, path in sorted(_files_below(self._folder), reverse=True):
+            kept += size_bytes
+            if kept > self._max_bytes:
+                path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> bytes | None:
         try:
@@ -86,6 +109,14 @@ class Forgetful:
 
     def recall_header(self, location: str, commit: str, filename: str) -> bytes | None:
         """Know nothing."""
+
+
+def _files_below(folder: Path) -> Iterator[tuple[int, int, Path]]:
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            status = path.stat()
+            if path.is_file():
+                yield status.st_mtime_ns, status.st_size, path
 
 
 def _name(text: str) -> str:

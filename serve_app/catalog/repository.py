@@ -110,8 +110,21 @@ class Repositories(Protocol):
 
         Raises:
             MalformedFile: the bytes are no longer those that the spec fixes.
+            DiskFull: there is no room for it.
             AccessDenied, ModelNotFound, HubUnavailable: as for `find`.
         """
+        ...
+
+    def arriving_bytes(self, spec: AdapterSpec) -> int:
+        """Return how much has come of an adapter's file that is being downloaded."""
+        ...
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of what was downloaded for a spec; until then it stays where it is."""
+        ...
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove local copies that nobody uses; return how many bytes became free. Blocks."""
         ...
 
     async def ids(self) -> tuple[str, ...]:

@@ -71,7 +71,7 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
         fetching = asyncio.ensure_future(files.path(spec))
         with _bar(spec, is_quiet=is_quiet) as advance:
             while not fetching.done():
-                advance(_fetched_bytes(sources.environment.cache_dir, spec))
+                advance(files.arriving_bytes(spec))
                 await asyncio.wait({fetching}, timeout=POLL_S)
         path = fetching.result()
         pulled.append(Pulled(spec.id, spec.base_id, spec.revision, path, path.stat().st_size))
@@ -100,18 +100,6 @@ def _pull_bases(sources: Sources, *, is_quiet: bool) -> list[Pulled]:
 def _say(model: Pulled, more: str) -> None:
     of_base = f" for {model.base_id}" if model.base_id else ""
     print_line(("here ", "green"), (model.id, "bold"), f"{of_base}  {bytes_text(model.size_bytes)}{more}")
-
-
-def _fetched_bytes(cache_dir: Path, spec: AdapterSpec) -> int:
-    """Return how much of a Hub file has arrived: its client writes to `.incomplete` files until all is there."""
-    from huggingface_hub.file_download import repo_folder_name
-
-    folder = cache_dir / "hub" / repo_folder_name(repo_id=spec.location, repo_type="model") / "blobs"
-    size_bytes = 0
-    for path in folder.glob("*.incomplete"):
-        with contextlib.suppress(OSError):  # renamed this moment
-            size_bytes += path.stat().st_size
-    return size_bytes
 
 
 @contextlib.contextmanager

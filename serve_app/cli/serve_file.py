@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig
 from serve_app.settings import nearest
+from serve_app.tracing import TracingUnavailable, check_tracing
 
 IMPORT_PATH = "serve_app.app:build"
 
@@ -93,8 +94,11 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
             continue
         try:
             applications.append(AppConfig.model_validate(args))
+            check_tracing(applications[-1].tracing)
         except ValidationError as error:
             faults += _readable(error, f"applications.{index}.args.")
+        except TracingUnavailable as error:
+            faults.append(f"applications.{index}.args: {error}")
     if not applications and not faults:
         faults.append(f"no application has import_path {IMPORT_PATH}")
     if faults:

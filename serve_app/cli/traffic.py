@@ -89,6 +89,7 @@ def simulate(
         float | None, typer.Option(min=0.001, help="Scale each base to this target wait in seconds.")
     ] = None,
     max_replicas: Annotated[int, typer.Option(min=1, help="With --autoscale: the most of each base.")] = 20,
+    max_ongoing: Annotated[int, typer.Option(min=1, help="Without --p95: what a replica takes on at a time.")] = 16,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0; a CSV's requests stay the same.")] = 3,
     noise: Annotated[float, typer.Option(min=0, max=2, help="Spread of true times around predicted ones.")] = 0.0,
     json_file: JsonFile = None,
@@ -110,7 +111,7 @@ def simulate(
             if p95 is not None:
                 found = simulate_compare.plan(workloads, machine, chosen, p95, noise=noise, command=command, say=say)
             else:
-                fleets = _fleets(workloads, machine, replicas, autoscale, max_replicas)
+                fleets = _fleets(workloads, machine, replicas, autoscale, max_replicas, max_ongoing)
                 found = simulate_compare.compare(
                     workloads, machine, chosen, fleets, noise=noise, command=command, say=say
                 )
@@ -181,7 +182,12 @@ def _workloads(
 
 
 def _fleets(
-    workloads: Sequence[Workload], machine: Profile, replicas: int, autoscale: float | None, max_replicas: int
+    workloads: Sequence[Workload],
+    machine: Profile,
+    replicas: int,
+    autoscale: float | None,
+    max_replicas: int,
+    max_ongoing: int,
 ) -> dict[str, Fleet]:
     from serve_app.autoscaling import ScalingRule
     from serve_app.bench.simulate import Fleet
@@ -192,7 +198,7 @@ def _fleets(
         if autoscale is not None:
             start_s = machine.base(base_id).start_s
             rule = ScalingRule(autoscale, start_s, max_replicas=max(max_replicas, replicas))
-        fleets[base_id] = Fleet(replicas, rule)
+        fleets[base_id] = Fleet(replicas, rule, max_ongoing=max_ongoing)
     return fleets
 
 

@@ -9,14 +9,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from serve_app.catalog.catalog import Catalog
+from serve_app.catalog.catalog import Catalog, Resolution
 from serve_app.core import Accepted, GenerationDraft, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo
 from serve_app.deployments.registry import ServiceRegistry
 from serve_app.deployments.settle import settle
 from serve_app.errors import LoraplexError
+from serve_app.tracing import request_span, span
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,26 @@ class Dispatch(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Case:
+    """What is known of a request, for the line that says how it failed; never its prompt."""
+
+    draft: GenerationDraft
+    resolution: Resolution | None = None
+
+    @property
+    def base(self) -> str:
+        if self.resolution is not None:
+            return self.resolution.base.id
+        return f"not known yet, asked for {self.draft.model or 'the default'}"
+
+    @property
+    def adapters(self) -> list[str]:
+        if self.resolution is not None:
+            return [use.spec.id for use in self.resolution.adapters]
+        return [ref.id for ref in self.draft.adapters]
+
+
 class ServiceGateway:
     """What the HTTP layer talks to; every draw of a seed happens here, so that a retry gives the same image."""
 
@@ -49,6 +70,7 @@ class ServiceGateway:
         draw_seed: Callable[[], int],
         can_serve: Callable[[], Awaitable[bool]],
         on_refusal: Callable[[str], None],
+        on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
     ) -> None:
         self._catalog = catalog
         self._dispatch = dispatch
@@ -56,6 +78,7 @@ class ServiceGateway:
         self._draw_seed = draw_seed
         self._can_serve = can_serve
         self._on_refusal = on_refusal
+        self._on_drawn = on_drawn
 
     async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
         """Return the images of a draft.
@@ -63,8 +86,11 @@ class ServiceGateway:
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
-        with self._refusals_noted(draft, request_id):
-            return await self._dispatch(await self._settled(draft, request_id))
+        with self._refusals_noted(draft, request_id) as case:
+            request = await self._settled(draft, request_id, case)
+            result = await self._dispatch(request)
+            self._on_drawn(request, result)
+            return result
 
     async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
         """Yield what becomes of a draft: `Accepted` within `FIRST_EVENT_S` of its being settled, the result at the end.
@@ -72,8 +98,8 @@ class ServiceGateway:
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
-        with self._refusals_noted(draft, request_id):
-            request = await self._settled(draft, request_id)
+        with self._refusals_noted(draft, request_id) as case:
+            request = await self._settled(draft, request_id, case)
             accepted = Accepted(request.base_id, request.seed, request.width, request.height, request.planned_steps)
             async with aclosing(self._dispatch.stream(request)) as events:
                 first = asyncio.ensure_future(anext(events))
@@ -87,22 +113,34 @@ class ServiceGateway:
                     first.cancel()
                     await asyncio.gather(first, return_exceptions=True)
                 async for event in events:
+                    if isinstance(event, GenerationResult):
+                        self._on_drawn(request, event)
                     yield event
 
-    async def _settled(self, draft: GenerationDraft, request_id: str) -> GenerationRequest:
-        resolution = await self._catalog.resolve(draft.model, draft.adapters, token=draft.hub_token)
+    async def _settled(self, draft: GenerationDraft, request_id: str, case: _Case) -> GenerationRequest:
+        with span("resolve", request_span().context):
+            resolution = case.resolution = await self._catalog.resolve(
+                draft.model, draft.adapters, token=draft.hub_token
+            )
         seed = self._draw_seed()
         request = settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
         # A caller's token goes no further than it is needed.
-        return replace(request, hub_token=draft.hub_token) if resolution.is_private else request
+        request = replace(request, hub_token=draft.hub_token) if resolution.is_private else request
+        request_span().describe(request)
+        return request_span().carried_by(request)
 
     @contextmanager
-    def _refusals_noted(self, draft: GenerationDraft, request_id: str) -> Iterator[None]:
+    def _refusals_noted(self, draft: GenerationDraft, request_id: str) -> Iterator[_Case]:
+        case = _Case(draft)
         try:
-            yield
+            yield case
         except LoraplexError as error:
-            log.info("request %s for %s: %s (%s)", request_id, draft.model or "the default base", error, error.code)
+            log.info(
+                "request %s with key %s failed: %s (%s); base %s, adapters %s",
+                request_id, draft.key or "none", error, error.code, case.base, ", ".join(case.adapters) or "none",
+            )  # fmt: skip
             self._on_refusal(error.code)
+            request_span().refuse(error)
             raise
 
     @property

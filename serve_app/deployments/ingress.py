@@ -30,15 +30,21 @@ from serve_app.deployments.alias_keeper import KeeperHandle
 from serve_app.deployments.alias_mirror import AliasMirror
 from serve_app.deployments.census import Count, replica_counts
 from serve_app.deployments.gateway import ServiceGateway
+from serve_app.deployments.guardian import guardian_of
 from serve_app.deployments.keys import Keys
+from serve_app.deployments.limit_keeper import LimitKeeperHandle
 from serve_app.deployments.logs import set_up_logging
 from serve_app.deployments.measured import Measured
-from serve_app.deployments.pressure import Pressure
+from serve_app.deployments.pressure import Pressure, most_held
 from serve_app.deployments.registry import ServiceRegistry
 from serve_app.deployments.roll_call import RollCall
+from serve_app.deployments.shared_meter import SharedMeter
 from serve_app.deployments.sharing import on_this_node
+from serve_app.deployments.shedding import TellsHeld
+from serve_app.deployments.traced import Traced
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
-from serve_app.telemetry import IngressMetrics
+from serve_app.telemetry import AdapterMetrics, IngressMetrics, TracingMetrics
+from serve_app.tracing import answered, set_up_tracing
 from serve_app.work import work_units
 
 log = logging.getLogger(__name__)
@@ -62,7 +68,7 @@ class Dispatcher:
     """
 
     def __init__(
-        self, config: AppConfig, handles: dict[str, DeploymentHandle], *, on_retry: Callable[[str], None]
+        self, config: AppConfig, handles: dict[str, DeploymentHandle], *, on_retry: Callable[[str, str], None]
     ) -> None:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
@@ -77,6 +83,7 @@ class Dispatcher:
             QueueFull: the base has as much waiting as it accepts.
             ReplicaLost: every attempt lost its replica.
         """
+        self._check_room(request)
         for attempt in range(1, self._attempts + 1):
             response = self._handle(request).generate.remote(request)
             try:
@@ -97,6 +104,7 @@ class Dispatcher:
             ReplicaLost: the replica died with the stream begun, or every attempt lost its replica.
         """
         has_begun = False
+        self._check_room(request)
         for attempt in range(1, self._attempts + 1):
             # With this option a call is an asynchronous generator, which Ray's types do not say.
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
@@ -115,6 +123,21 @@ class Dispatcher:
                 raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
+    @property
+    def held(self) -> int | None:
+        """How many requests wait for the bases, where one of these has lately refused another; else None."""
+        pressures = self._pressures.values()
+        is_full = any(pressure.was_full_lately for pressure in pressures)
+        return sum(pressure.out for pressure in pressures) if is_full else None
+
+    def _check_room(self, request: GenerationRequest) -> None:
+        if self._pressures[request.base_id].is_full:
+            raise self._queue_full(request)
+
+    def _queue_full(self, request: GenerationRequest) -> QueueFull:
+        limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
+        return QueueFull(base=request.base_id, limit=limit, retry_after_s=retry_after_s)
+
     def _handle(self, request: GenerationRequest) -> DeploymentHandle:
         # A base-only request names no model: with an id it would stick to one replica.
         model_id = request.adapters[0].spec.key if request.adapters else ""
@@ -125,7 +148,7 @@ class Dispatcher:
             "request %s lost its replica of %s (attempt %d of %d): %s",
             request.request_id, request.base_id, attempt, self._attempts, type(error).__name__,
         )  # fmt: skip
-        self._on_retry(request.base_id)
+        self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
         return self._pressures[request.base_id].sending(work_units(request))
@@ -135,8 +158,8 @@ class Dispatcher:
         try:
             yield
         except BackPressureError:
-            limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
-            raise QueueFull(base=request.base_id, limit=limit, retry_after_s=retry_after_s) from None
+            self._pressures[request.base_id].refused()
+            raise self._queue_full(request) from None
         except LoraplexError as error:
             # What arrives is Ray's double of our error, whose text is a remote traceback.
             cause = getattr(error, "cause", error)
@@ -183,8 +206,10 @@ class Ingress:
         environment: Environment,
         handles: dict[str, DeploymentHandle],
         keeper: DeploymentHandle,
+        limits: DeploymentHandle | None = None,
     ) -> None:
         set_up_logging(config.log_level)
+        set_up_tracing(config.tracing, part="ingress", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
         self._config = config
         self._metrics = IngressMetrics()
@@ -208,24 +233,40 @@ class Ingress:
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,
+            meter=None if limits is None else self._shared_meter(limits),
             on_refusal=self._metrics.refused,
         )
+        self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried)
         self._gateway = ServiceGateway(
             catalog,
-            Dispatcher(config, handles, on_retry=self._metrics.retried),
+            self._dispatcher,
             registry=ServiceRegistry(catalog, self._aliases, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
+            on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
+        )
+
+    def _shared_meter(self, limits: DeploymentHandle) -> SharedMeter:
+        return SharedMeter(
+            LimitKeeperHandle(limits),
+            holder=secrets.token_hex(8),
+            replicas=self._config.ingress.replicas,
+            clock=time.monotonic,
+            on_grant=self._metrics.granted,
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
+        self._guardian = guardian_of(self._config.ingress)
         await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
 
         def count(route: str, status: int, base_id: str | None) -> None:
             self._metrics.answered(route=route, status=status, base_id=base_id)
+            answered(route=route, status=status, base_id=base_id)
 
-        return Measured(app, count)
+        own_id = serve.get_replica_context().replica_id.unique_id
+        measured, most = Measured(app, count), most_held(self._config)
+        return Traced(TellsHeld(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held))

@@ -11,6 +11,9 @@ import traceback
 
 from serve_app.errors import without_credentials
 
+# What Serve adds to each record and callers choose: the path, and the request's id.
+CALLERS_OWN = ("route", "request_id")
+
 
 class NoCredentials(logging.Filter):
     """Cuts tokens and keys down wherever they stand in a record: callers put them into paths and names too."""
@@ -21,6 +24,9 @@ class NoCredentials(logging.Filter):
         if record.exc_info and record.exc_info[0] is not None:
             record.exc_text = without_credentials("".join(traceback.format_exception(*record.exc_info)).rstrip())
             record.exc_info = None
+        for name in CALLERS_OWN:
+            if isinstance(value := getattr(record, name, None), str):
+                setattr(record, name, without_credentials(value))
         return True
 
 
@@ -31,8 +37,13 @@ def set_up_logging(level: str) -> None:
     # Serve's handlers know the request; a logger outside `ray.serve` has none and would lose everything below WARNING.
     ours.handlers = list(logging.getLogger("ray.serve").handlers)
     ours.propagate = False
-    for handler in ours.handlers:
-        if not any(isinstance(known, NoCredentials) for known in handler.filters):
-            handler.addFilter(NoCredentials())
+    keep_credentials_out()
     for talkative in ("huggingface_hub", "httpx", "httpx2"):
         logging.getLogger(talkative).setLevel(logging.ERROR)
+
+
+def keep_credentials_out() -> None:
+    """Have no credential in any line that Serve's loggers write in this process, its access log included."""
+    for handler in logging.getLogger("ray.serve").handlers:
+        if not any(isinstance(known, NoCredentials) for known in handler.filters):
+            handler.addFilter(NoCredentials())

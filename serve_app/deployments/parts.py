@@ -89,13 +89,16 @@ def make_store(
     from serve_app.engine.canonical import read_canonical
 
     is_on_gpu = pipeline.device.type == "cuda"
-    files: Files = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
+    originals = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
+    files: Files = originals
     if shared_files is not None:
         sharing = config.adapters.sharing
         files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
+        began_s = time.monotonic()
         await admission.admit(source, spec.id, target, await files.embeddings(spec))
+        log.info("%s was admitted in %.1f ms", spec.key, (time.monotonic() - began_s) * 1e3)
 
     return AdapterStore(
         admitted=AdmittedFiles(
@@ -111,4 +114,7 @@ def make_store(
         size_of=lambda adapter: adapter.size_bytes,
         host_budget_bytes=base.replica.host_cache,
         clock=time.monotonic,
+        failure_ttl_s=config.adapters.failure_ttl_s,
+        release=originals.release,
+        make_room=originals.make_room,
     )

@@ -1,19 +1,36 @@
-"""How long what one ingress replica has sent to a base will take: what a caller who is refused is told to wait.
+"""What one ingress replica has sent to a base: whether one more would be refused, and when it would not.
 
-Owns the estimate, from what went out and came back here; pure but for the clock. Must not know replicas or Ray.
+Owns both estimates, from what went out, came back and was refused here; pure but for the clock. Must not know replicas
+or Ray.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+
+from serve_app.config import AppConfig
 
 # How far back the measured rate looks, in seconds with work out.
 WINDOW_S = 60.0
 # Until anything has come back.
 UNKNOWN_S = 5
 MAX_RETRY_AFTER_S = 600
+# A limit that was met holds so long; meanwhile it is tried to go beyond it, by so much a second.
+LIMIT_HOLDS_S = 1.0
+TRIED_PER_S = 10.0
+TRIED_SHARE_PER_S = 0.16
+
+
+def most_held(config: AppConfig) -> int:
+    """Return how many requests may wait for all bases, in all ingress replicas and with as many replicas as allowed."""
+    return sum(
+        base.replica.max_queued_requests * config.ingress.replicas
+        + base.replica.max_ongoing_requests * base.autoscaling.max_replicas
+        for base in config.bases
+    )
 
 
 class Pressure:
@@ -26,6 +43,31 @@ class Pressure:
         self._done_units = 0.0
         self._busy_s = 0.0
         self._counted_at = clock()
+        self._limit = sys.maxsize
+        self._refused_at = -math.inf
+
+    @property
+    def out(self) -> int:
+        """How many requests are out."""
+        return self._out
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many are out as the base was seen to take: asking it would cost more than refusing here."""
+        quiet_s = self._clock() - self._refused_at
+        if quiet_s > LIMIT_HOLDS_S:
+            return False
+        return self._out >= int(self._limit + (TRIED_PER_S + TRIED_SHARE_PER_S * self._limit) * quiet_s)
+
+    @property
+    def was_full_lately(self) -> bool:
+        """Whether the base refused anything within the time that its limit holds."""
+        return self._clock() - self._refused_at <= LIMIT_HOLDS_S
+
+    def refused(self) -> None:
+        """Note that the base did not take what was being sent; to be said inside `sending`."""
+        self._limit = max(1, self._out - 1)
+        self._refused_at = self._clock()
 
     @contextmanager
     def sending(self, units: float) -> Generator[None]:

@@ -1,7 +1,8 @@
 """What Serve's HTTP proxy does before it hands a request on.
 
-Owns keeping callers from steering Serve itself: its proxy obeys headers that are meant for its operators. Imported by
-the proxy, through `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`, so it must load quickly and need nothing but Starlette.
+Owns the layers around it, and keeping callers from steering Serve itself: its proxy obeys headers that are meant for
+its operators. Imported by the proxy, through `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`, so it must load quickly and
+need little that Serve has not loaded.
 """
 
 from __future__ import annotations
@@ -11,9 +12,23 @@ import re
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# Which replica, how long the proxy waits, and whether it notices a caller who leaves: not for callers to say.
+from serve_app.api.waiting import AGE_HEADER
+from serve_app.deployments.logs import keep_credentials_out
+from serve_app.deployments.resend import Resending
+from serve_app.deployments.shedding import Shedding
+from serve_app.errors import holds_credentials
+from serve_app.telemetry import ProxyMetrics
+
+# Which replica, how long the proxy waits, whether it notices a caller who leaves, and how old a request is: not for
+# callers to say.
 _STEERING = frozenset(
-    (b"serve-multiplexed-model-id", b"x-session-id", b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
+    (
+        b"serve-multiplexed-model-id",
+        b"x-session-id",
+        b"x-request-timeout-seconds",
+        b"x-request-disconnect-disabled",
+        AGE_HEADER.encode(),
+    )
 )
 _REQUEST_ID = b"x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
@@ -21,7 +36,10 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 
 def guards() -> list[Middleware]:
     """Return the layers around Serve's proxy, the outermost last; called by Serve."""
-    return [Middleware(SteeringGuard)]
+    # It logs paths, and callers put tokens and keys into those too.
+    keep_credentials_out()
+    metrics = ProxyMetrics()
+    return [Middleware(Resending, metrics.lost), Middleware(Shedding, metrics.shed), Middleware(SteeringGuard)]
 
 
 class SteeringGuard:
@@ -41,5 +59,5 @@ def _is_fit(name: bytes, value: bytes) -> bool:
     # Serve reads hyphens and underscores alike.
     name = name.lower().replace(b"_", b"-")
     if name == _REQUEST_ID:
-        return _SANE_ID.fullmatch(value) is not None
+        return _SANE_ID.fullmatch(value) is not None and not holds_credentials(value.decode("latin-1"))
     return name not in _STEERING

@@ -17,6 +17,7 @@ from serve_app.catalog.aliases import Alias
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.holdings import (
     FASTEST_FIRST,
+    HeldBack,
     HeldIn,
     KnownAdapter,
     LoraReport,
@@ -65,9 +66,12 @@ class ServiceRegistry:
         """Return the base that serves a request which names none."""
         return self._catalog.default()
 
-    async def replicas(self) -> tuple[ReplicaReport, ...]:
-        """Return the replicas of every base."""
-        return await self._replicas.reports()
+    async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
+        """Return the replicas of every base, each with those of its adapters that the caller may know of."""
+        reports = await self._replicas.reports()
+        held = {one.id for report in reports for one in (*report.holdings, *report.applied)}
+        visible = await self._catalog.visible(held, token)
+        return tuple(_showing(report, visible) for report in reports)
 
     async def aliased(self, *, token: HubToken | None = None) -> tuple[tuple[Alias, KnownAdapter], ...]:
         """Return the aliases that a caller may use, each with its adapter, sorted by name."""
@@ -91,6 +95,22 @@ class ServiceRegistry:
         rows += [LoraReport(alias.name, one, alias_of=one.spec.id) for alias, one in aliased]
         books = _Books(reports)
         return tuple(books.entered(row) for row in sorted(rows, key=lambda row: row.id))
+
+    async def lora(self, name: str, *, token: HubToken | None) -> LoraReport:
+        """Return one adapter or alias.
+
+        Raises:
+            LoraplexError: whatever resolving the name raises.
+        """
+        adapter = await self._catalog.examined(self._aliases.meant(AdapterRef(name)), token=token)
+        is_alias = name in self._aliases.table.aliases
+        row = LoraReport(
+            name,
+            adapter,
+            alias_of=adapter.spec.id if is_alias else None,
+            aliases=() if is_alias else self._aliases.table.names_of(name),
+        )
+        return _Books(await self._replicas.reports()).entered(row)
 
     async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
         """Keep an alias whose target can be served, and have so many replicas fetch it.
@@ -159,9 +179,13 @@ class _Books:
         self._hits: defaultdict[str, int] = defaultdict(int)
         self._last_used_s: dict[str, float] = {}
         self._layers: dict[str, int] = {}
+        self._held_back: defaultdict[str, list[tuple[str, HeldBack]]] = defaultdict(list)
         for report in reports:
             for held in report.holdings:
                 self._resident[held.key].append((report.id, held.tier))
+            for refused in report.held_back:
+                for key in refused.keys:
+                    self._held_back[key].append((report.id, refused))
             for use in report.uses:
                 self._hits[use.key] += use.hits
                 self._layers[use.key] = use.layers_matched
@@ -177,7 +201,16 @@ class _Books:
             hits=self._hits[key],
             last_used_s=self._last_used_s.get(key),
             layers_matched=self._layers.get(key),
+            held_back=tuple(sorted(self._held_back[key], key=lambda held: (-held[1].left_s, held[0]))),
         )
+
+
+def _showing(report: ReplicaReport, visible: frozenset[str]) -> ReplicaReport:
+    return replace(
+        report,
+        applied=tuple(one for one in report.applied if one.id in visible),
+        holdings=tuple(one for one in report.holdings if one.id in visible),
+    )
 
 
 def _holds(report: ReplicaReport, key: str) -> bool:

@@ -22,7 +22,9 @@ from serve_app.catalog.holdings import ReplicaReport
 from serve_app.catalog.lent_token import lent
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
-from serve_app.deployments.health import ailment
+from serve_app.deployments.guardian import guardian_of
+from serve_app.deployments.health import stall_after_s
+from serve_app.deployments.leaving import Leaving
 from serve_app.deployments.logs import set_up_logging
 from serve_app.deployments.parts import choose_residence, load_pipeline, make_store, typical_units
 from serve_app.deployments.residency import Residency
@@ -34,7 +36,8 @@ from serve_app.routing.cost import demand_of
 from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
 from serve_app.store.quarantine import Quarantine
 from serve_app.store.store import Lease
-from serve_app.telemetry import ReplicaMetrics
+from serve_app.telemetry import ReplicaMetrics, TracingMetrics
+from serve_app.tracing import close_tracing, set_up_tracing, span
 
 if TYPE_CHECKING:
     from serve_app.engine.adapter import ParsedAdapter
@@ -87,6 +90,7 @@ class BaseModelReplica:
         from serve_app.engine.worker import EngineWorker
 
         set_up_logging(config.log_level)
+        set_up_tracing(config.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
         started = time.monotonic()
         self._base = base
@@ -113,6 +117,8 @@ class BaseModelReplica:
             max_backlog_s=base.replica.max_backlog_s,
             typical_units=typical_units(base),
         )
+        self._leaving = Leaving(self._worker, base.id, stall_after_s=stall_after_s(base))
+        self._guardian = guardian_of(base.replica)
         self._metrics = ReplicaMetrics(base.id)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
@@ -166,7 +172,15 @@ class BaseModelReplica:
     async def _generate(
         self, request: GenerationRequest, *, on_event: Callable[[Progress | Preview], None] | None
     ) -> GenerationResult:
+        with span("replica.generate", request.trace) as traced:
+            traced.describe(request)
+            return await self._generate_traced(traced.carried_by(request), on_event=on_event)
+
+    async def _generate_traced(
+        self, request: GenerationRequest, *, on_event: Callable[[Progress | Preview], None] | None
+    ) -> GenerationResult:
         job: Job | None = None
+        await self._leaving.admit()
         try:
             async with contextlib.AsyncExitStack() as pins:
                 demand = demand_of(request)
@@ -178,6 +192,7 @@ class BaseModelReplica:
                 self._recorder.queued(demand)
                 result = await asyncio.wrap_future(job.future)
         except LoraplexError as error:
+            self._leaving.look()
             log.info("request %s on %s: %s (%s)", request.request_id, self._base.id, error, error.code)
             raise
         except asyncio.CancelledError:
@@ -219,7 +234,9 @@ class BaseModelReplica:
             asyncio.ensure_future(pins.enter_async_context(self._store.lease(use.spec))) for use in request.adapters
         ]
         try:
-            leases = await asyncio.gather(*pinning)
+            with span("fetch", request.trace) as fetching:
+                leases = await asyncio.gather(*pinning)
+                fetching.note(tiers=[lease.tier for lease in leases])
         except BaseException:
             # One was refused, or the caller left: none may be pinned after `pins` has let go.
             for pin in pinning:
@@ -249,7 +266,7 @@ class BaseModelReplica:
         state, host = self._worker.snapshot(), self._store.state()
         progress = state.steps + state.work.busy_s
         return self._recorder.tell(
-            DeviceLoad(state.backlog_s, state.pace, progress=progress, is_busy=state.running > 0),
+            DeviceLoad(state.backlog_s, state.pace, progress, state.running > 0, has_failed=self._leaving.has_failed),
             Tiers(self._store.resident(), host.budget_bytes - host.used_bytes, self._residency.on_device(state)),
         )
 
@@ -273,7 +290,7 @@ class BaseModelReplica:
 
     async def report(self) -> ReplicaReport:
         """Return what this replica is doing and holds."""
-        return self._residency.report(self._worker.snapshot())
+        return self._residency.report(self._worker.snapshot(), self._quarantine.holds())
 
     async def forget_adapter(self, model: str) -> str | None:
         """Drop an adapter from memory once no request uses it; return this replica's id if it held it."""
@@ -295,7 +312,8 @@ class BaseModelReplica:
         """Tell Serve whether this replica can go on.
 
         Raises:
-            ReplicaUnhealthy: the loaded weights are damaged, the device thread died, or batch after batch fails.
+            ReplicaUnhealthy: the loaded weights are damaged, the device is lost or stands still, its thread died, or
+                batch after batch fails.
         """
         state = self._worker.snapshot()
         self._metrics.quarantined(self._quarantine.held)
@@ -303,13 +321,16 @@ class BaseModelReplica:
         self._tell_host_tier()
         self._metrics.started(start_s=self._start_s, warmed=0)
         self._metrics.self_checked(sound=state.self_checks, is_corrupt=state.is_corrupt)
-        if (reason := ailment(state, self._base.id)) is not None:
-            raise ReplicaUnhealthy(reason)
+        self._metrics.out_of_memory(recovered=state.shortages.recovered, refused=state.shortages.refused)
+        if (found := self._leaving.look()) is not None:
+            raise ReplicaUnhealthy(found.reason)
 
     async def __del__(self) -> None:
         """Finish what was accepted, then end the device thread and the admission process; called by Serve."""
         if not hasattr(self, "_store"):
             return
+        self._leaving.stop()
         await asyncio.to_thread(self._worker.close, is_draining=True)
         await self._store.close()
         self._admission.close()
+        await asyncio.to_thread(close_tracing)

@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve_app.catalog.holdings import Holding, InWeights, ReplicaReport, Use
+from serve_app.catalog.holdings import HeldBack, Holding, InWeights, ReplicaReport, Use
 from serve_app.core import AdapterSpec, Scale
+from serve_app.store.quarantine import Hold
 from serve_app.store.store import AdapterStore, Lease
 
 if TYPE_CHECKING:
@@ -118,8 +119,8 @@ class Residency:
             lease.spec, digest=adapter.digest, layers_matched=adapter.coverage.layers_matched, is_hit=is_hit
         )
 
-    def report(self, state: WorkerState) -> ReplicaReport:
-        """Return what the replica does, as its worker says, and holds."""
+    def report(self, state: WorkerState, holds: Sequence[Hold] = ()) -> ReplicaReport:
+        """Return what the replica does, as its worker says, holds, and refuses for now."""
         return ReplicaReport(
             id=self.replica_id,
             base_id=self._base_id,
@@ -130,6 +131,7 @@ class Residency:
             applied=self._uses.applied(state.applied),
             holdings=self._uses.holdings(state.applied, self._weights.cached, self._store.resident()),
             uses=self._uses.uses(),
+            held_back=tuple(HeldBack(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
         )
 
     def on_device(self, state: WorkerState) -> tuple[str, ...]:

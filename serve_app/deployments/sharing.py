@@ -182,9 +182,9 @@ class SharedFiles:
         if spec.origin != HUB:
             return await fetch()
         key = f"{spec.location}@{spec.revision}/{filename}"
-        target = self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}{Path(filename).suffix}"
-        if await asyncio.to_thread(_touched, target):
-            return target
+        name = hashlib.sha256(key.encode()).hexdigest()
+        if (kept := await asyncio.to_thread(_kept, self._folder, name)) is not None:
+            return kept
         # A copy that fails is forgotten, and whoever asks first from then on fetches for all.
         for _ in range(2):
             try:
@@ -197,6 +197,8 @@ class SharedFiles:
                 return await self._announced(key, fetch)
             if known.node == self._node:
                 break
+            # The name holds the digest, against which the bytes are checked whenever they are used again.
+            target = self._folder / f"{name}-{known.sha256}{Path(filename).suffix}"
             if await self._copied(key, known, target):
                 return target
         return await self._fetched(fetch)
@@ -296,12 +298,18 @@ def get_file(store: ChunkStore, file: SharedFile, target: Path) -> None:
         Path(draft).unlink(missing_ok=True)
 
 
-def _touched(path: Path) -> bool:
-    try:
-        os.utime(path)
-    except FileNotFoundError:
-        return False
-    return True
+def _kept(folder: Path, name: str) -> Path | None:
+    """Return the copy of a file that is here with the bytes that came; one that was altered since is removed."""
+    for path in folder.glob(f"{name}-*"):
+        with suppress(FileNotFoundError):
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest == path.stem.partition("-")[2]:
+                os.utime(path)
+                return path
+            log.warning("the copy of a shared file was altered on disk; it is brought anew")
+            path.unlink(missing_ok=True)
+    return None
 
 
 def _prune(folder: Path, budget_bytes: int) -> None:

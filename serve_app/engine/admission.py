@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import refusals
-from serve_app.engine.admission_lane import ChildDied, Lane, Overtaken
+from serve_app.engine.admission_lane import DISK_FULL, ChildDied, Lane, Overtaken
 from serve_app.engine.manifest import BaseManifest
+from serve_app.errors import DiskFull
 from serve_app.refusals import AdmissionTimedOut, MalformedFile, RefusedAdapter
 from serve_app.settings import AdapterLimits
 
@@ -49,6 +50,7 @@ class AdmissionProcess:
         Raises:
             AdmissionTimedOut: the check took longer than `limits.admission_timeout_s`.
             RefusedAdapter: one of its subclasses, as `read_adapter` raises them.
+            DiskFull: the canonical form found no room.
         """
         request = {"source": str(source), "name": name, "target": str(target)}
         if embeddings is not None:
@@ -62,6 +64,8 @@ class AdmissionProcess:
             raise AdmissionTimedOut(name, f"checking its file took longer than {self._limit_s:g} s") from None
         except ChildDied:
             raise MalformedFile(name, "its file could not be read: the process that read it died") from None
+        if answer.get("error") == DISK_FULL:
+            raise DiskFull(name)
         if answer != {}:
             raise _refusal(answer, name)
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from serve_app.engine.admission_lane import WARM
+from serve_app.engine.admission_lane import DISK_FULL, WARM
 from serve_app.engine.canonical import write_canonical
 from serve_app.engine.manifest import BaseManifest
 from serve_app.engine.reader import read_adapter
+from serve_app.errors import is_disk_full
 from serve_app.refusals import RefusedAdapter
 from serve_app.settings import AdapterLimits
 
@@ -57,6 +58,9 @@ def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimit
         write_canonical(adapter, Path(request["target"]))
     except RefusedAdapter as refusal:
         return {"error": type(refusal).__name__, "reason": refusal.reason}
+    except OSError as error:
+        log.warning("admission of %s failed on the disk: %s", request["name"], error.strerror)
+        return {"error": DISK_FULL if is_disk_full(error) else "MalformedFile", "reason": "its file could not be read"}
     except Exception:  # the boundary of this process: whatever a file brought about, the parent gets an answer
         log.exception("admission of %s failed", request["name"])
         return {"error": "MalformedFile", "reason": "its file could not be read"}

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from serve_app.environment import child_environment
+
 log = logging.getLogger(__name__)
 
 START_LIMIT_S = 180.0
@@ -24,6 +26,7 @@ BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from serve_app.engine.admission_child import main; main()"
 )
 WARM = "warm"  # the one message of the child's that answers nothing
+DISK_FULL = "DiskFull"  # the one answer that is not about the file
 
 
 class Overtaken(Exception):
@@ -147,7 +150,9 @@ class Child:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", BOOT, json.dumps(sys.path)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=child_environment()
+        )
         self._received = b""
         self.warm_at: float | None = None
 

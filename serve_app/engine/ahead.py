@@ -30,6 +30,7 @@ class Ahead:
         self._wanted: CompositionKey | None = None
         self._work: Future[Prepared] | None = None
         self._has_room = True
+        self._has_given_way = False
         self.bound = 0
 
     def prepare(self, composition: Composition) -> None:
@@ -58,6 +59,18 @@ class Ahead:
             return
         self._weights.bind(prepared)
         self.bound += 1
+
+    def give_way(self) -> None:
+        """Wait for what is under way, let go of what was prepared, and prepare nothing until told to `resume`."""
+        self._finished()
+        self._wanted = self._work = None
+        self._has_given_way = self._has_given_way or self._has_room
+        self._has_room = False
+
+    def resume(self) -> None:
+        """Prepare again, for memory no longer runs out."""
+        self._has_room = self._has_room or self._has_given_way
+        self._has_given_way = False
 
     def close(self) -> None:
         """Wait for what is under way, and end the thread."""

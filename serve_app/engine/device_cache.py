@@ -45,6 +45,11 @@ class DeviceCache:
         """Have a copy dropped when copies are held next; from any thread."""
         self._unwanted.add(digest)
 
+    def clear(self) -> None:
+        """Drop every copy that is not held."""
+        for digest in self._budget.keys:
+            self._drop(self._budget.forget(digest))
+
     @contextmanager
     def holding(self, adapters: Sequence[ParsedAdapter]) -> Iterator[Sequence[ParsedAdapter]]:
         """Give the adapters' copies on the device, copying those that are not there yet."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 
 from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult, PixelImage, Preview, Progress, Scale
@@ -45,14 +46,13 @@ class Job:
         return self.future.cancelled()
 
     def end(self, ending: GenerationResult | Exception) -> None:
-        """Deliver the result or the error, unless nobody wants it."""
-        # Whoever cancels between the two questions is noticed by the second.
-        if self.is_cancelled or not self.future.set_running_or_notify_cancel():
-            return
-        if isinstance(ending, Exception):
-            self.future.set_exception(ending)
-        else:
-            self.future.set_result(ending)
+        """Deliver the result or the error, unless nobody wants it or it has ended; from any thread."""
+        # The caller may have left, and a device thread that hung may come back when its jobs have been given up.
+        with contextlib.suppress(InvalidStateError):
+            if isinstance(ending, Exception):
+                self.future.set_exception(ending)
+            else:
+                self.future.set_result(ending)
 
     def report(self, step: int, steps: int) -> None:
         """Tell the submitter how far it is; whatever is wrong with a listener stays with this job."""

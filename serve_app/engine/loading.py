@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import httpx2
 import torch
 import transformers
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from huggingface_hub import snapshot_download
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -30,6 +33,7 @@ from serve_app.config import BaseModelConfig, DTypeName
 from serve_app.engine.compiling import compile_denoiser
 from serve_app.engine.digests import FileDigests
 from serve_app.engine.manifest import adaptable_components
+from serve_app.engine.trust import INDEX, BringsOwnCode, check_folder, pipeline_name
 from serve_app.engine.tuning import tune
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
 from serve_app.settings import ModelSource
@@ -37,6 +41,8 @@ from serve_app.settings import ModelSource
 # These overflow nowhere in half precision but in SDXL's own VAE, which its configuration says
 # (`force_upcast`). Newer families were trained in bfloat16 and overflow in float16.
 _FLOAT16_FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
+
+INDEX_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,13 +111,14 @@ def load_base(
     _quieten()
     try:
         folder = source.folder or _fetch_base(source, config.variant, hub)
-        dtype = resolve_dtype(config.dtype, _class_name(folder), device)
+        dtype = resolve_dtype(config.dtype, check_folder(folder), device)
         parts: dict[str, Any] = {}
         if vae_source is not None:
             parts["vae"] = _load_vae(vae_source.folder or _fetch_vae(vae_source, hub), dtype)
         pipeline: Any = DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True, **parts
-        )
+            folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, **parts,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise _refusal(config.id, error, is_hub=source.hub is not None) from error
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
@@ -143,6 +150,8 @@ def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
 
 def _refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:
     """Return what the operator reads; diffusers hides the Hub's own answer behind errors of its own."""
+    if isinstance(error, BringsOwnCode):
+        return BaseUnusable(base_id, f"{error}, and no code of a base is ever run")
     causes = tuple(_causes(error)) if is_hub else ()
     if any(isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError)) for cause in causes):
         return BaseUnusable(base_id, "its repository does not exist, or the Hub token may not read it")
@@ -184,15 +193,36 @@ def _quieten() -> None:
 
 def _fetch_base(source: ResolvedSource, variant: str | None, hub: HubAccess) -> Path:
     """Return the folder of a Hub base in the local cache, fetching what is missing; works offline from the cache."""
+    assert source.hub is not None
+    # Before anything else of it is here: what fetches the rest looks into the index for code to load.
+    pipeline_name(_fetch_index(source.hub, source.revision, hub))
     folder = DiffusionPipeline.download(
         source.hub,
         revision=source.revision,
         variant=variant,
         use_safetensors=True,
+        trust_remote_code=False,
         token=hub.token,
         cache_dir=hub.cache_dir,
     )
     return Path(folder)
+
+
+def _fetch_index(repository: str, revision: str | None, hub: HubAccess) -> str:
+    """Return a Hub base's index as it is now; from the local cache where the Hub does not answer."""
+    is_away = False
+    try:
+        # Asked for first because this does not retry: the download of a file would, for most of a minute.
+        url = hf_hub_url(repository, INDEX, revision=revision)
+        get_hf_file_metadata(url, token=hub.token, timeout=INDEX_TIMEOUT_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+        raise
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError):
+        is_away = True
+    path = hf_hub_download(
+        repository, INDEX, revision=revision, token=hub.token, cache_dir=hub.cache_dir, local_files_only=is_away
+    )
+    return Path(path).read_text(encoding="utf-8")
 
 
 def _fetch_vae(source: ResolvedSource, hub: HubAccess) -> Path:
@@ -213,15 +243,9 @@ def _load_vae(folder: Path, dtype: torch.dtype) -> Any:
     """Load a VAE that is the folder itself, or its `vae` part."""
     part = folder if (folder / "config.json").is_file() else folder / "vae"
     vae_class = getattr(diffusers, json.loads((part / "config.json").read_text())["_class_name"])
+    if not (isinstance(vae_class, type) and issubclass(vae_class, ModelMixin)):
+        raise ValueError("it is no model")
     return vae_class.from_pretrained(part, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
-
-
-def _class_name(folder: Path) -> str:
-    """Return the pipeline class that a base asks for; one with code of its own is none that we serve."""
-    name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    if not isinstance(name, str):
-        raise ValueError("the pipeline brings its own code")
-    return name
 
 
 def _freeze(pipeline: Any) -> None:

@@ -106,6 +106,11 @@ class BasePipeline:
         return adaptable_components(self._variants.text_to_image)
 
     @property
+    def default_pixels(self) -> int:
+        """The pixels of an image where a request says nothing of its size."""
+        return self._config.defaults.width * self._config.defaults.height
+
+    @property
     def device_name(self) -> str:
         """What the images are computed on: "cpu", or the GPU's name."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
@@ -191,6 +196,11 @@ class BasePipeline:
             denoise_ms=(watch.denoised_at - started) * 1e3,
             decode_ms=(ended - watch.denoised_at) * 1e3,
         )
+
+    def make_whole(self) -> None:
+        """Undo what a pass that failed for want of memory may have left: a decoder between two dtypes."""
+        vae: Any = self._variants.text_to_image.vae
+        vae.to(dtype=self._vae_dtype)
 
     def _previewer(
         self, requests: Sequence[GenerationRequest], scheduler: Any, on_preview: OnPreview | None

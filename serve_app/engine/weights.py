@@ -216,6 +216,12 @@ class AdapterWeights:
             bound = self._bound.get(site)
             site.twins = [twin for twin in site.twins if twin is bound]
 
+    def drop_spares(self) -> None:
+        """Give back all memory that nothing bound needs: spare twins and the adapters on the device."""
+        self.drop_spare_twins()
+        if self._cache is not None:
+            self._cache.clear()
+
     def checksum(self) -> str:
         """Return the sha256 of the loaded tensors, parameters and buffers, whatever is bound now; hex.
 

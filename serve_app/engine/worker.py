@@ -11,23 +11,29 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from serve_app.core import GenerationRequest, GenerationResult, PixelImage, Scale, Timings
+from serve_app.core import GenerationRequest, GenerationResult, Scale
 from serve_app.engine.adapter import ParsedAdapter
 from serve_app.engine.ahead import Ahead
-from serve_app.engine.integrity import Damage, PacedCheck
+from serve_app.engine.device_faults import is_out_of_memory
+from serve_app.engine.integrity import PacedCheck
 from serve_app.engine.inversion import words_of
 from serve_app.engine.job import Job, OnEvent
 from serve_app.engine.jobs import JobQueue
 from serve_app.engine.pace import WorkBooks, WorkState, guess_of
-from serve_app.engine.pipeline import BasePipeline, PassOutcome, seeds_of
+from serve_app.engine.passes import Passes, no_room_for_adapters
+from serve_app.engine.pipeline import BasePipeline
 from serve_app.engine.queue import CompositionKey, QueuePolicy, batch_key
+from serve_app.engine.results import results_of
+from serve_app.engine.room import Room, Shortages
+from serve_app.engine.soundness import Soundness
 from serve_app.engine.steps import GenerationCancelled
+from serve_app.engine.traces import tell_begun, trace_pass, trace_unbegun
 from serve_app.engine.weights import AdapterWeights, composition_key
-from serve_app.errors import InternalError, LoraplexError, ReplicaLost
+from serve_app.errors import InternalError, LoraplexError, OutOfMemory, ReplicaLost, without_frames
 from serve_app.work import Pace, work_units
 
 log = logging.getLogger(__name__)
@@ -43,7 +49,8 @@ class WorkerState:
 
     `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
     is broken for good shows as a number that grows. `is_corrupt` says that the loaded weights have changed, after
-    which the worker takes nothing more; `self_checks` counts the times that all of them were found sound.
+    which the worker takes nothing more; `self_checks` counts the times that all of them were found sound. `is_lost`
+    says the same of the device itself, and `still_s` for how long it has made no headway though there is work.
     `prepared` counts the swaps that had been prepared while the batch before them ran. `work` is the same in seconds.
     """
 
@@ -57,6 +64,9 @@ class WorkerState:
     self_checks: int = 0
     prepared: int = 0
     work: WorkState = NO_WORK
+    is_lost: bool = False
+    still_s: float = 0.0
+    shortages: Shortages = Shortages()
 
     @property
     def backlog_s(self) -> float:
@@ -74,7 +84,8 @@ class EngineWorker:
 
     Nothing but that thread touches the pipeline and the weights, except that a helper may prepare the next swap.
     Every job that was accepted ends: in its result, an error or its cancellation. What goes wrong in a batch reaches
-    the jobs of that batch alone. Once the loaded weights are found damaged, no image comes from them any more.
+    the jobs of that batch alone; where memory runs out, its images are tried once more one by one. Once the loaded
+    weights are found damaged, or the device beyond repair, no image comes from them any more.
     """
 
     def __init__(
@@ -127,8 +138,10 @@ class EngineWorker:
         self._steps = 0
         self._applied: CompositionKey = weights.applied
         self._ahead = Ahead(weights, torch_threads=torch_threads) if prepares_ahead else None
-        self._self_check = self_check
-        self._is_corrupt = False
+        self._soundness = Soundness(pipeline.base_id, pipeline.device, self_check)
+        self._room = Room(pipeline, weights, self._ahead, verify=self._soundness.check_all, clock=clock)
+        self._is_abandoned = False
+        self._headway_s = clock()
         self._thread = threading.Thread(target=self._work, name=f"device-{pipeline.base_id}", daemon=True)
         self._thread.start()
 
@@ -153,6 +166,8 @@ class EngineWorker:
         with self._changed:
             if self._is_closing:
                 raise ReplicaLost(self._pipeline.base_id, attempts=1)
+            if not self._has_work:
+                self._headway_s = self._clock()
             job = self._queue.add(request, adapters, key, on_event)
             self._changed.notify()
         return job
@@ -184,23 +199,34 @@ class EngineWorker:
                 is_alive=self._thread.is_alive() and not self._is_closing,
                 failed_batches=self._failed_batches,
                 steps=self._steps,
-                is_corrupt=self._is_corrupt,
-                self_checks=0 if self._self_check is None else self._self_check.rounds,
+                is_corrupt=self._soundness.is_corrupt,
+                self_checks=self._soundness.rounds,
                 prepared=0 if self._ahead is None else self._ahead.bound,
                 work=self._queue.work(),
+                is_lost=self._soundness.is_lost,
+                still_s=self._clock() - self._headway_s if self._has_work else 0.0,
+                shortages=self._room.shortages,
             )
 
     def close(self, *, is_draining: bool = False) -> None:
         """Take nothing more, end every job and the thread, and wait for it; for any thread but the device's.
 
         With `is_draining`, what waits still gets its images; otherwise it fails with `ReplicaLost`, and what
-        runs stops at its next step.
+        runs stops at its next step. A device thread that was abandoned is not waited for.
         """
         with self._changed:
             self._is_closing = True
             self._is_aborting = self._is_aborting or not is_draining
             self._changed.notify()
-        self._thread.join()
+        if not self._is_abandoned:
+            self._thread.join()
+
+    def abandon(self, why: str) -> None:
+        """End every job with `ReplicaLost` at once, also those of a device thread that hangs; from any thread."""
+        with self._changed:
+            self._is_aborting = self._is_abandoned = True
+            self._changed.notify()
+        self._abandon(why)
 
     def _work(self) -> None:
         if self._torch_threads is not None:
@@ -219,31 +245,36 @@ class EngineWorker:
         if not jobs:
             return False
         self._tell_places(jobs)
+        tell_begun(jobs)
+        began_s = self._clock()
         endings = self._run(jobs)
+        trace_pass(jobs, endings, began_s=began_s, ended_s=self._clock())
         with self._changed:
             self._queue.ended(denoise_s=_denoise_s(endings))
         for job, ending in zip(jobs, endings, strict=True):
             job.end(ending)
-        self._check_slice()
+        self._soundness.check_slice()
         return True
 
     def _take(self) -> tuple[Job, ...]:
         """Wait for the next batch and return its jobs; none when there will be no more."""
-        while not self._is_corrupt:
+        while self._soundness.can_go_on:
             with self._changed:
                 if self._is_aborting:
                     break
+                self._headway_s = self._clock()
                 late = self._queue.give_up_in_vain()
                 if jobs := self._queue.next(self._applied):
                     self._queue.begin(jobs)
                 is_over = self._is_closing and not jobs
-                is_idle = not (jobs or late or is_over) and not self._changed.wait(self._pause_s)
+                is_idle = not (jobs or late or is_over) and not self._changed.wait(self._soundness.pause_s)
             for job, error in late:
+                trace_unbegun(job, error, now_s=self._clock())
                 job.end(error)
             if jobs or is_over:
                 return jobs
             if is_idle:
-                self._check_slice()
+                self._soundness.check_slice()
         return ()
 
     def _look_ahead(self) -> None:
@@ -256,17 +287,8 @@ class EngineWorker:
             self._ahead.prepare(jobs[0].adapters)
 
     @property
-    def _pause_s(self) -> float | None:
-        return None if self._self_check is None else self._self_check.pause_s
-
-    def _check_slice(self) -> None:
-        if self._self_check is not None:
-            self._note(self._self_check.check_next())
-
-    def _note(self, damage: Damage | None) -> None:
-        if damage is not None:
-            log.critical("the loaded weights of %s have changed, in %s", self._pipeline.base_id, damage.tensor)
-            self._is_corrupt = True
+    def _has_work(self) -> bool:
+        return bool(self._queue.running or self._queue.waiting())
 
     def _tell_places(self, running: Sequence[Job]) -> None:
         with self._changed:
@@ -279,83 +301,70 @@ class EngineWorker:
     def _run(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
         """Run one batch and return how it ended for each of its jobs."""
         try:
-            started = self._clock()
-            self._apply(jobs[0].adapters)
-            applied = self._clock()
-            self._look_ahead()
-            with self._pipeline.knowing(words_of(adapter for adapter, _ in jobs[0].adapters)):
-                outcome = self._pipeline.generate(
-                    [job.request for job in jobs],
-                    on_step=lambda step, steps: self._report(jobs, step, steps),
-                    is_cancelled=lambda: self._is_aborting or all(job.is_cancelled for job in jobs),
-                    on_preview=lambda shares: _show(jobs, shares),
-                )
+            endings = self._draw(jobs)
         except GenerationCancelled:
-            return [ReplicaLost(self._pipeline.base_id, attempts=1) for _ in jobs]
+            return self._lost(jobs)
         except LoraplexError as error:
-            log.warning("a batch of %d was refused on the device: %s", len(jobs), error)
-            return [_without_frames(error) for _ in jobs]
-        except Exception:
+            log.warning("a batch was refused on the device: %s: %s", _ids(jobs), error)
+            return [without_frames(error) for _ in jobs]
+        except Exception as error:
             self._failed_batches += 1
-            log.exception("a batch failed: %s", ", ".join(job.request.request_id for job in jobs))
-            if self._is_corrupt:
-                return [ReplicaLost(self._pipeline.base_id, attempts=1) for _ in jobs]
-            return [InternalError(job.request.request_id) for job in jobs]
-        self._failed_batches = 0
-        return self._results(jobs, outcome, started, applied)
+            log.exception("a batch failed: %s", _ids(jobs))
+            self._soundness.judge(error)
+            return (
+                [InternalError(job.request.request_id) for job in jobs]
+                if self._soundness.can_go_on
+                else self._lost(jobs)
+            )
+        return endings if self._soundness.can_go_on else self._lost(jobs)
+
+    def _draw(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
+        """Apply the adapters of a batch and draw it, each tried once more with memory freed where that runs out."""
+        started_s = self._clock()
+        if not self._room.has_room_at_last(lambda: self._apply(jobs[0].adapters)):
+            return [no_room_for_adapters(job) for job in jobs]
+        applied_s = self._clock()
+        self._look_ahead()
+        passes = Passes(self._pipeline, self._room, on_step=self._report, is_aborting=lambda: self._is_aborting)
+        drawn = passes.draw(jobs, words_of(adapter for adapter, _ in jobs[0].adapters))
+        endings = results_of(drawn, device=self._pipeline.device_name, started_s=started_s, applied_s=applied_s)
+        self._failed_batches = self._failed_batches + 1 if self._is_starved(jobs, endings) else 0
+        return endings
+
+    def _is_starved(self, jobs: Sequence[Job], endings: Sequence[object]) -> bool:
+        """Whether not even images of the base's own size found room: then something else fills the device."""
+        pixels = jobs[0].request.width * jobs[0].request.height
+        return pixels <= self._pipeline.default_pixels and all(isinstance(one, OutOfMemory) for one in endings)
+
+    def _lost(self, jobs: Sequence[Job]) -> list[GenerationResult | Exception]:
+        return [ReplicaLost(self._pipeline.base_id, attempts=1, why=self._soundness.verdict) for _ in jobs]
 
     def _apply(self, adapters: Sequence[tuple[ParsedAdapter, Scale]]) -> None:
         applier = self._weights if self._ahead is None else self._ahead
         try:
             applier.apply(adapters)
-        except Exception:
-            if self._self_check is not None:
-                self._note(self._self_check.check_all())
+        except Exception as error:
+            if not is_out_of_memory(error):  # else once there is room for the check
+                self._soundness.check_all()
             raise
         finally:
             self._applied = self._weights.applied
+            self._headway_s = self._clock()
 
     def _report(self, jobs: Sequence[Job], step: int, steps: int) -> None:
         self._steps += 1
+        self._headway_s = self._clock()
         self._look_ahead()
         for job in jobs:
             job.report(step, steps)
 
-    def _results(
-        self, jobs: Sequence[Job], outcome: PassOutcome, started: float, applied: float
-    ) -> list[GenerationResult | Exception]:
-        """Return each job's share of a pass; the times, queueing apart, are those of the whole batch."""
-        swap_ms = (applied - started) * 1e3
-        timings = Timings(swap_ms=swap_ms, denoise_ms=outcome.denoise_ms, decode_ms=outcome.decode_ms)
-        batch_size = sum(job.request.num_images for job in jobs)
-        results: list[GenerationResult | Exception] = []
-        for job, images, warnings in zip(jobs, outcome.images, outcome.warnings, strict=True):
-            if isinstance(images, LoraplexError):
-                results.append(images)
-                continue
-            results.append(
-                GenerationResult(
-                    request_id=job.request.request_id,
-                    base_id=job.request.base_id,
-                    images=images,
-                    seeds=seeds_of(job.request),
-                    adapters=job.applied(),
-                    timings=replace(timings, queue_ms=(started - job.submitted_at) * 1e3),
-                    compute_s=(swap_ms + outcome.denoise_ms + outcome.decode_ms) / 1e3,
-                    device=self._pipeline.device_name,
-                    batch_size=batch_size,
-                    warnings=warnings,
-                )
-            )
-        return results
-
-    def _abandon(self) -> None:
+    def _abandon(self, why: str | None = None) -> None:
         """Fail whatever is left, so that nobody waits for ever, however the thread came to its end."""
         with self._changed:
             self._is_closing = True
             left = self._queue.clear()
         for job in left:
-            job.end(ReplicaLost(self._pipeline.base_id, attempts=1))
+            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, why=why or self._soundness.verdict))
 
 
 def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:
@@ -363,13 +372,5 @@ def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:
     return next((ending.timings.denoise_ms / 1e3 for ending in endings if isinstance(ending, GenerationResult)), None)
 
 
-def _show(jobs: Sequence[Job], shares: Sequence[tuple[PixelImage, ...]]) -> None:
-    for job, images in zip(jobs, shares, strict=True):
-        if images:
-            job.show(images)
-
-
-def _without_frames(error: LoraplexError) -> LoraplexError:
-    """Return the error without its traceback, whose frames would keep tensors of the device alive."""
-    error.__context__ = error.__cause__ = None
-    return error.with_traceback(None)
+def _ids(jobs: Sequence[Job]) -> str:
+    return ", ".join(job.request.request_id for job in jobs)

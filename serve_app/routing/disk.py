@@ -5,6 +5,9 @@ Owns that guess. Must not know the disk: nobody tells routers what is on it.
 
 from __future__ import annotations
 
+# However small adapters are, no more of them are remembered.
+MAX_TAGS = 16_384
+
 
 class GuessedDisk:
     """The adapters on one node's disk, first in first out within a byte budget."""
@@ -22,5 +25,5 @@ class GuessedDisk:
         """Note that an adapter went through the disk; older ones make room."""
         self._used_bytes += size_bytes - self._sizes.pop(tag, 0)
         self._sizes[tag] = size_bytes
-        while self._used_bytes > self._budget_bytes:
+        while self._used_bytes > self._budget_bytes or len(self._sizes) > MAX_TAGS:
             self._used_bytes -= self._sizes.pop(next(iter(self._sizes)))

@@ -27,6 +27,8 @@ VIEW_HOLDS_S = 0.05
 # What an adapter weighs that no request through this router has asked for.
 TYPICAL_BYTES = 100_000_000
 MAX_SIZES = 16_384
+# Nodes whose disks are guessed; where nodes come and go, those that nothing came to for longest are forgotten.
+MAX_DISKS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +179,9 @@ class Ledger:
         """An adapter comes to host memory through the node's disk, and stays on it when it leaves memory."""
         if not self._disk_bytes:
             return
-        disk = self._disks.setdefault(node_id, GuessedDisk(self._disk_bytes))
+        disk = self._disks[node_id] = self._disks.pop(node_id, None) or GuessedDisk(self._disk_bytes)
+        if len(self._disks) > MAX_DISKS:
+            del self._disks[next(iter(self._disks))]
         for tag in new:
             disk.put(tag, self._sizes.get(tag, TYPICAL_BYTES))
 

@@ -50,13 +50,15 @@ class DeviceLoad:
     """What the device thread says of itself.
 
     `backlog_s` is the predicted time of all that runs, waits or still fetches its adapters. `progress` is any number
-    that changes while it makes headway, `is_busy` whether it has something to do.
+    that changes while it makes headway, `is_busy` whether it has something to do. One that `has_failed` answers
+    nothing more, and is to be replaced.
     """
 
     backlog_s: float
     pace: Pace
     progress: float
     is_busy: bool
+    has_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,8 @@ class Recorder:
         return self._told
 
     def _is_stalled(self, load: DeviceLoad) -> bool:
+        if load.has_failed:
+            return True
         progress, since_s = self._progress
         if not load.is_busy or load.progress != progress:
             self._progress = (load.progress, self._clock())

@@ -13,15 +13,19 @@ from random import Random
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.routing.cost import AdapterNeed, Demand, demand_of, rank
 from serve_app.routing.ledger import TYPICAL_BYTES, Ledger, Sighting
 from serve_app.telemetry import RouterMetrics
+from serve_app.tracing import record
 
 log = logging.getLogger(__name__)
+
+# Who has waited so long has found every replica full: the next place is his, whoever asks at the right moment.
+TURN_AFTER_S = 0.1
 
 
 def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConfig:
@@ -44,8 +48,11 @@ def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConf
     return RequestRouterConfig(**fields)
 
 
-class PredictedFinishRouter(RequestRouter):
-    """Sends each request to the replica that is predicted to finish it at the least cost."""
+class PredictedFinishRouter(FIFOMixin, RequestRouter):
+    """Sends each request to the replica that is predicted to finish it at the least cost.
+
+    Where all replicas are full, those who wait get the places that become free in their order.
+    """
 
     def initialize_state(self, **kwargs: Any) -> None:
         """Start with what the deployment's `request_router_kwargs` say: `base_id`, `disk_bytes`, `stale_after_s`."""
@@ -71,6 +78,14 @@ class PredictedFinishRouter(RequestRouter):
             self._ledger.book(order[0], pending_request.metadata.internal_request_id, demand, now_s)
         return [[by_id[id_]] for id_ in order]
 
+    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
+        """Give a place to who it was chosen for; once somebody waits for one, to who has waited longest."""
+        first = next((waiting for waiting in self._pending_requests_to_fulfill if not waiting.future.done()), None)
+        if first is not None and time.time() - first.created_at >= TURN_AFTER_S:
+            super()._fulfill_next_pending_request(replica, request_metadata)
+        else:
+            RequestRouter._fulfill_next_pending_request(self, replica, request_metadata)
+
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count a request where a replica has taken it, which may be another than the one chosen first."""
         now_s = time.time()
@@ -81,7 +96,7 @@ class PredictedFinishRouter(RequestRouter):
             place = self._ledger.accepted(id_, request_id, now_s)
         if place is not None:
             self._metrics.routed(place)
-            log.debug("request %s of %s goes to %s, adapters: %s", request_id, self._base_id, id_, place)
+            _tell(pending_request, id_, place, now_s)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Count a request no more."""
@@ -99,12 +114,30 @@ class PredictedFinishRouter(RequestRouter):
             ledger.keep({replica.replica_id.unique_id for replica in replicas})
 
 
+def _tell(pending: PendingRequest, replica_id: str, place: str, now_s: float) -> None:
+    """Log and trace where a generation goes; this thread of Serve's knows no request, so the line names it."""
+    request = _generation(pending)
+    if request is None:
+        return
+    log.info(
+        "request %s for %s goes to replica %s, adapters there: %s",
+        request.request_id, request.base_id, replica_id, place, extra={"request_id": request.request_id},
+    )  # fmt: skip
+    waited_s = now_s - pending.created_at
+    record("route", request.trace, began_ago_s=waited_s, lasted_s=waited_s, replica=replica_id, place=place)
+
+
+def _generation(pending: PendingRequest) -> GenerationRequest | None:
+    arguments = (*pending.args, *pending.kwargs.values())
+    return next((argument for argument in arguments if isinstance(argument, GenerationRequest)), None)
+
+
 def _demanded(pending: PendingRequest | None) -> Demand:
     """Return what a call asks for; a call that is no generation asks for nothing but an answer."""
     if pending is None:
         return Demand((), 0.0)
-    for argument in (*pending.args, *pending.kwargs.values()):
-        if isinstance(argument, GenerationRequest):
-            return demand_of(argument)
+    request = _generation(pending)
+    if request is not None:
+        return demand_of(request)
     model_id = pending.metadata.multiplexed_model_id
     return Demand((AdapterNeed(model_id, TYPICAL_BYTES),) if model_id else (), 0.0)

@@ -21,17 +21,20 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from serve_app.errors import is_disk_full
+from serve_app.held_files import exclusive, open_shared, remove_unless_held, unlocking
 from serve_app.store.budget import Entry, plan_eviction
 
 log = logging.getLogger(__name__)
 
 _SUFFIX = ".canonical"
 _DRAFTS = ".drafts-"
+_ROOM_TO_START_BYTES = 1024**2
 
 
 class AdmittedFiles:
@@ -67,9 +70,18 @@ class AdmittedFiles:
         self._base_folder.mkdir(mode=0o700, exist_ok=True)
         with self._exclusive():
             self._clear_abandoned_drafts()
-            self._drafts = Path(tempfile.mkdtemp(prefix=_DRAFTS, dir=folder))
+            self._drafts = self._make_drafts()
             self._alive = (self._drafts / ".lock").open("wb")
             fcntl.flock(self._alive, fcntl.LOCK_EX)
+
+    def _make_drafts(self) -> Path:
+        try:
+            return Path(tempfile.mkdtemp(prefix=_DRAFTS, dir=self._folder))
+        except OSError as error:
+            # A replica that starts on a full disk must not wait for somebody to empty it.
+            if not is_disk_full(error) or not self._drop(_ROOM_TO_START_BYTES):
+                raise
+            return Path(tempfile.mkdtemp(prefix=_DRAFTS, dir=self._folder))
 
     def close(self) -> None:
         """Remove this process's unfinished files; the published ones stay."""
@@ -92,11 +104,11 @@ class AdmittedFiles:
     def reading(self, key: str) -> Generator[Path | None]:
         """Hold the file against eviction, in every process, and count a use; None where there is none."""
         path = self.path(key)
-        file = _open_shared(path)
+        file = open_shared(path)
         if file is None:
             yield None
             return
-        with file, _unlocking(file):
+        with file, unlocking(file):
             self._touch(file)
             yield path
 
@@ -112,7 +124,7 @@ class AdmittedFiles:
         path = self.path(key)
         excess_bytes = 0
         try:
-            with draft.open("rb") as file, _unlocking(file):
+            with draft.open("rb") as file, unlocking(file):
                 fcntl.flock(file, fcntl.LOCK_SH)
                 # A name must not survive a power cut that its bytes did not.
                 os.fsync(file.fileno())
@@ -127,15 +139,27 @@ class AdmittedFiles:
                 with self._exclusive():
                     self._evict()
 
+    def make_room(self, needed_bytes: int) -> int:
+        """Evict the files read longest ago until so many bytes are free, and return how many became so."""
+        with self._exclusive():
+            return self._drop(needed_bytes)
+
+    def _drop(self, needed_bytes: int) -> int:
+        freed = 0
+        for name, entry in self._entries().items():
+            if freed >= needed_bytes:
+                break
+            if remove_unless_held(Path(name)):
+                log.info("evicted %s (%d bytes) from a full disk", Path(name).name, entry.size_bytes)
+                freed += entry.size_bytes
+        return freed
+
     def _touch(self, file: BinaryIO) -> None:
         now = self._clock()
         os.utime(file.fileno(), (now, now))
 
-    @contextmanager
-    def _exclusive(self) -> Generator[None]:
-        with (self._folder / ".lock").open("wb") as lock, _unlocking(lock):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+    def _exclusive(self) -> AbstractContextManager[None]:
+        return exclusive(self._folder / ".lock")
 
     def _evict(self) -> int:
         entries = self._entries()
@@ -144,7 +168,7 @@ class AdmittedFiles:
             if not plan.evict:
                 return plan.excess_bytes
             for name in plan.evict:
-                if _remove_unless_held(Path(name)):
+                if remove_unless_held(Path(name)):
                     log.info("evicted %s (%d bytes) from disk", Path(name).name, entries[name].size_bytes)
                     del entries[name]
                 else:
@@ -162,48 +186,10 @@ class AdmittedFiles:
     def _clear_abandoned_drafts(self) -> None:
         for folder in self._folder.glob(f"{_DRAFTS}*"):
             lock = folder / ".lock"
-            if not lock.exists() or _remove_unless_held(lock):
+            if not lock.exists() or remove_unless_held(lock):
                 log.warning("removing unfinished files of a process that died")
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def _digest(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _unlocking(file: BinaryIO) -> Generator[None]:
-    try:
-        yield
-    finally:
-        # Closing alone would leave the lock to a child that was forked meanwhile.
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _open_shared(path: Path) -> BinaryIO | None:
-    while True:
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:
-            return None
-        fcntl.flock(file, fcntl.LOCK_SH)
-        # Between opening and locking it may have been evicted or replaced: then the name means something
-        # else.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()
-
-
-def _remove_unless_held(path: Path) -> bool:
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return True
-    with file, _unlocking(file):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        path.unlink(missing_ok=True)
-        return True

@@ -27,8 +27,19 @@ MAX_REMEMBERED = 1024
 Composition = tuple[tuple[str, Scale], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A composition that is refused now: the keys and scales of its adapters, why, and for how long."""
+
+    keys: tuple[str, ...]
+    scales: tuple[Scale, ...]
+    reason: str
+    left_s: int
+
+
 @dataclass(slots=True)
 class _Record:
+    why: str = ""
     failures: int = 0
     counted_at: float = -math.inf
     held_until: float = -math.inf
@@ -60,8 +71,8 @@ class Quarantine:
         self._check(request)
         try:
             yield
-        except (NonFinite, InternalError):
-            self._note_failure(request)
+        except (NonFinite, InternalError) as error:
+            self._note_failure(request, error)
             raise
         # What is given up, refused or out of time says nothing about the adapters.
         self._records.pop(_composition(request), None)
@@ -73,6 +84,20 @@ class Quarantine:
         now = self._clock()
         return sum(record.held_until > now for record in self._records.values())
 
+    def holds(self) -> tuple[Hold, ...]:
+        """Return every composition that is refused now."""
+        now = self._clock()
+        return tuple(
+            Hold(
+                keys=tuple(key for key, _ in composition),
+                scales=tuple(scale for _, scale in composition),
+                reason=record.why,
+                left_s=math.ceil(record.held_until - now),
+            )
+            for composition, record in self._records.items()
+            if record.held_until > now
+        )
+
     def _check(self, request: GenerationRequest) -> None:
         record = self._records.get(_composition(request))
         if record is None:
@@ -81,13 +106,15 @@ class Quarantine:
         if left_s > 0:
             raise Quarantined(_names(request), f"its last {record.failures} tries failed", math.ceil(left_s))
 
-    def _note_failure(self, request: GenerationRequest) -> None:
+    def _note_failure(self, request: GenerationRequest, error: NonFinite | InternalError) -> None:
         now, composition = self._clock(), _composition(request)
         record = self._records.setdefault(composition, _Record())
         self._records.move_to_end(composition)
         if now - record.counted_at >= SAME_PASS_S:
             record.failures, record.counted_at = record.failures + 1, now
             if record.failures >= MAX_FAILURES:
+                last = error.reason if isinstance(error, NonFinite) else "the service failed on it"
+                record.why = f"its last {record.failures} tries failed: {last}"
                 record.held_until = now + min(PERIOD_S * 2 ** (record.failures - MAX_FAILURES), LONGEST_S)
         while len(self._records) > MAX_REMEMBERED:
             self._records.popitem(last=False)

@@ -12,15 +12,16 @@ import asyncio
 import copy
 import functools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal, ParamSpec, TypeVar
 
 from serve_app.core import AdapterSpec
-from serve_app.errors import LoraplexError, ReplicaLost
+from serve_app.errors import DiskFull, LoraplexError, ReplicaLost, is_disk_full
+from serve_app.refusals import RefusedAdapter
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.budget import ByteBudget, EvictionPlan
 
@@ -36,6 +37,9 @@ Tier = Literal["host", "disk", "remote"]
 _DAMAGED = (OSError, ValueError, LookupError, LoraplexError)
 
 _THREADS = 4
+_MAX_REFUSED = 1024
+# An adapter needs room twice, as it came and as it is admitted, and a little for what goes with it.
+_ROOM_TO_SPARE_BYTES = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,8 @@ class AdapterStore(Generic[T]):
 
     Invariants: a leased adapter is never evicted. Whoever leaves takes nobody's fetch along. A fetch that
     fails fails all who wait for it, each with an error of its own, and is forgotten: the next asker tries
-    again. No key ever waits for another key's fetch.
+    again. A file that was refused for what it holds is not looked at again for `failure_ttl_s`. No key ever waits
+    for another key's fetch.
     """
 
     def __init__(
@@ -88,6 +93,9 @@ class AdapterStore(Generic[T]):
         size_of: Callable[[T], int],
         host_budget_bytes: int,
         clock: Callable[[], float],
+        failure_ttl_s: float = 0.0,
+        release: Callable[[AdapterSpec], None] = lambda _: None,
+        make_room: Callable[[int], int] = lambda _: 0,
     ) -> None:
         """Start with an empty host tier over what is already on disk.
 
@@ -100,6 +108,10 @@ class AdapterStore(Generic[T]):
             size_of: The bytes that a loaded adapter takes of the budget.
             host_budget_bytes: What unleased and leased adapters may take together, as long as leases allow.
             clock: Monotonic seconds.
+            failure_ttl_s: How long a file's refusal is repeated without another look at it.
+            release: Told when nobody here reads the adapter's original any more.
+            make_room: Remove at least so many bytes of originals from a full disk, and tell how many went; runs in
+                a thread.
         """
         self._admitted = admitted
         self._fetch = fetch
@@ -111,6 +123,10 @@ class AdapterStore(Generic[T]):
         self._adapters: dict[str, T] = {}
         self._flights: dict[str, asyncio.Task[_Found[T]]] = {}
         self._evictions = 0
+        self._failure_ttl_s = failure_ttl_s
+        self._release = release
+        self._make_room = make_room
+        self._refused: dict[str, tuple[RefusedAdapter, float]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapter-store")
 
     @asynccontextmanager
@@ -119,6 +135,7 @@ class AdapterStore(Generic[T]):
 
         Raises:
             LoraplexError: Whatever fetching or admitting the file raised.
+            DiskFull: There is no room for it, not even without the files that nobody holds.
             ReplicaLost: The store was closed meanwhile.
         """
         asked_at = self._clock()
@@ -202,13 +219,47 @@ class AdapterStore(Generic[T]):
                 return None
 
     async def _bring_remote(self, spec: AdapterSpec) -> _Found[T]:
+        self._check_refused(spec)
+        try:
+            try:
+                return await self._make_ready(spec)
+            except DiskFull:
+                if not await self._in_thread(self._free, 2 * spec.size_bytes + _ROOM_TO_SPARE_BYTES):
+                    log.error("the disk of this node is full, and nothing can be dropped for %s", spec.key)
+                    raise
+            return await self._make_ready(spec)
+        finally:
+            self._release(spec)
+
+    async def _make_ready(self, spec: AdapterSpec) -> _Found[T]:
         source = await self._fetch(spec)
-        draft = await self._in_thread(self._admitted.new_draft)
+        with _naming_full_disk(spec):
+            draft = await self._in_thread(self._admitted.new_draft)
         try:
             await self._admit(spec, source, draft)
-            return await self._in_thread(self._publish, spec, draft)
+            with _naming_full_disk(spec):
+                return await self._in_thread(self._publish, spec, draft)
+        except RefusedAdapter as error:
+            self._note_refused(spec, error)
+            raise
         finally:
             self._threads.submit(self._admitted.drop_draft, draft)
+
+    def _free(self, needed_bytes: int) -> int:
+        """Drop what can be had again, the originals first, since what is admitted is read from disk."""
+        freed = self._make_room(needed_bytes)
+        return freed + (self._admitted.make_room(needed_bytes - freed) if freed < needed_bytes else 0)
+
+    def _check_refused(self, spec: AdapterSpec) -> None:
+        error, until = self._refused.get(spec.key, (None, 0.0))
+        if error is not None and self._clock() < until:
+            raise copy.copy(error)
+        self._refused.pop(spec.key, None)
+
+    def _note_refused(self, spec: AdapterSpec, error: RefusedAdapter) -> None:
+        if len(self._refused) >= _MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        self._refused[spec.key] = (copy.copy(error), self._clock() + self._failure_ttl_s)
 
     def _publish(self, spec: AdapterSpec, draft: Path) -> _Found[T]:
         with self._admitted.publish(spec.key, draft) as path:
@@ -223,6 +274,16 @@ class AdapterStore(Generic[T]):
             del self._adapters[key]
             log.info("evicted %s from host memory", key)
         self._evictions += len(plan.evict)
+
+
+@contextmanager
+def _naming_full_disk(spec: AdapterSpec) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise DiskFull(spec.id) from error
+        raise
 
 
 def _note_failure(flight: asyncio.Task[_Found[T]]) -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import queue
+import re
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +23,21 @@ from ray import serve
 
 from serve_app.app import build
 from serve_app.config import AppConfig, digest_of
-from tests.hub_server import HubServer
+from tests.access_matrix import KEYED, LISTED, MATRIX, NAMED, NOTHING, OPEN, request_of
+from tests.hub_server import Fault, HubServer
 from tests.service import base_settings, process_of
 
-USER, ADMIN, WRONG = "lpx_user", "lpx_admin", "lpx_wrong"
+USER, ADMIN, WRONG, LIMITED = "lpx_user", "lpx_admin", "lpx_wrong", "lpx_limited"
 ALICE, BOB, CAROL = "hf_alice", "hf_bob", "hf_carol"
+# As long as real ones, so that they are known for what they are wherever a caller puts them.
+PLANTED_TOKEN, PLANTED_KEY = "hf_" + "PlantedTokenOfACaller0123456789ab", "lpx_" + "PlantedKeyOfNobody" * 2
 PRIVATE = "acme/private-night"
 EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub" / "demo"
 ACCESS_TTL_S = 0.5
 QUICK = {"num_inference_steps": 1, "seed": 1}
+AT_ONCE = 2
+# A stream that is under way for as long as its reader stays.
+ENDLESS = {"prompt": "a cat", "model": "demo/sd15", "stream": True, "num_inference_steps": 1000}
 
 
 @dataclass
@@ -47,6 +57,14 @@ class Guarded:
         return self.ask("POST", f"/models/{model}", key, token, json={"inputs": "a cat", "parameters": QUICK})
 
 
+def log_files(pattern: str = "*") -> list[Path]:
+    """What Ray's processes of this cluster have written so far."""
+    from ray._private.worker import global_worker
+
+    folder = Path(global_worker.node.get_session_dir_path()) / "logs"  # type: ignore[union-attr]
+    return [path for path in folder.rglob(pattern) if path.is_file()]
+
+
 @pytest.fixture(scope="module")
 def guarded(cluster: int, hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     hub.push_folder(PRIVATE, EMBEDDED / "sd15-night")
@@ -54,7 +72,9 @@ def guarded(cluster: int, hub: HubServer, tmp_path_factory: pytest.TempPathFacto
     cache = tmp_path_factory.mktemp("guarded")
     config = AppConfig.model_validate(
         {
-            "bases": [base_settings("demo/sd15")],
+            "bases": [
+                base_settings("demo/sd15", limits={"min_side": 32, "max_side": 128, "max_steps": 1000}),
+            ],
             "adapters": {
                 "embedded": True,
                 "hub": {
@@ -64,11 +84,12 @@ def guarded(cluster: int, hub: HubServer, tmp_path_factory: pytest.TempPathFacto
                     "access_ttl_s": ACCESS_TTL_S,
                 },
             },
-            "ingress": {"replicas": 1, "num_cpus": 0.1},
+            "ingress": {"replicas": 2, "num_cpus": 0.1},
             "auth": {
                 "keys": [
                     {"name": "alice", "sha256": digest_of(USER)},
                     {"name": "root", "sha256": digest_of(ADMIN), "admin": True},
+                    {"name": "few", "sha256": digest_of(LIMITED), "limits": {"concurrency": AT_ONCE}},
                 ]
             },
             "cache_dir": str(cache),
@@ -80,24 +101,52 @@ def guarded(cluster: int, hub: HubServer, tmp_path_factory: pytest.TempPathFacto
     serve.delete("guarded")
 
 
-# The whole matrix is tests/unit/api/test_auth.py; this is that the service in front of it is wired to it.
-@pytest.mark.parametrize(
-    ("method", "path", "no_key", "user", "admin"),
-    [
-        ("GET", "/", 200, 200, 200),
-        ("GET", "/health", 200, 200, 200),
-        ("GET", "/v1/models", 401, 200, 200),
-        ("GET", "/v1/replicas", 401, 200, 200),
-        ("GET", "/openapi.json", 401, 200, 200),
-        ("POST", "/v1/loras/demo/sd15-night/preload", 401, 403, 200),
-        ("DELETE", "/v1/loras/demo/sd15-sepia", 401, 403, 200),
-    ],
-)
-def test_routes_let_in_whom_they_should(
-    guarded: Guarded, method: str, path: str, no_key: int, user: int, admin: int
-) -> None:
-    statuses = [guarded.ask(method, path, key).status_code for key in (None, WRONG, USER, ADMIN)]
-    assert statuses == [no_key, no_key, user, admin]
+def everywhere(is_so: Callable[[], bool], *, patience_s: float) -> None:
+    """Ask until both ingress replicas say yes, as far as eight answers in a row can tell."""
+    ends_at, in_a_row = time.monotonic() + patience_s, 0
+    while in_a_row < 8:
+        in_a_row = in_a_row + 1 if is_so() else 0
+        assert time.monotonic() < ends_at or in_a_row
+
+
+def asked(
+    guarded: Guarded, route: tuple[str, str], adapter: str, model: str, key: str | None, token: str | None
+) -> Any:
+    """Send a request to a route that names an adapter and a model where it can."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    url, more = request_of(*route, adapter=adapter, model=model, image=picture.getvalue())
+    return guarded.ask(route[0], url, key, token, **more)
+
+
+# The routes of the application itself are checked against the matrix in tests/unit/api/test_auth.py.
+@pytest.mark.parametrize("key", [None, WRONG, USER, ADMIN])
+def test_every_route_lets_in_whom_it_should(guarded: Guarded, key: str | None) -> None:
+    wrong: list[str] = []
+    for route, rule in MATRIX.items():
+        status = asked(guarded, route, "demo/sd15-sepia", "demo/sd15", key, None).status_code
+        may = rule.needs == OPEN or key == ADMIN or (rule.needs == KEYED and key == USER)
+        expected = 404 if "static" in route[1] else 200
+        if status != (expected if may else 403 if key == USER else 401):
+            wrong.append(f"{route}: {status}")
+    guarded.ask("DELETE", "/v1/loras/of-the-matrix", ADMIN)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("token", [ALICE, BOB, None])
+def test_no_route_gives_a_private_adapter_away(guarded: Guarded, token: str | None) -> None:
+    assert guarded.draw(PRIVATE, ALICE).status_code == 200, "by now it lies in memory"
+    wrong: list[str] = []
+    for route, rule in MATRIX.items():
+        if rule.private == NOTHING:
+            continue
+        reply = asked(guarded, route, PRIVATE, PRIVATE, ADMIN, token)
+        if rule.private == NAMED and reply.status_code != (200 if token == ALICE else 404):
+            wrong.append(f"{route}: {reply.status_code} {reply.text[:200]}")
+        if rule.private == LISTED and token != ALICE and f'"{PRIVATE}"' in reply.text:
+            wrong.append(f"{route} shows it")
+    guarded.ask("DELETE", "/v1/loras/of-the-matrix", ADMIN)
+    assert wrong == []
 
 
 def test_clients_of_openai_see_their_own_kinds_of_error(guarded: Guarded) -> None:
@@ -127,10 +176,7 @@ def test_a_private_adapter_is_drawn_for_those_alone_who_may_read_it(guarded: Gua
 def test_a_private_adapter_is_refused_once_access_is_revoked(guarded: Guarded, hub: HubServer) -> None:
     assert guarded.draw(PRIVATE, CAROL).status_code == 200
     hub.revoke(PRIVATE, CAROL)
-    revoked_at = time.monotonic()
-    while guarded.draw(PRIVATE, CAROL).status_code == 200:
-        assert time.monotonic() < revoked_at + ACCESS_TTL_S + 2
-    assert guarded.draw(PRIVATE, CAROL).status_code == 404
+    everywhere(lambda: guarded.draw(PRIVATE, CAROL).status_code == 404, patience_s=ACCESS_TTL_S + 5)
     assert guarded.draw(PRIVATE, ALICE).status_code == 200
 
 
@@ -139,7 +185,7 @@ def test_an_alias_of_a_private_adapter_opens_it_to_nobody_else(guarded: Guarded)
     assert guarded.ask("POST", "/v1/loras", ADMIN, BOB, json=body).status_code == 404
     reply = guarded.ask("POST", "/v1/loras", ADMIN, ALICE, json=body)
     assert reply.status_code == 200, reply.text
-    assert guarded.draw("dusk", ALICE).status_code == 200
+    everywhere(lambda: guarded.draw("dusk", ALICE).status_code == 200, patience_s=10)
     for token in (BOB, None):
         assert guarded.draw("dusk", token).status_code == 404
         assert PRIVATE not in guarded.ask("GET", "/v1/loras", USER, token).text
@@ -148,17 +194,125 @@ def test_an_alias_of_a_private_adapter_opens_it_to_nobody_else(guarded: Guarded)
     assert guarded.ask("DELETE", "/v1/loras/dusk", ADMIN).json()["deleted"] is True
 
 
-def test_nothing_that_is_kept_or_logged_holds_a_key_or_a_token(guarded: Guarded) -> None:
-    import ray
+def failures(guarded: Guarded, hub: HubServer) -> Iterator[tuple[str, Any]]:
+    """Requests that fail, each in a way of its own, with a key and a token of the caller in every place there is."""
 
+    def post(path: str, key: str = USER, headers: dict[str, str] | None = None, **more: Any) -> Any:
+        headers = {"authorization": f"Bearer {key}", "x-hf-token": PLANTED_TOKEN} | (headers or {})
+        return guarded.http.post(guarded.url + path, headers=headers, **more)
+
+    body = {"inputs": "a cat", "parameters": QUICK}
+    yield "an unknown key", guarded.ask("GET", "/v1/models", PLANTED_KEY)
+    yield "a key as its name", guarded.ask("GET", f"/v1/models/{PLANTED_KEY}", USER)
+    yield "a token without access", guarded.draw(PRIVATE, PLANTED_TOKEN)
+    yield "two tokens in one header", guarded.draw(PRIVATE, f"{PLANTED_TOKEN} {PLANTED_TOKEN}")
+    yield "credentials in the path", post(f"/models/{PLANTED_TOKEN}/{PLANTED_KEY}", json=body)
+    yield "credentials in the query", post(f"/?token={PLANTED_TOKEN}&key={PLANTED_KEY}", content=b"no JSON")
+    yield "credentials in a header", post("/", headers={"lora": f"{PLANTED_TOKEN}/{PLANTED_KEY}"}, json=body)
+    yield "a token as the request's id", post("/", headers={"x-request-id": PLANTED_TOKEN}, content=b"{")
+    yield "broken JSON that holds them", post("/", content=f'{{"inputs": "{PLANTED_TOKEN} {PLANTED_KEY}"'.encode())
+    yield "a field called so", post("/", json={**body, PLANTED_TOKEN: PLANTED_KEY})
+    yield "a head that is too large", post("/", headers={"x-a": PLANTED_TOKEN * 2000}, json=body)
+    yield "no time at all", post("/", headers={"x-request-timeout-s": "0.0001"}, json=body)
+    yield (
+        "an alias that may not be made",
+        post("/v1/loras", json={"lora_name": PLANTED_KEY, "source": {"uri": PRIVATE}}),
+    )
+    hub.push("acme/planted-pickle", {"adapter.bin": b"\x80\x04", "README.md": b"---\n---\n"})
+    hub.hide("acme/planted-pickle", tokens=frozenset({PLANTED_TOKEN}))
+    yield "a file that is refused", guarded.draw("acme/planted-pickle", PLANTED_TOKEN)
+    hub.push_folder("acme/planted-broken", EMBEDDED / "sd15-night")
+    hub.hide("acme/planted-broken", tokens=frozenset({PLANTED_TOKEN}))
+    hub.fail("acme/planted-broken", Fault(status=500))
+    yield "a Hub that fails", guarded.draw("acme/planted-broken", PLANTED_TOKEN)
+
+
+def test_nothing_that_is_kept_or_logged_holds_a_key_or_a_token(guarded: Guarded, hub: HubServer) -> None:
     assert guarded.draw(PRIVATE, ALICE).status_code == 200
     assert guarded.ask("GET", "/v1/models", WRONG).status_code == 401
-    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"
-    secrets = [secret.encode() for secret in (USER, ADMIN, WRONG, ALICE, BOB, CAROL)]
-    files = [path for folder in (logs, guarded.cache) for path in folder.rglob("*") if path.is_file()]
+    planted = (PLANTED_TOKEN, PLANTED_KEY)
+    for name, reply in failures(guarded, hub):
+        assert 400 <= reply.status_code < 600, name
+        # Serve's proxy repeats the id that it was given.
+        said = reply.text + str([header for header in reply.headers.items() if header[0] != "x-request-id"])
+        assert [secret for secret in planted if secret in said] == [], name
+    secrets = [secret.encode() for secret in (USER, ADMIN, WRONG, ALICE, BOB, CAROL, *planted)]
+    files = [*log_files(), *(path for path in guarded.cache.rglob("*") if path.is_file())]
     read = {path: path.read_bytes() for path in files}
     assert any(b"with key alice" in content for content in read.values())
     assert [path.name for path, content in read.items() if any(secret in content for secret in secrets)] == []
+
+
+def test_a_replica_that_dies_with_a_caller_s_token_in_hand_leaves_it_nowhere(guarded: Guarded, hub: HubServer) -> None:
+    hub.push_folder("acme/planted", EMBEDDED / "sd15-night")
+    hub.hide("acme/planted", tokens=frozenset({PLANTED_TOKEN}))
+    body = ENDLESS | {"model": "acme/planted"}
+    headers = {"authorization": f"Bearer {USER}", "x-hf-token": PLANTED_TOKEN}
+    url = f"{guarded.url}/v1/images/generations"
+    with guarded.http.stream("POST", url, json=body, headers=headers) as reply:
+        assert reply.status_code == 200, reply.read()
+        lines = reply.iter_lines()
+        assert any(re.search(r'"step": ?[1-9]', line) for line in lines), "the replica should have it in hand"
+        process_of("guarded:base-demo--sd15").send_signal(signal.SIGABRT)
+        rest = "".join(lines)
+    assert "replica_lost" in rest
+    assert PLANTED_TOKEN not in rest
+    everywhere(lambda: guarded.draw("demo/sd15", None).status_code == 200, patience_s=60)
+    assert [path.name for path in log_files() if PLANTED_TOKEN.encode() in path.read_bytes()] == []
+
+
+class Streams:
+    """Streams that are opened at once with one key, and read no further than their status."""
+
+    def __init__(self, guarded: Guarded, count: int) -> None:
+        self._guarded = guarded
+        self._left = threading.Event()
+        self._pool = ThreadPoolExecutor(count)
+        self._statuses: queue.Queue[int] = queue.Queue()
+        self._count = count
+
+    def __enter__(self) -> list[int]:
+        self._held = [self._pool.submit(self._hold) for _ in range(self._count)]
+        return [self._statuses.get(timeout=60) for _ in range(self._count)]
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        self._pool.shutdown()
+
+    def _hold(self) -> None:
+        url, headers = f"{self._guarded.url}/v1/images/generations", {"authorization": f"Bearer {LIMITED}"}
+        with (
+            httpx.Client(timeout=60, trust_env=False) as http,
+            http.stream("POST", url, json=ENDLESS, headers=headers) as reply,
+        ):
+            self._statuses.put(reply.status_code)
+            self._left.wait(60)
+
+
+def until_let_in(guarded: Guarded, patience_s: float) -> None:
+    """Ask with the limited key until it may."""
+    ends_at = time.monotonic() + patience_s
+    while (status := guarded.draw("demo/sd15", None, LIMITED).status_code) != 200:
+        assert (status, time.monotonic() < ends_at) == (429, True)
+
+
+def test_a_key_s_limit_holds_over_all_ingress_replicas_and_streams_hold_it_to_their_end(guarded: Guarded) -> None:
+    with Streams(guarded, 20) as statuses:
+        assert sorted(statuses) == [200] * AT_ONCE + [429] * (20 - AT_ONCE)
+        refusal = guarded.draw("demo/sd15", None, LIMITED)
+        assert (refusal.status_code, refusal.json()["code"]) == (429, "key_limit_reached")
+    until_let_in(guarded, 5)
+    reached = [path for path in log_files("*guarded_Ingress*") if b"with key few" in path.read_bytes()]
+    assert len(reached) == 2, "both ingress replicas should have had requests of this key"
+
+
+def test_keys_with_limits_are_served_while_the_keeper_of_limits_is_away(guarded: Guarded) -> None:
+    process_of("guarded:LimitKeeper").kill()
+    until_let_in(guarded, 10)
+    with Streams(guarded, 12) as statuses:
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) <= AT_ONCE + 1, "at most one more, where only one replica has noticed yet"
+    until_let_in(guarded, 10)
 
 
 def test_a_replica_that_hangs_shows_as_silent_and_delays_the_list_by_a_second_at_most(guarded: Guarded) -> None:

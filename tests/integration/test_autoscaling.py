@@ -74,8 +74,12 @@ async def test_a_burst_asks_for_all_replicas_at_once_and_nothing_is_lost_on_the_
 
 
 async def test_a_base_goes_to_zero_and_answers_everything_that_waited_for_its_return(clean: None) -> None:
-    handle = deploy(min_replicas=0, initial_replicas=1, max_replicas=4)
+    handle = deploy(min_replicas=0, initial_replicas=1, max_replicas=4, replicas_from_zero=3)
     await answers([handle.generate.remote(sleeping_request(0))])
     await until(lambda: replicas() == 0, what="no replica", within_s=WAIT_S)
     calls = [handle.generate.remote(sleeping_request(number)) for number in range(40)]
+    seen: list[int] = []
+    taken_s = await until(lambda: seen.append(replicas()) or seen[-1] > 0, what="a replica", within_s=WAIT_S)
+    assert taken_s < 2.0
+    assert seen[-1] == 3
     assert await answers(calls) == [f"request-{number}" for number in range(40)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
@@ -12,13 +14,23 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import AppConfig
 from serve_app.core import GenerationResult
 from serve_app.deployments.ingress import Dispatcher
+from serve_app.engine.queue import QueuePolicy
 from serve_app.errors import QueueFull
+from serve_app.routing.router import router_config
+from serve_app.work import Pace
 from tests.engine_cases import use_of
 from tests.service import Service
 from tests.sleeper import BASE, Sleeper, sleeping_request
+from tests.sleeping_replica import Sleeps
+from tests.watched_replica import Pass, WatchedReplica
 
 APP = "sleeping"
 WAIT_S = 60.0
+
+# The adversarial stream: nine of ten requests are for one adapter, and as many come as two replicas can serve.
+PASS_S, REPLICAS = 0.04, 2
+BEFORE, AFTER = 50, 40
+NO_BOUND = 10**6
 
 
 def deploy(num_replicas: int) -> DeploymentHandle:
@@ -48,7 +60,7 @@ def test_an_unknown_priority_is_refused_and_a_known_one_served(service: Service)
 async def test_whoever_is_refused_by_a_full_queue_is_told_when_to_ask_again(clean: None) -> None:
     base = {"id": BASE, "source": {"embedded": BASE}, "replica": {"max_queued_requests": 6}}
     config = AppConfig.model_validate({"bases": [base]})
-    dispatch = Dispatcher(config, {BASE: deploy(1)}, on_retry=lambda _: None)
+    dispatch = Dispatcher(config, {BASE: deploy(1)}, on_retry=lambda _, __: None)
     for number in range(2):
         await dispatch(sleeping_request(number))
     calls = [dispatch(sleeping_request(number)) for number in range(40)]
@@ -68,3 +80,84 @@ async def test_a_new_replica_has_ready_what_its_siblings_are_asked_for(clean: No
         await handle.generate.remote(sleeping_request(number, use))
     ready = await deploy(2).broadcast("made_ready").results_async()
     assert sorted(ready) == [[], ["me/hot", "me/cold"]]
+
+
+@pytest.fixture(scope="module")
+def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeploymentHandle]:
+    folder = tmp_path_factory.mktemp("adapters")
+    (folder / use_of("me/hot").spec.filename).write_bytes(b"0" * 100)
+    sleeps = Sleeps(
+        Pace(PASS_S, 0.0), swap_s=0.005, fetch_s=0.0, host_adapters=16, file_bytes=100, max_batch_images=1,
+        policy=QueuePolicy(),
+    )  # fmt: skip
+    config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": BASE}}], "cache_size": 0})
+    deployment = WatchedReplica.options(
+        num_replicas=REPLICAS,
+        max_ongoing_requests=BEFORE + AFTER,
+        ray_actor_options={"num_cpus": 0.1},
+        request_router_config=router_config(config.bases[0], config),
+    )
+    yield serve.run(deployment.bind(sleeps, folder), name="watched", route_prefix=None)
+    serve.delete("watched")
+
+
+async def stream(handle: DeploymentHandle, policy: QueuePolicy) -> list[list[Pass]]:
+    """Send the adversarial stream, and return what each replica ran, once everything was answered.
+
+    The first requests wait until all of them are there, so that the queues are long from the first pass on; the others
+    come at a steady rate, whatever is answered.
+    """
+
+    async def send(number: int) -> None:
+        use = use_of("me/hot" if number % 10 != 4 else f"me/cold-{number % 3}")
+        await handle.options(multiplexed_model_id=use.spec.key).generate.remote(sleeping_request(number, use))
+
+    await handle.broadcast("hold", policy).results_async()
+    calls = [asyncio.create_task(send(number)) for number in range(BEFORE)]
+    began_s = time.monotonic()
+    while sum(await handle.broadcast("waiting").results_async()) < BEFORE:
+        assert time.monotonic() - began_s < WAIT_S
+        await asyncio.sleep(0.02)
+    await handle.broadcast("release").results_async()
+    for number in range(BEFORE, BEFORE + AFTER):
+        calls.append(asyncio.create_task(send(number)))
+        await asyncio.sleep(PASS_S / REPLICAS)
+    await asyncio.wait_for(asyncio.gather(*calls), WAIT_S)
+    histories = await handle.broadcast("history").results_async()
+    assert sum(len(one.tickets) for history in histories for one in history) == BEFORE + AFTER
+    return histories
+
+
+def overtakings(histories: list[list[Pass]]) -> list[list[float]]:
+    """Return for each request that was overtaken when that happened, counted from what ran while it waited."""
+    times: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for replica, history in enumerate(histories):
+        for one in history:
+            for ticket in one.waiting:
+                if ticket < one.tickets[0] and ticket not in one.tickets:
+                    times[replica, ticket].append(one.at_s)
+    return list(times.values())
+
+
+async def test_a_stream_for_one_adapter_overtakes_no_other_request_more_often_than_allowed(
+    watched: DeploymentHandle,
+) -> None:
+    histories = await stream(watched, QueuePolicy(max_overtakes=4, max_overtaken_s=NO_BOUND))
+    assert max(map(len, overtakings(histories))) == 4
+
+
+async def test_a_stream_for_one_adapter_overtakes_no_other_request_for_longer_than_allowed(
+    watched: DeploymentHandle,
+) -> None:
+    histories = await stream(watched, QueuePolicy(max_overtakes=NO_BOUND, max_overtaken_s=0.15))
+    # By the queue's own clock; what the machine may take between its choice and our note of it is allowed for.
+    assert max(times[-1] - times[0] for times in overtakings(histories)) < 0.15 + 0.2
+
+
+async def test_without_bounds_the_same_stream_overtakes_others_for_as_long_as_it_lasts(
+    watched: DeploymentHandle,
+) -> None:
+    histories = await stream(watched, QueuePolicy(max_overtakes=NO_BOUND, max_overtaken_s=NO_BOUND))
+    overtaken = overtakings(histories)
+    assert max(map(len, overtaken)) > 3 * 4
+    assert max(times[-1] - times[0] for times in overtaken) > 2 * (0.15 + 0.2)

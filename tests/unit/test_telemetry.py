@@ -8,8 +8,17 @@ from typing import Any, ClassVar
 import pytest
 from ray.serve import metrics
 
-from serve_app.core import Timings
-from serve_app.telemetry import DECLARED, IngressMetrics, Meters, ReplicaMetrics, RouterMetrics
+from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, GenerationResult, HubToken, Timings
+from serve_app.telemetry import (
+    DECLARED,
+    AdapterMetrics,
+    IngressMetrics,
+    Meters,
+    ProxyMetrics,
+    ReplicaMetrics,
+    RouterMetrics,
+    TracingMetrics,
+)
 
 Labels = dict[str, str]
 
@@ -58,9 +67,54 @@ def test_names_follow_the_rules_of_prometheus_and_are_distinct() -> None:
     assert all(re.fullmatch(r"loraplex_([a-z]+_)?[a-z]+(_(seconds|bytes|images))?", name) for name in names)
 
 
-def test_no_label_can_take_as_many_values_as_there_are_adapters() -> None:
+def test_no_label_but_one_can_take_as_many_values_as_there_are_adapters() -> None:
     labels = {label for declared in DECLARED for label in declared.labels}
-    assert labels == {"route", "status", "base", "code", "tier", "stage", "result", "place"}
+    few = {"route", "status", "base", "code", "tier", "stage", "result", "place", "by", "outcome", "why"}
+    assert labels <= few | {"adapter"}
+    assert {one.name for one in DECLARED if "adapter" in one.labels} == {
+        "loraplex_adapter_requests",
+        "loraplex_adapter_device_seconds",
+    }
+
+
+def drawn(*adapters: str, token: HubToken | None = None) -> tuple[GenerationRequest, GenerationResult]:
+    """A request for two of the four images of a pass of 2 s, and its result."""
+    uses = tuple(
+        AdapterUse(AdapterSpec(id_, "demo/sd15", "1" * 40, "a.safetensors", "hub", id_, 1), 1.0) for id_ in adapters
+    )
+    request = GenerationRequest(
+        "r", "demo/sd15", "a cat", None, uses, 64, 64, 9, 7.5, None, 1, num_images=2, hub_token=token
+    )
+    return request, GenerationResult("r", "demo/sd15", (), (1, 2), (), Timings(), 2.0, "cpu", 4)
+
+
+def test_requests_and_device_time_are_counted_for_each_of_a_request_s_adapters(
+    points: list[tuple[str, float, Labels]],
+) -> None:
+    AdapterMetrics(2, clock=lambda: 0.0, meters=METERS).drawn(*drawn("acme/oil", "acme/ink"))
+    assert points == [
+        (name, value, {"base": "demo/sd15", "adapter": adapter})
+        for adapter in ("acme/oil", "acme/ink")
+        for name, value in (("loraplex_adapter_requests", 1), ("loraplex_adapter_device_seconds", 1.0))
+    ]
+
+
+def test_a_walk_through_a_thousand_adapters_tells_the_names_of_no_more_than_the_configured_number(
+    points: list[tuple[str, float, Labels]],
+) -> None:
+    metrics = AdapterMetrics(3, clock=lambda: 0.0, meters=METERS)
+    for index in range(1000):
+        metrics.drawn(*drawn(f"acme/{index}"))
+    told = {labels["adapter"] for _, _, labels in points}
+    assert told == {"acme/0", "acme/1", "acme/2", "other"}
+
+
+def test_an_adapter_that_not_everybody_may_read_is_counted_without_its_name(
+    points: list[tuple[str, float, Labels]],
+) -> None:
+    metrics = AdapterMetrics(3, clock=lambda: 0.0, meters=METERS)
+    metrics.drawn(*drawn("acme/secret", token=HubToken("hf_x")))
+    assert {labels["adapter"] for _, _, labels in points} == {"private"}
 
 
 def test_an_answer_is_counted_by_route_status_and_base(points: list[tuple[str, float, Labels]]) -> None:
@@ -76,10 +130,10 @@ def test_an_answer_is_counted_by_route_status_and_base(points: list[tuple[str, f
 def test_refusals_are_counted_by_code_and_retries_by_base(points: list[tuple[str, float, Labels]]) -> None:
     ingress = IngressMetrics(METERS)
     ingress.refused("model_not_found")
-    ingress.retried("demo/sd15")
+    ingress.retried("demo/sd15", "stalled")
     assert points == [
         ("loraplex_refusals", 1, {"code": "model_not_found"}),
-        ("loraplex_retries", 1, {"base": "demo/sd15"}),
+        ("loraplex_retries", 1, {"base": "demo/sd15", "why": "stalled"}),
     ]
 
 
@@ -131,9 +185,10 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     ingress, replica = IngressMetrics(METERS), ReplicaMetrics("demo/sd15", METERS)
     ingress.answered(route="/", status=200, base_id=None)
     ingress.refused("internal")
-    ingress.retried("demo/sd15")
+    ingress.retried("demo/sd15", "died")
     ingress.aliases_known(1)
     ingress.access_checked("ok")
+    ingress.granted("keeper")
     replica.served(Timings(), batch_size=1)
     replica.adapter_found("host")
     replica.file_brought("hub")
@@ -141,7 +196,11 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     replica.cancelled("queued")
     replica.self_checked(sound=1, is_corrupt=False)
     replica.quarantined(1)
+    replica.out_of_memory(recovered=1, refused=0)
     replica.worked(backlog_s=1.0, predicted_s=1.0, busy_s=1.0)
     replica.started(start_s=1.0, warmed=1)
     RouterMetrics("demo/sd15", METERS).routed("host")
+    AdapterMetrics(1, clock=lambda: 0.0, meters=METERS).drawn(*drawn("acme/oil"))
+    TracingMetrics(METERS).sent(3, True)
+    ProxyMetrics(METERS).lost("resent")
     assert {name for name, _, _ in points} == {declared.name for declared in DECLARED}

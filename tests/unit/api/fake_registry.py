@@ -65,7 +65,14 @@ class FakeRegistry:
         self.tokens.append(token)
         return tuple(self.rows[name] for name in sorted(self.rows))
 
-    async def replicas(self) -> tuple[ReplicaReport, ...]:
+    async def lora(self, name: str, *, token: HubToken | None) -> LoraReport:
+        self.tokens.append(token)
+        if name not in self.rows:
+            raise ModelNotFound(name)
+        return self.rows[name]
+
+    async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
+        self.tokens.append(token)
         return self.reports
 
     async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
-from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
 from serve_app.api.auth import Access
 from serve_app.config import ApiKey, IngressSettings, KeyLimits, digest_of
 from serve_app.core import HubToken
+from tests.access_matrix import KEYED, MATRIX, OPEN, request_of, routes
 from tests.unit.api.fakes import FakeGateway
 
 USER, ADMIN, WRONG = "lpx_user-key", "lpx_admin-key", "lpx_wrong-key"
@@ -26,38 +26,7 @@ KEYS = (
     ApiKey(name="alice", sha256=digest_of(USER)),
     ApiKey(name="root", sha256=digest_of(ADMIN), admin=True),
 )
-OPEN, KEYED, CHANGING = "open", "keyed", "changing"
-
-# Every route, by hand: a new one fails the first test below until somebody has decided who may use it.
-MATRIX: dict[tuple[str, str], str] = {
-    ("GET", "/"): OPEN,
-    ("HEAD", "/"): OPEN,
-    ("GET", "/health"): OPEN,
-    ("HEAD", "/health"): OPEN,
-    ("GET", "/static/{name}"): OPEN,
-    ("HEAD", "/static/{name}"): OPEN,
-    ("POST", "/"): KEYED,
-    ("POST", "/models/{id:path}"): KEYED,
-    ("POST", "/v1/images/generations"): KEYED,
-    ("POST", "/v1/images/edits"): KEYED,
-    ("GET", "/v1/models"): KEYED,
-    ("GET", "/v1/models/{id:path}"): KEYED,
-    ("GET", "/v1/loras"): KEYED,
-    ("GET", "/v1/replicas"): KEYED,
-    ("GET", "/v1/bases"): KEYED,
-    ("GET", "/docs"): KEYED,
-    ("GET", "/openapi.json"): KEYED,
-    ("HEAD", "/openapi.json"): KEYED,
-    ("POST", "/v1/loras"): CHANGING,
-    ("DELETE", "/v1/loras/{name:path}"): CHANGING,
-    ("POST", "/v1/loras/{name:path}/preload"): CHANGING,
-}
-BODIES: dict[str, Any] = {
-    "/": {"inputs": "a cat"},
-    "/models/{id:path}": {"inputs": "a cat"},
-    "/v1/images/generations": {"prompt": "a cat"},
-    "/v1/loras": {"lora_name": "mine", "source": {"uri": "acme/sketch"}},
-}
+ADAPTER = {"lora_name": "mine", "source": {"uri": "acme/sketch"}}
 
 
 @dataclass
@@ -102,18 +71,9 @@ def guarded(module_guarded: Guarded) -> Guarded:
     return module_guarded
 
 
-def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
-    for route in app.routes:
-        assert isinstance(route, Route), f"{route} is no plain route: the matrix must learn of its kind"
-        for method in sorted(route.methods or ()):
-            yield method, route.path
-
-
 def request_to(guarded: Guarded, method: str, path: str, key: str | None) -> Any:
-    url = path.replace("{name:path}", "demo/sketch").replace("{id:path}", "demo/sdxl").replace("{name}", "none.css")
-    if path.endswith("edits"):
-        return guarded.ask(method, url, key, data={"prompt": "a cat"}, files={"image": ("i.png", b"no picture")})
-    return guarded.ask(method, url, key, json=BODIES.get(path) if method == "POST" else None)
+    url, more = request_of(method, path, adapter="demo/sketch", model="demo/sdxl", image=b"no picture")
+    return guarded.ask(method, url, key, **more)
 
 
 def test_the_matrix_has_every_route_of_the_application_and_no_other(guarded: Guarded) -> None:
@@ -123,7 +83,7 @@ def test_the_matrix_has_every_route_of_the_application_and_no_other(guarded: Gua
 @pytest.mark.parametrize("key", [None, WRONG, USER, ADMIN])
 @pytest.mark.parametrize(("method", "path"), MATRIX)
 def test_every_route_lets_in_whom_it_should(guarded: Guarded, method: str, path: str, key: str | None) -> None:
-    needs = MATRIX[method, path]
+    needs = MATRIX[method, path].needs
     reply = request_to(guarded, method, path, key)
     if needs == OPEN or key == ADMIN or (needs == KEYED and key == USER):
         assert reply.status_code not in (401, 403)
@@ -158,8 +118,8 @@ def test_unknown_paths_and_methods_need_a_key_too(guarded: Guarded) -> None:
 def test_no_spelling_of_a_path_gets_a_user_past_the_admins(guarded: Guarded, path: str) -> None:
     url = f"http://testserver{path}"
     for method in ("POST", "DELETE"):
-        assert guarded.ask(method, url, USER, json=BODIES["/v1/loras"]).status_code >= 400
-        assert guarded.ask(method, url, None, json=BODIES["/v1/loras"]).status_code == 401
+        assert guarded.ask(method, url, USER, json=ADAPTER).status_code >= 400
+        assert guarded.ask(method, url, None, json=ADAPTER).status_code == 401
     assert guarded.gateway.registry.added == []
     assert guarded.gateway.registry.tokens == []
 
@@ -173,6 +133,41 @@ def test_what_is_no_key_is_refused_without_being_repeated(guarded: Guarded, valu
     reply = guarded.ask("GET", "/v1/models", headers={"authorization": value.encode("latin-1")})
     assert reply.status_code == 401
     assert USER not in reply.text.lower()
+
+
+class Watched(tuple[ApiKey, ...]):
+    """Keys that note whether somebody looked at all of them."""
+
+    looked_at = 0
+
+    def __iter__(self) -> Iterator[ApiKey]:
+        for key in super().__iter__():
+            self.looked_at += 1
+            yield key
+
+
+class Digest(str):
+    """A digest that may be compared by nobody who ends at the first letter that differs."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        raise AssertionError("compared letter by letter")
+
+    def startswith(self, *_: Any) -> bool:
+        raise AssertionError("compared letter by letter")
+
+
+@pytest.mark.parametrize("presented", [USER, ADMIN, WRONG])
+def test_a_presented_key_is_compared_with_all_and_with_each_in_constant_time(guarded: Guarded, presented: str) -> None:
+    keys = Watched(
+        ApiKey.model_construct(name=key.name, sha256=Digest(key.sha256), admin=key.admin, limits=KeyLimits())
+        for key in KEYS
+    )
+    guarded.keys[0] = keys
+    status = guarded.ask("GET", "/v1/models", presented).status_code
+    assert (status, keys.looked_at) == (401 if presented == WRONG else 200, len(KEYS))
 
 
 def test_the_scheme_is_read_whatever_its_letter_case(guarded: Guarded) -> None:
@@ -201,7 +196,7 @@ def test_logs_name_the_key_s_name_and_never_the_key(guarded: Guarded, caplog: py
     token = "hf_secrettoken"
     for key in (USER, WRONG):
         guarded.ask("POST", "/", key, json={"inputs": "a cat"}, headers={"x-hf-token": token})
-        guarded.ask("POST", "/v1/loras", key, json=BODIES["/v1/loras"], headers={"x-hf-token": token})
+        guarded.ask("POST", "/v1/loras", key, json=ADAPTER, headers={"x-hf-token": token})
     guarded.gateway.failure = ValueError("unforeseen")
     guarded.ask("POST", "/", USER, json={"inputs": "a cat"}, headers={"x-hf-token": token})
     assert "with key alice" in caplog.text
@@ -276,7 +271,7 @@ def test_a_second_request_at_once_is_refused_and_may_come_after_the_first(guarde
 def test_with_keys_a_hub_token_comes_in_a_header_of_its_own(guarded: Guarded) -> None:
     guarded.ask("POST", "/", USER, json={"inputs": "a cat"}, headers={"x-hf-token": "hf_mine"})
     assert guarded.gateway.draft.hub_token == HubToken("hf_mine")
-    guarded.ask("POST", "/v1/loras", ADMIN, json=BODIES["/v1/loras"], headers={"x-hf-token": "hf_other"})
+    guarded.ask("POST", "/v1/loras", ADMIN, json=ADAPTER, headers={"x-hf-token": "hf_other"})
     assert guarded.gateway.registry.tokens == [HubToken("hf_other")]
     assert guarded.ask("POST", "/", "hf_mine", json={"inputs": "a cat"}).status_code == 401
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from serve_app.catalog.holdings import HeldBack
 from serve_app.core import AdapterRef
 from serve_app.errors import HubUnavailable, NameTaken, NotReady
 from tests.unit.api.fakes import FakeGateway
@@ -20,10 +22,27 @@ def test_the_list_says_what_is_known_of_each_adapter(client: TestClient) -> None
                 "id": "demo/sketch", "object": "lora", "revision": "0123abcd" * 5, "base_model": "demo/sdxl", "rank": 8,
                 "size_bytes": 4096, "layers_matched": 48, "alias_of": None, "aliases": [],
                 "resident": [{"replica": "r1", "tier": "applied"}], "hits": 3, "last_used": 1000.5,
-                "instance_prompt": "sks",
+                "instance_prompt": "sks", "quarantine": [],
             }
         ],
     }  # fmt: skip
+
+
+def test_one_adapter_says_what_the_list_says_of_it_and_why_it_is_refused_for_now(
+    client: TestClient, gateway: FakeGateway
+) -> None:
+    (listed,) = client.get("/v1/loras").json()["data"]
+    assert client.get("/v1/loras/demo/sketch").json() == listed
+    rows = gateway.registry.rows
+    keys = ("acme/secret@1/f", rows["demo/sketch"].adapter.spec.key)
+    held = HeldBack(keys, (1.0, 8.0), "its last 2 tries failed: the image overflows", 59)
+    rows["demo/sketch"] = replace(rows["demo/sketch"], held_back=(("r1", held),))
+    for row in (client.get("/v1/loras").json()["data"][0], client.get("/v1/loras/demo/sketch").json()):
+        assert row["quarantine"] == [
+            {"replica": "r1", "scale": 8.0, "beside": 1, "reason": held.reason, "retry_after_s": 59}
+        ]
+    missing = client.get("/v1/loras/demo/none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
 def test_replicas_say_what_they_do_and_hold(client: TestClient) -> None:

@@ -184,3 +184,28 @@ def test_from_no_replica_at_all_everything_is_answered() -> None:
     assert run.latencies_s[0] == pytest.approx(0.5 + 4 + 14)
     assert run.latencies_s[1] <= 1 + 4 + 14
     assert figures_of([run]).replica_hours < 300 / 3600
+
+
+def test_from_no_replica_as_many_start_at_once_as_the_fleet_says() -> None:
+    workload = asked((0.5, ""), (0.5, ""))
+    rule = ScalingRule(10.0, start_s=4.0, max_replicas=2)
+    several = simulate(workload, BY_HAND, LORAPLEX, Fleet(0, rule, from_zero=2, max_ongoing=1), seed=0)
+    assert list(several.latencies_s) == [0.5 + 4 + 10, 0.5 + 4 + 10]
+    # By itself the first one starts first, and the rule is asked for the second when it runs.
+    alone = simulate(workload, BY_HAND, LORAPLEX, Fleet(0, rule, max_ongoing=1), seed=0)
+    assert sorted(alone.latencies_s)[0] == 0.5 + 4 + 10
+    assert sorted(alone.latencies_s)[1] >= 0.5 + 4 + 4 + 10
+
+
+def test_new_replicas_get_what_the_first_has_not_taken_on() -> None:
+    workload = asked(*((0.0, "") for _ in range(8)))
+    profile = replace(BY_HAND, max_batch_images=1)
+    rule = ScalingRule(10.0, start_s=4.0, min_replicas=1, max_replicas=4)
+    worst = {
+        max_ongoing: max(
+            simulate(workload, profile, LORAPLEX, Fleet(1, rule, max_ongoing=max_ongoing), seed=0).latencies_s
+        )
+        for max_ongoing in (2, 16)
+    }
+    assert worst[16] == 80
+    assert worst[2] < 40

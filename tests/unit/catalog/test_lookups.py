@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -129,3 +131,24 @@ async def test_the_least_recently_asked_is_forgotten_over_the_limit():
     for key in ("a", "b", "a", "c"):
         await known.get(key)
     assert sorted(known.values()) == ["a 1", "c 3"]
+
+
+async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
+    class Answer:
+        """What the Hub's client would have held when it gave up."""
+
+    held: list[weakref.ref[Answer]] = []
+
+    async def look_up(key: str) -> str:
+        answer = Answer()
+        held.append(weakref.ref(answer))
+        try:
+            raise OSError("broken off")
+        except OSError:
+            raise HubUnavailable(key, "the Hub broke off") from None
+
+    known = SharedLookups(look_up, ttl_s_of=lambda _: 60.0, failure_ttl_s=5.0, clock=Clock())
+    with pytest.raises(HubUnavailable):
+        await known.get("k")
+    gc.collect()
+    assert held[0]() is None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from serve_app.core import (
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
+    HubToken,
     PixelImage,
     Progress,
     Timings,
@@ -63,7 +65,11 @@ class Replica:
             self.is_left = True
 
 
-def gateway(replica: Replica, refusals: list[str] | None = None) -> ServiceGateway:
+def gateway(
+    replica: Replica,
+    refusals: list[str] | None = None,
+    on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
+) -> ServiceGateway:
     config = AppConfig.model_validate(
         {"bases": [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}, "defaults": {"steps": 10}}]}
     )
@@ -79,6 +85,7 @@ def gateway(replica: Replica, refusals: list[str] | None = None) -> ServiceGatew
         draw_seed=lambda: 5,
         can_serve=can_serve,
         on_refusal=(refusals if refusals is not None else []).append,
+        on_drawn=on_drawn,
     )
 
 
@@ -149,3 +156,25 @@ async def test_cancelling_before_the_first_word_of_the_replica_leaves_it() -> No
         with pytest.raises(asyncio.CancelledError):
             await waiting
     assert replica.is_left
+
+
+async def test_a_failing_request_s_line_names_key_code_base_and_adapters_and_not_the_prompt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    draft = replace(DRAFT, model="demo/sd15", key="alice", hub_token=HubToken("hf_of-alice"), num_images=99)
+    with caplog.at_level("INFO"), pytest.raises(OutOfBounds):
+        await gateway(Replica()).generate(draft, request_id="r7")
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("request r7 with key alice failed: ")
+    assert line.endswith("(out_of_bounds); base demo/sd15, adapters none")
+    assert "a cat" not in line
+    assert "hf_" not in line
+
+
+async def test_what_was_drawn_is_told_with_its_request_streamed_or_not() -> None:
+    told: list[tuple[GenerationRequest, GenerationResult]] = []
+    replica = Replica(Progress(0, 0, 10), RESULT)
+    service = gateway(replica, on_drawn=lambda request, result: told.append((request, result)))
+    await service.generate(DRAFT, request_id="id")
+    assert [event async for event in service.stream(DRAFT, request_id="id")][-1] == RESULT
+    assert told == [(replica.asked[0], RESULT), (replica.asked[1], RESULT)]

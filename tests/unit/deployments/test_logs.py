@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 import logging
 
-from serve_app.deployments.logs import NoCredentials
+from ray._common.formatters import JSONFormatter
+
+from serve_app.deployments.logs import NoCredentials, keep_credentials_out
 from serve_app.errors import ModelNotFound
 
 TOKEN = "hf_" + "abcdefghijklmnopqrst"
@@ -40,3 +43,32 @@ def test_a_credential_that_a_caller_puts_into_a_name_is_in_no_sentence() -> None
 def test_names_that_look_a_little_like_credentials_stay() -> None:
     for name in ("hf_demo/x", "hf-internal-testing/tiny", "sk-8/sdxl", "task-generation-of-many-things"):
         assert name in written(record_of("%s", name))
+
+
+def test_what_serve_adds_to_a_line_holds_no_credential_either() -> None:
+    record = record_of("POST /models/%s 404 3.0ms", TOKEN)
+    record.route, record.request_id = f"/models/{TOKEN}", KEY
+    assert NoCredentials().filter(record)
+    line = logging.Formatter("%(request_id)s %(route)s -- %(message)s").format(record)
+    assert line == "sk-*** /models/hf_*** -- POST /models/hf_*** 404 3.0ms"
+
+
+def test_every_handler_of_serve_is_given_the_filter_once() -> None:
+    serve = logging.getLogger("ray.serve")
+    handler = logging.NullHandler()
+    serve.addHandler(handler)
+    try:
+        for _ in range(2):
+            keep_credentials_out()
+        assert [type(known) for known in handler.filters] == [NoCredentials]
+    finally:
+        serve.removeHandler(handler)
+
+
+def test_a_line_of_a_thread_that_knows_no_request_names_its_own_in_json() -> None:
+    record = record_of("request %s begins on the device", "r7")
+    record.__dict__["request_id"] = "r7"  # as `extra` puts it there
+    assert NoCredentials().filter(record)
+    line = json.loads(JSONFormatter().format(record))
+    assert line["request_id"] == "r7"
+    assert line["message"] == "request r7 begins on the device"

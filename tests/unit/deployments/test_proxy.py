@@ -29,6 +29,7 @@ async def passed_on(*headers: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         b"x-session-id",
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
+        b"x-request-age-s",
     ],
 )
 async def test_headers_that_steer_serve_are_taken_away(name: bytes) -> None:
@@ -36,7 +37,9 @@ async def test_headers_that_steer_serve_are_taken_away(name: bytes) -> None:
     assert await passed_on((name, b"1"), lora) == [lora]
 
 
-@pytest.mark.parametrize("value", [b"", b"\xff\xfe", b"a b", b"a" * 129, b"<script>"])
+@pytest.mark.parametrize(
+    "value", [b"", b"\xff\xfe", b"a b", b"a" * 129, b"<script>", b"hf_" + b"a" * 34, b"id-lpx_" + b"a" * 43]
+)
 async def test_an_id_that_no_log_should_hold_is_taken_away(value: bytes) -> None:
     assert await passed_on((b"x-request-id", value)) == []
 

@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.catalog.aliases import Alias, AliasStore
 from serve_app.catalog.catalog import Catalog
-from serve_app.catalog.holdings import Holding, ReplicaReport, Use
+from serve_app.catalog.holdings import HeldBack, Holding, InWeights, ReplicaReport, Use
 from serve_app.core import AdapterRef, HubToken
 from serve_app.deployments.alias_mirror import AliasMirror
 from serve_app.deployments.registry import ServiceRegistry
@@ -74,6 +74,22 @@ async def test_rows_bring_together_what_all_replicas_know(scene: Scene) -> None:
         assert row.resident == (("r2", "applied"), ("r1", "host"))
         assert (row.hits, row.last_used_s, row.layers_matched, row.adapter.rank) == (5, 50.0, 48, 4)
     assert (other.resident, other.hits, other.last_used_s, other.layers_matched) == ((), 0, None, None)
+
+
+async def test_a_row_says_which_replicas_refuse_its_adapter_for_now(scene: Scene) -> None:
+    key = await scene.key_of("me/style")
+    short, long = HeldBack((key,), (8.0,), "it failed", 5), HeldBack((key, "x"), (1.0, 1.0), "it failed", 70)
+    registry, _ = scene.registry(
+        ReplicaReport("r1", "demo/sd", held_back=(short,)), ReplicaReport("r2", "demo/sd", held_back=(long,))
+    )
+    await added(registry, alias())
+    for name in ("me/style", "mine"):
+        row = await registry.lora(name, token=None)
+        assert row.held_back == (("r2", long), ("r1", short))
+        assert row in await registry.loras(token=None)
+    assert (await registry.lora("me/other", token=None)).held_back == ()
+    with pytest.raises(ModelNotFound):
+        await registry.lora("me/none", token=None)
 
 
 @pytest.mark.parametrize(
@@ -173,3 +189,17 @@ async def test_an_alias_of_a_private_adapter_shows_to_those_who_may_read_it(scen
         assert "acme/private" not in str(await registry.loras(token=token))
         with pytest.raises(ModelNotFound):
             await scene.catalog.resolve("mine", (), token=token)
+
+
+async def test_replicas_show_a_private_adapter_to_its_readers_alone(scene: Scene) -> None:
+    scene.world.hub.push("me/secret", adapter_files("demo/sd"))
+    scene.world.hub.hide("me/secret", tokens=frozenset({ALICE.value}))
+    secret = (await scene.catalog.examined(AdapterRef("me/secret"), token=ALICE)).spec.key
+    held = Holding(await scene.key_of("me/style"), "me/style", "host"), Holding(secret, "me/secret", "applied")
+    applied = (InWeights("me/secret", 1.0),)
+    registry, _ = scene.registry(ReplicaReport("r1", "demo/sd", holdings=held, applied=applied))
+    (seen,) = await registry.replicas(token=ALICE)
+    assert (seen.holdings, seen.applied) == (held, applied)
+    for token in (None, HubToken("hf_bob")):
+        (seen,) = await registry.replicas(token=token)
+        assert ([one.id for one in seen.holdings], seen.applied) == (["me/style"], ())

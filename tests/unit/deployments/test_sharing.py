@@ -206,6 +206,15 @@ async def test_bytes_that_are_not_those_announced_are_thrown_away(nodes: Nodes) 
     assert list((nodes.root / "b" / "peers").iterdir()) == []
 
 
+@pytest.mark.parametrize("damaged", [b"", CONTENT[:100], b"x" + CONTENT[1:] + SPEC.filename.encode()])
+async def test_a_copy_that_was_altered_on_disk_is_not_used_and_brought_anew(nodes: Nodes, damaged: bytes) -> None:
+    await nodes.node("a").path(SPEC)
+    late = nodes.node("b")
+    (await late.path(SPEC)).write_bytes(damaged)
+    assert (await late.path(SPEC)).read_bytes() == CONTENT + SPEC.filename.encode()
+    assert nodes.brought == [("a", "hub"), ("b", "peer"), ("b", "peer")]
+
+
 async def test_without_the_index_every_node_fetches_for_itself(nodes: Nodes) -> None:
     nodes.index.is_down = True
     for name in "ab":

@@ -241,3 +241,20 @@ async def test_closing_ends_the_child_and_refuses_more(manifest: BaseManifest, s
     assert not psutil.pid_exists(child)
     with pytest.raises(RuntimeError):
         await admission.admit(source, "a/b", tmp_path / "never")
+
+
+async def test_the_process_that_reads_files_is_given_no_token_nor_anything_else_of_ours(
+    manifest: BaseManifest, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "LORAPLEX_API_KEY"):
+        monkeypatch.setenv(name, "a-secret-of-ours")
+    process = AdmissionProcess(manifest, AdapterLimits())
+    try:
+        await process.admit(source, "a/b", tmp_path / "canonical")
+        assert process.pid is not None
+        given = psutil.Process(process.pid).environ()
+        arguments = " ".join(psutil.Process(process.pid).cmdline())
+    finally:
+        process.close()
+    assert "a-secret-of-ours" not in f"{given} {arguments}"
+    assert not [name for name in given if name.startswith(("AWS_", "RAY_", "LORAPLEX_")) or "KEY" in name]

@@ -109,6 +109,11 @@ def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServ
     files = files_of(tiny_folder("sd15"))
     hub.push("me/pickled", {name: data for name, data in files.items() if not name.endswith(".safetensors")})
     assert loader.load("me/pickled")["error"] == "BaseUnusable"
+    own = {**files, "model_index.json": b'{"_class_name": ["pipeline", "Mine"]}', "pipeline.py": b"raise SystemExit"}
+    hub.push("me/own", own)
+    refused = loader.load("me/own")
+    assert (refused["error"], "no code of a base is ever run" in refused["message"]) == ("BaseUnusable", True)
+    assert not [asked for asked in hub.requests if asked.path.endswith(".py")]
     hub.fail("me/later", Fault(status=503))
     failing = loader.load("me/later")
     hub.down()

@@ -62,6 +62,66 @@ def test_a_base_that_brings_its_own_code_is_refused(folder: Path) -> None:
         load_from(folder)
 
 
+def test_pickled_weights_of_a_text_encoder_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "text_encoder/model.safetensors")
+    (folder / "text_encoder/model.safetensors").unlink()
+    torch.save(tensors, folder / "text_encoder/pytorch_model.bin")
+    with pytest.raises(BaseUnusable, match="not in safetensors form"):
+        load_from(folder)
+
+
+def change_index(folder: Path, **entries: object) -> None:
+    index = folder / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), **entries}))
+
+
+TRAP = "from pathlib import Path; Path(__file__).with_name('it ran').touch()\nclass Mine: pass\n"
+
+
+@pytest.mark.parametrize(
+    ("entries", "code"),
+    [
+        ({"unet": ["mine", "Mine"]}, "unet/mine.py"),
+        ({"scheduler": ["mine", "Mine"]}, "scheduler/mine.py"),
+        ({"_class_name": "mine"}, "mine.py"),
+        ({"unet": ["subprocess", "Popen"]}, "unet/subprocess.py"),
+        ({"unet": ["pipeline_utils", "Mine"]}, "unet/pipeline_utils.py"),
+        ({"_class_name": "UNet2DConditionModel"}, "pipeline.py"),
+    ],
+)
+def test_a_base_whose_index_asks_for_code_is_refused_and_none_of_it_runs(
+    folder: Path, entries: dict[str, object], code: str
+) -> None:
+    change_index(folder, **entries)
+    (folder / code).write_text(TRAP)
+    with pytest.raises(BaseUnusable, match="no code of a base is ever run"):
+        load_from(folder)
+    assert list(folder.rglob("it ran")) == []
+
+
+def test_a_part_whose_configuration_maps_its_class_to_code_is_refused(folder: Path) -> None:
+    change_index(folder, text_encoder=["transformers", "AutoModel"])
+    config = folder / "text_encoder/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "auto_map": {"AutoModel": "mine.Mine"}}))
+    (folder / "text_encoder/mine.py").write_text(TRAP)
+    with pytest.raises(BaseUnusable, match="'text_encoder' maps a class to code"):
+        load_from(folder)
+    assert list(folder.rglob("it ran")) == []
+
+
+def test_a_vae_that_is_no_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder / "vae", tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"_class_name": "DiffusionPipeline"}))
+    with pytest.raises(BaseUnusable):
+        load_from(folder, vae=other)
+
+
+def test_nothing_can_be_configured_to_run_a_base_s_code() -> None:
+    for name in ("trust_remote_code", "custom_pipeline"):
+        with pytest.raises(ValueError, match=f"unknown key '{name}'"):
+            BaseModelConfig.model_validate({"id": BASE, "source": {"hub": "me/base"}, name: True})
+
+
 @pytest.mark.parametrize("spoil", ["missing", "truncated", "no index"])
 def test_a_base_with_broken_files_is_refused_without_naming_paths(folder: Path, spoil: str) -> None:
     if spoil == "missing":

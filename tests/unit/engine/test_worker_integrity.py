@@ -64,7 +64,9 @@ def test_a_flipped_bit_is_noticed_while_nothing_waits_and_the_replica_is_unhealt
     assert ailment(bench.worker.snapshot(), "demo/sd15") is None
     bench.flip_a_bit()
     state = bench.until(lambda state: state.is_corrupt and not state.is_alive)
-    assert "damaged in memory" in (ailment(state, "demo/sd15") or "")
+    found = ailment(state, "demo/sd15")
+    assert found is not None
+    assert "damaged in memory" in found.reason
     with pytest.raises(ReplicaLost):
         bench.worker.submit(request(), ())
     bench.worker.close()

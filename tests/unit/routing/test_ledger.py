@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from serve_app.routing.cost import Demand, ReplicaView
-from serve_app.routing.ledger import CHOICE_HOLDS_S, MAX_DECAY_S, SETTLE_S, Ledger, Sighting
+from serve_app.routing.ledger import CHOICE_HOLDS_S, MAX_DECAY_S, MAX_DISKS, SETTLE_S, Ledger, Sighting
 from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
 from serve_app.routing.stats import tag_of
 from serve_app.work import Pace
@@ -209,3 +209,12 @@ def test_two_routers_that_see_only_their_own_requests_agree_again_with_the_next_
         assert view_of(router, "a").backlog_s == work_s
         seen(router, a=told(at_s=later_s, backlog_s=2 * work_s), b=told(at_s=later_s))
         assert view_of(router, "a", later_s).backlog_s == pytest.approx(2 * work_s, abs=0.1)
+
+
+def test_nodes_that_come_and_go_leave_nothing_behind_but_the_last_of_them() -> None:
+    ledger = Ledger(disk_bytes=20 * GIGABYTE)
+    for number in range(3 * MAX_DISKS):
+        ledger.sight(Sighting(f"replica-{number}", f"node-{number}", told(host=("x",))), NOW_S)
+        ledger.keep({f"replica-{number}"})
+    assert len(ledger._disks) == MAX_DISKS
+    assert f"node-{3 * MAX_DISKS - 1}" in ledger._disks

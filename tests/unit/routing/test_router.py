@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from serve_app.app import build
 from serve_app.config import AppConfig
 from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest
 from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
-from serve_app.routing.router import PredictedFinishRouter
+from serve_app.routing.router import TURN_AFTER_S, PredictedFinishRouter
 from serve_app.work import Pace
 
 BASE = "demo/sd15"
@@ -40,6 +41,20 @@ class Replica:
         load = DeviceLoad(backlog_s, Pace(0.5, 0.1), progress=0.0, is_busy=False)
         self.routing_stats = recorder.tell(load, Tiers([SPECS[name].key for name in held], host_free_bytes=1e9))
         return self
+
+
+@dataclass
+class Taking(Replica):
+    """A replica that takes two requests at a time."""
+
+    ongoing: int = 0
+    max_ongoing_requests: int = 2
+
+    def push_proxy_handle(self, handle: Any) -> None:
+        """Take what Serve hands to every replica."""
+
+    async def get_queue_len(self, *, deadline_s: float) -> int:
+        return self.ongoing
 
 
 def generation(number: int, *adapters: str) -> GenerationRequest:
@@ -119,6 +134,36 @@ async def test_a_model_id_alone_is_enough_to_find_who_holds_it(router: Predicted
 
 async def test_without_replicas_there_is_nothing_to_choose(router: PredictedFinishRouter) -> None:
     assert await order(router, [], await pending(generation(0))) == []
+
+
+async def test_those_who_wait_for_a_place_get_it_in_their_order(router: PredictedFinishRouter) -> None:
+    replicas = [Taking(name, ongoing=2).tells() for name in ("r0", "r1")]
+    router.update_replicas(replicas)  # type: ignore[arg-type]
+    router.max_backoff_s = 0.02  # the more often all of them ask, the sooner a later one meets a place by chance
+    placed: list[int] = []
+
+    async def send(number: int) -> None:
+        request = await pending(generation(number, "a"), number=number)
+        replica: Any = await router._choose_replica_for_request(request)
+        replica.ongoing += 1
+        placed.append(number)
+
+    calls = {asyncio.create_task(send(number)) for number in range(16)}
+    await asyncio.sleep(TURN_AFTER_S)  # whoever comes at the same time as a place has not waited for it
+    while calls:
+        replicas[len(calls) % 2].ongoing = 1
+        _, calls = await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    assert placed == list(range(16))
+
+
+async def test_while_nobody_waits_a_place_goes_to_the_request_that_it_was_chosen_for(
+    router: PredictedFinishRouter,
+) -> None:
+    replicas = [Taking("r0").tells("a"), Taking("r1").tells("b")]
+    router.update_replicas(replicas)  # type: ignore[arg-type]
+    requests = [await pending(generation(number, name), number=number) for number, name in enumerate("ab" * 2)]
+    chosen: list[Any] = await asyncio.gather(*map(router._choose_replica_for_request, requests))
+    assert [replica.name for replica in chosen] == ["r0", "r1", "r0", "r1"]
 
 
 def routed_by(router: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,7 +88,7 @@ class Bench:
 
     @asynccontextmanager
     async def store(
-        self, budget_bytes: int = 1000, load: Callable[[AdapterSpec, Path], bytes] = load
+        self, budget_bytes: int = 1000, load: Callable[[AdapterSpec, Path], bytes] = load, **settings: Any
     ) -> AsyncIterator[AdapterStore[bytes]]:
         admitted = AdmittedFiles(
             self.folder / "admitted", 10_000, base_fingerprint="base", dtype="float32", clock=self.clock
@@ -100,6 +101,7 @@ class Bench:
             size_of=len,
             host_budget_bytes=budget_bytes,
             clock=self.clock,
+            **settings,
         )
         try:
             yield store
@@ -206,6 +208,27 @@ async def test_a_failure_is_not_remembered(bench: Bench) -> None:
         assert store.state().pinned == 0
         del bench.remote.failures[wanted.id]
         assert (await use(store, wanted)).tier == "remote"
+
+
+async def test_a_refused_file_is_not_looked_at_again_until_its_refusal_has_grown_old(bench: Bench) -> None:
+    async with bench.store(failure_ttl_s=15.0) as store:
+        for _ in range(3):
+            with pytest.raises(MalformedFile, match="it is truncated"):
+                await use(store, spec("broken"))
+        assert bench.remote.fetched == ["demo/broken"]
+        bench.clock.now += 16
+        with pytest.raises(MalformedFile):
+            await use(store, spec("broken"))
+    assert bench.remote.fetched == ["demo/broken"] * 2
+
+
+async def test_an_original_is_let_go_however_its_fetch_ends(bench: Bench) -> None:
+    released: list[str] = []
+    async with bench.store(release=lambda done: released.append(done.id)) as store:
+        await use(store, spec("a"))
+        with pytest.raises(MalformedFile):
+            await use(store, spec("broken"))
+    assert released == ["demo/a", "demo/broken"]
 
 
 async def test_a_fault_of_our_own_reaches_the_waiter_as_it_is(bench: Bench) -> None:
