@@ -125,24 +125,40 @@ def _say_times(what: str, times: list[float]) -> None:
 
 @dataclass(frozen=True)
 class Day:
-    """The calibrated day of one seed, `factor` times as fast, without the times when nothing happens."""
+    """The calibrated day of one seed, `factor` times as fast, or a stretch of it and what warms up before."""
 
     arrivals: tuple[Arrival, ...]
     factor: float
+    warm_up: tuple[Arrival, ...] = ()
 
     @property
     def duration_s(self) -> float:
         return self.arrivals[-1].at_s
 
 
-def compressed(seed: int, *, longest_gap_s: float, factor: float, requests: int | None = None) -> Day:
-    """Draw a day of one image a request; a gap between two arrivals that is longer than `longest_gap_s` is cut to it.
+def drawn_day(seed: int) -> tuple[Arrival, ...]:
+    """Draw a day of one image a request."""
+    return generate(replace(TRAFFICS["day"], images=((1, 1.0),), steps=((30, 1.0),)), seed).arrivals
+
+
+def stretch(seed: int, *, warm_up: int, requests: int, factor: float) -> Day:
+    """Cut out of a day the stretch whose density is the median of all of its length."""
+    drawn = drawn_day(seed)
+    starts = range(warm_up, len(drawn) - requests)
+    by_length = sorted(starts, key=lambda start: drawn[start + requests].at_s - drawn[start].at_s)
+    first = by_length[len(by_length) // 2]
+    began_s = drawn[first].at_s
+    measured = tuple(replace(one, at_s=(one.at_s - began_s) / factor) for one in drawn[first : first + requests])
+    return Day(measured, factor, drawn[first - warm_up : first])
+
+
+def compressed(seed: int, *, longest_gap_s: float, factor: float) -> Day:
+    """Take a whole day; a gap between two arrivals that is longer than `longest_gap_s` is cut to it.
 
     In the 15 s of the default nearly everything that was asked for ends, so that nothing would come of more: simulated
     with and without the cut, no router's p95 differs by more than 1.5%.
     """
-    traffic = replace(TRAFFICS["day"], images=((1, 1.0),), steps=((30, 1.0),))
-    drawn = generate(traffic, seed).arrivals[:requests]
+    drawn = drawn_day(seed)
     gaps_s = (min(after.at_s - before.at_s, longest_gap_s) for before, after in itertools.pairwise(drawn))
     times_s = itertools.accumulate(gaps_s, initial=0.0)
     return Day(tuple(replace(one, at_s=at_s / factor) for one, at_s in zip(drawn, times_s, strict=True)), factor)
@@ -185,7 +201,7 @@ def start(policy: str, seed: int, sleeps: Sleeps, folder: Path) -> None:
 
     options: dict[str, Any] = {}
     if policy == OURS:
-        bases = [{"id": "sleeping", "source": {"embedded": "demo/sd15"}, "router": {"stats_period_s": 0.25}}]
+        bases = [{"id": "sleeping", "source": {"embedded": "demo/sd15"}, "router": {"stats_period_s": 0.1}}]
         config = AppConfig.model_validate({"bases": bases, "cache_size": 0})
         options["request_router_config"] = router_config(config.bases[0], config)
     elif policy in (LEAST, LATE):
@@ -204,7 +220,16 @@ async def ask(policy: str, handle: Any, request: GenerationRequest) -> Outcome:
 
 
 async def replay(policy: str, handle: Any, day: Day, seed: int) -> list[Outcome]:
-    """Send the day to one application, each request at its time."""
+    """Send the day to one application: first what warms it up, four at a time, then each request at its time."""
+    gate = asyncio.Semaphore(4)
+
+    async def warm(number: int, arrival: Arrival) -> None:
+        async with gate:
+            # Next to no work: what is warmed up is the tiers.
+            await ask(policy, handle, replace(request_of(arrival, number, seed), steps=1))
+
+    await asyncio.gather(*(warm(number, arrival) for number, arrival in enumerate(day.warm_up)))
+    await asyncio.sleep(1.0)
     loop = asyncio.get_running_loop()
     began_s = loop.time()
 
@@ -221,7 +246,9 @@ def day(options: argparse.Namespace) -> None:
 
     sleeps = sleeps_of(options.factor, options.host)
     days = {
-        seed: compressed(seed, longest_gap_s=options.longest_gap, factor=options.factor, requests=options.requests)
+        seed: compressed(seed, longest_gap_s=options.longest_gap, factor=options.factor)
+        if options.requests is None
+        else stretch(seed, warm_up=options.warm_up, requests=options.requests, factor=options.factor)
         for seed in options.seeds
     }
     say(f"about {max(one.duration_s for one in days.values()) / 60:.0f} minutes")
@@ -307,7 +334,8 @@ def main() -> None:
     timing.add_argument("--count", type=int, default=5000)
     comparing = commands.add_parser("day")
     comparing.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    comparing.add_argument("--requests", type=int, help="only the first so many of each day, to try it out")
+    comparing.add_argument("--requests", type=int, help="a stretch of so many of each day, not the whole")
+    comparing.add_argument("--warm-up", type=int, default=300, help="requests before the stretch that warm the tiers")
     comparing.add_argument("--longest-gap", type=float, default=15.0, help="seconds of the day; longer ones are cut")
     comparing.add_argument("--factor", type=float, default=20.0, help="how many times faster than the day")
     comparing.add_argument("--host", type=int, default=64, help="adapters in a replica's host memory")

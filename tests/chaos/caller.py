@@ -1,4 +1,4 @@
-"""One request of the chaos run, as a load balancer sends it: to the next proxy where one takes no connection.
+"""One request of the chaos run, as a load balancer sends it: to another proxy where one gives no answer at all.
 
 Owns what an answer is: an image as it should be, an error that says "retry", another error, or silence.
 """
@@ -10,7 +10,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +23,12 @@ from PIL import Image
 from tests.chaos.pictures import Picture, generation_body, inference_body, input_png
 
 RAW, OPENAI, STREAM = "raw", "openai", "stream"
-SHAPES = (RAW, OPENAI, STREAM)
 
 # The service's own time for a request, and ours: whoever has heard nothing by then has been forgotten.
 REQUEST_S, HUNG_S = 60.0, 75.0
 CONNECT_S, CONNECT_PAUSE_S = 20.0, 0.05
-RETRYABLE_STATUSES = frozenset((429, 503))
+# Of 504 too: that a time is over says nothing against another try.
+RETRYABLE_STATUSES = frozenset((429, 503, 504))
 # What every message says that invites another try; an event of a stream has no status.
 RETRYABLE_MESSAGE = "try again"
 
@@ -61,6 +61,7 @@ class Caller:
     def __init__(self, http: httpx.AsyncClient) -> None:
         self._http = http
         self.turned_away = 0
+        self.sent_again = 0
 
     async def draw(self, picture: Picture, shape: str, adapter: str | None) -> Drawn:
         """Return the images of one picture.
@@ -72,38 +73,50 @@ class Caller:
         send = {RAW: self._raw, OPENAI: self._openai, STREAM: self._stream}[shape]
         try:
             async with asyncio.timeout(HUNG_S):
-                return await self._connected(lambda: send(picture, adapter))
+                return await send(picture, adapter)
         except httpx.TransportError as error:
             raise Refused(f"connection lost ({type(error).__name__})", is_retryable=True) from None
 
-    async def _connected(self, send: Callable[[], Awaitable[Drawn]]) -> Drawn:
-        """Send once a connection has been taken; nothing of a request was sent before that."""
-        until = time.monotonic() + CONNECT_S
+    @asynccontextmanager
+    async def _answer(self, **request: Any) -> AsyncGenerator[httpx.Response]:
+        """Send, and give the answer as soon as its head is here; once more where a connection ends before that."""
+        until, is_again = time.monotonic() + CONNECT_S, False
         while True:
             try:
-                return await send()
+                reply = await self._http.send(self._http.build_request("POST", **request), stream=True)
+                break
             except httpx.ConnectError:
                 self.turned_away += 1
                 if time.monotonic() > until:
                     raise
                 await asyncio.sleep(CONNECT_PAUSE_S)
+            except httpx.TransportError:
+                if is_again:
+                    raise
+                is_again = True
+                self.sent_again += 1
+        try:
+            yield reply
+        finally:
+            await reply.aclose()
 
     async def _raw(self, picture: Picture, adapter: str | None) -> Drawn:
-        reply = await self._http.post(
-            f"/models/{picture.base}", json=inference_body(picture, adapter), headers={"accept": "image/png"}
-        )
-        _check(reply.status_code, reply.content)
-        return Drawn((_pixels(reply.content),), int(reply.headers["x-batch-size"]))
+        asked = inference_body(picture, adapter)
+        async with self._answer(url=f"/models/{picture.base}", json=asked, headers={"accept": "image/png"}) as reply:
+            content = await reply.aread()
+        _check(reply.status_code, content)
+        return Drawn((_pixels(content),), int(reply.headers["x-batch-size"]))
 
     async def _openai(self, picture: Picture, adapter: str | None) -> Drawn:
-        reply = await self._http.post(**self._generation(picture, adapter, is_stream=False))
-        _check(reply.status_code, reply.content)
-        images = tuple(_decoded(image["b64_json"]) for image in reply.json()["data"])
+        async with self._answer(**self._generation(picture, adapter, is_stream=False)) as reply:
+            content = await reply.aread()
+        _check(reply.status_code, content)
+        images = tuple(_decoded(image["b64_json"]) for image in json.loads(content)["data"])
         return Drawn(images, int(reply.headers["x-batch-size"]))
 
     async def _stream(self, picture: Picture, adapter: str | None) -> Drawn:
         images: list[Pixels] = []
-        async with self._http.stream("POST", **self._generation(picture, adapter, is_stream=True)) as reply:
+        async with self._answer(**self._generation(picture, adapter, is_stream=True)) as reply:
             if reply.status_code != 200:
                 _check(reply.status_code, await reply.aread())
             async for line in reply.aiter_lines():

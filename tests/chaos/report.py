@@ -45,6 +45,7 @@ class Report:
     blows: tuple[Blow, ...]
     is_whole: bool
     turned_away: int
+    sent_again: int
     hub: dict[str, int]
     hub_requests: int
     new_adapters: int
@@ -76,7 +77,9 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Return all of it, requests that were answered in sum only."""
         return {
-            **{name: getattr(self, name) for name in ("seconds", "seed", "turned_away", "hub", "machine")},
+            **{
+                name: getattr(self, name) for name in ("seconds", "seed", "turned_away", "sent_again", "hub", "machine")
+            },
             "hub_requests": self.hub_requests,
             "new_adapters": self.new_adapters,
             "requests": len(self.told),
@@ -105,6 +108,7 @@ class Report:
             f"p99 {times[int(0.99 * (len(times) - 1))]:.2f}, slowest {times[-1]:.2f}"
         )
         yield f"connections refused and made elsewhere {self.turned_away}"
+        yield f"connections lost before an answer began, and sent again {self.sent_again}"
         yield f"Hub: {self.hub_requests} requests, {self.new_adapters} adapters new to it, troubles {_listed(self.hub)}"
         yield ""
         yield from self._blow_lines()

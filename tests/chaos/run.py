@@ -84,13 +84,13 @@ class Callers:
     trouble: HubTrouble
     rng: random.Random
 
-    async def ask_all(self, seconds: float) -> tuple[list[Told], int]:
-        """Ask until the time is over; return what came of it, and how many connections were refused on the way."""
+    async def ask_all(self, seconds: float) -> tuple[list[Told], int, int]:
+        """Ask until the time is over; return what came of it, and how often connections were refused and lost."""
         told: list[Told] = []
         until = time.monotonic() + seconds
         async with new_caller(self.url) as caller:
             await asyncio.gather(*(self._ask_on(caller, until, told) for _ in range(CALLERS)))
-        return told, caller.turned_away
+        return told, caller.turned_away, caller.sent_again
 
     async def _ask_on(self, caller: Caller, until: float, told: list[Told]) -> None:
         pictures = list(self.references)
@@ -187,7 +187,7 @@ def _run(seconds: float, seed: int, callers: Callers, breaker: Breaker, trouble:
         troubling = pool.submit(trouble.run)
         breaker.run()
         troubling.result()
-        told, turned_away = asking.result()
+        told, turned_away, sent_again = asking.result()
     took_s = time.monotonic() - began
     return Report(
         seconds=took_s,
@@ -196,6 +196,7 @@ def _run(seconds: float, seed: int, callers: Callers, breaker: Breaker, trouble:
         blows=tuple(breaker.blows),
         is_whole=breaker.settle(SETTLE_S),
         turned_away=turned_away,
+        sent_again=sent_again,
         hub=dict(trouble.troubles),
         hub_requests=len(trouble.hub.requests),
         new_adapters=len(trouble.new),
