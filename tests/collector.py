@@ -42,12 +42,13 @@ class Collector:
             def do_POST(self) -> None:
                 assert self.path == "/v1/traces"
                 body = self.rfile.read(int(self.headers["content-length"]))
+                # Before the answer: whoever sent may look as soon as it has that.
+                if collector.status == 200:
+                    collector.take(body)
                 self.send_response(collector.status)
                 self.send_header("content-type", "application/x-protobuf")
                 self.send_header("content-length", "0")
                 self.end_headers()
-                if collector.status == 200:
-                    collector.take(body)
 
             def log_message(self, format: str, *args: object) -> None:
                 """Stay silent."""
