@@ -1,7 +1,7 @@
 """Server-sent events: a reply that is written as the work goes on.
 
 Owns the framing of events, and what becomes of a failure once the status has been sent. Must not know what the events
-say.
+say, but for which of them may be said again.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 # A comment, which clients pass over (HTML standard, "Server-sent events"): a proxy that sees it keeps the connection.
 KEEP_ALIVE = b": keep-alive\n\n"
+# The last part of the names of events that say no more than how far the work is.
+PROGRESS = "progress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,30 @@ async def _chunks(events: AsyncGenerator[ServerEvent], keep_alive_s: float) -> A
 def failure_event(error: LoraplexError) -> bytes:
     """Return the last event of a stream that failed, as it is written."""
     return ServerEvent("error", json.dumps({"error": fault_content(error)})).encode()
+
+
+def refusal_event(reply: bytes) -> bytes:
+    """Return the last event of a stream whose work was refused with `reply`, the JSON of a fault of its family.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    return ServerEvent("error", json.dumps(json.loads(reply))).encode()
+
+
+def tells_progress_alone(chunk: bytes) -> bool:
+    """Whether what is written is whole events that say how far the work is, and comments, and nothing else."""
+    *blocks, rest = chunk.split(b"\n\n")
+    return not rest and all(_is_comment(block) or _tells_progress(block) for block in blocks)
+
+
+def _is_comment(block: bytes) -> bool:
+    return block.startswith(b":") and b"\n" not in block
+
+
+def _tells_progress(block: bytes) -> bool:
+    name, _, _ = block.partition(b"\n")
+    return name.startswith(b"event: ") and name.endswith(f".{PROGRESS}".encode())
 
 
 async def _write(send: Send, body: bytes) -> None:

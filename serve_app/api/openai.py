@@ -26,6 +26,7 @@ from serve_app.api.openai_schemas import EVENTS_SCHEMA, EventKind, ImageEdit, Im
 from serve_app.api.operations import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
 from serve_app.api.queueing import PRIORITY_PARAMETER, for_queue, priority_of
 from serve_app.api.replies import Stages, describe, header_id
+from serve_app.api.resent import with_its_seed
 from serve_app.api.schemas import checked
 from serve_app.api.validation import clip
 from serve_app.api.waiting import TIMEOUT_PARAMETER, Deadline, deadline_of, each_while_connected, while_connected
@@ -60,7 +61,8 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
         request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
     ) -> Response:
         request_id = request.state.request_id
-        events = each_while_connected(request, gateway.stream(draft, request_id=request_id), deadline=deadline)
+        accepting = gateway.stream(with_its_seed(draft, request), request_id=request_id)
+        events = each_while_connected(request, accepting, deadline=deadline)
         # What is refused before the first event still has a status of its own.
         accepted = await anext(events)
         assert isinstance(accepted, Accepted)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 
-from serve_app.api.events import ServerEvent
+from serve_app.api.events import PROGRESS, ServerEvent
 from serve_app.api.images import encode_image, off_loop, pixels_of, resized
 from serve_app.api.negotiation import ImageFormat
 from serve_app.api.openai_schemas import (
@@ -62,10 +62,10 @@ async def event_replies(
     """Yield what is written of a stream whose first event was `accepted`; `now` is in seconds since 1970."""
     with own_names():
         async with aclosing(events):
-            yield _event(ProgressEvent(type=f"{kind}.progress", queue_position=None, step=0, steps=accepted.steps))
+            yield _event(ProgressEvent(type=f"{kind}.{PROGRESS}", queue_position=None, step=0, steps=accepted.steps))
             async for event in events:
                 if isinstance(event, Progress):
-                    yield _event(ProgressEvent(type=f"{kind}.progress", **asdict(event)))
+                    yield _event(ProgressEvent(type=f"{kind}.{PROGRESS}", **asdict(event)))
                 elif isinstance(event, Preview):
                     pixels = accepted.width * accepted.height
                     yield await off_loop(pixels, _preview, event, accepted, asked, kind, int(now()))

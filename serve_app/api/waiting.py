@@ -16,13 +16,12 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from serve_app.api.operations import header_parameter
+from serve_app.api.resent import age_of
 from serve_app.errors import DeadlineExceeded, MalformedRequest, OutOfBounds
 
 T = TypeVar("T")
 
 TIMEOUT_HEADER = "x-request-timeout-s"
-# How long ago a request came that is sent a second time; the proxy sets it, and lets no caller do so.
-AGE_HEADER = "x-request-age-s"
 TIMEOUT_PARAMETER = header_parameter(
     TIMEOUT_HEADER,
     "seconds after which the request is stopped and answered with 504",
@@ -64,15 +63,7 @@ def deadline_of(request: Request, max_s: float) -> Deadline:
     if not 0 < limit_s <= max_s:
         shown = limit_s if math.isfinite(limit_s) else asked[:20]
         raise OutOfBounds(TIMEOUT_HEADER, shown, f"over 0 and at most {max_s:g}")
-    return Deadline(limit_s, time.monotonic() + limit_s - _age_s(request))
-
-
-def _age_s(request: Request) -> float:
-    try:
-        age_s = float(request.headers.get(AGE_HEADER, 0))
-    except ValueError:
-        return 0.0
-    return age_s if 0 < age_s < math.inf else 0.0
+    return Deadline(limit_s, time.monotonic() + limit_s - age_of(request))
 
 
 async def while_connected(request: Request, call: Coroutine[Any, Any, T], *, deadline: Deadline) -> T:

@@ -24,7 +24,7 @@ from serve_app.api.app import create_app
 from serve_app.api.auth import Access
 from serve_app.catalog.catalog import Catalog, build_repositories
 from serve_app.config import AppConfig, Environment
-from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.alias_keeper import KeeperHandle
 from serve_app.deployments.alias_mirror import AliasMirror
@@ -64,7 +64,8 @@ class Dispatcher:
     """Sends settled requests to replicas through Serve handles.
 
     A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
-    image. A stream is sent again only while nothing of it has been passed on. Cancelling a call stops the work.
+    image. A stream is sent again while no picture of it has been passed on, and then tells its progress from the start.
+    Cancelling a call stops the work.
     """
 
     def __init__(
@@ -101,9 +102,9 @@ class Dispatcher:
 
         Raises:
             QueueFull: the base has as much waiting as it accepts.
-            ReplicaLost: the replica died with the stream begun, or every attempt lost its replica.
+            ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
-        has_begun = False
+        has_shown = False
         self._check_room(request)
         for attempt in range(1, self._attempts + 1):
             # With this option a call is an asynchronous generator, which Ray's types do not say.
@@ -111,11 +112,11 @@ class Dispatcher:
             try:
                 with self._sending(request), self._errors_of(request):
                     async for event in response:
-                        has_begun = True
+                        has_shown |= not isinstance(event, Progress)
                         yield event
                 return
             except (RayActorError, ReplicaLost) as error:
-                if has_begun:
+                if has_shown:
                     raise ReplicaLost(base=request.base_id, attempts=attempt) from None
                 self._note_loss(request, attempt, error)
             except (asyncio.CancelledError, GeneratorExit):

@@ -12,22 +12,22 @@ import re
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.api.waiting import AGE_HEADER
+from serve_app.api.resent import PROXY_HEADERS
 from serve_app.deployments.logs import keep_credentials_out
 from serve_app.deployments.resend import Resending
 from serve_app.deployments.shedding import Shedding
 from serve_app.errors import holds_credentials
 from serve_app.telemetry import ProxyMetrics
 
-# Which replica, how long the proxy waits, whether it notices a caller who leaves, and how old a request is: not for
-# callers to say.
+# Which replica, how long the proxy waits, whether it notices a caller who leaves, and what became of a request before:
+# not for callers to say.
 _STEERING = frozenset(
     (
         b"serve-multiplexed-model-id",
         b"x-session-id",
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
-        AGE_HEADER.encode(),
+        *(name.encode() for name in PROXY_HEADERS),
     )
 )
 _REQUEST_ID = b"x-request-id"

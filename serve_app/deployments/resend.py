@@ -18,9 +18,9 @@ from typing import Literal
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.events import EventStream, failure_event
+from serve_app.api.events import EventStream, failure_event, refusal_event, tells_progress_alone
 from serve_app.api.faults import fault_response
-from serve_app.api.waiting import AGE_HEADER
+from serve_app.api.resent import AGE_HEADER, SEED_HEADER
 from serve_app.errors import IngressLost, InternalError, LoraplexError
 
 log = logging.getLogger(__name__)
@@ -38,16 +38,18 @@ _SERVE_S_OWN = "/-/"
 # What it changes is not to be done twice: who removes what is gone is told that it was never there.
 _RESENT = frozenset(("GET", "HEAD", "POST"))
 _REQUEST_ID = "x-request-id"
+_SEED = "x-seed"
 # On every reply of the application, on none of Serve's.
 _MARK = "access-control-expose-headers"
 
 
 class Resending:
-    """Repeats a request whose ingress replica died before a byte of the answer was passed on.
+    """Repeats a request whose ingress replica died before a byte of the answer was passed on; of a stream, before
+    anything but progress was.
 
-    At most `MAX_RESENDS` times, with the same id, and only what was kept of its body: the application draws no image
-    twice that anybody sees. What cannot be repeated is answered with the contract's 503, a stream that had begun with
-    an error event.
+    At most `MAX_RESENDS` times, with the same id, the seed that a stream has told, and only what was kept of its body:
+    the application draws no image twice that anybody sees. What cannot be repeated is answered with the contract's 503,
+    a stream that had begun with an error event.
     """
 
     def __init__(self, app: ASGIApp, on_loss: Callable[[Outcome], None], *, backoff_s: float = BACKOFF_S) -> None:
@@ -72,20 +74,23 @@ class Resending:
 
     async def _answered(self, scope: Scope, caller: Caller, send: Send, request_id: str) -> None:
         began = time.monotonic()
+        answer = Answer(send)
         for attempt in range(1, MAX_RESENDS + 2):
-            answer = Answer(send, is_new=not self._has_served)
-            fault = await self._try(_attempt(scope, attempt, time.monotonic() - began), caller, answer, request_id)
+            answer.begin(is_new=not self._has_served)
+            again = _attempt(scope, attempt, time.monotonic() - began, answer.seed)
+            fault = await self._try(again, caller, answer, request_id)
             self._has_served |= answer.has_begun
             if answer.is_complete or caller.is_gone:
                 return
-            if answer.has_begun:
-                await self._cut(answer, fault or IngressLost(attempt), request_id)
+            can_repeat = scope["method"] in _RESENT and caller.is_kept and answer.can_begin_again
+            if fault or attempt > MAX_RESENDS or not can_repeat:
+                await self._give_up(scope, answer, fault or IngressLost(attempt), request_id)
                 return
-            if fault or attempt > MAX_RESENDS or scope["method"] not in _RESENT or not caller.is_kept:
-                await self._refuse(scope, send, fault or IngressLost(attempt), request_id)
-                return
-            log.warning("request %s lost its ingress replica (attempt %d), sent again", request_id, attempt)
-            self._on_loss("resent")
+            if answer.is_too_early:
+                log.info("request %s came before Serve had a route to its application, sent again", request_id)
+            else:
+                log.warning("request %s lost its ingress replica (attempt %d), sent again", request_id, attempt)
+                self._on_loss("resent")
             await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1))
 
     async def _try(self, scope: Scope, caller: Caller, answer: Answer, request_id: str) -> LoraplexError | None:
@@ -97,20 +102,20 @@ class Resending:
             return InternalError(request_id)
         return None
 
-    async def _refuse(self, scope: Scope, send: Send, error: LoraplexError, request_id: str) -> None:
+    async def _give_up(self, scope: Scope, answer: Answer, error: LoraplexError, request_id: str) -> None:
+        if answer.has_begun:
+            log.warning("request %s: its answer broke off: %s", request_id, error.code)
+            self._on_loss("cut")
+            if answer.is_stream:
+                await answer.end_with(failure_event(error))
+            # Else nothing: the server closes the connection, which tells the caller that the rest is missing.
+            return
         log.warning("request %s: %s: %s", request_id, error.code, error)
         self._on_loss("refused")
         response = fault_response(scope, error)
         response.headers[_REQUEST_ID] = request_id
         response.headers[_MARK] = _REQUEST_ID
-        await response(scope, _nothing_more, send)
-
-    async def _cut(self, answer: Answer, error: LoraplexError, request_id: str) -> None:
-        log.warning("request %s: its answer broke off: %s", request_id, error.code)
-        self._on_loss("cut")
-        if answer.is_stream:
-            await answer.end_with(failure_event(error))
-        # Else nothing: the server closes the connection, which tells the caller that the rest is missing.
+        await response(scope, _nothing_more, answer.forward)
 
 
 @dataclass
@@ -168,53 +173,98 @@ class Caller:
 
 
 @dataclass
-class Answer:
-    """One answer on its way out; its head is held back until something of the body follows.
+class _Reply:
+    """What one attempt is answered with."""
 
-    An answer that Serve itself gives, because it found nobody to ask, is not passed on. `is_new` says that this proxy
-    has passed on no answer yet: then a 404 of Serve's means that it does not know the way so far.
+    # This proxy has passed on no answer yet: a 404 of Serve's means that it does not know the way so far.
+    is_new: bool
+    is_too_early: bool = False
+    is_serve_s: bool = False
+    # Held back until something of the body follows.
+    head: Message | None = None
+    # What a stream that had begun is refused with.
+    refusal: bytes | None = None
+
+
+@dataclass
+class Answer:
+    """What a caller gets, over all attempts.
+
+    An answer that Serve itself gives, because it found nobody to ask, is not passed on. A stream goes on with the
+    events of the next attempt, or ends with what that is refused with.
     """
 
     forward: Send
-    is_new: bool
     has_begun: bool = False
     is_complete: bool = False
     is_stream: bool = False
-    _head: Message | None = None
-    _is_serve_s: bool = False
+    # What a stream said that it would draw with; empty where there is none.
+    seed: str = ""
+    _has_shown: bool = False
+    _reply: _Reply = field(default_factory=lambda: _Reply(is_new=True))
+
+    def begin(self, *, is_new: bool) -> None:
+        """Expect the answer to another attempt; `is_new` says that this proxy has passed on no answer yet."""
+        self._reply = _Reply(is_new)
+
+    @property
+    def is_too_early(self) -> bool:
+        """Whether Serve had no route yet for what was asked last."""
+        return self._reply.is_too_early
+
+    @property
+    def can_begin_again(self) -> bool:
+        """Whether the caller has got nothing but what may be said again."""
+        return not self.has_begun or (self.is_stream and self.seed != "" and not self._has_shown)
 
     async def send(self, message: Message) -> None:
         """Take one message of the answer."""
+        reply = self._reply
         if message["type"] == "http.response.start":
-            headers = Headers(raw=message.get("headers", []))
-            self.is_stream = headers.get("content-type", "").startswith(EventStream.media_type)
-            self._is_serve_s = _MARK not in headers and self._tells_of_loss(message["status"])
-            self._head = message
-        elif not self._is_serve_s:
+            self._take_head(message)
+        elif reply.refusal is not None:
+            reply.refusal += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self.end_with(refusal_event(reply.refusal))
+        elif not reply.is_serve_s:
             await self._pass_on(message)
 
     async def end_with(self, event: bytes) -> None:
         """Write a last event and end a stream."""
         await self.forward({"type": "http.response.body", "body": event, "more_body": False})
+        self.is_complete = True
+
+    def _take_head(self, head: Message) -> None:
+        headers, status, reply = Headers(raw=head.get("headers", [])), head["status"], self._reply
+        is_stream = headers.get("content-type", "").startswith(EventStream.media_type)
+        if _MARK not in headers:
+            reply.is_too_early = reply.is_new and status == HTTPStatus.NOT_FOUND
+            reply.is_serve_s = reply.is_too_early or status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        if not self.has_begun:
+            reply.head, self.is_stream, self.seed = head, is_stream, headers.get(_SEED, "") if is_stream else ""
+        elif not is_stream and not reply.is_serve_s:
+            reply.refusal = b""
 
     async def _pass_on(self, message: Message) -> None:
-        if self._head is not None:
-            head, self._head, self.has_begun = self._head, None, True
+        if self._reply.head is not None:
+            head, self._reply.head, self.has_begun = self._reply.head, None, True
             await self.forward(head)
+        if self.is_stream:
+            self._has_shown |= not tells_progress_alone(message.get("body", b""))
         await self.forward(message)
         self.is_complete |= message["type"] == "http.response.body" and not message.get("more_body", False)
-
-    def _tells_of_loss(self, status: int) -> bool:
-        return status >= 500 or (self.is_new and status == HTTPStatus.NOT_FOUND)
 
 
 async def _nothing_more() -> Message:
     return {"type": "http.disconnect"}
 
 
-def _attempt(scope: Scope, attempt: int, age_s: float) -> Scope:
-    """Return the scope for one attempt: Serve writes into it, and one sent again has used up some of its time."""
+def _attempt(scope: Scope, attempt: int, age_s: float, seed: str) -> Scope:
+    """Return the scope for one attempt: Serve writes into it, and one sent again has used up some of its time, and has
+    its seed where its stream has told it."""
     headers = list(scope["headers"])
     if attempt > 1:
         headers.append((AGE_HEADER.encode(), f"{age_s:.3f}".encode()))
+    if seed:
+        headers.append((SEED_HEADER.encode(), seed.encode()))
     return dict(scope, headers=headers)

@@ -143,12 +143,19 @@ def assert_answered(asked: list[Future[httpx.Response]], references: list[Pictur
 
 
 @contextmanager
-def streamed(service: Service, **body: Any) -> Iterator[Iterator[str]]:
-    """The lines of a stream of events."""
+def streamed(service: Service, **body: Any) -> Iterator[httpx.Response]:
+    """The reply that is a stream of events."""
     asked = {"prompt": PROMPT, "stream": True, **body}
     with service.http.stream("POST", "/v1/images/generations", json=asked) as reply:
         assert reply.status_code == 200, reply.read()
-        yield reply.iter_lines()
+        yield reply
+
+
+def generated(service: Service, **body: Any) -> str:
+    """One image in OpenAI's shape, as it is written."""
+    reply = service.http.post("/v1/images/generations", json={"prompt": PROMPT, **body})
+    image: str = reply.raise_for_status().json()["data"][0]["b64_json"]
+    return image
 
 
 def test_requests_that_run_or_wait_on_a_killed_replica_get_their_images_elsewhere(
@@ -165,8 +172,8 @@ def test_a_request_and_a_stream_whose_adapter_is_fetched_by_a_killed_replica_get
     hub.hold("acme/held", is_downloads_only=True)
 
     def ask_for_stream() -> list[str]:
-        with streamed(service, lora="acme/held", seed=1, num_inference_steps=4) as lines:
-            return list(lines)
+        with streamed(service, lora="acme/held", seed=1, num_inference_steps=4) as reply:
+            return list(reply.iter_lines())
 
     cdn = int(hub.cdn.rpartition(":")[2])
     with ThreadPoolExecutor(2) as pool:
@@ -190,19 +197,38 @@ def test_requests_through_a_killed_ingress_get_their_images_through_another(
     assert_answered(asked, references)
 
 
-def test_without_any_ingress_requests_wait_for_the_next_and_a_begun_stream_says_to_try_again(
+def kill_every_ingress() -> None:
+    for pid in replica_pids(INGRESS):
+        kill(pid)
+
+
+def test_without_any_ingress_requests_and_streams_without_a_picture_wait_for_the_next(
     service: Service, references: list[Picture]
 ) -> None:
-    with in_flight(service) as asked, streamed(service, seed=1, num_inference_steps=50) as lines:
+    # It names no seed: the image has the one that the dead ingress drew and told.
+    with in_flight(service) as asked, streamed(service, num_inference_steps=50) as reply:
+        lines = reply.iter_lines()
         assert any('"step":1,' in line for line in lines)
-        for pid in replica_pids(INGRESS):
-            kill(pid)
+        kill_every_ingress()
+        *progress, name, data, _ = lines
+    assert any('"step":1,' in line for line in progress), "it tells how far it is from the start"
+    assert name == "event: image_generation.completed"
+    drawn = generated(service, num_inference_steps=50, seed=int(reply.headers["x-seed"]))
+    assert json.loads(data.removeprefix("data: "))["b64_json"] == drawn
+    assert_answered(asked, references)
+
+
+def test_a_stream_that_had_shown_a_picture_when_its_ingress_was_killed_says_to_try_again(service: Service) -> None:
+    slow = {"num_inference_steps": 50, "n": 4, "size": "128x128", "partial_images": 3}
+    with streamed(service, **slow) as reply:
+        lines = reply.iter_lines()
+        assert "event: image_generation.partial_image" in lines
+        kill_every_ingress()
         *_, name, data, _ = lines
     fault = json.loads(data.removeprefix("data: "))["error"]
     assert name == "event: error"
     assert fault["code"] == "ingress_lost"
     assert "try again" in fault["message"]
-    assert_answered(asked, references)
 
 
 @pytest.mark.parametrize("deployment", [BASE, INGRESS])

@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import numpy as np
@@ -90,12 +92,37 @@ def test_a_request_whose_replica_is_killed_still_gets_its_image(fragile: Service
     assert replica_process().pid != victim.pid
 
 
-def test_a_stream_whose_replica_is_killed_ends_in_an_error_that_says_to_try_again(fragile: Service) -> None:
+@contextmanager
+def streamed(service: Service, **asked: Any) -> Iterator[Iterator[str]]:
+    body = {"prompt": PROMPT, "seed": 41, "stream": True, "num_inference_steps": 50, "size": "128x128", **asked}
+    with service.http.stream("POST", "/v1/images/generations", json=body) as reply:
+        yield reply.iter_lines()
+
+
+def test_a_stream_whose_replica_is_killed_before_a_picture_still_gets_its_image(fragile: Service) -> None:
+    with streamed(fragile) as lines:
+        *_, reference, _ = lines
     victim = replica_process()
-    body = {"prompt": PROMPT, "n": 4, "stream": True, "num_inference_steps": 50, "size": "128x128"}
-    with fragile.http.stream("POST", "/v1/images/generations", json=body) as reply:
-        lines = reply.iter_lines()
+    with streamed(fragile) as lines:
         assert any('"step":1,' in line for line in lines)
+        os.kill(victim.pid, signal.SIGKILL)
+        *progress, name, data, _ = lines
+    assert any('"step":1,' in line for line in progress), "it tells how far it is from the start"
+    assert name == "event: image_generation.completed"
+    assert image_in(data) == image_in(reference)
+
+
+def image_in(line: str) -> str:
+    image: str = json.loads(line.removeprefix("data: "))["b64_json"]
+    return image
+
+
+def test_a_stream_whose_replica_is_killed_after_a_picture_ends_in_an_error_that_says_to_try_again(
+    fragile: Service,
+) -> None:
+    victim = replica_process()
+    with streamed(fragile, n=4, partial_images=3) as lines:
+        assert "event: image_generation.partial_image" in lines
         os.kill(victim.pid, signal.SIGKILL)
         *_, name, data, _ = lines
     assert name == "event: error"

@@ -96,6 +96,15 @@ def test_the_wire_is_that_of_server_sent_events(url: str, gateway: FakeGateway) 
         assert name == f"event: {json.loads(data.removeprefix('data: '))['type']}"
 
 
+@pytest.mark.parametrize(("told", "seed"), [({"x-request-seed": "123"}, 123), ({"x-request-seed": "x"}, 5), ({}, 5)])
+def test_a_stream_that_is_begun_again_has_the_seed_it_had(
+    url: str, gateway: FakeGateway, told: dict[str, str], seed: int
+) -> None:
+    body = {"prompt": "elephant", "stream": True, "seed": 5}
+    httpx.post(f"{url}/v1/images/generations", json=body, headers=told, trust_env=False).raise_for_status()
+    assert gateway.draft.seed == seed
+
+
 def test_the_first_event_is_there_before_the_work_is_done(url: str, gateway: FakeGateway) -> None:
     gateway.is_stuck = gateway.is_begun = True
     body = {"prompt": "elephant", "stream": True}

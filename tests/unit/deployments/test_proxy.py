@@ -30,6 +30,7 @@ async def passed_on(*headers: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
         b"x-request-timeout-seconds",
         b"x-request-disconnect-disabled",
         b"x-request-age-s",
+        b"X-Request-Seed",
     ],
 )
 async def test_headers_that_steer_serve_are_taken_away(name: bytes) -> None:

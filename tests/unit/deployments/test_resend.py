@@ -91,13 +91,31 @@ def answers(status: int) -> Part:
     return part
 
 
-def breaks_off(kind: str, **headers: str) -> Part:
+PROGRESS = b"event: image_generation.progress\ndata: {}\n\n"
+PREVIEW = b"event: image_generation.partial_image\ndata: {}\n\n"
+COMPLETED = b"event: image_generation.completed\ndata: {}\n\n"
+
+
+def breaks_off(kind: str, *events: bytes, **headers: str) -> Part:
     async def part(scope: Scope, receive: Receive, send: Send) -> None:
         head = Headers(MARK | {"content-type": kind} | headers).raw
         await send({"type": "http.response.start", "status": 200, "headers": head})
-        await send({"type": "http.response.body", "body": b"event: a\ndata: {}\n\n", "more_body": True})
+        for event in events:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
 
     return part
+
+
+def streams(*events: bytes, seed: str = "7") -> Part:
+    async def part(scope: Scope, receive: Receive, send: Send) -> None:
+        await breaks_off(SSE, *events, **{"x-seed": seed})(scope, receive, send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    return part
+
+
+def breaks_off_after(*events: bytes, seed: str = "7") -> Part:
+    return breaks_off(f"{SSE}; charset=utf-8", *events, **{"x-seed": seed})
 
 
 @asynccontextmanager
@@ -126,14 +144,17 @@ async def asked(losses: list[str], *parts: Part, **request: Any) -> tuple[httpx.
     return reply, proxy
 
 
-@pytest.mark.parametrize("first", [lost, lost_with_its_head_sent, unavailable, no_route])
-async def test_a_request_that_lost_its_ingress_before_an_answer_is_sent_again_whole(
-    losses: list[str], first: Part
+@pytest.mark.parametrize(
+    ("first", "noted"),
+    [(lost, ["resent"]), (lost_with_its_head_sent, ["resent"]), (unavailable, ["resent"]), (no_route, [])],
+)
+async def test_a_request_that_lost_its_ingress_before_an_answer_or_came_too_early_is_sent_again_whole(
+    losses: list[str], first: Part, noted: list[str]
 ) -> None:
     body = bytes(range(256)) * 1000
     reply, proxy = await asked(losses, first, echo, content=body)
     assert (reply.status_code, reply.content) == (200, body)
-    assert losses == ["resent"]
+    assert losses == noted
     assert [scope["root_path"] for scope in proxy.scopes] == ["", ""]
 
 
@@ -191,21 +212,62 @@ async def test_serve_s_own_paths_are_left_alone(losses: list[str]) -> None:
     assert (reply.status_code, reply.text) == (503, "Deployment Ingress is unavailable")
 
 
-async def test_a_stream_that_breaks_off_ends_in_an_event_that_says_to_try_again(losses: list[str]) -> None:
-    reply, proxy = await asked(losses, breaks_off(f"{SSE}; charset=utf-8"))
-    first, last, _ = reply.text.split("\n\n")
-    assert first == "event: a\ndata: {}"
-    name, data = last.split("\n")
+async def test_a_stream_that_breaks_off_before_a_picture_goes_on_with_the_same_seed(losses: list[str]) -> None:
+    keep_alive = b": keep-alive\n\n"
+    first = breaks_off_after(PROGRESS, keep_alive, PROGRESS + keep_alive)
+    reply, proxy = await asked(losses, first, streams(PROGRESS, PREVIEW, COMPLETED))
+    assert reply.content == PROGRESS + keep_alive + PROGRESS + keep_alive + PROGRESS + PREVIEW + COMPLETED
+    assert [Headers(scope=scope).get("x-request-seed") for scope in proxy.scopes] == [None, "7"]
+    assert losses == ["resent"]
+
+
+def assert_ends_in(reply: httpx.Response, begin: bytes, code: str) -> None:
+    said, _, last = reply.content.removesuffix(b"\n\n").rpartition(b"\n\n")
+    assert said + b"\n\n" == begin
+    name, data = last.decode().split("\n")
     assert name == "event: error"
     fault = json.loads(data.removeprefix("data: "))["error"]
-    assert fault["code"] == "ingress_lost"
+    assert fault["code"] == code
     assert "try again" in fault["message"]
+
+
+@pytest.mark.parametrize(
+    "events", [(PREVIEW,), (PROGRESS, PROGRESS + PREVIEW), (PROGRESS, PREVIEW[:20]), (COMPLETED, PROGRESS), (b"x\n\n",)]
+)
+async def test_a_stream_that_breaks_off_after_a_picture_ends_in_an_event_that_says_to_try_again(
+    losses: list[str], events: tuple[bytes, ...]
+) -> None:
+    reply, proxy = await asked(losses, breaks_off_after(PROGRESS, *events, b"\n\n"))
+    assert_ends_in(reply, PROGRESS + b"".join(events) + b"\n\n", "ingress_lost")
     assert (len(proxy.scopes), losses) == (1, ["cut"])
+
+
+async def test_a_stream_that_has_told_no_seed_is_not_begun_again(losses: list[str]) -> None:
+    reply, _ = await asked(losses, breaks_off_after(PROGRESS, seed=""))
+    assert_ends_in(reply, PROGRESS, "ingress_lost")
+
+
+async def test_a_begun_stream_that_is_lost_again_and_again_says_so(losses: list[str]) -> None:
+    others = [lost, unavailable, breaks_off_after(PROGRESS)]
+    reply, proxy = await asked(losses, breaks_off_after(PROGRESS), *others)
+    assert_ends_in(reply, PROGRESS * 2, "ingress_lost")
+    assert (len(proxy.scopes), losses) == (MAX_RESENDS + 1, ["resent"] * MAX_RESENDS + ["cut"])
+
+
+async def test_a_begun_stream_that_is_then_refused_says_why(losses: list[str]) -> None:
+    async def full(scope: Scope, receive: Receive, send: Send) -> None:
+        fault = {"error": {"code": "queue_full", "message": "the queue is full; try again in 3 s"}}
+        reply = json.dumps(fault, indent=1).encode()
+        await StreamingResponse(iter([reply[:9], reply[9:]]), 429, MARK, "application/json")(scope, receive, send)
+
+    reply, _ = await asked(losses, breaks_off_after(PROGRESS), full)
+    assert_ends_in(reply, PROGRESS, "queue_full")
+    assert losses == ["resent"]
 
 
 async def test_an_image_that_breaks_off_is_no_whole_answer(losses: list[str]) -> None:
     with pytest.raises(httpx.RemoteProtocolError):
-        await asked(losses, breaks_off("image/png", **{"content-length": "100"}))
+        await asked(losses, breaks_off("image/png", b"half", **{"content-length": "100"}))
     assert losses == ["cut"]
 
 
