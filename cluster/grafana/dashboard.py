@@ -234,12 +234,16 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "Lost replicas and self-checks",
-                "Requests sent again; checks of the weights that failed.",
+                "Requests that lost their replica or their ingress; checks of the weights that failed.",
                 "short",
                 (
                     (
                         "{{base}} sent again",
                         f"sum by (base) (increase(ray_loraplex_retries_total{BASE}[$__rate_interval]))",
+                    ),
+                    (
+                        "ingress, {{result}}",
+                        "sum by (result) (increase(ray_loraplex_ingress_losses_total[$__rate_interval]))",
                     ),
                     (
                         "{{base}} damaged",
@@ -252,6 +256,18 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Adapters, by scale, refused for now because they failed on the device.",
                 "short",
                 (("{{base}}", f"sum by (base) (ray_loraplex_quarantined{BASE})"),),
+            ),
+            Panel(
+                "No room on the device",
+                "Passes that ran out of memory: drawn again one by one, or refused with `out_of_memory`.",
+                "short",
+                (
+                    (
+                        "{{base}} {{outcome}}",
+                        "sum by (base, outcome) "
+                        f"(increase(ray_loraplex_memory_shortages_total{BASE}[$__rate_interval]))",
+                    ),
+                ),
             ),
         ),
     ),
