@@ -121,9 +121,9 @@ async def test_a_hub_that_hangs_does_not_delay_adapters_that_are_known(world: Wo
     started = time.monotonic()
     assert await catalog.adapter(ref("me/sketch")) == before
     assert time.monotonic() - started < 3.0
-    started = time.monotonic()
+    asked = world.hub.count("me/sketch")
     assert await catalog.adapter(ref("me/sketch")) == before
-    assert time.monotonic() - started < 0.4, "once the Hub is known to be slow, nobody waits again"
+    assert world.hub.count("me/sketch") == asked, "once the Hub is known to be slow, nobody waits again"
 
 
 async def test_a_new_adapter_on_a_hub_that_hangs_is_unavailable_after_its_time(world: World):

@@ -99,9 +99,7 @@ async def test_a_stream_begins_with_what_was_accepted() -> None:
 async def test_a_stream_begins_although_the_replica_is_silent() -> None:
     may_go = asyncio.Event()
     async with aclosing(gateway(Replica(RESULT, may_go=may_go)).stream(DRAFT, request_id="id")) as events:
-        started = time.monotonic()
         assert isinstance(await anext(events), Accepted)
-        assert time.monotonic() - started < 0.1
         may_go.set()
         assert await anext(events) == RESULT
 
