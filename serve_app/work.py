@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from serve_app.core import GenerationRequest
 
-# How fast the measured pace follows what is observed: the weight of the newest pass.
+# How fast the measured pace follows what is observed: the weight of the newest pass, once there are some.
 NEWEST_WEIGHT = 0.2
 
 
@@ -42,12 +42,13 @@ def image_units(steps: int, guidance_scale: float, width: int, height: int) -> f
 class PaceMeter:
     """The pace of one replica, from what its passes took.
 
-    Starts at a guess, and takes the first pass observed at its word. Not thread-safe.
+    Starts at a guess; after that it is the mean of the first passes, and then follows the newest. A first pass is often
+    slow (caches, memory, kernels that are chosen once) and should not be believed for long. Not thread-safe.
     """
 
     def __init__(self, guess: Pace) -> None:
         self.pace = guess
-        self._has_observed = False
+        self._observed = 0
 
     def observe(self, *, units: float, denoise_s: float, other_s: float) -> None:
         """Take in one pass: its work in units, the time that grows with it, and the time that does not.
@@ -56,8 +57,8 @@ class PaceMeter:
         """
         if units <= 0 or not math.isfinite(denoise_s) or not math.isfinite(other_s):
             return
-        weight = NEWEST_WEIGHT if self._has_observed else 1.0
-        self._has_observed = True
+        self._observed += 1
+        weight = max(NEWEST_WEIGHT, 1 / self._observed)
         self.pace = Pace(
             fixed_s=(1 - weight) * self.pace.fixed_s + weight * max(other_s, 0.0),
             unit_s=(1 - weight) * self.pace.unit_s + weight * max(denoise_s, 0.0) / units,

@@ -26,12 +26,16 @@ def test_work_of_image_to_image_counts_only_the_steps_that_run() -> None:
     assert work_units(request) == pytest.approx(work_units(REQUEST) / 4)
 
 
-def test_first_pass_replaces_the_guess_and_later_ones_move_it() -> None:
+def test_the_first_passes_replace_the_guess_by_their_mean_and_later_ones_move_it() -> None:
     meter = PaceMeter(Pace(fixed_s=9.0, unit_s=9.0))
     meter.observe(units=10, denoise_s=5.0, other_s=0.1)
     assert meter.pace == Pace(fixed_s=0.1, unit_s=0.5)
-    meter.observe(units=10, denoise_s=15.0, other_s=0.1)
-    assert meter.pace.unit_s == pytest.approx((1 - NEWEST_WEIGHT) * 0.5 + NEWEST_WEIGHT * 1.5)
+    for _ in range(4):
+        meter.observe(units=10, denoise_s=15.0, other_s=0.1)
+    assert meter.pace.unit_s == pytest.approx((0.5 + 4 * 1.5) / 5)
+    for _ in range(4):
+        meter.observe(units=10, denoise_s=15.0, other_s=0.1)
+    assert meter.pace.unit_s == pytest.approx(1.5 - (1 - NEWEST_WEIGHT) ** 4 * 0.2)
     assert meter.pace.seconds(2) == pytest.approx(0.1 + 2 * meter.pace.unit_s)
 
 
