@@ -13,7 +13,7 @@ from tests.chaos.blows import Blow
 ANSWERED, RETRYABLE, FAILED, HUNG, WRONG = "answered", "retryable", "failed", "hung", "wrong"
 MAX_RETRYABLE = 0.005
 # A short run has too few requests for a share: one node's loss may be half of a percent of them.
-FEW = 8
+FEW = 4
 
 
 @dataclass(frozen=True, slots=True)
