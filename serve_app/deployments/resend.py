@@ -223,9 +223,9 @@ class Answer:
         if message["type"] == "http.response.start":
             self._take_head(message)
         elif reply.refusal is not None:
-            reply.refusal += message.get("body", b"")
+            reply.refusal = said = reply.refusal + message.get("body", b"")
             if not message.get("more_body", False):
-                await self.end_with(refusal_event(reply.refusal))
+                await self.end_with(refusal_event(said))
         elif not reply.is_serve_s:
             await self._pass_on(message)
 
