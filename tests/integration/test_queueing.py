@@ -68,8 +68,9 @@ async def test_whoever_is_refused_by_a_full_queue_is_told_when_to_ask_again(clea
     served = [ending for ending in endings if isinstance(ending, GenerationResult)]
     refused = [ending for ending in endings if isinstance(ending, QueueFull)]
     assert len(served) + len(refused) == 40
-    assert len(served) >= 2 + 6
-    # Each takes a quarter of a second, and at least eight of them were out when the first was refused.
+    # Six may wait; whether two more had begun by then is Serve's haste.
+    assert len(served) >= 6
+    # Each takes a quarter of a second, and at least six of them were out when the first was refused.
     assert all(2 <= error.retry_after_s <= 40 for error in refused)
 
 

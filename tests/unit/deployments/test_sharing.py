@@ -58,6 +58,7 @@ class Hub:
     downloads: list[str] = field(default_factory=list)
     failure: Exception | None = None
     held: asyncio.Event | None = None
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def path(self, spec: AdapterSpec) -> Path:
         return await self._download(spec.filename)
@@ -67,6 +68,7 @@ class Hub:
 
     async def _download(self, filename: str) -> Path:
         self.downloads.append(filename)
+        self.begun.set()
         if self.held is not None:
             await self.held.wait()
         if self.failure is not None:
@@ -130,11 +132,6 @@ def nodes(tmp_path: Path) -> Nodes:
     return Nodes(tmp_path)
 
 
-async def settle() -> None:
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
 async def test_a_file_is_fetched_from_the_hub_once_for_all_nodes(nodes: Nodes) -> None:
     four = [nodes.node(name) for name in "abcd"]
     paths = await asyncio.gather(*(node.path(SPEC) for node in four))
@@ -177,9 +174,9 @@ async def test_when_the_first_fetch_fails_the_next_who_waits_fetches(nodes: Node
     nodes.hubs["a"].failure = HubUnavailable(SPEC.id, "on purpose")
     nodes.hubs["a"].held = asyncio.Event()
     failing = asyncio.ensure_future(first.path(SPEC))
-    await settle()
+    await asyncio.wait_for(nodes.hubs["a"].begun.wait(), 30)
     waiting = asyncio.ensure_future(second.path(SPEC))
-    await settle()
+    await asyncio.wait({waiting}, timeout=0.2)
     assert nodes.hubs["b"].downloads == []
     nodes.hubs["a"].held.set()
     with pytest.raises(HubUnavailable):
