@@ -23,8 +23,12 @@ import yaml
 from cluster.checks.monitoring import RULES, SERVE_METRICS, names_in
 from cluster.grafana.dashboard import ROWS
 from cluster.local_cluster import LocalCluster, NodeShape, local_cluster, node_holds
+from serve_app.telemetry import LOST, SHORTAGES
 from tests.hub_server import CDN, HubServer
 from tests.service import Service
+
+# Nothing in this file makes them happen, and Ray exports a counter from its first count on.
+UNCAUSED = {f"ray_{declaration.name}_total" for declaration in (LOST, SHORTAGES)}
 
 ROOT = Path(__file__).parents[2]
 NIGHT = ROOT / "serve_app" / "demo" / "hub" / "demo" / "sd15-night"
@@ -207,9 +211,9 @@ def test_every_metric_of_the_rules_and_the_dashboard_is_exported(nodes: LocalClu
     named = {name for expression in rules + queries for name in names_in(expression)}
 
     def missing() -> set[str]:
-        return named - set(re.findall(r"^(ray_\w+)(?:\{| )", nodes.metrics(), re.MULTILINE))
+        return named - UNCAUSED - set(re.findall(r"^(ray_\w+)(?:\{| )", nodes.metrics(), re.MULTILINE))
 
-    assert named > SERVE_METRICS
+    assert named > SERVE_METRICS | UNCAUSED
     try:
         until(lambda: not missing())
     except AssertionError:
