@@ -176,7 +176,9 @@ class AdmittedFiles:
 
     def _entries(self) -> dict[str, Entry]:
         found: list[tuple[int, Entry]] = []
-        for path in self._folder.glob(f"*/*{_SUFFIX}"):
+        # Not one glob for all: it fails when another process takes its drafts along in the meantime.
+        bases = [folder for folder in self._folder.iterdir() if not folder.name.startswith(".")]
+        for path in (path for folder in bases for path in folder.glob(f"*{_SUFFIX}")):
             with suppress(FileNotFoundError):
                 status = path.stat()
                 found.append((status.st_mtime_ns, Entry(str(path), status.st_size)))

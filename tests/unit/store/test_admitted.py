@@ -278,6 +278,22 @@ sys.stdin.readline()
     assert drafts(folder) == []
 
 
+def test_replicas_that_come_and_go_disturb_nobody(open_files: Open, tmp_path: Path) -> None:
+    script = """
+print("ready", flush=True)
+while True:
+    AdmittedFiles(folder, budget_bytes, base_fingerprint="base", dtype="float32", clock=time.time).close()
+"""
+    files = open_files()
+    with process(script, tmp_path / "admitted") as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        for number in range(500):
+            put(files, str(number), bytes(300))
+        assert other.poll() is None
+    assert [get(files, str(number)) for number in (497, 498, 499)] == [bytes(300)] * 3
+
+
 def test_replicas_that_publish_evict_and_read_together_see_only_whole_files(tmp_path: Path) -> None:
     script = """
 import random
