@@ -22,6 +22,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.local_cluster import ISOLATION
+from serve_app.catalog.originals import Originals
 from serve_app.deployments.file_index import SharedFile
 from serve_app.deployments.sharing import ObjectStore, get_file, put_file
 from tests.hub_server import HubServer
@@ -42,10 +43,13 @@ class Node:
         started = time.perf_counter()
         return put_file(ObjectStore(), Path(path), "first"), time.perf_counter() - started
 
-    def get(self, file: SharedFile, target: str) -> float:
+    def get(self, file: SharedFile, folder: str) -> tuple[str, float]:
+        copies = Originals(Path(folder), 1 << 40, clock=time.time)
         started = time.perf_counter()
-        get_file(ObjectStore(), file, Path(target))
-        return time.perf_counter() - started
+        with copies.draft(file.sha256) as draft:
+            get_file(ObjectStore(), file, draft)
+            path = str(copies.keep(file.sha256, draft).path)
+        return path, time.perf_counter() - started
 
 
 def measure(megabytes: int, root: Path) -> None:
@@ -62,8 +66,8 @@ def measure(megabytes: int, root: Path) -> None:
             hub.push(f"acme/{number}", {"adapter.safetensors": content})
             path, fetch_s = ray.get(here.fetch.remote(hub.endpoint, f"acme/{number}", str(root / "hub")))
             file, put_s = ray.get(here.put.remote(path))
-            get_s = ray.get(there.get.remote(file, str(root / f"copy-{number}")))
-            assert hashlib.sha256((root / f"copy-{number}").read_bytes()).hexdigest() == file.sha256
+            copy, get_s = ray.get(there.get.remote(file, str(root / "peers")))
+            assert hashlib.sha256(Path(copy).read_bytes()).hexdigest() == file.sha256
             for row, seconds in zip(rows.values(), (fetch_s, put_s, get_s), strict=True):
                 row.append(seconds)
     for name, seconds in rows.items():

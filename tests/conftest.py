@@ -13,6 +13,7 @@ from tests.broken_adapters import write_broken_adapters
 from tests.collector import Collector
 from tests.hub_server import HubServer
 from tests.service import BASES, EMBEDDED, Service, base_settings, ray_cluster
+from tests.small_disk import small_disk
 
 # Speed lives in benchmarks: a machine that is busy for a moment fails no property.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -44,6 +45,13 @@ def hub() -> Iterator[HubServer]:
             server.push_folder(f"acme/{name}", EMBEDDED / "demo" / name)
         server.push_folder("acme/slow-inverted", EMBEDDED / "demo" / "sdxl-inverted")
         yield server
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 4 MiB."""
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from serve_app.catalog.blocking import run_blocking
 from serve_app.catalog.card import Card, parse_card
@@ -18,6 +19,8 @@ from serve_app.catalog.repository import FOLDER, RepositoryFile, RepositoryListi
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 from serve_app.refusals import MalformedFile
+
+T = TypeVar("T")
 
 REVISION_CHARACTERS = 40
 MAX_CARD_BYTES = 256 * 1024
@@ -41,23 +44,23 @@ class FolderRepositories:
 
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
         """Return the repository of that id, or None."""
-        return await run_blocking(lambda: self._find(model, revision))
+        return await _reading(model, lambda: self._find(model, revision))
 
     async def header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
         """Return the header of a listed file."""
-        return await run_blocking(lambda: self._header(listing, filename))
+        return await _reading(listing.id, lambda: self._header(listing, filename))
 
     async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the first 40 hex digits of the file's SHA-256; of several, of the SHA-256 of theirs."""
-        return await run_blocking(lambda: self._pin(listing, filenames))
+        return await _reading(listing.id, lambda: self._pin(listing, filenames))
 
     async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
         """Return a small file of a repository, or None."""
-        return await run_blocking(lambda: self._read_small(model, filename))
+        return await _reading(model, lambda: self._read_small(model, filename))
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file itself, once the digest of the spec's files is seen to be the spec's."""
-        return await run_blocking(lambda: self._download(spec, filename or spec.filename))
+        return await _reading(spec.id, lambda: self._download(spec, filename or spec.filename))
 
     def arriving_bytes(self, spec: AdapterSpec) -> int:
         """Return nothing: the files are here."""
@@ -182,10 +185,23 @@ class FolderRepositories:
 
     def _all_ids(self) -> Iterator[str]:
         for root in self._roots:
-            if not root.is_dir():
-                continue
-            for owner in root.iterdir():
-                for repository in owner.iterdir() if owner.is_dir() else ():
+            for owner in _held_by(root):
+                for repository in _held_by(owner):
                     model = f"{owner.name}/{repository.name}"
                     if self._folder(model) is not None:
                         yield model
+
+
+async def _reading(model: str, read: Callable[[], T]) -> T:
+    try:
+        return await run_blocking(read)
+    except FileNotFoundError:
+        raise ModelNotFound(model, "its folder changed while it was read; ask again in a few seconds") from None
+
+
+def _held_by(folder: Path) -> list[Path]:
+    """Return what lies in a folder; nothing where it is none, or none any more."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []

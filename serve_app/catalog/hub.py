@@ -42,7 +42,7 @@ from serve_app.catalog.repository import (
 )
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec, HubToken
-from serve_app.errors import HubUnavailable, ModelNotFound, is_disk_full
+from serve_app.errors import HubUnavailable, ModelNotFound
 from serve_app.refusals import MalformedFile
 
 log = logging.getLogger(__name__)
@@ -227,18 +227,9 @@ class HubRepositories:
                 timeout_s=self._timeout_s,
                 is_over=lambda: self._calls.clock() >= until,
             )
-            run = functools.partial(self._run, download, needed_bytes=spec.size_bytes)
+            run = functools.partial(self._originals.with_room, download.run, spec.size_bytes)
             self._calls.persist(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
             return self._originals.keep(key, draft)
-
-    def _run(self, download: Download, *, needed_bytes: int) -> None:
-        try:
-            download.run()
-        except OSError as error:
-            if not is_disk_full(error) or not self._originals.make_room(max(needed_bytes, 1)):
-                raise
-            log.warning("the disk is full; files that were fetched before made room")
-            download.run()
 
 
 def _file_key(spec: AdapterSpec, filename: str) -> str:

@@ -22,6 +22,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
+from serve_app.errors import is_disk_full
 from serve_app.held_files import exclusive, open_shared, remove_unless_held
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Draft:
         self.size_bytes = 0
         self._digest = hashlib.sha256()
 
-    def add(self, piece: bytes) -> None:
+    def add(self, piece: bytes | memoryview) -> None:
         """Take the next bytes.
 
         Raises:
@@ -153,6 +154,11 @@ class Originals:
         """
         path = self._folder / f"{_digest(key)}-{draft.sha256()}{SUFFIX}"
         with self._changing():
+            # Another process may have brought it meanwhile. Replaced, its file would no longer be the one that
+            # whoever uses it holds, and could be evicted under the name that they know.
+            found = self.find(key)
+            if found is not None and found.path == path:
+                return found
             draft.share()
             draft.path.replace(path)
             file = _opened(path)
@@ -166,6 +172,20 @@ class Originals:
             return 0
         with self._changing():
             return self._evict(needed_bytes)
+
+    def with_room(self, write: Callable[[], None], needed_bytes: int) -> None:
+        """Write something; where the disk is full, once more after the files used longest ago made room.
+
+        Raises:
+            OSError: it is still full, or failed otherwise. Whatever else `write` raises.
+        """
+        try:
+            write()
+        except OSError as error:
+            if not is_disk_full(error) or not self.make_room(max(needed_bytes, 1)):
+                raise
+            log.warning("the disk is full; files that were brought before made room")
+            write()
 
     def arriving_bytes(self, key: str) -> int:
         """Return how much of a file has arrived, in whichever process."""

@@ -89,8 +89,7 @@ def make_store(
     from serve_app.engine.canonical import read_canonical
 
     is_on_gpu = pipeline.device.type == "cuda"
-    originals = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
-    files: Files = originals
+    files: Files = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
     if shared_files is not None:
         sharing = config.adapters.sharing
         files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
@@ -115,6 +114,6 @@ def make_store(
         host_budget_bytes=base.replica.host_cache,
         clock=time.monotonic,
         failure_ttl_s=config.adapters.failure_ttl_s,
-        release=originals.release,
-        make_room=originals.make_room,
+        release=files.release,
+        make_room=files.make_room,
     )

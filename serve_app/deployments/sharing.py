@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
-import tempfile
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,11 +26,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.catalog.originals import Draft, Original, Originals
 from serve_app.catalog.repository import HUB
 from serve_app.config import Environment, SharingSettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.file_index import SharedFile
-from serve_app.store.budget import Entry, plan_eviction
+from serve_app.errors import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,14 @@ class Files(Protocol):
 
     async def embeddings(self, spec: AdapterSpec) -> Path | None:
         """Return the file with the adapter's own words; None where it has none."""
+        ...
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of the adapter's files: from now on they may be removed to make room."""
+        ...
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove files that can be had again, until so many bytes are free; return how many became so. Blocks."""
         ...
 
 
@@ -133,8 +141,7 @@ class ServeIndex:
 class SharedFiles:
     """The files of adapters, from this node, a peer or the Hub, in this order.
 
-    `on_brought` is told "peer" or "hub" for each file that came to this node. `folder` keeps what came from peers,
-    within `budget_bytes`.
+    `on_brought` is told "peer" or "hub" for each file that came to this node; `copies` keeps what came from peers.
     """
 
     def __init__(
@@ -143,23 +150,21 @@ class SharedFiles:
         index: Index,
         chunks: ChunkStore,
         *,
-        folder: Path,
-        budget_bytes: int,
+        copies: Originals,
         node: str,
         on_brought: Callable[[str], None],
     ) -> None:
         self._files = files
         self._index = index
         self._chunks = chunks
-        self._folder = folder
-        self._budget_bytes = budget_bytes
+        self._copies = copies
+        self._held: dict[str, list[Original]] = {}
         self._node = node
         self._on_brought = on_brought
         self._announcing: set[asyncio.Task[None]] = set()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def path(self, spec: AdapterSpec) -> Path:
-        """Return a local file with exactly the bytes of the spec.
+        """Return a local file with exactly the bytes of the spec. It stays there at least until `release`.
 
         Raises:
             LoraplexError: whatever the Hub's own way raises.
@@ -178,13 +183,24 @@ class SharedFiles:
 
         return await self._shared(spec, spec.embeddings, fetch)
 
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of the adapter's files: from now on they may be removed to make room."""
+        for copy in self._held.pop(spec.key, ()):
+            copy.release()
+        self._files.release(spec)
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove what came from peers, then what else can be had again, until so many bytes are free; return how
+        many became so. Blocks."""
+        freed = self._copies.make_room(needed_bytes)
+        return freed + (self._files.make_room(needed_bytes - freed) if freed < needed_bytes else 0)
+
     async def _shared(self, spec: AdapterSpec, filename: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
         if spec.origin != HUB:
             return await fetch()
         key = f"{spec.location}@{spec.revision}/{filename}"
-        name = hashlib.sha256(key.encode()).hexdigest()
-        if (kept := await asyncio.to_thread(_kept, self._folder, name)) is not None:
-            return kept
+        if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:
+            return self._hold(spec, copy)
         # A copy that fails is forgotten, and whoever asks first from then on fetches for all.
         for _ in range(2):
             try:
@@ -197,11 +213,13 @@ class SharedFiles:
                 return await self._announced(key, fetch)
             if known.node == self._node:
                 break
-            # The name holds the digest, against which the bytes are checked whenever they are used again.
-            target = self._folder / f"{name}-{known.sha256}{Path(filename).suffix}"
-            if await self._copied(key, known, target):
-                return target
+            if (copy := await self._copied(key, known)) is not None:
+                return self._hold(spec, copy)
         return await self._fetched(fetch)
+
+    def _hold(self, spec: AdapterSpec, copy: Original) -> Path:
+        self._held.setdefault(spec.key, []).append(copy)
+        return copy.path
 
     async def _fetched(self, fetch: Callable[[], Awaitable[Path]]) -> Path:
         path = await fetch()
@@ -230,17 +248,22 @@ class SharedFiles:
             with suppress(*INDEX_FAILURES):
                 await self._index.give_up(key)
 
-    async def _copied(self, key: str, file: SharedFile, target: Path) -> bool:
+    async def _copied(self, key: str, file: SharedFile) -> Original | None:
         try:
-            await asyncio.to_thread(get_file, self._chunks, file, target)
+            copy = await asyncio.to_thread(self._copy, key, file)
         except (*INDEX_FAILURES, ValueError) as error:
             log.warning("%s could not be copied from a peer (%s)", key, type(error).__name__)
-            with suppress(*INDEX_FAILURES):
-                await self._index.lose(key, file.sha256)
-            return False
+            if not isinstance(error, OSError) or not is_disk_full(error):
+                with suppress(*INDEX_FAILURES):
+                    await self._index.lose(key, file.sha256)
+            return None
         self._on_brought("peer")
-        await asyncio.to_thread(_prune, self._folder, self._budget_bytes)
-        return True
+        return copy
+
+    def _copy(self, key: str, file: SharedFile) -> Original:
+        with self._copies.draft(key) as draft:
+            self._copies.with_room(lambda: get_file(self._chunks, file, draft), file.size_bytes)
+            return self._copies.keep(key, draft)
 
 
 def share(
@@ -256,8 +279,7 @@ def share(
         files,
         ServeIndex(handle),
         ObjectStore(),
-        folder=cache_dir / "peers",
-        budget_bytes=settings.disk,
+        copies=Originals(cache_dir / "peers", settings.disk, clock=time.time),
         node=ray.get_runtime_context().get_node_id(),
         on_brought=on_brought,
     )
@@ -276,45 +298,16 @@ def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHU
     return SharedFile(node, digest.hexdigest(), size_bytes, tuple(chunks))
 
 
-def get_file(store: ChunkStore, file: SharedFile, target: Path) -> None:
-    """Write a peer's file to `target`, whole and checked or not at all; blocks.
+def get_file(store: ChunkStore, file: SharedFile, draft: Draft) -> None:
+    """Write a peer's file to `draft`, from its beginning; blocks.
 
     Raises:
         ValueError: the bytes are not those that were announced.
         RayError: the peer or its memory is gone, or a chunk took too long.
+        OSError: the disk failed.
     """
-    digest = hashlib.sha256()
-    descriptor, draft = tempfile.mkstemp(dir=target.parent, prefix=".draft-")
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            for chunk in file.chunks:
-                data = store.get(chunk)
-                digest.update(data)
-                out.write(data)
-        if digest.hexdigest() != file.sha256:
-            raise ValueError("the digest of a shared file differs")
-        Path(draft).replace(target)
-    finally:
-        Path(draft).unlink(missing_ok=True)
-
-
-def _kept(folder: Path, name: str) -> Path | None:
-    """Return the copy of a file that is here with the bytes that came; one that was altered since is removed."""
-    for path in folder.glob(f"{name}-*"):
-        with suppress(FileNotFoundError):
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if digest == path.stem.partition("-")[2]:
-                os.utime(path)
-                return path
-            log.warning("the copy of a shared file was altered on disk; it is brought anew")
-            path.unlink(missing_ok=True)
-    return None
-
-
-def _prune(folder: Path, budget_bytes: int) -> None:
-    """Drop what was used least recently; the newest file stays, whatever its size, for whoever just got it."""
-    found = sorted((path.stat().st_mtime, path) for path in folder.iterdir() if not path.name.startswith(".draft-"))
-    entries = [Entry(str(path), path.stat().st_size, is_pinned=path == found[-1][1]) for _, path in found]
-    for name in plan_eviction(entries, 0, budget_bytes).evict:
-        Path(name).unlink(missing_ok=True)
+    draft.restart()
+    for chunk in file.chunks:
+        draft.add(store.get(chunk))
+    if draft.sha256() != file.sha256:
+        raise ValueError("the digest of a shared file differs")

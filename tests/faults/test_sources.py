@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from serve_app.settings import AdapterLimits
 from serve_app.store.store import AdapterStore, Tier
 from tests.engine_cases import BASE, base_config, wrap
 from tests.hub_server import CDN, FILE, Fault, HubServer
+from tests.small_disk import leave_room
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import lora
 
@@ -246,18 +246,6 @@ async def test_a_file_that_was_altered_on_disk_is_noticed_and_made_anew_and_neve
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this user may mount no small disk")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture
 async def small(
     hub: HubServer, pipeline: BasePipeline, admission: AdmissionProcess, tmp_path: Path, weights: bytes, disk: Path
 ):
@@ -272,20 +260,11 @@ async def small(
     await made.store.close()
 
 
-def leave_room(node: Node, size_bytes: int) -> Path:
-    """Fill the disk but for so many bytes."""
-    ballast = node.cache.parent / "ballast"
-    status = os.statvfs(node.cache.parent)
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_bsize - size_bytes)
-    return ballast
-
-
 @pytest.mark.parametrize("copies", [0.5, 1.5], ids=["for half a file", "for the file but not for what is made of it"])
 async def test_a_full_disk_is_a_clear_error_leaves_no_part_and_is_over_once_there_is_room(
     small: Node, weights: bytes, copies: float
 ) -> None:
-    ballast = leave_room(small, int(len(weights) * copies))
+    ballast = leave_room(small.cache.parent, int(len(weights) * copies))
     with pytest.raises(DiskFull, match=r"me/sketch .* disk of the node .* full") as failure:
         await small.bring("me/sketch")
     assert (failure.value.status, failure.value.code) == (503, "disk_full")
@@ -299,7 +278,7 @@ async def test_on_a_full_disk_files_that_nobody_uses_make_room_first(small: Node
     await small.bring("me/second")
     held = await small.spec("me/third")
     async with small.store.lease(held):
-        leave_room(small, len(weights) // 2)
+        leave_room(small.cache.parent, len(weights) // 2)
         assert await small.bring("me/sketch") == (sha256(weights), "remote")
     assert len(small.found(CANONICAL)) < 3
     await small.restart()
@@ -308,6 +287,6 @@ async def test_on_a_full_disk_files_that_nobody_uses_make_room_first(small: Node
 
 async def test_a_replica_starts_on_a_full_disk_and_makes_itself_room(small: Node) -> None:
     await small.bring("me/second")
-    leave_room(small, 0)
+    leave_room(small.cache.parent, 0)
     await small.restart()
     await asyncio.wait_for(small.bring("me/sketch"), 60)

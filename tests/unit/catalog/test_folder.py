@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,8 @@ def root(tmp_path: Path) -> Path:
 
 async def spec_of(folder: FolderRepositories, model: str) -> AdapterSpec:
     listing = await folder.find(model, None)
-    assert listing is not None
+    if listing is None:
+        raise ModelNotFound(model)
     revision = await folder.pin(listing, WEIGHTS)
     return AdapterSpec(model, "demo/sd", revision, WEIGHTS, "folder", listing.location, 0)
 
@@ -116,3 +118,37 @@ async def test_a_truncated_file_is_malformed_and_no_path_is_told(root: Path):
     with pytest.raises(MalformedFile, match="truncated") as refusal:
         await folder.header(listing, WEIGHTS)
     assert str(root) not in str(refusal.value)
+
+
+async def test_a_repository_that_is_moved_away_while_it_is_read_is_not_found_or_is_whole(root: Path, tmp_path: Path):
+    folder = FolderRepositories((root,))
+    there, away = root / "me", tmp_path / "away"
+    is_over = threading.Event()
+
+    def move() -> None:
+        while not is_over.is_set():
+            there.rename(away)
+            away.rename(there)
+
+    async def is_whole() -> bool:
+        await folder.ids()
+        try:
+            await folder.read_small("me/sketch", None, "README.md")
+            listing = await folder.find("me/sketch", None)
+            if listing is None or listing.file(WEIGHTS) is None:
+                return False
+            await folder.header(listing, WEIGHTS)
+            path = await folder.download(await spec_of(folder, "me/sketch"))
+        except (ModelNotFound, MalformedFile):
+            return False
+        return path.name == WEIGHTS
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    try:
+        for _ in range(150):
+            await is_whole()
+    finally:
+        is_over.set()
+        mover.join()
+    assert await is_whole()

@@ -51,6 +51,27 @@ def test_a_file_in_use_is_never_removed_and_goes_once_it_is_let_go(originals: Or
     assert originals.make_room(10**6) == 180
 
 
+def test_a_file_that_two_brought_at_once_is_there_for_as_long_as_either_uses_it(originals: Originals) -> None:
+    with originals.draft("a") as one, originals.draft("a") as other:
+        one.add(b"x" * 40)
+        other.add(b"x" * 40)
+        first, second = originals.keep("a", one), originals.keep("a", other)
+    assert first.path == second.path
+    second.release()
+    assert originals.make_room(10**6) == 0
+    assert first.path.read_bytes() == b"x" * 40
+    first.release()
+    assert originals.make_room(10**6) == 40
+
+
+def test_a_file_that_was_altered_while_another_was_on_its_way_is_replaced(originals: Originals) -> None:
+    with originals.draft("a") as draft:
+        draft.add(b"x" * 40)
+        put(originals, "a").path.write_bytes(b"y" * 40)
+        kept = originals.keep("a", draft)
+    assert kept.path.read_bytes() == b"x" * 40
+
+
 def test_a_file_whose_bytes_changed_is_not_given_out_and_is_gone(originals: Originals) -> None:
     kept = put(originals, "a")
     kept.release()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
+from serve_app.catalog.originals import Originals
 from serve_app.core import AdapterSpec
 from serve_app.deployments.file_index import Flights, SharedFile
 from serve_app.deployments.sharing import SharedFiles, get_file, put_file
 from serve_app.errors import HubUnavailable
+from tests.small_disk import leave_room
 
 CONTENT = bytes(range(256)) * 64
 SPEC = AdapterSpec(
@@ -59,21 +62,30 @@ class Hub:
     failure: Exception | None = None
     held: asyncio.Event | None = None
     begun: asyncio.Event = field(default_factory=asyncio.Event)
+    released: list[str] = field(default_factory=list)
+    asked_room: list[int] = field(default_factory=list)
 
     async def path(self, spec: AdapterSpec) -> Path:
-        return await self._download(spec.filename)
+        return await self._download(spec, spec.filename)
 
     async def embeddings(self, spec: AdapterSpec) -> Path | None:
-        return await self._download(str(spec.embeddings))
+        return await self._download(spec, str(spec.embeddings))
 
-    async def _download(self, filename: str) -> Path:
+    def release(self, spec: AdapterSpec) -> None:
+        self.released.append(spec.key)
+
+    def make_room(self, needed_bytes: int) -> int:
+        self.asked_room.append(needed_bytes)
+        return needed_bytes
+
+    async def _download(self, spec: AdapterSpec, filename: str) -> Path:
         self.downloads.append(filename)
         self.begun.set()
         if self.held is not None:
             await self.held.wait()
         if self.failure is not None:
             raise self.failure
-        path = self.folder / filename
+        path = self.folder / f"{spec.location.replace('/', '-')}-{filename}"
         path.write_bytes(CONTENT + filename.encode())
         return path
 
@@ -112,19 +124,34 @@ class Nodes:
         self.root = root
         self.brought: list[tuple[str, str]] = []
         self.hubs: dict[str, Hub] = {}
+        self.ticks = itertools.count(1000)
 
-    def node(self, name: str, *, disk_bytes: int = 1 << 30) -> SharedFiles:
+    def node(self, name: str, *, disk_bytes: int = 1 << 30, folder: Path | None = None) -> SharedFiles:
         (self.root / name).mkdir(exist_ok=True)
         self.hubs[name] = hub = Hub(self.root / name)
         return SharedFiles(
             hub,
             self.index,
             self.memory,
-            folder=self.root / name / "peers",
-            budget_bytes=disk_bytes,
+            copies=Originals(folder or self.root / name / "peers", disk_bytes, clock=lambda: float(next(self.ticks))),
             node=name,
             on_brought=lambda tier: self.brought.append((name, tier)),
         )
+
+
+def numbered(number: int) -> AdapterSpec:
+    return replace(SPEC, id=f"acme/{number}", location=f"acme/{number}")
+
+
+async def bring_from_peer(nodes: Nodes, late: SharedFiles, number: int) -> Path:
+    await nodes.node("a").path(numbered(number))
+    path = await late.path(numbered(number))
+    assert path.read_bytes() == CONTENT + SPEC.filename.encode()
+    return path
+
+
+def copies(nodes: Nodes, name: str) -> list[Path]:
+    return sorted((nodes.root / name / "peers").glob("*.safetensors"))
 
 
 @pytest.fixture
@@ -200,7 +227,7 @@ async def test_bytes_that_are_not_those_announced_are_thrown_away(nodes: Nodes) 
     path = await nodes.node("b").path(SPEC)
     assert path.read_bytes() == CONTENT + SPEC.filename.encode()
     assert nodes.hubs["b"].downloads == [SPEC.filename]
-    assert list((nodes.root / "b" / "peers").iterdir()) == []
+    assert [path.name for path in (nodes.root / "b" / "peers").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("damaged", [b"", CONTENT[:100], b"x" + CONTENT[1:] + SPEC.filename.encode()])
@@ -222,12 +249,76 @@ async def test_without_the_index_every_node_fetches_for_itself(nodes: Nodes) -> 
 async def test_what_came_from_peers_keeps_within_its_share_of_the_disk(nodes: Nodes) -> None:
     late = nodes.node("late", disk_bytes=2 * len(CONTENT))
     for number in range(4):
-        spec = replace(SPEC, location=f"acme/{number}")
-        await nodes.node("a").path(spec)
-        await late.path(spec)
-    kept = list((nodes.root / "late" / "peers").iterdir())
+        await bring_from_peer(nodes, late, number)
+        late.release(numbered(number))
+    kept = copies(nodes, "late")
     assert len(kept) == 1
-    assert kept == [await late.path(replace(SPEC, location="acme/3"))]
+    assert kept == [await late.path(numbered(3))]
+
+
+async def test_a_copy_in_use_outlives_its_share_of_the_disk_and_goes_when_it_is_released(nodes: Nodes) -> None:
+    late = nodes.node("late", disk_bytes=2 * len(CONTENT))
+    in_use = await bring_from_peer(nodes, late, 0)
+    for number in (1, 2):
+        await bring_from_peer(nodes, late, number)
+        late.release(numbered(number))
+    assert in_use in copies(nodes, "late")
+    late.release(numbered(0))
+    assert nodes.hubs["late"].released == [numbered(number).key for number in (1, 2, 0)]
+    await bring_from_peer(nodes, late, 3)
+    assert in_use not in copies(nodes, "late")
+
+
+async def test_replicas_of_one_node_drop_copies_together_and_fail_nobody(nodes: Nodes) -> None:
+    folder = nodes.root / "peers"
+    pair = [nodes.node(name, disk_bytes=2 * len(CONTENT), folder=folder) for name in "bc"]
+    first = nodes.node("a")
+    for number in range(30):
+        await first.path(numbered(number))
+
+    async def bring_all(replica: SharedFiles) -> None:
+        for number in range(30):
+            assert (await replica.path(numbered(number))).read_bytes() == CONTENT + SPEC.filename.encode()
+            replica.release(numbered(number))
+
+    await asyncio.gather(*map(bring_all, pair))
+    assert len(list(folder.glob("*.safetensors"))) <= 2
+
+
+async def test_copies_make_room_on_a_full_disk_before_the_hubs_files_do(nodes: Nodes) -> None:
+    late = nodes.node("late")
+    await bring_from_peer(nodes, late, 0)
+    in_use = await bring_from_peer(nodes, late, 1)
+    late.release(numbered(0))
+    size_bytes = in_use.stat().st_size
+    assert await asyncio.to_thread(late.make_room, size_bytes) == size_bytes
+    assert nodes.hubs["late"].asked_room == []
+    assert await asyncio.to_thread(late.make_room, size_bytes) == size_bytes
+    assert nodes.hubs["late"].asked_room == [size_bytes]
+    assert copies(nodes, "late") == [in_use]
+
+
+async def test_a_copy_that_finds_the_disk_full_takes_the_place_of_one_that_nobody_uses(
+    nodes: Nodes, disk: Path
+) -> None:
+    late = nodes.node("late", folder=disk / "peers")
+    await bring_from_peer(nodes, late, 0)
+    late.release(numbered(0))
+    leave_room(disk, len(CONTENT) // 2)
+    await bring_from_peer(nodes, late, 1)
+    assert nodes.brought.count(("late", "peer")) == 2
+
+
+async def test_a_full_disk_costs_the_peers_nothing(nodes: Nodes, disk: Path) -> None:
+    late = nodes.node("late", folder=disk / "peers")
+    await bring_from_peer(nodes, late, 0)
+    leave_room(disk, len(CONTENT) // 2)
+    await nodes.node("a").path(numbered(1))
+    await late.path(numbered(1))
+    assert nodes.hubs["late"].downloads == [SPEC.filename]
+    other = nodes.node("other")
+    await other.path(numbered(1))
+    assert nodes.hubs["other"].downloads == []
 
 
 async def test_one_who_waits_too_long_takes_over_and_the_others_wait_for_that_one() -> None:
@@ -254,19 +345,15 @@ async def test_files_asked_for_least_recently_are_forgotten_first() -> None:
     assert await flights.claim("used") is None
 
 
-def test_a_file_of_several_chunks_arrives_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [CONTENT, b""], ids=["several chunks", "empty"])
+def test_a_file_arrives_whole(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
-    path.write_bytes(CONTENT)
+    path.write_bytes(content)
     memory = Memory()
     shared = put_file(memory, path, "a", chunk_bytes=1000)
-    assert len(shared.chunks) == -(-len(CONTENT) // 1000)
-    assert shared.size_bytes == len(CONTENT)
-    get_file(memory, shared, tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == CONTENT
-
-
-def test_an_empty_file_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    memory = Memory()
-    get_file(memory, put_file(memory, tmp_path / "file", "a"), tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == b""
+    assert len(shared.chunks) == -(-len(content) // 1000)
+    assert shared.size_bytes == len(content)
+    with Originals(tmp_path / "copies", 1 << 30, clock=Clock()).draft("key") as draft:
+        draft.add(b"of an attempt that broke off")
+        get_file(memory, shared, draft)
+        assert draft.path.read_bytes() == content
