@@ -29,14 +29,19 @@ from ray.cluster_utils import Cluster
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 JOIN_S = 120.0
-ISOLATION = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_SCHEDULER_EVENTS": "0",
+# On a machine that does other things too.
+BUSY_MACHINE = {
     # Ray's workers give way to everything else on the machine, and then the nodes take each other for dead.
     "RAY_worker_niceness": "0",
-    # A busy machine takes its time to start a node.
+    # Nodes and proxies take their time to start.
     "RAY_raylet_start_wait_time_s": "180",
     "RAY_agent_register_timeout_ms": "180000",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+}
+ISOLATION = {
+    **BUSY_MACHINE,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SCHEDULER_EVENTS": "0",
     # Else a metric takes ten seconds to be seen.
     "RAY_metrics_report_interval_ms": "1000",
 }

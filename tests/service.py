@@ -51,6 +51,10 @@ def ray_cluster(home: Path) -> Iterator[int]:
     import ray
     from ray import serve
 
+    from cluster.local_cluster import BUSY_MACHINE
+
+    os.environ.update(BUSY_MACHINE)
+
     port = free_port()
     try:
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)

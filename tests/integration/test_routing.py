@@ -1,26 +1,35 @@
-"""The router within Serve: two replicas of one base behind two ingress replicas."""
+"""The router within Serve: two replicas of one base, and two processes that send to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+from ray import serve
 
+from serve_app.config import AppConfig
+from serve_app.engine.queue import QueuePolicy
+from serve_app.routing.router import router_config
 from serve_app.routing.stats import decode
+from serve_app.work import Pace
+from tests.engine_cases import use_of
 from tests.service import Service, base_settings
+from tests.sleeper import BASE as ASLEEP_BASE
+from tests.sleeper import sleeping_request
+from tests.sleeping_replica import SleepingReplica, Sleeps, Slept
 
-APPLICATION = "routing"
+APPLICATION, ASLEEP = "routing", "asleep"
 BASE = "demo/sd15"
 STYLES = ("night", "sepia", "sketch", "stripes")
 
 
 @pytest.fixture(scope="module")
 def two_replicas(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    from ray import serve
-
     from serve_app.app import build
-    from serve_app.config import AppConfig
 
     config = AppConfig.model_validate(
         {
@@ -37,22 +46,61 @@ def two_replicas(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def residents() -> list[frozenset[str]]:
     """The adapters in host memory, replica by replica, as they tell the routers."""
-    from ray import serve
-
     handle = serve.get_deployment_handle("base-demo--sd15", APPLICATION)
     stats = [decode(told) for told in handle.broadcast("record_routing_stats").results()]
     assert len(stats) == 2
     return [told.host for told in stats if told is not None]
 
 
-def test_adapters_stay_on_their_replica_while_it_is_free_and_spill_over_when_it_is_not(two_replicas: Service) -> None:
-    for seed in range(5):
-        for style in STYLES:
-            two_replicas.draw("a red circle", model=f"demo/sd15-{style}", seed=seed, num_inference_steps=2)
-    held = residents()
-    # Two are allowed for: a router may choose before it has heard where an adapter went. By chance it would be eight.
-    assert len(frozenset.union(*held)) == len(STYLES)
-    assert sum(map(len, held)) <= len(STYLES) + 2
+@ray.remote(num_cpus=0)
+class Caller:
+    """A process with a router of its own, as every ingress replica is."""
+
+    def __init__(self) -> None:
+        self._handle = serve.get_deployment_handle("SleepingReplica", ASLEEP)
+
+    async def ask(self, style: str, number: int) -> Slept:
+        use = use_of(f"me/{style}")
+        handle = self._handle.options(multiplexed_model_id=use.spec.key)
+        return await handle.generate.remote(sleeping_request(number, use))
+
+
+@pytest.fixture
+def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
+    """Two, of a base with two replicas where a fetch takes ten times as long as an image."""
+    (tmp_path / use_of("me/any").spec.filename).write_bytes(b"0" * 100)
+    sleeps = Sleeps(
+        Pace(0.05, 0.0), swap_s=0.0, fetch_s=0.5, host_adapters=16, file_bytes=100, max_batch_images=1,
+        policy=QueuePolicy(),
+    )  # fmt: skip
+    config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "cache_size": 0})
+    deployment = SleepingReplica.options(
+        num_replicas=2,
+        ray_actor_options={"num_cpus": 0.1},
+        request_router_config=router_config(config.bases[0], config),
+    )
+    serve.run(deployment.bind(sleeps, tmp_path), name=ASLEEP, route_prefix=None)
+    made = [Caller.remote() for _ in range(2)]
+    yield made
+    for caller in made:
+        ray.kill(caller)
+    serve.delete(ASLEEP)
+
+
+def test_adapters_stay_on_their_replica_whichever_ingress_sends_to_them(callers: list[Any]) -> None:
+    answers = [
+        (style, ray.get(callers[(turn + number) % 2].ask.remote(style, turn), timeout=60))
+        for turn in range(10)
+        for number, style in enumerate(STYLES)
+    ]
+    assert len({(style, slept.replica) for style, slept in answers}) == len(STYLES)
+    assert sum(slept.fetches for _, slept in answers) == len(STYLES)
+
+
+def test_a_burst_for_one_adapter_spills_over_to_replicas_without_it(two_replicas: Service) -> None:
+    for style in STYLES:
+        two_replicas.draw("a red circle", model=f"demo/sd15-{style}", seed=0, num_inference_steps=2)
+    assert len(frozenset.union(*residents())) == len(STYLES)
 
     # Serve's own multiplexed router would wait for the one replica that holds it: it takes 16 requests at once.
     with ThreadPoolExecutor(10) as callers:
