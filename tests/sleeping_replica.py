@@ -98,10 +98,9 @@ class SleepingDevice:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while (batch := self._next()) is None:
+                while (batch := self._next(now_s := time.monotonic())) is None:
                     self._changed.wait()
                 units = sum(item.units for item in self._waiting if item.ticket in batch.tickets)
-                now_s = time.monotonic()
                 self._waiting = left_after(self._waiting, batch, now_s=now_s, policy=self._sleeps.policy)
                 self._books.begun(units, now_s)
                 self._running = len(batch.tickets)
@@ -115,11 +114,11 @@ class SleepingDevice:
             for future in futures:
                 future.set_result(is_swapped)
 
-    def _next(self) -> Batch | None:
+    def _next(self, now_s: float) -> Batch | None:
         return next_batch(
             self._waiting,
             applied=self._applied,
-            now_s=time.monotonic(),
+            now_s=now_s,
             policy=self._sleeps.policy,
             max_images=self._sleeps.max_batch_images,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,11 +50,11 @@ class WatchedDevice(SleepingDevice):
         with self._changed:
             return self._history
 
-    def _next(self) -> Batch | None:
-        batch = None if self._is_held else super()._next()
+    def _next(self, now_s: float) -> Batch | None:
+        batch = None if self._is_held else super()._next(now_s)
         if batch is not None:
             waiting = tuple(item.ticket for item in self._waiting)
-            self._history.append(Pass(time.monotonic(), batch.tickets, waiting))
+            self._history.append(Pass(now_s, batch.tickets, waiting))
         return batch
 
 

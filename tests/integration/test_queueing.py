@@ -151,8 +151,7 @@ async def test_a_stream_for_one_adapter_overtakes_no_other_request_for_longer_th
     watched: DeploymentHandle,
 ) -> None:
     histories = await stream(watched, QueuePolicy(max_overtakes=NO_BOUND, max_overtaken_s=0.15))
-    # By the queue's own clock; what the machine may take between its choice and our note of it is allowed for.
-    assert max(times[-1] - times[0] for times in overtakings(histories)) < 0.15 + 0.2
+    assert max(times[-1] - times[0] for times in overtakings(histories)) < 0.15
 
 
 async def test_without_bounds_the_same_stream_overtakes_others_for_as_long_as_it_lasts(
@@ -161,4 +160,4 @@ async def test_without_bounds_the_same_stream_overtakes_others_for_as_long_as_it
     histories = await stream(watched, QueuePolicy(max_overtakes=NO_BOUND, max_overtaken_s=NO_BOUND))
     overtaken = overtakings(histories)
     assert max(map(len, overtaken)) > 3 * 4
-    assert max(times[-1] - times[0] for times in overtaken) > 2 * (0.15 + 0.2)
+    assert max(times[-1] - times[0] for times in overtaken) > 4 * 0.15
