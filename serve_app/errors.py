@@ -50,23 +50,10 @@ a token. Errors travel between processes, so each rebuilds itself from its field
 
 from __future__ import annotations
 
-import errno
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-# A token of the Hub, a key of ours or one of the shape that OpenAI's clients use, wherever a caller may have put it.
-_CREDENTIAL = re.compile(r"\b(hf_|sk-|lpx_)[A-Za-z0-9_-]{15,}")
-
-
-def without_credentials(text: str) -> str:
-    """Return a text in which whatever looks like a token or key is cut down to its first letters."""
-    return _CREDENTIAL.sub(r"\1***", text)
-
-
-def holds_credentials(text: str) -> bool:
-    """Whether anything in a text looks like a token or key."""
-    return _CREDENTIAL.search(text) is not None
+from serve_app.credentials import without_credentials
 
 
 def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
@@ -355,11 +342,6 @@ class DiskFull(Unavailable):
         "{model} could not be prepared: the disk of the node that serves it is full and must be given room; "
         "try again in {retry_after_s} s"
     )
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Say whether the disk, or this user's share of it, has no room left."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(eq=False)

@@ -1,11 +1,13 @@
 """Files that several processes of a node share: held by whoever reads them, removed only while nobody does.
 
-Owns the use of the kernel's locks for that. A reader has a shared lock, whoever removes takes an exclusive one first;
-the kernel lets go of the locks of a process that dies, so nothing is ever left held. Every call may block on the disk.
+Owns the use of the kernel's locks for that, and the signs of a full disk. A reader has a shared lock, whoever removes
+takes an exclusive one first; the kernel lets go of the locks of a process that dies, so nothing is ever left held.
+Every call may block on the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Generator
@@ -62,3 +64,8 @@ def remove_unless_held(path: Path) -> bool:
             return False
         path.unlink(missing_ok=True)
         return True
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Say whether the disk, or this user's share of it, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)

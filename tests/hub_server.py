@@ -25,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from tests.hub_faults import CDN, FILE, INFO, TREE, Fault
 from tests.hub_responses import (
     LFS_SUFFIXES,
     blob_facts,
@@ -39,9 +40,6 @@ from tests.hub_responses import (
     texts,
 )
 
-# Kinds of request, as `count` and `Fault.kinds` name them.
-INFO, TREE, FILE, CDN = "info", "tree", "file", "cdn"
-
 
 @dataclass(frozen=True)
 class HubRequest:
@@ -53,23 +51,6 @@ class HubRequest:
     path: str
     range: str | None
     token: str | None
-
-
-@dataclass(frozen=True)
-class Fault:
-    """How a repository misbehaves: a status instead of the answer, a delay, a slow body, the whole file for a range, a
-    body that ends too early or holds other bytes, a size that is not the file's. After `times` answers it behaves."""
-
-    status: int | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    delay_s: float = 0.0
-    bytes_per_s: float | None = None
-    ignores_range: bool = False
-    cut_after_bytes: int | None = None
-    alters_bytes: bool = False
-    claimed_bytes: int | None = None
-    times: int | None = None
-    kinds: tuple[str, ...] = (INFO, TREE, FILE, CDN)
 
 
 @dataclass

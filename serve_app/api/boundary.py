@@ -16,7 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.faults import fault_response, internal_error
 from serve_app.api.replies import EXPOSED_HEADERS, Stages
-from serve_app.errors import HeadersTooLarge, holds_credentials
+from serve_app.credentials import holds_credentials
+from serve_app.errors import HeadersTooLarge
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from serve_app.catalog.hub_calls import DOWNLOAD, HubCalls
 from serve_app.catalog.hub_errors import MissingRevision
 from serve_app.catalog.lent_token import lent_token
 from serve_app.catalog.offline import Forgetful, OfflineMemory
-from serve_app.catalog.originals import Original, Originals
+from serve_app.catalog.originals import Holds, Original, Originals
 from serve_app.catalog.repository import (
     HUB,
     RepositoryFile,
@@ -80,7 +80,7 @@ class HubRepositories:
         self._download_timeout_s = settings.download_timeout_s
         self._calls = calls or HubCalls()
         self._originals = Originals(cache_dir / "hub", settings.cache_size, clock=time.time)
-        self._held: dict[str, list[Original]] = {}
+        self._held = Holds()
         self._memory: OfflineMemory | Forgetful = OfflineMemory(cache_dir / "hub-memory")
 
     def read_as(self, token: HubToken | None) -> HubRepositories:
@@ -154,13 +154,11 @@ class HubRepositories:
         token = self._token if lent is None else lent.value
         call = functools.partial(self._original, spec, filename or spec.filename, token)
         original = await self._calls.run(call, spec.id, spec.revision, self._download_timeout_s)
-        self._held.setdefault(spec.key, []).append(original)
-        return original.path
+        return self._held.add(spec.key, original)
 
     def release(self, spec: AdapterSpec) -> None:
         """Let go of what was downloaded for an adapter."""
-        for original in self._held.pop(spec.key, ()):
-            original.release()
+        self._held.release(spec.key)
 
     def make_room(self, needed_bytes: int) -> int:
         """Remove files that nobody holds, those used longest ago first; return the bytes that became free."""

@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from serve_app.errors import AccessDenied, DiskFull, HubUnavailable, LoraplexError, ModelNotFound, is_disk_full
+from serve_app.errors import AccessDenied, DiskFull, HubUnavailable, LoraplexError, ModelNotFound
+from serve_app.held_files import is_disk_full
 
 DEFAULT_RETRY_AFTER_S = 10
 MAX_RETRY_AFTER_S = 120

@@ -22,8 +22,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from serve_app.errors import is_disk_full
-from serve_app.held_files import exclusive, open_shared, remove_unless_held
+from serve_app.held_files import exclusive, is_disk_full, open_shared, remove_unless_held
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +42,23 @@ class Original:
         if not self._file.closed:
             fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
+
+
+class Holds:
+    """Files that are held for adapters, by the adapter's key, until they are released together."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[Original]] = {}
+
+    def add(self, adapter: str, original: Original) -> Path:
+        """Hold one more file for an adapter; return where it is."""
+        self._held.setdefault(adapter, []).append(original)
+        return original.path
+
+    def release(self, adapter: str) -> None:
+        """Let go of all files of an adapter."""
+        for original in self._held.pop(adapter, ()):
+            original.release()
 
 
 class Draft:

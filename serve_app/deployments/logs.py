@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from serve_app.errors import without_credentials
+from serve_app.credentials import without_credentials
 
 # What Serve adds to each record and callers choose: the path, and the request's id.
 CALLERS_OWN = ("route", "request_id")

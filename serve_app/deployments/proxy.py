@@ -13,10 +13,10 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.resent import PROXY_HEADERS
+from serve_app.credentials import holds_credentials
 from serve_app.deployments.logs import keep_credentials_out
 from serve_app.deployments.resend import Resending
 from serve_app.deployments.shedding import Shedding
-from serve_app.errors import holds_credentials
 from serve_app.telemetry import ProxyMetrics
 
 # Which replica, how long the proxy waits, whether it notices a caller who leaves, and what became of a request before:

@@ -26,12 +26,12 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.catalog.originals import Draft, Original, Originals
+from serve_app.catalog.originals import Draft, Holds, Original, Originals
 from serve_app.catalog.repository import HUB
 from serve_app.config import Environment, SharingSettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.file_index import SharedFile
-from serve_app.errors import is_disk_full
+from serve_app.held_files import is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class SharedFiles:
         self._index = index
         self._chunks = chunks
         self._copies = copies
-        self._held: dict[str, list[Original]] = {}
+        self._held = Holds()
         self._node = node
         self._on_brought = on_brought
         self._announcing: set[asyncio.Task[None]] = set()
@@ -185,8 +185,7 @@ class SharedFiles:
 
     def release(self, spec: AdapterSpec) -> None:
         """Let go of the adapter's files: from now on they may be removed to make room."""
-        for copy in self._held.pop(spec.key, ()):
-            copy.release()
+        self._held.release(spec.key)
         self._files.release(spec)
 
     def make_room(self, needed_bytes: int) -> int:
@@ -200,7 +199,7 @@ class SharedFiles:
             return await fetch()
         key = f"{spec.location}@{spec.revision}/{filename}"
         if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:
-            return self._hold(spec, copy)
+            return self._held.add(spec.key, copy)
         # A copy that fails is forgotten, and whoever asks first from then on fetches for all.
         for _ in range(2):
             try:
@@ -214,12 +213,8 @@ class SharedFiles:
             if known.node == self._node:
                 break
             if (copy := await self._copied(key, known)) is not None:
-                return self._hold(spec, copy)
+                return self._held.add(spec.key, copy)
         return await self._fetched(fetch)
-
-    def _hold(self, spec: AdapterSpec, copy: Original) -> Path:
-        self._held.setdefault(spec.key, []).append(copy)
-        return copy.path
 
     async def _fetched(self, fetch: Callable[[], Awaitable[Path]]) -> Path:
         path = await fetch()

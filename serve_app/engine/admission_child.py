@@ -22,7 +22,7 @@ from serve_app.engine.admission_lane import DISK_FULL, WARM
 from serve_app.engine.canonical import write_canonical
 from serve_app.engine.manifest import BaseManifest
 from serve_app.engine.reader import read_adapter
-from serve_app.errors import is_disk_full
+from serve_app.held_files import is_disk_full
 from serve_app.refusals import RefusedAdapter
 from serve_app.settings import AdapterLimits
 

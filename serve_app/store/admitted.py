@@ -26,8 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from serve_app.errors import is_disk_full
-from serve_app.held_files import exclusive, open_shared, remove_unless_held, unlocking
+from serve_app.held_files import exclusive, is_disk_full, open_shared, remove_unless_held, unlocking
 from serve_app.store.budget import Entry, plan_eviction
 
 log = logging.getLogger(__name__)
@@ -176,9 +175,8 @@ class AdmittedFiles:
 
     def _entries(self) -> dict[str, Entry]:
         found: list[tuple[int, Entry]] = []
-        # Not one glob for all: it fails when another process takes its drafts along in the meantime.
-        bases = [folder for folder in self._folder.iterdir() if not folder.name.startswith(".")]
-        for path in (path for folder in bases for path in folder.glob(f"*{_SUFFIX}")):
+        # Not into hidden folders: a glob fails when another process takes its drafts along in the meantime.
+        for path in self._folder.glob(f"[!.]*/*{_SUFFIX}"):
             with suppress(FileNotFoundError):
                 status = path.stat()
                 found.append((status.st_mtime_ns, Entry(str(path), status.st_size)))

@@ -11,6 +11,7 @@ LIGHT_MODULES = [
     "serve_app.config",
     "serve_app.core",
     "serve_app.errors",
+    "serve_app.credentials",
     "serve_app.demo.embedded",
     "serve_app.engine.queue",
     "serve_app.deployments.settle",
