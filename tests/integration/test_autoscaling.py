@@ -20,13 +20,20 @@ WAIT_S = 60.0
 
 
 def deploy(**autoscaling: float) -> DeploymentHandle:
-    # Half the default interval between reports: the machines that run this are busy with other tests.
-    fields = {"downscale_delay_s": 0.5, "target_wait_s": 2.5, "metrics_interval_s": 0.25, **autoscaling}
+    # Half the default interval between reports: the machines that run this are busy with other tests. The policy acts
+    # on what it sees of a burst; two seconds later than by default it sees all of it, however slowly that arrives.
+    fields = {
+        "upscale_delay_s": 2.0,
+        "downscale_delay_s": 0.5,
+        "target_wait_s": 2.5,
+        "metrics_interval_s": 0.25,
+        **autoscaling,
+    }
     settings = AutoscalingSettings.model_validate(fields)
     deployment = Sleeper.options(
         autoscaling_config=ray_settings(settings),
         max_ongoing_requests=16,
-        max_queued_requests=100,
+        max_queued_requests=200,
         ray_actor_options={"num_cpus": 0.1},
         graceful_shutdown_timeout_s=10,
     )
@@ -59,12 +66,12 @@ async def answers(calls: list[Awaitable[GenerationResult]]) -> list[str]:
 
 async def test_a_burst_asks_for_all_replicas_at_once_and_nothing_is_lost_on_the_way_down(clean: None) -> None:
     handle = deploy(min_replicas=1, max_replicas=4)
-    burst = [handle.generate.remote(sleeping_request(number)) for number in range(40)]
-    # 40 requests of a quarter of a second are 10 s of work, for 2.5 s before each.
+    # 100 requests of a quarter of a second are 25 s of work, for 2.5 s before each: twice what four replicas take.
+    burst = [handle.generate.remote(sleeping_request(number)) for number in range(100)]
     seen: list[int] = []
     await until(lambda: seen.append(replicas()) or seen[-1] > 1, what="more replicas", within_s=WAIT_S)
     assert seen[-1] == 4
-    assert await answers(burst) == [f"request-{number}" for number in range(40)]
+    assert await answers(burst) == [f"request-{number}" for number in range(100)]
 
     trickle: list[Awaitable[GenerationResult]] = []
     while await asyncio.to_thread(replicas) > 1:
