@@ -91,9 +91,12 @@ def _needed(load: Load, rule: ScalingRule) -> Decision:
         busy = math.ceil(load.arriving / rule.max_load - 1e-9) if load.running + load.starting > 1 else 0
         return Decision(busy, "nothing waits and nothing runs")
     for_load = math.ceil(load.arriving / rule.max_load - 1e-9)
-    for_wait = _for_wait(load, rule)
-    if for_wait > for_load:
-        return Decision(for_wait, f"{load.work_s:.1f} s of work against {rule.target_wait_s:g} s before each replica")
+    for_wait, useful = _for_wait(load, rule), _useful(load, rule)
+    if min(for_wait, useful) > for_load:
+        reason = f"{load.work_s:.1f} s of work against {rule.target_wait_s:g} s before each replica"
+        if useful < for_wait:
+            return Decision(useful, f"{reason}, in {load.requests:g} requests, each for one replica")
+        return Decision(for_wait, reason)
     return Decision(max(1, for_load), f"work arrives at {load.arriving:.2f} s a second")
 
 
@@ -106,6 +109,12 @@ def _for_wait(load: Load, rule: ScalingRule) -> int:
     # Before a further one has started, those that run finish some of it, and more arrives.
     left_s = load.work_s + (load.arriving - load.running) * rule.start_s
     return max(present, math.ceil(left_s / rule.target_wait_s - 1e-9))
+
+
+def _useful(load: Load, rule: ScalingRule) -> int:
+    """Return how many replicas would have something to do: a request, however long, is one replica's."""
+    arriving = load.arriving * rule.start_s / rule.target_wait_s
+    return math.ceil(load.requests - 1e-9) + math.ceil(arriving - 1e-9)
 
 
 def ray_settings(settings: AutoscalingSettings) -> dict[str, Any]:

@@ -50,6 +50,16 @@ def test_work_that_goes_on_arriving_while_a_replica_starts_is_counted() -> None:
     assert wanted(load, ScalingRule(10.0, start_s=20.0, max_replicas=20)) == 6
 
 
+def test_a_request_however_long_is_no_work_for_two_replicas() -> None:
+    long = Load(running=1, starting=0, work_s=90.0, requests=2, arriving=0.0)
+    assert wanted(long) == 2
+    assert desired_replicas(long, RULE).reason == (
+        "90.0 s of work against 10 s before each replica, in 2 requests, each for one replica"
+    )
+    assert wanted(replace(long, requests=1)) == 1
+    assert wanted(replace(long, arriving=1.5), replace(RULE, start_s=20.0)) == 5
+
+
 def test_arriving_work_keeps_its_replicas_although_nothing_queues() -> None:
     assert wanted(Load(running=4, starting=0, work_s=3.0, requests=1, arriving=2.9)) == 4
 
@@ -189,8 +199,8 @@ def as_serve_decides(asked: Asked, replicas_from_zero: int) -> int:
 def test_how_many_come_from_zero_changes_nothing_once_a_replica_runs(
     from_zero: int, running: int, starting: int, backlog_s: float
 ) -> None:
-    metrics = reported(a=report(backlog_s=backlog_s, requests=1))
-    asked = Asked(running, min(running + starting, 20), total_num_requests=1, raw_metrics=metrics)
+    metrics = reported(a=report(backlog_s=backlog_s, requests=40))
+    asked = Asked(running, min(running + starting, 20), total_num_requests=40, raw_metrics=metrics)
     assert as_serve_decides(asked, from_zero) == as_serve_decides(asked, 1)
 
 
