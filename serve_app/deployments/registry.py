@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve_app.catalog.aliases import Alias
 from serve_app.catalog.catalog import Catalog
@@ -162,10 +162,15 @@ class ServiceRegistry:
 
     async def _preload(self, spec: AdapterSpec, count: int, token: HubToken | None) -> Preloaded:
         reports = await self._replicas.reports(is_fresh=True)
-        running = [report for report in reports if report.base_id == spec.base_id and report.state == "RUNNING"]
+        running = [report for report in reports if report.base_id == spec.base_id and report.state != "STARTING"]
         if not running:
             raise NotReady(spec.base_id)
-        chosen = sorted(running, key=lambda report: (not _holds(report, spec.key), report.backlog_s, report.id))[:count]
+
+        def order(report: ReplicaReport) -> tuple[Any, ...]:
+            # One that was slow to say what it does may well fetch; it is asked where no other is left.
+            return report.state == "SILENT", not _holds(report, spec.key), report.backlog_s, report.id
+
+        chosen = sorted(running, key=order)[:count]
         held = await self._replicas.preload(spec, [report.id for report in chosen], token=token)
         log.info("%s was preloaded on %d of %d replicas", spec.key, len(held), count)
         return Preloaded(spec, tuple(sorted(held)), count)

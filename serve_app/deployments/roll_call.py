@@ -55,6 +55,7 @@ class RollCall:
         self._reports: tuple[ReplicaReport, ...] = ()
         self._asked_at = float("-inf")
         self._last: dict[str, dict[str, ReplicaReport]] = {base: {} for base in handles}
+        self._counted: Mapping[str, Count] = {}
 
     async def reports(self, *, is_fresh: bool = False) -> tuple[ReplicaReport, ...]:
         """Return every replica, those that start and those that do not answer too; at most a second old."""
@@ -62,11 +63,11 @@ class RollCall:
             if is_fresh or self._clock() - self._asked_at > REPORTS_TTL_S:
                 counts = asyncio.ensure_future(self._counts())
                 asked = await asyncio.gather(*(self._report(base) for base in self._handles))
-                known = await counts
+                self._counted = await counts
                 self._reports = tuple(
                     report
                     for base, answers in zip(self._handles, asked, strict=True)
-                    for report in self._complete(base, answers, known.get(base, Count(running=len(answers))))
+                    for report in self._complete(base, answers, self._counted.get(base, Count(running=len(answers))))
                 )
                 self._asked_at = self._clock()
         return self._reports
@@ -105,8 +106,10 @@ class RollCall:
         missing = [report for id_, report in self._last[base].items() if id_ not in answered]
         silent = [replace(report, state="SILENT") for report in missing[: max(0, count.running - len(answers))]]
         self._last[base] = answered | {report.id: report for report in silent}
+        unheard = count.running - len(answers) - len(silent)
+        nameless = [ReplicaReport(f"silent-{index + 1}", base, state="SILENT") for index in range(unheard)]
         new = [ReplicaReport(f"starting-{index + 1}", base, state="STARTING") for index in range(count.starting)]
-        return [*sorted(answers, key=lambda report: report.id), *silent, *new]
+        return [*sorted(answers, key=lambda report: report.id), *silent, *nameless, *new]
 
     async def _ask(self, base: str, method: str, *args: Any, timeout_s: float | None) -> list[Any]:
         """Return what each replica of a base answers, or its error; those out of time are left out."""
@@ -130,11 +133,11 @@ class RollCall:
         return [wait.exception() or wait.result() for wait in waits if wait in done and not wait.cancelled()]
 
     async def _counts(self) -> Mapping[str, Count]:
-        """Return how many replicas of each base there are, as far as Serve says in time."""
+        """Return how many replicas of each base there are, or were when Serve last said so in time."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(self._counts_of), self._answer_timeout_s)
         except (RayError, RayServeException, TimeoutError):
-            return {}
+            return self._counted
 
 
 def _own(errors: Sequence[BaseException]) -> LoraplexError | None:

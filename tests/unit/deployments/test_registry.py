@@ -153,7 +153,7 @@ async def test_an_adapter_s_own_id_is_forgotten_by_replicas_and_stays_known(scen
     assert "me/style" in [row.id for row in await registry.loras(token=None)]
 
 
-async def test_a_preload_goes_to_holders_first_and_then_to_the_least_busy(scene: Scene) -> None:
+async def test_a_preload_goes_to_holders_first_then_to_the_least_busy_and_last_to_the_silent(scene: Scene) -> None:
     key = await scene.key_of("me/style")
     reports = (
         ReplicaReport("busy", "demo/sd", backlog_s=9.0),
@@ -168,7 +168,8 @@ async def test_a_preload_goes_to_holders_first_and_then_to_the_least_busy(scene:
     done = await registry.preload("mine", 2, token=ALICE)
     assert replicas.preloaded == [("me/style", ("holder", "idle"), ALICE)]
     assert (done.replicas, done.asked) == (("holder", "idle"), 2)
-    assert (await registry.preload("me/style", 9, token=None)).replicas == ("busy", "holder", "idle")
+    assert (await registry.preload("me/style", 9, token=None)).replicas == ("busy", "holder", "idle", "silent")
+    assert replicas.preloaded[-1][1] == ("holder", "idle", "busy", "silent")
 
 
 async def test_a_preload_without_a_replica_says_that_the_base_is_starting(scene: Scene) -> None:

@@ -89,6 +89,28 @@ async def test_a_replica_that_is_gone_is_not_shown_as_silent() -> None:
     assert [(one.id, one.state) for one in await calls.reports()] == [("r1", "RUNNING"), ("starting-1", "STARTING")]
 
 
+async def test_while_serve_is_late_too_all_are_shown_that_it_last_counted() -> None:
+    handle, clock, counted = Handle(report("r1", waiting=3), None), Clock(), [Count(2, 1)]
+
+    def counts() -> dict[str, Count]:
+        if not counted:
+            raise TimeoutError
+        return {"demo/sd": counted.pop()}
+
+    by_base: Any = {"demo/sd": handle}
+    calls = RollCall(by_base, counts, clock=clock, answer_timeout_s=0.05)
+    # One that this ingress has not heard of yet runs all the same.
+    shown = [(one.id, one.state) for one in await calls.reports()]
+    assert shown == [("r1", "RUNNING"), ("silent-1", "SILENT"), ("starting-1", "STARTING")]
+    handle.values = (None, report("r2"))
+    clock.now += 2
+    shown = [(one.id, one.state) for one in await calls.reports()]
+    assert shown == [("r2", "RUNNING"), ("r1", "SILENT"), ("starting-1", "STARTING")]
+    handle.values = (None, None)
+    clock.now += 2
+    assert (await calls.reports())[:2] == (report("r2", state="SILENT"), report("r1", waiting=3, state="SILENT"))
+
+
 async def test_replicas_are_asked_once_a_second_however_many_want_to_know() -> None:
     handle, clock = Handle(report("r1")), Clock()
     calls = roll_call({}, clock, demo_sd=handle)
