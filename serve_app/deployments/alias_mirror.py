@@ -11,8 +11,9 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from serve_app.catalog.aliases import Alias, AliasTable, TableVersion
+from serve_app.catalog.aliases import NOTHING_YET, Alias, AliasTable, TableVersion
 from serve_app.core import AdapterRef
+from serve_app.errors import NotReady
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,13 @@ class AliasMirror:
             await asyncio.wait_for(self._heard.wait(), patience_s)
         if not self._heard.is_set():
             log.warning("no aliases are known yet: the registry has not answered in %g s", patience_s)
+
+    async def refresh(self) -> None:
+        """Know at once what the keeper knows; while it is away, what was known last holds on."""
+        try:
+            self._adopt(await self._keeper.newer(NOTHING_YET) or self._table)
+        except NotReady:
+            log.info("the registry is away; the aliases known last hold on")
 
     async def close(self) -> None:
         """Follow no more."""

@@ -141,6 +141,9 @@ class ServiceRegistry:
         Raises:
             LoraplexError: whatever resolving the name raises, where it is no alias.
         """
+        if name not in self._aliases.table.aliases:
+            # It may have been made through another ingress a moment ago.
+            await self._aliases.refresh()
         alias = self._aliases.table.aliases.get(name)
         if alias is None:
             model = (await self._catalog.examined(AdapterRef(name), token=token)).spec.id

@@ -88,7 +88,13 @@ class RollCall:
         Raises:
             LoraplexError: none of them could, for this reason.
         """
-        answers = await self._ask(spec.base_id, "preload_adapter", spec, tuple(replicas), token, timeout_s=None)
+
+        def have_told(answers: Sequence[Any]) -> bool:
+            # Those that are not meant answer with nothing, and one of them that hangs holds nobody up.
+            return sum(answer is not None for answer in answers) >= len(replicas)
+
+        arguments = (spec, tuple(replicas), token)
+        answers = await self._ask(spec.base_id, "preload_adapter", *arguments, timeout_s=None, is_enough=have_told)
         self._asked_at = float("-inf")
         holders = tuple(answer for answer in answers if isinstance(answer, str))
         errors = [error for error in answers if isinstance(error, BaseException)]
@@ -111,8 +117,18 @@ class RollCall:
         new = [ReplicaReport(f"starting-{index + 1}", base, state="STARTING") for index in range(count.starting)]
         return [*sorted(answers, key=lambda report: report.id), *silent, *nameless, *new]
 
-    async def _ask(self, base: str, method: str, *args: Any, timeout_s: float | None) -> list[Any]:
-        """Return what each replica of a base answers, or its error; those out of time are left out."""
+    async def _ask(
+        self,
+        base: str,
+        method: str,
+        *args: Any,
+        timeout_s: float | None,
+        is_enough: Callable[[Sequence[Any]], bool] = lambda _: False,
+    ) -> list[Any]:
+        """Return what each replica of a base answers, or its error; those out of time are left out.
+
+        Once the answers so far are enough, nobody waits for the others.
+        """
         try:
             broadcast: Any = self._handles[base].broadcast(method, *args)
             # Its public way to the answers gives none of them where one is late.
@@ -123,14 +139,25 @@ class RollCall:
         if not results:
             return []
         waits = [asyncio.ensure_future(result.get_async()) for result in results]
+        answers: list[Any] = []
+        waiting = set(waits)
+        now = asyncio.get_running_loop().time
+        ends_at = None if timeout_s is None else now() + timeout_s
         try:
-            done, _ = await asyncio.wait(waits, timeout=timeout_s)
+            while waiting and not is_enough(answers):
+                left_s = None if ends_at is None else max(0.0, ends_at - now())
+                done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    break
+                answers += [
+                    wait.exception() or wait.result() for wait in waits if wait in done and not wait.cancelled()
+                ]
         finally:
             for result, wait in zip(results, waits, strict=True):
                 if not wait.done():
                     result.cancel()
                     wait.cancel()
-        return [wait.exception() or wait.result() for wait in waits if wait in done and not wait.cancelled()]
+        return answers
 
     async def _counts(self) -> Mapping[str, Count]:
         """Return how many replicas of each base there are, or were when Serve last said so in time."""

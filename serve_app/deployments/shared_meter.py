@@ -124,14 +124,21 @@ class SharedMeter:
         self._tell_end(lease, drew=drew)
 
     async def beat(self) -> None:
-        """Tell the keeper what is under way here."""
-        held, asked = tuple(self._held.values()), frozenset(self._asked)
-        try:
-            await self._keeper.heard(Heartbeat(self._holder, self._last, held, asked))
-        except KeeperAway:
-            self._note(is_away=True)
-        else:
-            self._note(is_away=False)
+        """Tell the keeper what is under way here.
+
+        One that was away grants again once it knows all of it: what this replica's share let in while a message was
+        on its way is told in another.
+        """
+        while True:
+            held, asked = tuple(self._held.values()), frozenset(self._asked)
+            try:
+                await self._keeper.heard(Heartbeat(self._holder, self._last, held, asked))
+            except KeeperAway:
+                self._note(is_away=True)
+                return
+            if not self._is_away or self._held.keys() <= {lease.number for lease in held}:
+                self._note(is_away=False)
+                return
 
     async def close(self) -> None:
         """Tell no more."""

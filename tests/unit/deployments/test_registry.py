@@ -146,6 +146,15 @@ async def test_a_removed_alias_means_nothing_and_its_adapter_is_forgotten(scene:
         await registry.remove("mine", token=None)
 
 
+async def test_an_alias_that_another_ingress_made_a_moment_ago_can_be_removed(scene: Scene) -> None:
+    registry, _ = scene.registry()
+    await scene.keeper.put(alias(), may_replace=False)
+    assert (await registry.remove("mine", token=None)).was_alias
+    assert (await scene.keeper.remove("mine")).aliases == {}
+    scene.keeper.is_away = True
+    assert not (await registry.remove("me/style", token=None)).was_alias
+
+
 async def test_an_adapter_s_own_id_is_forgotten_by_replicas_and_stays_known(scene: Scene) -> None:
     registry, replicas = scene.registry()
     assert not (await registry.remove("me/style", token=None)).was_alias

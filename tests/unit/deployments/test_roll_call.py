@@ -136,6 +136,12 @@ async def test_a_preload_that_some_replica_managed_is_done() -> None:
     assert await calls.preload(SPEC, ["r1", "r2", "r3"], token=None) == ("r1", "r3")
 
 
+async def test_a_preload_waits_for_nobody_who_was_not_meant() -> None:
+    handle = Handle("r1", None)
+    assert await roll_call({}, demo_sd=handle).preload(SPEC, ["r1"], token=None) == ("r1",)
+    assert handle.answers[1].is_cancelled
+
+
 async def test_a_preload_that_nobody_managed_says_why() -> None:
     with pytest.raises(ModelNotFound):
         await roll_call({}, demo_sd=Handle(ModelNotFound("me/style"))).preload(SPEC, ["r1"], token=None)

@@ -204,6 +204,23 @@ async def test_a_new_keeper_knows_what_was_let_in_before_and_without_it(service:
     assert len(await let_in(a, 5, asked)) == 1
 
 
+async def test_what_is_let_in_while_a_keeper_is_told_of_the_rest_is_told_before_it_grants(service: Service) -> None:
+    a = service.join("a")
+    asked = limits(concurrency=4)
+    service.keeper.is_away = True
+    assert len(await let_in(a, 1, asked)) == 1
+    service.keeper.is_away = False
+    service.keeper.gate.clear()
+    beating = asyncio.ensure_future(a.beat())
+    await told()
+    assert len(await let_in(a, 5, asked)) == 1, "still its share, of which one is left"
+    service.keeper.gate.set()
+    await beating
+    assert service.keeper.books.under_way == 2
+    assert len(await let_in(a, 5, asked)) == 2
+    assert service.by == ["share", "share", "keeper", "keeper"]
+
+
 async def test_an_ingress_replica_that_dies_holds_nothing_for_long(service: Service) -> None:
     dead, b = service.join("dead"), service.join("b")
     assert len(await let_in(dead, 2, limits(concurrency=2))) == 2
