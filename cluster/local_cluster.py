@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,8 @@ import ray
 from ray import serve
 from ray._private.authentication_test_utils import reset_auth_token_state, set_auth_mode, set_env_auth_token
 from ray.cluster_utils import Cluster
+
+from cluster.ports import free_port
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 JOIN_S = 120.0
@@ -161,13 +162,6 @@ def local_cluster(
             reset_auth_token_state()
 
 
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def demo_config(nodes: int, cache: Path) -> dict[str, Any]:
     """Return the arguments of an application that has one replica of a demo base on each node."""
     return {
@@ -226,8 +220,14 @@ def raylet_of(node_id: str) -> int:
 
 def node_holds(node_id: str, deployment: str) -> bool:
     """Say whether a replica of a deployment runs on a node."""
-    workers = psutil.Process(raylet_of(node_id)).children()
-    return any(deployment in " ".join(worker.cmdline()) for worker in workers)
+    return any(deployment in _command_line(worker) for worker in psutil.Process(raylet_of(node_id)).children())
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 if __name__ == "__main__":

@@ -39,8 +39,9 @@ class Reply:
 class Connections:
     """As many connections as are needed at once, each used again."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, patience_s: float = PATIENCE_S) -> None:
         parts = urlsplit(url)
+        self._patience_s = patience_s
         self._host, self._port = parts.hostname or "", parts.port or 80
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
@@ -55,7 +56,7 @@ class Connections:
             return Reply(0, None, time.perf_counter() - began)
         try:
             writer.write(head.encode() + body)
-            status, headers = await asyncio.wait_for(_read(reader), PATIENCE_S)
+            status, headers = await asyncio.wait_for(_read(reader), self._patience_s)
             retry_after_s = int(headers["retry-after"]) if "retry-after" in headers else None
             self._idle.append((reader, writer))
         except (OSError, ValueError, TimeoutError, asyncio.IncompleteReadError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,18 +16,12 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from cluster.ports import free_port
 from serve_app.environment import launch_environment
 
 BASES = ("demo/sdxl", "demo/sd15")
 EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
 STYLES = ("sketch", "pixel-art", "sepia", "night", "inverted", "stripes")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def base_settings(base_id: str, **fields: Any) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class Breaker:
 
     def _serving(self) -> list[Part]:
         """Return the replicas that run: Serve takes a dead one for running until it has noticed."""
-        running = _running_pids()
+        running = running_pids()
         return [part for part in self._present() if part.pid in running]
 
     def _look(self) -> bool:
@@ -143,7 +143,7 @@ class Breaker:
         return len(self.cluster.nodes) == self.nodes and serving == self.wanted
 
 
-def _running_pids() -> set[int]:
+def running_pids() -> set[int]:
     """Return the processes of the replicas that Serve takes for running; its public status only counts them."""
     details = _get_global_client().get_serve_details()
     deployments = details["applications"][APP]["deployments"].values()

@@ -11,7 +11,7 @@ import os
 import platform
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from ray import serve
 
 from cluster.local_cluster import LocalCluster, NodeShape, local_cluster
 from serve_app.environment import launch_environment
-from tests.chaos.blows import APP, INGRESS_DEPLOYMENT, Breaker
+from tests.chaos.blows import APP, INGRESS_DEPLOYMENT, Blow, Breaker
 from tests.chaos.caller import OPENAI, RAW, STREAM, Caller, Drawn, Pixels, Refused, new_caller
 from tests.chaos.hub_trouble import HubTrouble, known_id
 from tests.chaos.pictures import Picture, all_pictures
@@ -40,7 +40,26 @@ SHAPE_WEIGHTS = {RAW: 45, OPENAI: 35, STREAM: 20}
 # Where an adapter comes from.
 EMBEDDED_SHARE, NEW_SHARE = 0.4, 0.03
 ASK_AGAIN_TIMES, ASK_AGAIN_PAUSE_S = 10, 1.0
-SETTLE_S = 120.0
+SETTLE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Least:
+    """What a run on a slow machine goes on for beyond its time, `within_minutes` in all."""
+
+    requests: int = 0
+    blows: int = 0
+    kinds: frozenset[str] = frozenset()
+    troubles: int = 0
+    within_minutes: float = 0.0
+
+    def is_met(self, requests: int, blows: Sequence[Blow], troubles: int) -> bool:
+        """Say whether it was chaos enough."""
+        has_struck = len(blows) >= self.blows and self.kinds <= {blow.kind for blow in blows}
+        return requests >= self.requests and has_struck and troubles >= self.troubles
+
+
+NO_LEAST = Least()
 
 
 def config(endpoint: str, cache: Path) -> dict[str, Any]:
@@ -66,7 +85,7 @@ def config(endpoint: str, cache: Path) -> dict[str, Any]:
         "bases": bases,
         "adapters": {
             "embedded": True,
-            "hub": {"endpoint": endpoint, "timeout_s": 5.0, "cache_size": "2MB"},
+            "hub": {"endpoint": endpoint, "timeout_s": 20.0, "cache_size": "2MB"},
             "sharing": {"enabled": True, "memory": "2MB", "disk": "2MB"},
         },
         "ingress": {"replicas": INGRESSES, "num_cpus": 0.1, "health_check_period_s": 2},
@@ -83,18 +102,18 @@ class Callers:
     references: dict[Picture, tuple[Pixels, ...]]
     trouble: HubTrouble
     rng: random.Random
+    is_over: Callable[[int], bool]
 
-    async def ask_all(self, seconds: float) -> tuple[list[Told], int, int]:
-        """Ask until the time is over; return what came of it, and how often connections were refused and lost."""
+    async def ask_all(self) -> tuple[list[Told], int, int]:
+        """Ask until it is over; return what came of it, and how often connections were refused and lost."""
         told: list[Told] = []
-        until = time.monotonic() + seconds
         async with new_caller(self.url) as caller:
-            await asyncio.gather(*(self._ask_on(caller, until, told) for _ in range(CALLERS)))
+            await asyncio.gather(*(self._ask_on(caller, told) for _ in range(CALLERS)))
         return told, caller.turned_away, caller.sent_again
 
-    async def _ask_on(self, caller: Caller, until: float, told: list[Told]) -> None:
+    async def _ask_on(self, caller: Caller, told: list[Told]) -> None:
         pictures = list(self.references)
-        while time.monotonic() < until:
+        while not self.is_over(len(told)):
             picture = self.rng.choice(pictures)
             shape = self.rng.choices(list(SHAPE_WEIGHTS), weights=list(SHAPE_WEIGHTS.values()))[0]
             told.append(await self._ask(caller, picture, shape, self._adapter(picture)))
@@ -160,7 +179,7 @@ async def draw_references(url: str, pictures: list[Picture]) -> dict[Picture, tu
     return references
 
 
-def chaos(minutes: float, seed: int, *, say: Callable[[str], None], cache: Path) -> Report:
+def chaos(minutes: float, seed: int, *, say: Callable[[str], None], cache: Path, at_least: Least = NO_LEAST) -> Report:
     """Run it all and return the report; for the main thread, since Ray starts nodes in no other."""
     with ExitStack() as stack:
         hub = stack.enter_context(HubServer())
@@ -174,14 +193,21 @@ def chaos(minutes: float, seed: int, *, say: Callable[[str], None], cache: Path)
         references = asyncio.run(draw_references(cluster.url, all_pictures(seed)))
         say(f"{len(references)} references drawn in {time.monotonic() - began:.0f} s; it begins")
         trouble = HubTrouble(hub, random.Random(seed))
-        callers = Callers(cluster.url, references, trouble, random.Random(seed + 2))
-        return _run(minutes * 60, seed, callers, breaker, trouble)
+        began = time.monotonic()
+
+        def is_over(requests: int) -> bool:
+            minutes_so_far = (time.monotonic() - began) / 60
+            has_enough = at_least.is_met(requests, breaker.blows, sum(trouble.troubles.values()))
+            return minutes_so_far > minutes and (has_enough or minutes_so_far > at_least.within_minutes)
+
+        callers = Callers(cluster.url, references, trouble, random.Random(seed + 2), is_over)
+        return _run(seed, callers, breaker, trouble)
 
 
-def _run(seconds: float, seed: int, callers: Callers, breaker: Breaker, trouble: HubTrouble) -> Report:
+def _run(seed: int, callers: Callers, breaker: Breaker, trouble: HubTrouble) -> Report:
     began = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        asking = pool.submit(lambda: asyncio.run(callers.ask_all(seconds)))
+        asking = pool.submit(lambda: asyncio.run(callers.ask_all()))
         asking.add_done_callback(lambda _: breaker.is_over.set())
         asking.add_done_callback(lambda _: trouble.is_over.set())
         troubling = pool.submit(trouble.run)

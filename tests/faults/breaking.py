@@ -20,7 +20,7 @@ import psutil
 _REPLICA = re.compile(r"^ray::ServeReplica:(?P<app>[^:]+):(?P<deployment>[A-Za-z0-9_-]+)")
 _PROXY = re.compile(r"^ray::ProxyActor\b")
 _NODE = re.compile(r"--node[_-]id=(?P<id>[0-9a-f]{16,})")
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import pytest
 
+from tests.chaos.blows import BASE, INGRESS, NODE
 from tests.chaos.report import Report
-from tests.chaos.run import chaos
+from tests.chaos.run import Least, chaos
 
 MINUTES = 2.0
+# A machine that does other things too needs longer for the same.
+CHAOS = Least(requests=100, blows=5, kinds=frozenset((BASE, INGRESS, NODE)), troubles=20, within_minutes=15.0)
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     lines: list[str] = []
-    report = chaos(MINUTES, 1, say=lines.append, cache=tmp_path_factory.mktemp("cache"))
+    report = chaos(MINUTES, 1, say=lines.append, cache=tmp_path_factory.mktemp("cache"), at_least=CHAOS)
     print("\n".join([*lines, *report.lines()]))  # noqa: T201
     return report
 
@@ -25,7 +28,4 @@ def test_accepted_means_answered_whatever_is_killed_and_however_the_hub_fares(re
 
 
 def test_the_chaos_was_chaos(report: Report) -> None:
-    assert len(report.told) > 100
-    assert len(report.blows) >= 5
-    assert {blow.kind for blow in report.blows} == {"base replica", "ingress replica", "node"}
-    assert sum(report.hub.values()) > 20
+    assert CHAOS.is_met(len(report.told), report.blows, sum(report.hub.values()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 import pytest
@@ -22,9 +23,9 @@ CAPACITY = 20
 FLOOD = 20 * CAPACITY
 FLOODS = 4
 MAX_GROWTH = 1.05
-MAX_TIMES = 8
+PATIENCE_S = 240.0
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ async def asked(connections: Connections, seed: int) -> Reply:
 
 async def flood(url: str) -> tuple[list[Reply], list[Reply]]:
     """Ask all at the same moment; return the answers, and those to who asked for the health meanwhile."""
-    connections = Connections(url)
+    connections = Connections(url, patience_s=PATIENCE_S)
     crowd = [asyncio.ensure_future(asked(connections, seed)) for seed in range(FLOOD)]
     healths: list[Reply] = []
     while not all(one.done() for one in crowd):
@@ -64,12 +65,14 @@ async def flood(url: str) -> tuple[list[Reply], list[Reply]]:
 
 async def patient(connections: Connections, seed: int) -> int:
     """Ask until served, coming back when told; return how often it took."""
-    for times in range(1, MAX_TIMES + 1):
-        reply = await asked(connections, seed)
-        if reply.status == 200:
-            return times
-        assert reply.status == 429
-        await asyncio.sleep(reply.retry_after_s or 0)
+    async with asyncio.timeout(PATIENCE_S):
+        for times in count(1):
+            reply = await asked(connections, seed)
+            if reply.status == 200:
+                return times
+            assert reply.status == 429
+            assert reply.retry_after_s
+            await asyncio.sleep(reply.retry_after_s)
     raise AssertionError("a caller who did as told was never served")
 
 
@@ -86,7 +89,7 @@ def memory_bytes() -> Counter[str]:
 
 def test_under_overload_every_caller_is_served_or_told_when_to_return_and_memory_stays(service: Service) -> None:
     before = service.draw(PROMPT, seed=7)
-    after_first: Counter[str] = Counter()
+    after_second: Counter[str] = Counter()
     for turn in range(FLOODS):
         replies, healths = asyncio.run(flood(service.url))
         statuses = Counter(reply.status for reply in replies)
@@ -94,16 +97,16 @@ def test_under_overload_every_caller_is_served_or_told_when_to_return_and_memory
         assert statuses[200] >= CAPACITY / 2
         assert all((reply.retry_after_s or 0) >= 1 for reply in replies if reply.status == 429)
         assert {health.status for health in healths} == {200}
-        if turn == 0:
-            after_first = memory_bytes()
-    grown = {kind: taken / after_first[kind] for kind, taken in memory_bytes().items()}
+        if turn == 1:
+            after_second = memory_bytes()
+    grown = {kind: taken / after_second[kind] for kind, taken in memory_bytes().items()}
     assert max(grown.values()) < MAX_GROWTH, grown
     assert np.array_equal(service.draw(PROMPT, seed=7), before)
 
 
 def test_callers_who_come_back_when_told_are_all_served(service: Service) -> None:
     async def all_patient() -> list[int]:
-        connections = Connections(service.url)
+        connections = Connections(service.url, patience_s=PATIENCE_S)
         times = await asyncio.gather(*(patient(connections, seed) for seed in range(3 * CAPACITY)))
         await connections.close()
         return times

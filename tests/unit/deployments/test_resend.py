@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.deployments.resend import MAX_RESENDS, Caller, Resending, Room
-from tests.service import free_port
+from cluster.ports import free_port
 
 MARK = {"access-control-expose-headers": "x-request-id"}
 SSE = "text/event-stream"
@@ -126,7 +126,7 @@ async def serving(app: ASGIApp) -> AsyncIterator[httpx.AsyncClient]:
     running = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - uvicorn tells by a flag alone
         await asyncio.sleep(0.01)
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=10) as http:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=120) as http:
         yield http
     server.should_exit = True
     await running
