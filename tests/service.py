@@ -50,7 +50,7 @@ def ray_cluster(home: Path) -> Iterator[int]:
 
     port = free_port()
     try:
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+        _start_ray()
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield port
     finally:
@@ -60,6 +60,20 @@ def ray_cluster(home: Path) -> Iterator[int]:
             ray.shutdown()
         os.environ.clear()
         os.environ.update(before)
+
+
+def _start_ray() -> None:
+    """Start Ray; once more where the machine had no time for it, which Ray itself gives up on after 30 s."""
+    import ray
+
+    for is_last in (False, False, True):
+        try:
+            ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+            return
+        except Exception as error:
+            if is_last or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
 
 
 def process_of(marker: str) -> psutil.Process:

@@ -33,7 +33,8 @@ class Sleeper:
     async def __init__(self) -> None:
         self._made_ready: list[str] = []
         self._demand = Demand(time.monotonic)
-        limits = WarmUpLimits(timeout_s=10.0, max_adapters=8, max_bytes=1000)
+        # The way to its siblings is a new process's first use of Serve, which takes long where the machine is busy.
+        limits = WarmUpLimits(timeout_s=60.0, max_adapters=8, max_bytes=1000, ask_timeout_s=60.0)
         await make_ready(ask_siblings, self._bring, limits, clock=time.monotonic)
         self._books = WorkBooks(Pace(fixed_s=0.0, unit_s=UNIT_S), typical_units=5.0)
         self._waiting: list[float] = []

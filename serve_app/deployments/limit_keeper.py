@@ -58,6 +58,10 @@ class LimitKeeper:
         """Put the books of a holder right."""
         self._books.heard(beat)
 
+    async def under_way(self) -> int:
+        """Return how many requests are under way."""
+        return self._books.under_way
+
 
 class LimitKeeperHandle:
     """The way to the keeper from another process; every method raises `KeeperAway` where no answer comes in time."""

@@ -76,11 +76,12 @@ def chosen(told: Iterable[Iterable[Wanted]], *, max_adapters: int, max_bytes: in
 
 @dataclass(frozen=True, slots=True)
 class WarmUpLimits:
-    """What a warm-up may take; `timeout_s` 0 is none at all."""
+    """What a warm-up may take; `timeout_s` 0 is none at all. Asking the siblings may take `ask_timeout_s` of it."""
 
     timeout_s: float
     max_adapters: int
     max_bytes: int
+    ask_timeout_s: float = ASK_TIMEOUT_S
 
 
 def warm_up_limits(settings: ReplicaSettings) -> WarmUpLimits:
@@ -109,7 +110,7 @@ async def make_ready(
     ready = 0
     try:
         async with asyncio.timeout(limits.timeout_s):
-            async with asyncio.timeout(ASK_TIMEOUT_S):
+            async with asyncio.timeout(limits.ask_timeout_s):
                 told = await ask()
             # One after the other, so that the most wanted are complete when time is out.
             for spec in chosen(told, max_adapters=limits.max_adapters, max_bytes=limits.max_bytes):

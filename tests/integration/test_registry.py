@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from ray import serve
 
-from tests.service import Service, process_of
+from tests.service import BASES, Service, process_of
 
 PROMPT = "a blue square on a red background"
 # Milliseconds where the machine is idle.
-SHOWN_EVERYWHERE_S = 20.0
+SHOWN_EVERYWHERE_S = 60.0
 IN_A_ROW = 12
 
 
@@ -47,6 +48,17 @@ def row(service: Service, model: str) -> dict[str, Any]:
     return found
 
 
+def hits(adapter: str) -> int:
+    """Return how often the replica was asked for an adapter, as it says itself at this moment."""
+    handle = serve.get_deployment_handle("base-demo--sd15", "loraplex")
+    (report,) = handle.broadcast("report").results(timeout_s=SHOWN_EVERYWHERE_S)
+    return sum(use.hits for use in report.uses if use.key.startswith(f"{adapter}@"))
+
+
+def replicas(service: Service) -> list[dict[str, Any]]:
+    return service.http.get("/v1/replicas").json()["data"]
+
+
 def keeper_process() -> psutil.Process:
     return process_of("loraplex:AliasKeeper")
 
@@ -62,7 +74,8 @@ def test_an_alias_draws_what_its_adapter_draws_wherever_it_is_named(service: Ser
 
 
 def test_the_list_says_where_an_adapter_is_and_how_often_it_was_asked_for(service: Service, alias: str) -> None:
-    before = row(service, alias)["hits"]
+    # What is shown may be a second old, and older where the replica was late to tell.
+    before = hits("demo/sd15-night")
     asked_at = time.time()
     for _ in range(2):
         service.draw(PROMPT, lora=alias, seed=1)
@@ -74,14 +87,21 @@ def test_the_list_says_where_an_adapter_is_and_how_often_it_was_asked_for(servic
     (residence,) = shown["resident"]
     assert residence["tier"] == "applied"
     assert row(service, "demo/sd15-night")["aliases"] == [alias]
-    replicas = {one["id"]: one for one in service.http.get("/v1/replicas").json()["data"]}
-    holder = replicas[residence["replica"]]
-    assert (holder["base_model"], holder["state"], holder["device"]) == ("demo/sd15", "RUNNING", "cpu")
-    assert [part["id"] for part in holder["applied"]] == ["demo/sd15-night"]
+
+    def holder() -> dict[str, Any]:
+        (found,) = [one for one in replicas(service) if one["id"] == residence["replica"]]
+        return found
+
+    # One that is late to tell is shown as it was, but silent.
+    everywhere(lambda: holder()["state"] == "RUNNING")
+    assert (holder()["base_model"], holder()["device"]) == ("demo/sd15", "cpu")
+    assert [part["id"] for part in holder()["applied"]] == ["demo/sd15-night"]
 
 
 def test_an_adapter_is_preloaded_before_anybody_asks_and_forgotten_when_told(service: Service) -> None:
     model = "demo/sdxl-stripes"
+    # An ingress that has not heard of a replica yet, and to which that is late to answer, would know nobody to ask.
+    everywhere(lambda: {one["base_model"] for one in replicas(service) if one["state"] == "RUNNING"} == set(BASES))
     done = service.http.post(f"/v1/loras/{model}/preload", json={"replicas": 1}).json()
     # What replicas told is at most a second old.
     everywhere(lambda: done["replicas"] == [place["replica"] for place in row(service, model)["resident"]])

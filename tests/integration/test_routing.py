@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from ray import serve
 from serve_app.config import AppConfig
 from serve_app.engine.queue import QueuePolicy
 from serve_app.routing.router import router_config
-from serve_app.routing.stats import decode
+from serve_app.routing.stats import decode, tag_of
 from serve_app.work import Pace
 from tests.engine_cases import use_of
 from tests.service import Service, base_settings
@@ -25,6 +26,7 @@ from tests.sleeping_replica import SleepingReplica, Sleeps, Slept
 APPLICATION, ASLEEP = "routing", "asleep"
 BASE = "demo/sd15"
 STYLES = ("night", "sepia", "sketch", "stripes")
+WAIT_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +66,23 @@ class Caller:
         handle = self._handle.options(multiplexed_model_id=use.spec.key)
         return await handle.generate.remote(sleeping_request(number, use))
 
+    async def knows(self, style: str) -> bool:
+        """Whether this process has heard that a replica holds an adapter, and how long that took to fetch."""
+        ours: Any = self._handle._router
+        known, tag = ours._asyncio_router.request_router.curr_replicas, tag_of(use_of(f"me/{style}").spec.key)
+        told = [decode(replica.routing_stats) for replica in tuple(known.values())]
+        return any(stats is not None and tag in stats.host and stats.measured.fetch > 1 for stats in told)
+
 
 @pytest.fixture
 def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
-    """Two, of a base with two replicas where a fetch takes ten times as long as an image."""
+    """Two, of a base with two replicas where a fetch takes far longer than an image.
+
+    So it does than an image for which the machine took its time, by which a replica measures its pace.
+    """
     (tmp_path / use_of("me/any").spec.filename).write_bytes(b"0" * 100)
     sleeps = Sleeps(
-        Pace(0.05, 0.0), swap_s=0.0, fetch_s=0.5, host_adapters=16, file_bytes=100, max_batch_images=1,
+        Pace(0.05, 0.0), swap_s=0.0, fetch_s=8.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
     )  # fmt: skip
     config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "cache_size": 0})
@@ -88,9 +100,16 @@ def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
 
 
 def test_adapters_stay_on_their_replica_whichever_ingress_sends_to_them(callers: list[Any]) -> None:
-    answers = [
-        (style, ray.get(callers[(turn + number) % 2].ask.remote(style, turn), timeout=60))
-        for turn in range(10)
+    first = [callers[number % 2].ask.remote(style, 0) for number, style in enumerate(STYLES)]
+    answers = list(zip(STYLES, ray.get(first, timeout=WAIT_S), strict=True))
+    # What one of them has had fetched, the other learns from Serve, which takes its time.
+    ends_at = time.monotonic() + WAIT_S
+    while not all(ray.get([caller.knows.remote(style) for caller in callers for style in STYLES], timeout=WAIT_S)):
+        assert time.monotonic() < ends_at, "not every router has heard of every adapter"
+        time.sleep(0.05)
+    answers += [
+        (style, ray.get(callers[(turn + number) % 2].ask.remote(style, turn), timeout=WAIT_S))
+        for turn in range(1, 10)
         for number, style in enumerate(STYLES)
     ]
     assert len({(style, slept.replica) for style, slept in answers}) == len(STYLES)

@@ -89,7 +89,7 @@ def test_a_refused_request_s_trace_says_why_and_reaches_no_replica(service: Serv
 def test_callers_who_ask_for_no_trace_leave_none(service: Service, collector: Collector) -> None:
     before = {span.trace for span in collector.spans}
     assert service.ask(PROMPT, model="demo/sd15", seed=1).status_code == 200
-    assert httpx.get(service.url, trust_env=False).status_code == 200
+    assert httpx.get(service.url, trust_env=False, timeout=WAIT_S).status_code == 200
     # What is asked for after it arrives after it.
     trace, headers = new_trace()
     assert service.http.post("/models/demo/sd15", json={"inputs": PROMPT}, headers=headers).status_code == 200

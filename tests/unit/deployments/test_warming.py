@@ -95,6 +95,16 @@ async def test_when_time_is_out_the_replica_starts_with_what_it_has() -> None:
     assert await shelf.make_ready(WarmUpLimits(timeout_s=0.05, max_adapters=8, max_bytes=1000)) == 1
 
 
+async def test_siblings_that_hang_cost_no_more_than_the_asking_may_take() -> None:
+    async def ask() -> Iterable[Iterable[Wanted]]:
+        await asyncio.Event().wait()
+        return ()
+
+    limits = WarmUpLimits(timeout_s=10_000.0, max_adapters=8, max_bytes=1000, ask_timeout_s=0.05)
+    async with asyncio.timeout(60):
+        assert await make_ready(ask, Shelf().bring, limits, clock=Clock()) == 0
+
+
 async def test_a_replica_without_siblings_and_one_told_not_to_warm_up_start_at_once() -> None:
     assert await Shelf().make_ready() == 0
     shelf = Shelf([Wanted(spec("a"), 3.0)])
