@@ -1,12 +1,14 @@
 """A replica whose device fails when a prompt says so: everything of production, but for the fault.
 
 A fault that ends a replica strikes once for each folder that is handed in: the next replica finds its mark and draws.
+The mark, a file that is named like the prompt, also tells a test that the fault has struck.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,9 @@ from serve_app.engine.pipeline import PassOutcome
 
 HANGS, BREAKS, IS_FULL = "the device hangs", "the device breaks", "the device is full"
 OVERFLOWS = "the numbers overflow"
+HANGS_AFTER_STEP, HANGS_AFTER_PREVIEW = "the device hangs after a step", "the device hangs after a preview"
+# It begins no pass before somebody leaves a mark of that name.
+WAITS = "the device waits"
 
 
 class Failing:
@@ -42,11 +47,25 @@ class Failing:
                 threading.Event().wait()
             if request.prompt == BREAKS and self._is_first(request):
                 raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            while request.prompt == WAITS and not (self._marks / WAITS).exists():
+                time.sleep(0.02)
+            if request.prompt == HANGS_AFTER_STEP:
+                callbacks["on_step"] = self._hanging_after(callbacks["on_step"], request)
+            if request.prompt == HANGS_AFTER_PREVIEW:
+                callbacks["on_preview"] = self._hanging_after(callbacks["on_preview"], request)
         with ExitStack() as ends:
             if requests[0].prompt == OVERFLOWS:
                 hook = self._pipeline.components["unet"].register_forward_hook(_overflowing)
                 ends.callback(hook.remove)
             return self._pipeline.generate(requests, **callbacks)
+
+    def _hanging_after(self, tell: Callable[..., None], request: GenerationRequest) -> Callable[..., None]:
+        def tell_and_hang(*told: Any) -> None:
+            tell(*told)
+            if self._is_first(request):
+                threading.Event().wait()
+
+        return tell_and_hang
 
     def _is_first(self, request: GenerationRequest) -> bool:
         mark = self._marks / request.prompt

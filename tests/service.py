@@ -98,7 +98,7 @@ class Service:
     http: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
 
     def ask(self, prompt: str, *, model: str = "", lora: str = "", **parameters: Any) -> httpx.Response:
         headers = {"accept": "image/png"} | ({"lora": lora} if lora else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.checks import CHECKS, load_all_checks
@@ -10,6 +11,9 @@ from serve_app.api.app import create_app
 from serve_app.config import IngressSettings
 from tests.service import Service
 from tests.unit.api.fakes import FakeGateway
+
+# Of the first test this is also the time in which cluster and service start.
+pytestmark = pytest.mark.timeout(1200)
 
 load_all_checks()
 KEPT = CHECKS.get_by_names(
@@ -35,6 +39,6 @@ SCHEMA = schemathesis.openapi.from_dict(create_app(FakeGateway(), IngressSetting
 def test_every_reply_of_the_real_service_is_one_that_the_document_knows(
     service: Service, case: schemathesis.Case
 ) -> None:
-    reply = case.call(base_url=service.url, headers=QUICKLY)
+    reply = case.call(base_url=service.url, headers=QUICKLY, timeout=60)
     assert reply.status_code != 500, reply.text
     case.validate_response(reply, checks=KEPT)

@@ -19,12 +19,17 @@ from tests.service import Service, base_settings, pixels_of, process_of
 PROMPT = "a blue square on a red background"
 REPLICA = "failing:base-demo--sd15"
 STYLE = "demo/sd15-stripes"
-SHOWN_WITHIN_S = 20.0
+SHOWN_WITHIN_S = 120.0
+# Longer than a pass, the first one on a busy machine too: else a replica that draws is replaced.
+STALL_AFTER_S = 20.0
+
+# Of the first test this is also the time in which cluster and service start; some wait for a new replica.
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture(scope="module")
 def failing(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    replica = {"num_cpus": 0.1, "torch_threads": 1, "stall_after_s": 5.0, "health_check_period_s": 1.0}
+    replica = {"num_cpus": 0.1, "torch_threads": 1, "stall_after_s": STALL_AFTER_S, "health_check_period_s": 1.0}
     config = AppConfig.model_validate(
         {
             "bases": [base_settings("demo/sd15", replica=replica)],
@@ -34,7 +39,10 @@ def failing(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         }
     )
     serve.run(assemble(config, FailingReplica), name="failing", route_prefix="/failing")
-    yield Service(f"http://127.0.0.1:{cluster}/failing")
+    service = Service(f"http://127.0.0.1:{cluster}/failing")
+    # A fault takes its time to be noticed, and a new replica to start.
+    service.http.timeout = 600
+    yield service
     serve.delete("failing")
 
 

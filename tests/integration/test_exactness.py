@@ -25,6 +25,9 @@ AT_ONCE = 8
 PROMPTS = ("a red circle on a blue background", "a green square on a white background")
 SEEDS = (11, 12)
 
+# Of the first test this is also the time in which cluster and service start and all is drawn.
+pytestmark = pytest.mark.timeout(1200)
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -46,7 +49,7 @@ def all_distinct() -> list[Asked]:
 
 async def draw_all(url: str, asked: list[Asked], at_once: int) -> list[Answer]:
     places = asyncio.Semaphore(at_once)
-    async with httpx.AsyncClient(base_url=url, timeout=280, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, timeout=900, trust_env=False) as client:
 
         async def draw(one: Asked) -> Answer:
             async with places:

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
 import pytest
 
+from tests.held_replica import Device, caller, held_service
 from tests.hub_server import CDN, HubServer
 from tests.service import Service
 
 PROMPT = "a yellow triangle on a purple background"
+BASE = "demo/sd15"
+
+# Of the first test this is also the time in which cluster and service start.
+pytestmark = pytest.mark.timeout(1200)
+
+
+@pytest.fixture(scope="module")
+def holding(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Device]]:
+    with held_service(cluster, BASE, tmp_path_factory.mktemp("cache")) as holding:
+        yield holding
 
 
 def test_other_adapters_are_served_while_one_is_still_downloading(service: Service, hub: HubServer) -> None:
@@ -39,35 +51,27 @@ def is_downloading(hub: HubServer) -> bool:
     )
 
 
-def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(service: Service) -> None:
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(service.draw, PROMPT, model="demo/sdxl", num_inference_steps=50)
-        answers = [httpx.get(service.url, trust_env=False).content]
-        while not running.done():
-            answers.append(httpx.get(service.url, trust_env=False).content)
-    assert len(answers) > 1
+def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(holding: tuple[Service, Device]) -> None:
+    service, device = holding
+    before = device.wait_until_idle().steps
+    with ThreadPoolExecutor(1) as pool, device.held():
+        running = pool.submit(service.draw, PROMPT, model=BASE)
+        device.wait_until(lambda state: state.steps > before)
+        answers = [httpx.get(f"{service.url}/", timeout=60, trust_env=False).content for _ in range(10)]
+        assert not running.done()
+    assert running.result().shape == (64, 64, 3)
     assert set(answers) == {b'{"ok":"ok"}'}
 
 
-def test_callers_who_leave_free_their_places_and_change_no_other_image(service: Service) -> None:
+def test_callers_who_leave_free_their_places_and_change_no_other_image(holding: tuple[Service, Device]) -> None:
+    service, device = holding
     reference = service.draw(PROMPT, model="demo/sd15-night", seed=30)
-    leaving = threading.Event()
-
-    def hang_up() -> None:
-        with httpx.Client(base_url=service.url, trust_env=False) as client, pytest.raises(httpx.ReadTimeout):
-            client.post(
-                "/models/demo/sd15",
-                json={
-                    "inputs": PROMPT,
-                    "parameters": {"num_inference_steps": 50, "width": 128, "height": 128},
-                },
-                timeout=httpx.Timeout(60, read=0.5),
-            )
-        leaving.set()
-
-    with ThreadPoolExecutor(6) as pool:
-        for future in [pool.submit(hang_up) for _ in range(6)]:
-            future.result()
-    assert leaving.is_set()
-    # All six would take far longer than one request if they still held the device.
+    before = device.wait_until_idle().steps
+    parameters = {"num_inference_steps": 50, "width": 128, "height": 128}
+    with device.held():
+        with ExitStack() as leaving:
+            for _ in range(6):
+                leaving.enter_context(caller(service, f"/models/{BASE}", {"inputs": PROMPT, "parameters": parameters}))
+            device.wait_until(lambda state: state.running + state.waiting == 6 and state.steps > before)
+        assert device.wait_until_idle().steps - before == 1
     assert np.array_equal(service.draw(PROMPT, model="demo/sd15-night", seed=30), reference)

@@ -9,13 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
+import pytest
 import ray
 
 from tests.hub_server import HubServer
 from tests.service import EMBEDDED, Service
 
 PROMPT = "a violet hexagon that is nobody's business"
-WAIT_S = 30.0
+WAIT_S = 120.0
+
+# Of the first test this is also the time in which cluster and service start.
+pytestmark = pytest.mark.timeout(1200)
 
 
 def lines_of(request_id: str, *, until: Callable[[list[str]], bool]) -> list[str]:
@@ -66,6 +70,7 @@ def test_a_failing_request_s_line_names_code_base_and_adapters_and_not_the_promp
         f"{service.url}/models/demo/sd15-night",
         json={"inputs": PROMPT, "parameters": {"num_inference_steps": 10_000}},
         headers={"x-request-id": request_id, "authorization": f"Bearer {token}"},
+        timeout=60,
         trust_env=False,
     )
     assert reply.status_code == 400
