@@ -17,7 +17,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -130,6 +130,9 @@ class Originals:
 
     def find(self, key: str) -> Original | None:
         """Return a file, held, whose bytes are those that were kept; one that was altered since is thrown away."""
+        return self._find(key, self._changing)
+
+    def _find(self, key: str, changing: Callable[[], AbstractContextManager[None]]) -> Original | None:
         for path in self._folder.glob(f"{_digest(key)}-*{SUFFIX}"):
             file = open_shared(path)
             if file is None:
@@ -139,7 +142,10 @@ class Originals:
                 self._touch(file)
                 return found
             log.warning("a file of %s was altered on disk; it is fetched anew", key)
-            path.unlink(missing_ok=True)
+            with changing(), suppress(FileNotFoundError):
+                # Another process may have put a good one in its place by now, and hold it.
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    path.unlink()
             found.release()
         return None
 
@@ -172,7 +178,7 @@ class Originals:
         with self._changing():
             # Another process may have brought it meanwhile. Replaced, its file would no longer be the one that
             # whoever uses it holds, and could be evicted under the name that they know.
-            found = self.find(key)
+            found = self._find(key, nullcontext)
             if found is not None and found.path == path:
                 return found
             draft.share()

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 REPORTS_TTL_S = 1.0
 ANSWER_TIMEOUT_S = 1.0
+COUNTS_TIMEOUT_S = 1.0
 FORGET_TIMEOUT_S = 5.0
 
 
@@ -162,7 +163,7 @@ class RollCall:
     async def _counts(self) -> Mapping[str, Count]:
         """Return how many replicas of each base there are, or were when Serve last said so in time."""
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._counts_of), self._answer_timeout_s)
+            return await asyncio.wait_for(asyncio.to_thread(self._counts_of), COUNTS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError):
             return self._counted
 

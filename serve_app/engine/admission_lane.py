@@ -112,25 +112,28 @@ class Lane:
 
     def _wait(self, child: Child, limit_s: float) -> dict[str, Any]:
         started = time.monotonic()
-        deadline = started + limit_s
         while True:
+            # What the child still has to load is not the file's fault, and a new child would load it again.
+            deadline = started + START_LIMIT_S if child.warm_at is None else max(started, child.warm_at) + limit_s
             try:
                 return child.receive(min(TICK_S, max(0.0, deadline - time.monotonic())))
             except TimeoutError:
                 now = time.monotonic()
                 if now >= deadline:
                     raise
-                # What the child still has to load is not the file's fault, and a new child would load it again.
                 busy_s = now - max(started, child.warm_at) if child.warm_at else 0.0
                 if busy_s > self._patience_s and self._asked > 1:
                     raise Overtaken from None
 
     def _ready_child(self) -> Child:
-        if self._is_closed:
-            raise RuntimeError("the admission process is closed")
         if self._child is not None and self._child.is_alive:
             return self._child
-        self._child = Child()
+        if not self._is_closed:
+            self._child = Child()
+        # Asked again after the start: `close` ends the child that it sees, or is seen here.
+        if self._child is None or self._is_closed:
+            self._end_child()
+            raise RuntimeError("the admission process is closed")
         self._child.send(self._setup)
         try:
             self._child.receive(START_LIMIT_S)

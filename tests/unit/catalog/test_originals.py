@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,25 @@ def test_a_file_whose_bytes_changed_is_not_given_out_and_is_gone(originals: Orig
     kept.path.write_bytes(b"x" * 39 + b"y")
     assert originals.find("a") is None
     assert not kept.path.exists()
+
+
+def test_what_another_put_in_the_place_of_an_altered_file_is_let_be(
+    originals: Originals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = put(originals, "a")
+    kept.release()
+    kept.path.write_bytes(b"x" * 39 + b"y")
+    other = Originals(tmp_path / "hub", 100, clock=lambda: 2000.0)
+    changing = originals._changing
+    by_another: list[Original] = []
+
+    def late() -> AbstractContextManager[None]:
+        by_another.append(put(other, "a"))
+        return changing()
+
+    monkeypatch.setattr(originals, "_changing", late)
+    assert originals.find("a") is None
+    assert by_another[0].path.read_bytes() == b"x" * 40
 
 
 def test_what_is_not_kept_leaves_nothing_behind(originals: Originals, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ async def mirrors(keeper: StoreKeeper) -> AsyncIterator[tuple[AliasMirror, Alias
 
 async def until(keeper: StoreKeeper, is_so: Callable[[], bool]) -> None:
     """Wait for what holds at the latest when a mirror asks on."""
-    async with asyncio.timeout(5), keeper.changed:
+    async with asyncio.timeout(60), keeper.changed:
         await keeper.changed.wait_for(is_so)
 
 

@@ -50,7 +50,7 @@ def test_a_hung_device_ends_the_process_once_its_jobs_were_given_up() -> None:
         assert "no headway for 11 s" in found.reason
         assert case.worker.abandoned == ["stalled"]
         assert not case.ended.is_set()
-        await asyncio.wait_for(case.ended.wait(), 10.0)
+        await asyncio.wait_for(case.ended.wait(), 60.0)
 
     asyncio.run(run())
 
@@ -61,7 +61,7 @@ def test_whoever_comes_meanwhile_waits_for_the_end_that_sends_it_elsewhere() -> 
         case.worker.state = replace(WELL, is_lost=True)
         assert case.leaving.has_failed
         comes = asyncio.create_task(case.leaving.admit())
-        await asyncio.wait_for(case.ended.wait(), 10.0)
+        await asyncio.wait_for(case.ended.wait(), 60.0)
         assert not comes.done()
         comes.cancel()
 

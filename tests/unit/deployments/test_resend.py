@@ -13,8 +13,8 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.deployments.resend import MAX_RESENDS, Caller, Resending, Room
 from cluster.ports import free_port
+from serve_app.deployments.resend import MAX_RESENDS, Caller, Resending, Room
 
 MARK = {"access-control-expose-headers": "x-request-id"}
 SSE = "text/event-stream"
@@ -308,7 +308,7 @@ async def test_a_caller_who_leaves_is_noticed_and_its_request_not_sent_again(los
         asking = asyncio.create_task(http.post("/", content=b"a star"))
         await has_begun.wait()
         asking.cancel()
-        await asyncio.wait_for(has_ended.wait(), 10)
+        await asyncio.wait_for(has_ended.wait(), 60)
     assert (len(proxy.scopes), losses) == (1, [])
 
 

@@ -14,6 +14,12 @@ from serve_app.errors import ModelNotFound, NotReady
 SPEC = AdapterSpec("me/style", "demo/sd", "r1", "f", "folder", "me/style", 1)
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for the thread that counts, however late it gets its turn."""
+    monkeypatch.setattr("serve_app.deployments.roll_call.COUNTS_TIMEOUT_S", 60.0)
+
+
 class Answer:
     """One replica's answer to a broadcast, as Serve hands it over: a value, an error, or nothing for ever."""
 

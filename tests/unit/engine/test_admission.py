@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ import torch
 
 from serve_app.engine.admission import AdmissionProcess
 from serve_app.engine.admission_child import NICENESS
+from serve_app.engine.admission_lane import Child, Lane
 from serve_app.engine.canonical import read_canonical
 from serve_app.engine.manifest import BaseManifest, manifest_of
 from serve_app.engine.reader import read_adapter
@@ -62,15 +65,16 @@ def source(tmp_path: Path) -> Path:
     return put(tmp_path, "adapter", Form(lora(tiny_pipeline("sd15"))))
 
 
-def wait_until_reading(admission: AdmissionProcess, timeout_s: float = 20.0) -> None:
+def wait_until_reading(admission: AdmissionProcess, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while admission.reading is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def wait_until_gone(pid: int, timeout_s: float = 20.0) -> None:
-    psutil.Process(pid).wait(timeout_s) if psutil.pid_exists(pid) else None
+def wait_until_gone(pid: int, timeout_s: float = 120.0) -> None:
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout_s)
 
 
 async def test_what_is_admitted_equals_what_is_read_here(
@@ -132,12 +136,15 @@ async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_anot
     """A pipe that nobody writes to is a file that is never read to its end."""
     endless = tmp_path / "endless.safetensors"
     os.mkfifo(endless)
-    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=3.0))
+    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=300.0))
     try:
         await admission.admit(source, "a/b", tmp_path / "canonical")
         first = admission.pid
+        # For this file alone: an ordinary one may take as long on a busy machine.
+        admission._limit_s = 3.0
         with pytest.raises(AdmissionTimedOut, match="longer than 3 s"):
             await admission.admit(endless, "owner/endless", tmp_path / "never")
+        admission._limit_s = 300.0
         await admission.admit(source, "a/b", tmp_path / "again")
         assert admission.pid != first
         assert first is not None
@@ -146,6 +153,8 @@ async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_anot
         admission.close()
 
 
+# Nothing but the end of the test ever answers for an endless file.
+@pytest.mark.timeout(1200)
 async def test_a_file_that_hangs_does_not_hold_up_the_others(
     manifest: BaseManifest, source: Path, tmp_path: Path
 ) -> None:
@@ -153,14 +162,18 @@ async def test_a_file_that_hangs_does_not_hold_up_the_others(
     endless = [tmp_path / f"endless-{number}.safetensors" for number in range(2)]
     for path in endless:
         os.mkfifo(path)
-    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=300.0), patience_s=0.2)
+    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=3000.0), patience_s=0.2)
     try:
         await admission.admit(source, "a/b", tmp_path / "canonical")
         first = admission.pid
         hostile = [asyncio.ensure_future(admission.admit(path, "a/endless", tmp_path / "never")) for path in endless]
         await asyncio.to_thread(wait_until_reading, admission)
-        async with asyncio.timeout(120):
-            await asyncio.gather(*(admission.admit(source, "a/b", tmp_path / f"canonical-{n}") for n in range(3)))
+        asking = [asyncio.ensure_future(admission.admit(source, "a/b", tmp_path / f"canonical-{n}")) for n in range(3)]
+        while admission._second._asked < len(hostile):  # noqa: ASYNC110 - the lane tells nobody
+            await asyncio.sleep(0.01)
+        # Ordinary files may take as long on a busy machine.
+        admission._first._patience_s = 3000.0
+        await asyncio.gather(*asking)
         assert not any(asking.done() for asking in hostile)
         assert first is not None
         assert not psutil.pid_exists(first)
@@ -180,14 +193,13 @@ async def test_a_slow_file_that_nobody_waits_behind_keeps_its_child(
 ) -> None:
     endless = tmp_path / "endless.safetensors"
     os.mkfifo(endless)
-    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=2.0), patience_s=0.1)
+    admission = AdmissionProcess(manifest, AdapterLimits(admission_timeout_s=300.0), patience_s=0.1)
     try:
         await admission.admit(source, "a/b", tmp_path / "canonical")
         children = psutil.Process().children()
-        asking = asyncio.ensure_future(admission.admit(endless, "owner/endless", tmp_path / "never"))
-        await asyncio.to_thread(wait_until_reading, admission)
+        admission._limit_s = 2.0
         with pytest.raises(AdmissionTimedOut, match="longer than 2 s"):
-            await asking
+            await admission.admit(endless, "owner/endless", tmp_path / "never")
         assert not set(psutil.Process().children()) - set(children)
     finally:
         admission.close()
@@ -258,3 +270,37 @@ async def test_the_process_that_reads_files_is_given_no_token_nor_anything_else_
         process.close()
     assert "a-secret-of-ours" not in f"{given} {arguments}"
     assert not [name for name in given if name.startswith(("AWS_", "RAY_", "LORAPLEX_")) or "KEY" in name]
+
+
+def test_a_lane_that_is_closed_while_its_child_starts_reads_nothing_more(
+    manifest: BaseManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = tmp_path / "endless.safetensors"
+    os.mkfifo(endless)
+    is_starting, may_start = threading.Event(), threading.Event()
+    started: list[Child] = []
+
+    class Late(Child):
+        def __init__(self) -> None:
+            is_starting.set()
+            may_start.wait()
+            super().__init__()
+            started.append(self)
+
+    monkeypatch.setattr("serve_app.engine.admission_lane.Child", Late)
+    limits = AdapterLimits().model_dump(mode="json")
+    setup = {"manifest": manifest.to_json(), "limits": limits, "parent": os.getpid()}
+    lane = Lane(setup, patience_s=1e9, is_lasting=True)
+    asking = lane.ask({"source": str(endless), "name": "a/b", "target": str(tmp_path / "never")}, 1e9)
+    is_starting.wait()
+    closing = threading.Thread(target=lane.close)
+    closing.start()
+    while not lane._thread._shutdown:
+        time.sleep(0.01)
+    may_start.set()
+    closing.join(120)
+    is_closed = not closing.is_alive()
+    started[0].kill()
+    assert is_closed
+    with pytest.raises(RuntimeError, match="closed"):
+        asking.result(0)

@@ -144,6 +144,7 @@ async def test_those_who_wait_for_a_place_get_it_in_their_order(router: Predicte
 
     async def send(number: int) -> None:
         request = await pending(generation(number, "a"), number=number)
+        request.created_at -= 100 * TURN_AFTER_S  # it has waited, however late its task gets its turn
         replica: Any = await router._choose_replica_for_request(request)
         replica.ongoing += 1
         placed.append(number)

@@ -167,7 +167,7 @@ def test_a_reader_that_an_evictor_overtook_finds_nothing(open_files: Open) -> No
         until_opened_twice(path)
         path.unlink()
         fcntl.flock(evictor, fcntl.LOCK_UN)
-        assert reading.result(timeout=10) is None
+        assert reading.result(timeout=60) is None
 
 
 def test_a_reader_that_a_publisher_overtook_finds_the_new_file(open_files: Open) -> None:
@@ -180,7 +180,7 @@ def test_a_reader_that_a_publisher_overtook_finds_the_new_file(open_files: Open)
         until_opened_twice(path)
         put(files, "adapter", b"new")
         fcntl.flock(evictor, fcntl.LOCK_UN)
-        assert reading.result(timeout=10) == b"new"
+        assert reading.result(timeout=60) == b"new"
 
 
 def test_publication_waits_for_an_eviction_under_way(open_files: Open, tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_publication_waits_for_an_eviction_under_way(open_files: Open, tmp_path:
         with pytest.raises(TimeoutError):
             publication.result(timeout=0.3)
         fcntl.flock(evictor, fcntl.LOCK_UN)
-        publication.result(timeout=10)
+        publication.result(timeout=60)
     assert get(files, "adapter") == b"weights"
 
 

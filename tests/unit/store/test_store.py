@@ -242,7 +242,7 @@ async def test_downloads_that_fill_the_default_threads_do_not_hold_up_a_file_on_
     await until(busy.is_set)
     try:
         async with bench.store() as store:
-            lease = await asyncio.wait_for(use(store, spec("a")), timeout=10)
+            lease = await asyncio.wait_for(use(store, spec("a")), timeout=60)
     finally:
         release.set()
     await download_ends
