@@ -53,6 +53,19 @@ class HubRequest:
     token: str | None
 
 
+# What a test sets while the server reads it is one object, so that nobody sees half of it.
+@dataclass
+class _Trouble:
+    fault: Fault
+    left: int | None
+
+
+@dataclass(frozen=True)
+class _Hold:
+    released: asyncio.Event
+    is_downloads_only: bool
+
+
 @dataclass
 class _Repository:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -60,10 +73,8 @@ class _Repository:
     gated: bool = False
     private: bool = False
     allowed_tokens: frozenset[str] = frozenset()
-    fault: Fault | None = None
-    faults_left: int | None = None
-    held: asyncio.Event | None = None
-    is_holding_downloads_only: bool = False
+    trouble: _Trouble | None = None
+    hold: _Hold | None = None
     tags: tuple[str, ...] = ()
 
 
@@ -99,9 +110,11 @@ class HubServer:
         self.endpoint = f"http://127.0.0.1:{self._hub_socket.getsockname()[1]}"
         self.cdn = f"http://127.0.0.1:{self._cdn_socket.getsockname()[1]}"
         self._closing = asyncio.Event()
+        # Clients keep a connection for 5 s, as uvicorn does: it would close one at the moment at which it is used.
         config = uvicorn.Config(
-            self._app(), log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
-        )
+            self._app(), log_level="critical", lifespan="off", ws="none",
+            timeout_keep_alive=600, timeout_graceful_shutdown=1, date_header=False,  # it would stay: one tick
+        )  # fmt: skip
         self._server = _Server(config, self._closing)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="hub-server", daemon=True)
@@ -139,8 +152,8 @@ class HubServer:
             digest.update(name.encode() + contents[name])
         commit = digest.hexdigest()
         repository.commits[commit] = contents
-        repository.refs[branch] = commit
         repository.tags = tags
+        repository.refs[branch] = commit  # last: who sees the commit sees all of it
         return commit
 
     def push_folder(self, repo_id: str, folder: Path) -> str:
@@ -182,18 +195,17 @@ class HubServer:
     def fail(self, repo_id: str, fault: Fault | None) -> None:
         """Make a repository misbehave, or behave again; it need not exist."""
         repository = self._repositories.setdefault(repo_id, _Repository())
-        repository.fault, repository.faults_left = fault, fault.times if fault else None
+        repository.trouble = _Trouble(fault, fault.times) if fault else None
 
     def hold(self, repo_id: str, *, is_downloads_only: bool = False) -> None:
         """Keep back every answer about a repository, or only those with a whole large file, until `release`."""
-        self._repositories[repo_id].held = asyncio.Event()
-        self._repositories[repo_id].is_holding_downloads_only = is_downloads_only
+        self._repositories[repo_id].hold = _Hold(asyncio.Event(), is_downloads_only)
 
     def release(self, repo_id: str) -> None:
         """Let the answers go that were held."""
-        held, self._repositories[repo_id].held = self._repositories[repo_id].held, None
-        if held is not None:
-            self._loop.call_soon_threadsafe(held.set)
+        hold, self._repositories[repo_id].hold = self._repositories[repo_id].hold, None
+        if hold is not None:
+            self._loop.call_soon_threadsafe(hold.released.set)
 
     # What it saw
 
@@ -206,11 +218,10 @@ class HubServer:
             for request in self.requests
         )
 
-    def wait_for(self, is_so: Callable[[HubServer], bool], timeout_s: float = 10.0) -> None:
+    def wait_for(self, is_so: Callable[[HubServer], bool], timeout_s: float = 120.0) -> None:
         """Block until a request has made a condition true."""
         with self._arrived:
-            if not self._arrived.wait_for(lambda: is_so(self), timeout_s):
-                raise AssertionError("the Hub was not asked")
+            assert self._arrived.wait_for(lambda: is_so(self), timeout_s), "the Hub was not asked"
 
     # Inside
 
@@ -286,13 +297,14 @@ class HubServer:
     async def _misbehave(self, repository: _Repository | None, kind: str, *, is_download: bool) -> Fault | None:
         if repository is None:
             return None
-        if repository.held is not None and (is_download or not repository.is_holding_downloads_only):
-            await self._until(repository.held.wait())
-        fault = repository.fault
-        if fault is None or kind not in fault.kinds or repository.faults_left == 0:
+        hold = repository.hold
+        if hold is not None and (is_download or not hold.is_downloads_only):
+            await self._until(hold.released.wait())
+        trouble = repository.trouble
+        if trouble is None or kind not in (fault := trouble.fault).kinds or trouble.left == 0:
             return None
-        if repository.faults_left is not None:
-            repository.faults_left -= 1
+        if trouble.left is not None:
+            trouble.left -= 1
         if fault.delay_s:
             await self._until(asyncio.sleep(fault.delay_s))
         if fault.status is not None:
@@ -382,7 +394,7 @@ class HubServer:
 
     def _cdn_file(self, request: Request, repo_id: str, commit: str) -> Response:
         content = self._repositories[repo_id].commits[commit][request.path_params["path"]]
-        fault = self._repositories[repo_id].fault
-        if fault is not None and fault.ignores_range:
+        trouble = self._repositories[repo_id].trouble
+        if trouble is not None and trouble.fault.ignores_range:
             return Response(content)
         return ranged(request, content, {"etag": f'"{sha256(content)}"', "accept-ranges": "bytes"})

@@ -45,7 +45,7 @@ def render(folder: Path) -> list[dict[str, Any]]:
 
 def kubectl_render(kubectl: str, folder: Path) -> list[dict[str, Any]]:
     """Return the same, as kubectl does it."""
-    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, timeout=240, check=False)
     if done.returncode:
         raise Unrenderable(" ".join(done.stderr.split()))
     return [item for item in yaml.safe_load_all(done.stdout) if item is not None]

@@ -27,7 +27,7 @@ def find(name: str, how: str) -> str:
 
 def faults_of(command: list[str], cwd: Path) -> list[str]:
     """Return what a program complained about, nothing if it was content."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
     if done.returncode == 0:
         return []
     said = [" ".join(line.split()) for line in (done.stdout + done.stderr).splitlines()]

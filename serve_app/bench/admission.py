@@ -192,9 +192,11 @@ class _Admitting:
 
     async def _run(self) -> None:
         self._has_begun.set()
-        while not self._is_over.is_set():
+        while True:  # at least once, however late this thread has its turn
             await _admit(self._path, self._child, _Times())
             self.count += 1
+            if self._is_over.is_set():
+                return
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,7 @@ from serve_app.bench.options import BenchmarkRefused, SwapOptions
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
-LIMIT = Path("/sys/fs/cgroup/memory.max")
-USED = Path("/sys/fs/cgroup/memory.current")
+CGROUP = Path("/sys/fs/cgroup")
 # Libraries, the file that is being written, and what the allocator keeps.
 OVERHEAD_BYTES = 1536 * 1024**2
 # The adapters of a run: two in our form, diffusers' copy of one while it loads it, and the file in memory.
@@ -70,9 +69,22 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
-    if LIMIT.exists() and (limit := LIMIT.read_text().strip()).isdigit():
-        free = min(free, int(limit) - int(USED.read_text()))
-    return free
+    within = free_within(CGROUP)
+    return free if within is None else min(free, within)
+
+
+def free_within(cgroup: Path) -> int | None:
+    """Return the bytes that are left of a container's limit, None where it has none; `cgroup` is its folder.
+
+    Cached files that nobody used lately count as free, as the kernel drops them first: the working set of Kubernetes.
+    """
+    limit = cgroup / "memory.max"
+    if not limit.exists() or not (most := limit.read_text().strip()).isdigit():
+        return None
+    used = int((cgroup / "memory.current").read_text())
+    counts = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    # The two are read one after the other, and may part in between.
+    return int(most) - max(0, used - int(counts["inactive_file"]))
 
 
 def reset_peak(device: torch.device) -> int:

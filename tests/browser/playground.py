@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
 
+# How long anything may take on a machine that is busy with other things; what is there already is not waited for.
+PATIENCE_MS = 90_000
 AUDIT = (Path(__file__).parent / "audit.js").read_text()
 # Chromium tells of every reply over 399; the page's own words are what is looked at.
 EXPECTED_CONSOLE = ("Failed to load resource: the server responded with a status of",)
@@ -33,9 +35,12 @@ def chromium_path() -> str | None:
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
+    expect.set_options(timeout=PATIENCE_MS)
     async with async_playwright() as driver:
         # CI runs as root, where Chromium's own sandbox cannot start.
-        browser = await driver.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
+        browser = await driver.chromium.launch(
+            executable_path=chromium_path(), args=["--no-sandbox"], timeout=PATIENCE_MS
+        )
         try:
             yield browser
         finally:
@@ -52,7 +57,7 @@ class Playground:
     @classmethod
     async def open(cls, context: BrowserContext, url: str) -> Playground:
         opened = cls(await context.new_page(), url)
-        opened.page.set_default_timeout(20_000)
+        opened.page.set_default_timeout(PATIENCE_MS)
         opened.page.on("request", lambda request: opened.requests.append(request.url))
         opened.page.on("console", opened._hear)
         opened.page.on("pageerror", lambda error: opened.console.append(str(error)))
@@ -94,6 +99,16 @@ class Playground:
     async def choose(self, adapter: str) -> None:
         await self.page.fill("#adapter", adapter)
         await self.page.locator(f"[role=option][data-id='{adapter}']").click()
+
+    async def copy(self, label: str) -> str:
+        """Press a button of the newest card that copies, and return what is then in the clipboard."""
+        status = self.page.locator("#status")
+        await status.evaluate("status => { status.textContent = ''; }")
+        await self.card.get_by_role("button", name=label).click()
+        # Said once the clipboard has it, and for longer than the button says so.
+        await expect(status).to_have_text("Copied")
+        copied: str = await self.page.evaluate("navigator.clipboard.readText()")
+        return copied
 
     async def pixels(self, image: Locator | None = None) -> NDArray[np.uint8]:
         """Return an image as the page shows it; the newest card's first where none is named."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, expect
+from playwright.async_api import Browser, Page, Route, expect
 
 from tests.browser.playground import Playground
 from tests.service import Service
+from tests.unit.api.fake_registry import known
 from tests.unit.api.fakes import FakeGateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -27,6 +30,11 @@ async def test_everything_is_done_from_the_keyboard(playground: Playground) -> N
         await keyboard.press("Tab")
     await keyboard.type("sepia")
     await expect(playground.element("#adapter")).to_have_attribute("aria-expanded", "true")
+    # Other tests leave adapters behind of which one may come first.
+    for _ in range(20):
+        if await playground.element("[role=option][aria-selected=true]").get_attribute("data-id") == "demo/sdxl-sepia":
+            break
+        await keyboard.press("ArrowDown")
     await keyboard.press("Enter")
     assert await playground.element("#adapters .model").all_inner_texts() == ["demo/sdxl-sepia"]
     await keyboard.press("Control+Enter")
@@ -34,6 +42,55 @@ async def test_everything_is_done_from_the_keyboard(playground: Playground) -> N
     await keyboard.press("ArrowDown")
     await keyboard.press("Escape")
     await expect(playground.element("#adapter-list")).to_be_hidden()
+
+
+@asynccontextmanager
+async def held_answers(page: Page) -> AsyncIterator[Callable[[], Awaitable[Route]]]:
+    """Keep back what the page asks about the adapters; what is yielded waits for the next question."""
+    questions: asyncio.Queue[Route] = asyncio.Queue()
+    await page.route("**/v1/loras", questions.put)
+    yield questions.get
+    await page.unroute("**/v1/loras")
+
+
+async def test_an_answer_that_comes_while_one_chooses_moves_nothing(staged: Playground, gateway: FakeGateway) -> None:
+    option = staged.element("[role=option][data-id='demo/sketch']")
+    async with held_answers(staged.page) as next_question:
+        await staged.page.focus("#adapter")
+        question = await next_question()
+        await staged.page.keyboard.type("sketch")
+        before = await option.bounding_box()
+        # It sorts before the one that is chosen.
+        gateway.registry.rows["acme/sketch"] = known("acme/sketch")
+        await question.continue_()
+        await expect(staged.element("[role=option][data-id='acme/sketch']")).to_be_visible()
+    assert await option.bounding_box() == before
+    await expect(option).to_have_attribute("aria-selected", "true")
+    await expect(staged.element("#adapter")).to_have_attribute(
+        "aria-activedescendant", await option.get_attribute("id") or ""
+    )
+    await staged.page.keyboard.press("Enter")
+    assert await staged.element("#adapters .model").all_inner_texts() == ["demo/sketch"]
+    await staged.page.keyboard.type("sketch")
+    assert await staged.element("[role=option]").first.get_attribute("data-id") == "acme/sketch"
+
+
+async def test_an_answer_that_was_overtaken_is_not_shown(staged: Playground, gateway: FakeGateway) -> None:
+    async with held_answers(staged.page) as next_question:
+        await staged.page.focus("#adapter")
+        earlier = await next_question()
+        old = await earlier.fetch()
+        await staged.page.focus("#prompt")
+        await staged.page.focus("#adapter")
+        gateway.registry.rows["acme/sketch"] = known("acme/sketch")
+        await (await next_question()).continue_()
+        await expect(staged.element("[role=option][data-id='acme/sketch']")).to_be_visible()
+        async with staged.page.expect_event("requestfinished", lambda asked: asked == earlier.request):
+            await earlier.fulfill(response=old)
+        # Once another answer has been read, so has this one.
+        await staged.page.evaluate("fetch('v1/bases').then(reply => reply.json())")
+    await staged.page.keyboard.type("sketch")
+    await expect(staged.element("[role=option][data-id='acme/sketch']")).to_be_visible()
 
 
 async def test_every_stop_of_the_tab_key_can_be_seen_and_has_a_name(staged: Playground, gateway: FakeGateway) -> None:
@@ -66,7 +123,21 @@ async def test_waiting_is_told_and_escape_gives_the_place_back(staged: Playgroun
     assert await staged.element("#status").get_attribute("aria-live") == "polite"
     await staged.page.keyboard.press("Escape")
     await expect(staged.element("#generate")).to_be_visible()
-    assert gateway.cancelled.wait(20)
+    assert gateway.cancelled.wait(120)
+
+
+async def test_a_button_that_copies_says_what_it_does_again(staged: Playground, gateway: FakeGateway) -> None:
+    await staged.write("a star")
+    await staged.generate()
+    # Time stands still, as it says "Copied" for a moment only.
+    await staged.page.clock.install(time=0)
+    await staged.page.clock.pause_at(3600)
+    button = staged.card.locator(".buttons button").first
+    await staged.copy("Copy as curl")
+    await expect(button).to_have_text("Copied")
+    await staged.copy("Copied")
+    await staged.page.clock.run_for(5000)
+    await expect(button).to_have_text("Copy as curl")
 
 
 async def test_a_page_that_nobody_sees_asks_nothing(staged: Playground, gateway: FakeGateway) -> None:

@@ -27,9 +27,13 @@ export class Adapters extends EventTarget {
     });
   }
 
+  // The catalog anew. In a list that is open, what is under the pointer or what Enter takes stays where it is: what is
+  // new comes below.
   set known(rows) {
     this.#known = rows;
-    if (!this.list.hidden) this.#open();
+    if (this.list.hidden) return;
+    const shown = new Set(this.#options.map(({ dataset }) => dataset.id));
+    this.#append(this.#matches().filter(({ id }) => !shown.has(id)));
   }
 
   // The adapters as a request names them.
@@ -49,6 +53,7 @@ export class Adapters extends EventTarget {
       return row && row.base_model !== base;
     });
     misfits.forEach((id) => this.remove(id));
+    if (!this.list.hidden) this.#open();
     return misfits;
   }
 
@@ -123,18 +128,26 @@ export class Adapters extends EventTarget {
   #open() {
     const found = this.#matches();
     const typed = this.input.value.trim();
-    const options = found.slice(0, SHOWN).map((row) => option(row.id, modelName(row.id), facts(row)));
-    if (typed && !found.some((row) => row.id === typed) && !this.#chosen.has(typed)) {
-      options.push(option(typed, h("span.model", {}, `Use “${typed}”`), "by its id on the Hub or in a folder"));
-    }
-    const more = found.length - SHOWN;
-    if (more > 0) options.push(h("li.note", { role: "presentation" }, `${more} more; type to narrow the list`));
-    if (!options.length) options.push(h("li.note", { role: "presentation" }, "No further adapters for this base"));
-    this.list.replaceChildren(...options);
+    const isNew = typed && !found.some((row) => row.id === typed) && !this.#chosen.has(typed);
+    const own = option(typed, h("span.model", {}, `Use “${typed}”`), "by its id on the Hub or in a folder");
+    this.list.replaceChildren();
+    this.#append(found, isNew ? [own] : []);
     this.list.hidden = false;
     this.input.setAttribute("aria-expanded", "true");
     this.#activate(typed ? 0 : -1);
     this.list.scrollIntoView({ block: "nearest" });
+  }
+
+  // Adds rows of the catalog below those that are shown, as many as there is room for, and `others` below them.
+  #append(rows, others = []) {
+    const room = Math.max(0, SHOWN - this.#options.length);
+    const more = rows.length - room;
+    this.list.querySelector(".note")?.remove();
+    this.list.append(...rows.slice(0, room).map((row) => option(row.id, modelName(row.id), facts(row))), ...others);
+    const options = this.#options;
+    options.forEach((one, at) => (one.id = `adapter-option-${at}`));
+    if (more > 0) this.list.append(note(`${more} more; type to narrow the list`));
+    else if (!options.length) this.list.append(note("No further adapters for this base"));
   }
 
   #close() {
@@ -156,10 +169,7 @@ export class Adapters extends EventTarget {
   #activate(index) {
     const options = this.#options;
     this.#active = options.length ? Math.max(-1, Math.min(index, options.length - 1)) : -1;
-    options.forEach((one, at) => {
-      one.id = `adapter-option-${at}`;
-      one.setAttribute("aria-selected", String(at === this.#active));
-    });
+    options.forEach((one, at) => one.setAttribute("aria-selected", String(at === this.#active)));
     const active = this.list.hidden ? undefined : options[this.#active];
     if (active) this.input.setAttribute("aria-activedescendant", active.id);
     else this.input.removeAttribute("aria-activedescendant");
@@ -186,6 +196,8 @@ export class Adapters extends EventTarget {
 
 const option = (id, name, note) =>
   h("li.option", { role: "option", "aria-selected": "false", "data-id": id }, name, h("span.hint", {}, note));
+
+const note = (text) => h("li.note", { role: "presentation" }, text);
 
 function facts(row) {
   const held = row.resident?.length ? `held by ${plural(row.resident.length, "replica")}` : null;

@@ -13,11 +13,14 @@ const gallery = new Gallery();
 const replicas = new Replicas(service);
 
 let running = null; // {card, controller}
+let asked = 0; // counts the questions for the adapters
+let answered = 0; // the newest question whose answer is shown
 
 async function loadCatalog() {
+  const question = ++asked;
   try {
     const [bases, loras] = await Promise.all([service.list("v1/bases"), service.list("v1/loras")]);
-    composer.adapters.known = loras;
+    showAdapters(loras, question);
     composer.bases = bases;
     byId("summary").textContent = `${plural(bases.length, "base")}, ${plural(loras.length, "adapter")}`;
     lock(false);
@@ -29,8 +32,16 @@ async function loadCatalog() {
 
 // Adapters come and go while the page is open: asked for anew when the list is about to be used.
 async function refreshAdapters() {
+  const question = ++asked;
   const loras = await service.list("v1/loras").catch(() => null);
-  if (loras) composer.adapters.known = loras;
+  if (loras) showAdapters(loras, question);
+}
+
+// An answer that comes after that to a later question is out of date.
+function showAdapters(loras, question) {
+  if (question < answered) return;
+  answered = question;
+  composer.adapters.known = loras;
 }
 
 async function generate() {
@@ -126,7 +137,8 @@ async function reuse(request) {
 async function copy(kind, request, button) {
   const where = { url: service.url("./"), hasKey: Boolean(service.key) };
   const label = button.querySelector("span");
-  const before = label.textContent;
+  // Not what it says now: that may be the word about the copy before.
+  const before = (button.dataset.label ??= label.textContent);
   try {
     await navigator.clipboard.writeText((kind === "curl" ? curl : python)(request, where));
     label.textContent = "Copied";

@@ -45,13 +45,14 @@ export class Replicas extends EventTarget {
       this.#rows = rows;
       this.#show(rows);
     } catch (error) {
+      if (run !== this.#run) return;
       if (error.status === 401) {
         this.dispatchEvent(new Event("locked"));
         return;
       }
       this.#replace([h("p.quiet", {}, `No word of the replicas. ${error.message}`)]);
     }
-    if (run === this.#run) this.#timer = setTimeout(() => this.#poll(), PERIOD_MS);
+    this.#timer = setTimeout(() => this.#poll(), PERIOD_MS);
   }
 
   #show(rows) {

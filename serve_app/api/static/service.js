@@ -46,6 +46,7 @@ export class Service {
       ...body({ ...request.fields, stream: true, partial_images: 3 }, request.picture),
     });
     for await (const event of events(reply.body)) {
+      signal.throwIfAborted(); // what came before it was cancelled may be here already
       if (event.error) throw new ServiceError(event.error.message, event.error);
       yield event;
     }

@@ -129,6 +129,6 @@ def test_wrong_arguments_fail_in_one_line() -> None:
 def test_a_picture_without_matplotlib_names_the_extra(tmp_path: Path) -> None:
     hidden = "import sys; sys.modules['matplotlib'] = None; from serve_app.cli.main import main; main()"
     command = [sys.executable, "-c", hidden, "bench", "simulate", "--plot", str(tmp_path / "x.png")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert run.returncode == 1
     assert "pip install 'loraplex[bench]'" in run.stderr

@@ -23,10 +23,11 @@ def deaf_url() -> Iterator[str]:
 
 
 @pytest.fixture
-def free_url() -> str:
-    """An address at which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+def free_url() -> Iterator[str]:
+    """An address at which nothing listens, and nobody else can."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{held.getsockname()[1]}"
 
 
 def test_adapters_are_listed_below_their_base(run: Run, url: str) -> None:
@@ -117,7 +118,8 @@ def test_a_refusal_is_the_service_s_own_sentence(run: Run, url: str, gateway: Fa
     assert (result.exit_code, result.stderr) == (1, "error: the key is not known\n")
 
 
-def test_names_are_completed_from_the_service(run: Run, url: str) -> None:
+def test_names_are_completed_from_the_service(run: Run, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.cli.models.COMPLETION_TIMEOUT_S", 60.0)
     result = run(
         _LORAPLEX_COMPLETE="complete_bash", COMP_WORDS="loraplex generate --lora demo/sdxl-", COMP_CWORD="3",
         LORAPLEX_URL=url,
@@ -125,9 +127,10 @@ def test_names_are_completed_from_the_service(run: Run, url: str) -> None:
     assert result.stdout.split() == ["demo/sdxl-sepia", "demo/sdxl-night"]
 
 
-def test_completion_is_silent_while_no_service_runs(run: Run, free_url: str) -> None:
+@pytest.mark.parametrize("address", ["free_url", "deaf_url"])
+def test_completion_is_silent_while_no_service_answers(run: Run, request: pytest.FixtureRequest, address: str) -> None:
     result = run(
         _LORAPLEX_COMPLETE="complete_bash", COMP_WORDS="loraplex generate --lora demo/", COMP_CWORD="3",
-        LORAPLEX_URL=free_url,
+        LORAPLEX_URL=request.getfixturevalue(address),
     )  # fmt: skip
-    assert result.output.strip() == ""
+    assert (result.exit_code, result.output.strip()) == (0, "")
