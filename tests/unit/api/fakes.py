@@ -37,7 +37,7 @@ def gradient(width: int, height: int, shade: int = 0) -> PixelImage:
 
 
 class FakeGateway:
-    """Draws gradients of the size asked for; fails with `failure`, or waits for ever where `is_stuck`.
+    """Draws gradients of the size asked for; fails with `failure`, or waits where `is_stuck`, until `release`.
 
     A stream fails or waits after its first step where `is_begun`, else before its first event.
     """
@@ -45,6 +45,12 @@ class FakeGateway:
     def __init__(self) -> None:
         self.registry = FakeRegistry()
         self.reset()
+
+    def release(self) -> None:
+        """Let those go on who wait; from any thread."""
+        self.is_stuck = False
+        for loop, released in self._waiting:
+            loop.call_soon_threadsafe(released.set)
 
     def reset(self) -> None:
         """Forget everything: one gateway serves a whole session, as making an application takes longer."""
@@ -62,6 +68,7 @@ class FakeGateway:
         self.cancelled = threading.Event()
         self.known: tuple[ModelInfo, ...] = ()
         self.on_generate: Callable[[], None] = lambda: None
+        self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     @property
     def draft(self) -> GenerationDraft:
@@ -80,15 +87,19 @@ class FakeGateway:
             await self._fail_or_wait()
         result = self._result(draft, request_id)
         image = result.images[0]
-        yield Accepted(result.base_id, result.seeds[0], image.width, image.height, STEPS)
-        yield Progress(2, 0, STEPS)
-        for step in range(1, STEPS + 1):
-            yield Progress(0, step, STEPS)
-            if step <= draft.num_previews:
-                for index in range(draft.num_images):
-                    yield Preview(step - 1, index, gradient(8, 8, shade=index))
-            if self.is_begun:
-                await self._fail_or_wait()
+        try:
+            yield Accepted(result.base_id, result.seeds[0], image.width, image.height, STEPS)
+            yield Progress(2, 0, STEPS)
+            for step in range(1, STEPS + 1):
+                yield Progress(0, step, STEPS)
+                if step <= draft.num_previews:
+                    for index in range(draft.num_images):
+                        yield Preview(step - 1, index, gradient(8, 8, shade=index))
+                if self.is_begun:
+                    await self._fail_or_wait()
+        except GeneratorExit:  # closed between two events, not while it waits
+            self.cancelled.set()
+            raise
         yield result
 
     def _note(self, draft: GenerationDraft, request_id: str) -> None:
@@ -101,13 +112,17 @@ class FakeGateway:
     async def _fail_or_wait(self) -> None:
         cancelled = self.cancelled
         if self.is_stuck:
-            await self._wait_for_ever(cancelled)
+            await self._wait(cancelled)
         if self.failure is not None:
             raise self.failure
 
-    async def _wait_for_ever(self, cancelled: threading.Event) -> None:
+    async def _wait(self, cancelled: threading.Event) -> None:
+        released = asyncio.Event()
+        self._waiting.append((asyncio.get_running_loop(), released))
+        if not self.is_stuck:  # looked at again: `release` may have come before it could see this one
+            released.set()
         try:
-            await asyncio.Event().wait()
+            await released.wait()
         except asyncio.CancelledError:
             cancelled.set()
             raise
@@ -141,13 +156,15 @@ class FakeGateway:
 def served(app: ASGIApp) -> Iterator[str]:
     """Serve an application through a real uvicorn on loopback; yields its URL."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", ws="none"))
+    # Clients keep a connection for 5 s, as uvicorn does: it would close one at the moment at which it is used.
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_keep_alive=600)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=120)
         listener.close()
         assert not thread.is_alive(), "the server did not stop"

@@ -28,8 +28,15 @@ def nervous_gateway() -> FakeGateway:
 
 @pytest.fixture(scope="module")
 def nervous_url(nervous_gateway: FakeGateway) -> Iterator[str]:
-    """A server that keeps streams alive every moment, and gives bodies no more than that."""
-    with served(create_app(nervous_gateway, IngressSettings(keep_alive_s=TICK_S, body_timeout_s=TICK_S))) as url:
+    """A server that keeps streams alive every moment."""
+    with served(create_app(nervous_gateway, IngressSettings(keep_alive_s=TICK_S))) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def hasty_url(nervous_gateway: FakeGateway) -> Iterator[str]:
+    """A server that gives bodies no more than a moment."""
+    with served(create_app(nervous_gateway, IngressSettings(body_timeout_s=TICK_S))) as url:
         yield url
 
 
@@ -37,10 +44,10 @@ def test_a_silent_stream_is_kept_alive_by_comments(nervous_url: str, nervous_gat
     nervous_gateway.reset()
     nervous_gateway.is_stuck = nervous_gateway.is_begun = True
     body = {"prompt": "elephant", "stream": True}
-    with httpx.stream("POST", f"{nervous_url}/v1/images/generations", json=body, trust_env=False) as reply:
+    with httpx.stream("POST", f"{nervous_url}/v1/images/generations", json=body, timeout=60, trust_env=False) as reply:
         comments = (line for line in reply.iter_lines() if line.startswith(":"))
         assert [next(comments) for _ in range(3)] == [": keep-alive"] * 3
-    assert nervous_gateway.cancelled.wait(10)
+    assert nervous_gateway.cancelled.wait(60)
 
 
 def test_a_client_passes_the_comments_over(nervous_url: str, nervous_gateway: FakeGateway) -> None:
@@ -77,10 +84,10 @@ async def test_no_comment_stands_between_events_that_come_in_time() -> None:
 
 @pytest.mark.parametrize("path", ["/", "/v1/images/generations", "/v1/images/edits"])
 def test_a_body_that_does_not_arrive_is_waited_for_no_longer_than_allowed(
-    nervous_url: str, nervous_gateway: FakeGateway, path: str
+    hasty_url: str, nervous_gateway: FakeGateway, path: str
 ) -> None:
     nervous_gateway.reset()
-    with connect(nervous_url) as caller:
+    with connect(hasty_url) as caller:
         caller.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n".encode() + b'{"inputs": "ele')
         reply = caller.makefile("rb").read()  # to the end: the server closes the connection
     head, _, content = reply.partition(b"\r\n\r\n")

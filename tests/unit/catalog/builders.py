@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from safetensors.numpy import save
 
 from serve_app.catalog.catalog import Catalog, build_repositories
 from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, Environment, HubSettings
-from serve_app.core import AdapterRef
+from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.settings import ModelSource
 from tests.hub_server import HubServer
 
@@ -71,6 +72,14 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
     return folder
 
 
+async def renewed(catalog: Catalog, ref: AdapterRef, old: AdapterSpec) -> AdapterSpec:
+    """Return what an adapter is now that it is `old` no more; a slow look-up may have the old one served on."""
+    async with asyncio.timeout(60):
+        while (new := await catalog.adapter(ref)) == old:  # noqa: ASYNC110 - the catalog tells nobody
+            await asyncio.sleep(0.01)
+    return new
+
+
 @dataclass
 class Clock:
     """A clock that stands until it is told otherwise."""
@@ -102,7 +111,7 @@ class World:
         return self.folder / "adapters"
 
     def config(self, **sources: object) -> AppConfig:
-        hub = HubSettings.model_validate({"endpoint": self.hub.endpoint, "timeout_s": 5, **self.hub_settings})
+        hub = HubSettings.model_validate({"endpoint": self.hub.endpoint, "timeout_s": 60, **self.hub_settings})
         return AppConfig(
             bases=(
                 BaseModelConfig(

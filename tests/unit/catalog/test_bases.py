@@ -32,7 +32,7 @@ async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_
     hub.push("their/sd", FILES)
     hub.fail("their/sd", Fault(status=503))
     clock = Clock()
-    settings = HubSettings(endpoint=hub.endpoint, timeout_s=5)
+    settings = HubSettings(endpoint=hub.endpoint, timeout_s=60)
     reader = BaseFactsReader([HubRepositories(settings, token=None, cache_dir=tmp_path)], clock)
     config = base(hub="their/sd")
     assert await reader.facts(config) == BaseFacts("sd")

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import pytest
 
@@ -9,7 +8,7 @@ from serve_app.catalog.files import AdapterFiles
 from serve_app.core import AdapterRef
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound
 from tests.hub_server import INFO, Fault
-from tests.unit.catalog.builders import World, adapter_files, card, lora
+from tests.unit.catalog.builders import World, adapter_files, card, lora, renewed
 
 
 def ref(model: str, **fields: object) -> AdapterRef:
@@ -82,7 +81,7 @@ async def test_a_later_push_is_a_new_revision_after_the_time_to_live_and_the_old
     second = world.hub.push("me/sketch", adapter_files("demo/sd", lora(rank=8)))
     assert await catalog.adapter(ref("me/sketch")) == before
     world.clock.now += 301
-    after = await catalog.adapter(ref("me/sketch"))
+    after = await renewed(catalog, ref("me/sketch"), before)
     assert (before.revision, after.revision) == (first, second)
     assert (await files.path(after)).read_bytes() == lora(rank=8)
     assert (await files.path(before)).read_bytes() == lora(rank=4)
@@ -95,7 +94,7 @@ async def test_an_edited_folder_is_a_new_revision_within_seconds(world: World):
     before = await catalog.adapter(ref("me/sketch"))
     world.put("me/sketch", adapter_files("demo/sd", lora(rank=8)))
     world.clock.now += 3
-    assert (await catalog.adapter(ref("me/sketch"))).revision != before.revision
+    assert (await renewed(catalog, ref("me/sketch"), before)).revision != before.revision
 
 
 async def test_known_adapters_go_on_while_the_hub_is_down_and_new_ones_are_unavailable(world: World):
@@ -114,15 +113,17 @@ async def test_known_adapters_go_on_while_the_hub_is_down_and_new_ones_are_unava
 
 async def test_a_hub_that_hangs_does_not_delay_adapters_that_are_known(world: World):
     world.hub.push("me/sketch", adapter_files("demo/sd"))
+    world.hub_settings = {"timeout_s": 600}
     catalog = world.catalog()
     before = await catalog.adapter(ref("me/sketch"))
     world.hub.hold("me/sketch")
     world.clock.now += 1000
-    started = time.monotonic()
-    assert await catalog.adapter(ref("me/sketch")) == before
-    assert time.monotonic() - started < 3.0
-    asked = world.hub.count("me/sketch")
-    assert await catalog.adapter(ref("me/sketch")) == before
+    asked = world.hub.count("me/sketch") + 1
+    async with asyncio.timeout(60):
+        assert await catalog.adapter(ref("me/sketch")) == before
+    await asyncio.to_thread(world.hub.wait_for, lambda seen: seen.count("me/sketch") == asked)
+    async with asyncio.timeout(60):
+        assert await catalog.adapter(ref("me/sketch")) == before
     assert world.hub.count("me/sketch") == asked, "once the Hub is known to be slow, nobody waits again"
 
 
@@ -130,22 +131,22 @@ async def test_a_new_adapter_on_a_hub_that_hangs_is_unavailable_after_its_time(w
     world.hub.push("me/sketch", adapter_files("demo/sd"))
     world.hub.hold("me/sketch")
     world.hub_settings = {"timeout_s": 0.3}
-    started = time.monotonic()
     with pytest.raises(HubUnavailable, match=r"0\.3 s|in time"):
-        await world.catalog().adapter(ref("me/sketch"))
-    assert time.monotonic() - started < 4.0
+        async with asyncio.timeout(60):
+            await world.catalog().adapter(ref("me/sketch"))
 
 
 async def test_a_slow_repository_does_not_delay_another(world: World):
     for name in ("me/slow", "me/quick"):
         world.hub.push(name, adapter_files("demo/sd"))
     world.hub.hold("me/slow")
+    world.hub_settings = {"timeout_s": 600}
     catalog = world.catalog()
     slow = [asyncio.create_task(catalog.adapter(ref("me/slow", revision=r))) for r in [None, "main"] * 20]
     await asyncio.to_thread(world.hub.wait_for, lambda seen: seen.count("me/slow") == 2)
-    started = time.monotonic()
-    await catalog.adapter(ref("me/quick"))
-    assert time.monotonic() - started < 3.0
+    async with asyncio.timeout(60):
+        await catalog.adapter(ref("me/quick"))
+    assert not any(task.done() for task in slow)
     world.hub.release("me/slow")
     await asyncio.gather(*slow)
 

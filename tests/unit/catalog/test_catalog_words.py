@@ -10,7 +10,7 @@ from serve_app.catalog.files import AdapterFiles
 from serve_app.core import AdapterRef
 from serve_app.errors import LoraplexError, MalformedRequest
 from serve_app.refusals import MalformedFile
-from tests.unit.catalog.builders import WEIGHTS, World, adapter_files, lora
+from tests.unit.catalog.builders import WEIGHTS, World, adapter_files, lora, renewed
 
 EMBEDDINGS = "embeddings.safetensors"
 
@@ -39,7 +39,7 @@ async def test_the_words_beside_an_adapter_in_a_folder_are_part_of_its_revision(
 
     world.put("me/taught", {EMBEDDINGS: words(2.0)})
     world.clock.now += 60
-    second = await catalog.adapter(AdapterRef("me/taught"))
+    second = await renewed(catalog, AdapterRef("me/taught"), first)
     assert second.filename == first.filename
     assert len({plain.revision, first.revision, second.revision}) == 3
     assert second.key != first.key
