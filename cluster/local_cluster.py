@@ -27,6 +27,7 @@ from ray._private.authentication_test_utils import reset_auth_token_state, set_a
 from ray.cluster_utils import Cluster
 
 from cluster.ports import free_port
+from cluster.processes import command_line
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 JOIN_S = 120.0
@@ -220,14 +221,7 @@ def raylet_of(node_id: str) -> int:
 
 def node_holds(node_id: str, deployment: str) -> bool:
     """Say whether a replica of a deployment runs on a node."""
-    return any(deployment in _command_line(worker) for worker in psutil.Process(raylet_of(node_id)).children())
-
-
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended
-        return ""
+    return any(deployment in command_line(worker) for worker in psutil.Process(raylet_of(node_id)).children())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ What is held takes as long as the test likes, however fast the machine is and wh
 
 from __future__ import annotations
 
-import json
 import socket
 import threading
 import time
@@ -23,7 +22,7 @@ from serve_app.core import GenerationRequest
 from serve_app.deployments.ingress import deployment_name
 from serve_app.deployments.replica import BaseModelReplica
 from serve_app.engine.pipeline import PassOutcome
-from tests.service import Service, base_settings
+from tests.service import Service, base_settings, connect, posted
 
 LOOKS_EVERY_S = 0.02
 PATIENCE_S = 120
@@ -144,12 +143,6 @@ def held_service(port: int, base: str, cache_dir: Path) -> Iterator[tuple[Servic
 @contextmanager
 def caller(service: Service, path: str, body: dict[str, Any]) -> Iterator[socket.socket]:
     """Send a request and be there, without reading, until the end of the block."""
-    parts = urlsplit(service.url)
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {parts.path}{path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\n\r\n"
-    )
-    with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=PATIENCE_S) as connection:
-        connection.sendall(head.encode() + content)
+    with connect(service.url) as connection:
+        connection.sendall(posted(urlsplit(service.url).path + path, body))
         yield connection

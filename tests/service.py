@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.ports import free_port
+from cluster.processes import command_line
 from serve_app.environment import launch_environment
 
 BASES = ("demo/sdxl", "demo/sd15")
@@ -79,15 +83,8 @@ def _start_ray() -> None:
 def process_of(marker: str) -> psutil.Process:
     """Return the one process of this very cluster whose command line has a marker, such as `app:deployment`."""
     ours = psutil.Process().children(recursive=True)
-    (found,) = [process for process in ours if marker in _command_line(process)]
+    (found,) = [process for process in ours if marker in command_line(process)]
     return found
-
-
-def _command_line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended
-        return ""
 
 
 @dataclass
@@ -109,6 +106,21 @@ class Service:
         reply = self.ask(prompt, model=model, lora=lora, **parameters)
         assert reply.status_code == 200, reply.text
         return pixels_of(reply)
+
+
+def connect(url: str) -> socket.socket:
+    """Open a connection to whoever serves a URL."""
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname or "", parts.port or 80), timeout=120)
+
+
+def posted(path: str, body: dict[str, Any]) -> bytes:
+    """Return a request as it is sent."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
 
 
 def pixels_of(reply: httpx.Response) -> NDArray[np.uint8]:

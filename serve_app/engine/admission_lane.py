@@ -114,15 +114,15 @@ class Lane:
         started = time.monotonic()
         while True:
             # What the child still has to load is not the file's fault, and a new child would load it again.
-            deadline = started + START_LIMIT_S if child.warm_at is None else max(started, child.warm_at) + limit_s
+            begun = None if child.warm_at is None else max(started, child.warm_at)
+            deadline = started + START_LIMIT_S if begun is None else begun + limit_s
             try:
                 return child.receive(min(TICK_S, max(0.0, deadline - time.monotonic())))
             except TimeoutError:
                 now = time.monotonic()
                 if now >= deadline:
                     raise
-                busy_s = now - max(started, child.warm_at) if child.warm_at else 0.0
-                if busy_s > self._patience_s and self._asked > 1:
+                if begun is not None and now - begun > self._patience_s and self._asked > 1:
                     raise Overtaken from None
 
     def _ready_child(self) -> Child:

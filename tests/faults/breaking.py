@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from cluster.processes import command_line
+
 # Ray names a worker after the actor in it, and Serve a replica's actor after its application and deployment.
 _REPLICA = re.compile(r"^ray::ServeReplica:(?P<app>[^:]+):(?P<deployment>[A-Za-z0-9_-]+)")
 _PROXY = re.compile(r"^ray::ProxyActor\b")
@@ -95,13 +97,6 @@ def talking_to(port: int, pids: Iterable[int]) -> list[int]:
     return [pid for pid in pids if any(c.raddr and c.raddr.port == port for c in _connections(pid))]
 
 
-def wait_until_busy(pid: int, cpu_s: float = 0.1) -> None:
-    """Return once the process has computed for a while; the kernel's count of its CPU time says so."""
-    process = psutil.Process(pid)
-    before = process.cpu_times().user
-    until(lambda: process.cpu_times().user - before >= cpu_s, f"work in process {pid}", poll_s=0.01)
-
-
 def until(is_so: Callable[[], bool], what: str, *, timeout_s: float = WAIT_S, poll_s: float = 0.05) -> float:
     """Return the seconds until a condition holds.
 
@@ -117,11 +112,11 @@ def until(is_so: Callable[[], bool], what: str, *, timeout_s: float = WAIT_S, po
 
 def _workers(title: re.Pattern[str]) -> Iterator[tuple[int, str, re.Match[str]]]:
     for raylet in psutil.Process().children(recursive=True):
-        node = _NODE.search(_line(raylet)) if _name(raylet) == "raylet" else None
+        node = _NODE.search(command_line(raylet)) if _name(raylet) == "raylet" else None
         if node is None:
             continue
         for worker in _children(raylet):
-            if found := title.match(_line(worker)):
+            if found := title.match(command_line(worker)):
                 yield worker.pid, node["id"], found
 
 
@@ -137,13 +132,6 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children()
     except psutil.Error:
         return []
-
-
-def _line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended
-        return ""
 
 
 def _connections(pid: int) -> list[Any]:

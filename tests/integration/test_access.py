@@ -22,6 +22,7 @@ from ray import serve
 from serve_app.app import build
 from serve_app.config import AppConfig, digest_of
 from tests.access_matrix import KEYED, LISTED, MATRIX, NAMED, NOTHING, OPEN, request_of
+from tests.faults.breaking import until
 from tests.held_streams import LET_IN, HeldStreams
 from tests.hub_server import Fault, HubServer
 from tests.service import base_settings, process_of
@@ -145,9 +146,7 @@ def asked(
 
 def remove_alias(guarded: Guarded, name: str) -> None:
     """Remove an alias that was just made: an ingress may not have heard of it yet."""
-    ends_at = time.monotonic() + WAIT_S
-    while not guarded.ask("DELETE", f"/v1/loras/{name}", ADMIN).json().get("deleted"):
-        assert time.monotonic() < ends_at
+    until(lambda: guarded.ask("DELETE", f"/v1/loras/{name}", ADMIN).json().get("deleted") is True, "the removal")
 
 
 # The routes of the application itself are checked against the matrix in tests/unit/api/test_auth.py.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,11 @@ from ray import serve
 from serve_app.app import assemble
 from serve_app.config import AppConfig
 from tests.failing_replica import HANGS, HANGS_AFTER_PREVIEW, HANGS_AFTER_STEP, WAITS, FailingReplica
+from tests.faults.breaking import until
 from tests.service import Service, base_settings, pixels_of, process_of
 
 PROMPT = "a blue square on a red background"
 REPLICA = "fragile:base-demo--sd15"
-PATIENCE_S = 120
 
 # Of the first test this is also the time in which cluster and service start; each waits for a new replica.
 pytestmark = pytest.mark.timeout(1200)
@@ -63,13 +62,6 @@ def fragile(cluster: int, marks: Path) -> Iterator[Service]:
     serve.delete("fragile")
 
 
-def wait_until(is_so: Callable[[], bool]) -> None:
-    ends_at = time.monotonic() + PATIENCE_S
-    while not is_so():
-        assert time.monotonic() < ends_at
-        time.sleep(0.02)
-
-
 @contextmanager
 def device_waiting(marks: Path) -> Iterator[None]:
     """Let no pass of the prompt `WAITS` begin before the end of the block."""
@@ -94,7 +86,7 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(fragile: Servic
     with ThreadPoolExecutor(8) as pool, device_waiting(marks):
         asked = [pool.submit(fragile.ask, WAITS, seed=seed) for seed in range(8)]
         # One runs and two wait; the first of all may take a place of theirs until it is with the replica.
-        wait_until(lambda: sum(future.done() for future in asked) >= 5)
+        until(lambda: sum(future.done() for future in asked) >= 5, "five refusals")
         refused = [future.result() for future in asked if future.done()]
     assert {reply.status_code for reply in refused} == {429}
     assert {future.result().status_code for future in asked} == {200, 429}
@@ -114,7 +106,7 @@ def test_openai_s_client_comes_back_when_a_full_queue_says_so_until_it_has_its_i
     ):
         with device_waiting(marks):
             asked = [pool.submit(ai.images.generate, prompt=WAITS) for _ in range(8)]
-            wait_until(lambda: 429 in statuses)
+            until(lambda: 429 in statuses, "a refusal")
             assert 200 not in statuses
         replies = [future.result() for future in asked]
     assert all(reply.data for reply in replies)
@@ -128,7 +120,7 @@ def test_a_request_whose_replica_is_killed_still_gets_its_image(fragile: Service
     victim = process_of(REPLICA)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(fragile.ask, HANGS, **asked)
-        wait_until((marks / HANGS).exists)
+        until((marks / HANGS).exists, "the hang")
         os.kill(victim.pid, signal.SIGKILL)
         reply = running.result()
     assert reply.status_code == 200, reply.text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from serve_app.routing.router import router_config
 from serve_app.routing.stats import decode, tag_of
 from serve_app.work import Pace
 from tests.engine_cases import use_of
+from tests.faults.breaking import until
 from tests.service import Service, base_settings
 from tests.sleeper import BASE as ASLEEP_BASE
 from tests.sleeper import sleeping_request
@@ -103,10 +103,10 @@ def test_adapters_stay_on_their_replica_whichever_ingress_sends_to_them(callers:
     first = [callers[number % 2].ask.remote(style, 0) for number, style in enumerate(STYLES)]
     answers = list(zip(STYLES, ray.get(first, timeout=WAIT_S), strict=True))
     # What one of them has had fetched, the other learns from Serve, which takes its time.
-    ends_at = time.monotonic() + WAIT_S
-    while not all(ray.get([caller.knows.remote(style) for caller in callers for style in STYLES], timeout=WAIT_S)):
-        assert time.monotonic() < ends_at, "not every router has heard of every adapter"
-        time.sleep(0.05)
+    until(
+        lambda: all(ray.get([caller.knows.remote(style) for caller in callers for style in STYLES], timeout=WAIT_S)),
+        "word of every adapter at every router",
+    )
     answers += [
         (style, ray.get(callers[(turn + number) % 2].ask.remote(style, turn), timeout=WAIT_S))
         for turn in range(1, 10)

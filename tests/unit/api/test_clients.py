@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,25 +18,11 @@ from PIL import Image
 from serve_app.api.images import encode_image
 from serve_app.core import AdapterRef, GenerationDraft
 from serve_app.errors import ModelNotFound
+from tests.service import connect, posted
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PICTURE = gradient(40, 24)
 PNG = encode_image(PICTURE, "png")
-
-
-def connect(url: str) -> socket.socket:
-    parts = urlsplit(url)
-    assert parts.hostname is not None
-    return socket.create_connection((parts.hostname, parts.port or 80), timeout=60)
-
-
-def posted(path: str, body: dict[str, object]) -> bytes:
-    """Return a request as it is sent."""
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
 
 
 def test_huggingface_text_to_image(url: str, gateway: FakeGateway) -> None:

@@ -18,8 +18,8 @@ from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, GenerationDraft, ModelInfo
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
+from tests.service import connect, posted
 from tests.unit.api.fakes import FakeGateway, gradient
-from tests.unit.api.test_clients import connect, posted
 
 PICTURE = gradient(40, 24)
 PNG = encode_image(PICTURE, "png")

@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 from serve_app.api.images import decode_image, encode_image
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull, ReplicaLost
+from tests.service import connect, posted
 from tests.unit.api.fakes import STEPS, FakeGateway, gradient
-from tests.unit.api.test_clients import connect, posted
 
 PICTURE = gradient(40, 24)
 PNG = encode_image(PICTURE, "png")

@@ -7,8 +7,9 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
+
+from tests.faults.breaking import has_ended, until
 
 SILENCE_S = 3.0
 # So much longer than a busy machine keeps a process waiting.
@@ -40,19 +41,12 @@ def ended(how: str, silence_s: float) -> tuple[int, int, str]:
     return guarded.returncode, guardian, errors
 
 
-def wait_until_gone(pid: int) -> None:
-    ends_at = time.monotonic() + WAIT_S
-    while psutil.pid_exists(pid):
-        assert time.monotonic() < ends_at
-        time.sleep(0.05)
-
-
 @pytest.mark.parametrize("how", ["stops", "blocks"])
 def test_a_process_that_is_stopped_or_whose_event_loop_is_blocked_is_killed(how: str) -> None:
     status, guardian, errors = ended(how, SILENCE_S)
     assert status == -signal.SIGKILL
     assert "gave no sign of life for 3 s" in errors
-    wait_until_gone(guardian)
+    until(lambda: has_ended(guardian), "the end of the guardian")
 
 
 def test_a_process_that_lives_is_left_alone_and_its_guardian_ends_with_it() -> None:
@@ -60,4 +54,4 @@ def test_a_process_that_lives_is_left_alone_and_its_guardian_ends_with_it() -> N
     status, guardian, errors = ended("lives", LONG_SILENCE_S)
     assert (status, errors) == (0, "")
     assert time.monotonic() - began >= 1.5 * LONG_SILENCE_S
-    wait_until_gone(guardian)
+    until(lambda: has_ended(guardian), "the end of the guardian")
