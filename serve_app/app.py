@@ -11,15 +11,15 @@ from ray.serve import Application
 
 from serve_app.autoscaling import ray_settings
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.deployments.alias_keeper import AliasKeeper
-from serve_app.deployments.file_index import FileIndex
-from serve_app.deployments.ingress import Ingress, deployment_name
-from serve_app.deployments.limit_keeper import LimitKeeper, is_needed
-from serve_app.deployments.pressure import most_held
-from serve_app.deployments.replica import BaseModelReplica
+from serve_app.deployments.ingress.backpressure import most_held
+from serve_app.deployments.ingress.ingress import Ingress, deployment_name
+from serve_app.deployments.limits.limit_keeper import LimitKeeper, is_needed
+from serve_app.deployments.registry.alias_keeper import AliasKeeper
+from serve_app.deployments.replica.replica import BaseModelReplica
+from serve_app.deployments.shared.file_index import FileIndex
 from serve_app.environment import read_environment
+from serve_app.observability.tracing import check_tracing
 from serve_app.routing.router import router_config
-from serve_app.tracing import check_tracing
 
 # Ray gives the head node, and no other, one of this.
 HEAD_NODE = "node:__internal_head__"

@@ -53,7 +53,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from serve_app.credentials import without_credentials
+from serve_app.redaction import without_credentials
 
 
 def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:

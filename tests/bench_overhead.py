@@ -27,7 +27,7 @@ import httpx
 import psutil
 
 from serve_app.core import AdapterUse, GenerationDraft
-from serve_app.deployments.ingress import deployment_name
+from serve_app.deployments.ingress.ingress import deployment_name
 from tests.service import Service, base_settings, ray_cluster
 
 APPLICATION = "loraplex"
@@ -47,11 +47,11 @@ class DirectEngine:
 
         from serve_app.config import BaseModelConfig
         from serve_app.demo.embedded import embedded_root
-        from serve_app.deployments.settle import settle
-        from serve_app.engine.loading import resolve_source
-        from serve_app.engine.pipeline import BasePipeline
-        from serve_app.engine.weights import AdapterWeights
-        from serve_app.engine.worker import EngineWorker
+        from serve_app.deployments.ingress.resolve_defaults import settle
+        from serve_app.engine.base.loading import resolve_source
+        from serve_app.engine.drawing.pipeline import BasePipeline
+        from serve_app.engine.weights.fused import AdapterWeights
+        from serve_app.engine.worker.worker import EngineWorker
 
         base = BaseModelConfig.model_validate(base_settings(BASE))
         pipeline = BasePipeline.load(base, resolve_source(base.source, embedded_root()), device=torch.device("cpu"))

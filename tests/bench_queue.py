@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.engine.pace import WorkState
+from serve_app.engine.worker.pace import WorkState
 
 REQUESTS = 60
 CALLERS = 12
@@ -47,9 +47,9 @@ def between(before: WorkState, after: WorkState, wall_s: float) -> Busy:
 
 def run_worker() -> Busy:
     """Run one worker in this process, made as a replica makes it."""
-    from serve_app.engine.integrity import PacedCheck, SelfCheck
-    from serve_app.engine.weights import AdapterWeights
-    from serve_app.engine.worker import EngineWorker
+    from serve_app.engine.weights.fused import AdapterWeights
+    from serve_app.engine.weights.integrity import PacedCheck, SelfCheck
+    from serve_app.engine.worker.worker import EngineWorker
     from tests.engine_cases import load, parsed_adapter, request, use_of
 
     pipeline = load("sd15")

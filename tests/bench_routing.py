@@ -25,9 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from serve_app.bench.workload import TRAFFICS, Arrival, generate
+from serve_app.bench.traffic.workload import TRAFFICS, Arrival, generate
 from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest
-from serve_app.engine.queue import QueuePolicy
+from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.routing.cost import AdapterNeed, Demand, rank
 from serve_app.routing.ledger import Ledger, Sighting
 from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers

@@ -22,9 +22,9 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.local_cluster import ISOLATION
-from serve_app.catalog.originals import Originals
-from serve_app.deployments.file_index import SharedFile
-from serve_app.deployments.sharing import ObjectStore, get_file, put_file
+from serve_app.catalog.sources.download_cache import Originals
+from serve_app.deployments.shared.file_index import SharedFile
+from serve_app.deployments.shared.sharing import ObjectStore, get_file, put_file
 from tests.hub_server import HubServer
 
 REPEATS = 3

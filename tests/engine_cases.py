@@ -12,11 +12,11 @@ from PIL import Image
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, PixelImage, Progress
-from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter
-from serve_app.engine.job import OnEvent
-from serve_app.engine.loading import LoadedBase, ResolvedSource
-from serve_app.engine.manifest import BaseManifest
-from serve_app.engine.pipeline import BasePipeline
+from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
+from serve_app.engine.base.loading import LoadedBase, ResolvedSource
+from serve_app.engine.base.manifest import BaseManifest
+from serve_app.engine.drawing.pipeline import BasePipeline
+from serve_app.engine.worker.jobs import OnEvent
 from serve_app.settings import ModelSource
 from tests.tiny import tiny_folder
 

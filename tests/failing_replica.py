@@ -17,8 +17,8 @@ from ray import serve
 
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest
-from serve_app.deployments.replica import BaseModelReplica
-from serve_app.engine.pipeline import PassOutcome
+from serve_app.deployments.replica.replica import BaseModelReplica
+from serve_app.engine.drawing.pipeline import PassOutcome
 
 HANGS, BREAKS, IS_FULL = "the device hangs", "the device breaks", "the device is full"
 OVERFLOWS = "the numbers overflow"

@@ -19,9 +19,9 @@ from ray import serve
 from serve_app.app import assemble
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest
-from serve_app.deployments.ingress import deployment_name
-from serve_app.deployments.replica import BaseModelReplica
-from serve_app.engine.pipeline import PassOutcome
+from serve_app.deployments.ingress.ingress import deployment_name
+from serve_app.deployments.replica.replica import BaseModelReplica
+from serve_app.engine.drawing.pipeline import PassOutcome
 from tests.service import Service, base_settings, connect, posted
 
 LOOKS_EVERY_S = 0.02

@@ -14,8 +14,8 @@ from ray import serve
 
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.deployments.replica import BaseModelReplica
-from serve_app.engine.pipeline import PassOutcome
+from serve_app.deployments.replica.replica import BaseModelReplica
+from serve_app.engine.drawing.pipeline import PassOutcome
 
 IMAGE_S = 1 / 15
 

@@ -9,9 +9,9 @@ from ray import serve
 
 from serve_app.autoscaling import replica_report
 from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, GenerationResult, Timings
-from serve_app.deployments.siblings import ask_siblings
-from serve_app.deployments.warming import Demand, Wanted, WarmUpLimits, make_ready
-from serve_app.engine.pace import WorkBooks
+from serve_app.deployments.replica.peers import ask_siblings
+from serve_app.deployments.replica.prefetch import Demand, Wanted, WarmUpLimits, make_ready
+from serve_app.engine.worker.pace import WorkBooks
 from serve_app.work import Pace, work_units
 
 UNIT_S = 0.05

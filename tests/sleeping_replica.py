@@ -21,8 +21,16 @@ from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serve_app.core import AdapterSpec, GenerationRequest, Timings
-from serve_app.engine.pace import WorkBooks
-from serve_app.engine.queue import Batch, CompositionKey, QueuePolicy, Waiting, batch_key, left_after, next_batch
+from serve_app.engine.worker.pace import WorkBooks
+from serve_app.engine.worker.scheduling import (
+    Batch,
+    CompositionKey,
+    QueuePolicy,
+    Waiting,
+    batch_key,
+    left_after,
+    next_batch,
+)
 from serve_app.routing.cost import demand_of
 from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
 from serve_app.store.admitted import AdmittedFiles
@@ -130,7 +138,7 @@ class SleepingReplica:
 
     def __init__(self, sleeps: Sleeps, folder: Path) -> None:
         # The very multiplexer of production; its module is heavy, so it is imported where it is needed.
-        from serve_app.deployments.replica import multiplexer
+        from serve_app.deployments.replica.replica import multiplexer
 
         self._sleeps = sleeps
         self._folder = folder

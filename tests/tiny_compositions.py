@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from serve_app.engine.adapter import Coverage, LowRank, ParsedAdapter, bytes_of
-from serve_app.engine.manifest import adaptable_components, manifest_of
-from serve_app.engine.reader import read_adapter
-from serve_app.engine.weights import AdapterWeights
+from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter, bytes_of
+from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.base.manifest import adaptable_components, manifest_of
+from serve_app.engine.weights.fused import AdapterWeights
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, full, loha, lokr, lora

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from serve_app.core import Scale, Scales, scale_of
-from serve_app.engine.manifest import adaptable_components
+from serve_app.engine.base.manifest import adaptable_components
 from tests.tiny import denoiser_name, tiny_pipeline
 from tests.tiny_adapters import as_kohya, attention, everything, linear, lora, text_layers, write
 

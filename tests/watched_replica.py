@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ray import serve
 
-from serve_app.engine.queue import Batch, QueuePolicy
+from serve_app.engine.worker.scheduling import Batch, QueuePolicy
 from tests.sleeping_replica import SleepingDevice, SleepingReplica, Sleeps
 
 

@@ -1,6 +1,6 @@
 """Prometheus and Grafana: files that parse, names that exist, alerts that somebody can act on.
 
-Owns the names: every metric in a rule or a panel is one that the service declares (`serve_app.telemetry`) or one of
+Owns the names: every metric in a rule or a panel is one that the service declares (`observability.metrics`) or one of
 those of Ray Serve listed here; a test compares both with what a running service exports.
 """
 
@@ -18,7 +18,7 @@ import yaml
 
 from cluster.checks import schemas, tools
 from cluster.grafana import dashboard
-from serve_app.telemetry import DECLARED
+from serve_app.observability.metrics import DECLARED
 
 PROMTOOL = "it comes with Debian's package prometheus, and with Prometheus itself"
 RULES = ("recording.rules.yml", "alerts.rules.yml")

@@ -12,17 +12,17 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from serve_app.api import faults
-from serve_app.api.auth import Access, Authentication
-from serve_app.api.boundary import Boundary, new_uuid
 from serve_app.api.document import add_document_routes, build_document
-from serve_app.api.gateway import Gateway
-from serve_app.api.huggingface import add_inference_routes
-from serve_app.api.openai import add_openai_routes
-from serve_app.api.openai_models import add_model_routes
-from serve_app.api.page import add_page_routes
-from serve_app.api.registry import add_registry_routes
-from serve_app.api.status import add_status_routes
+from serve_app.api.http import error_responses
+from serve_app.api.http.auth import Access, Authentication
+from serve_app.api.http.boundary import Boundary, new_uuid
+from serve_app.api.http.gateway import Gateway
+from serve_app.api.huggingface.routes import add_inference_routes
+from serve_app.api.openai.models import add_model_routes
+from serve_app.api.openai.routes import add_openai_routes
+from serve_app.api.pages.pages import add_page_routes
+from serve_app.api.pages.status import add_status_routes
+from serve_app.api.registry.routes import add_registry_routes
 from serve_app.config import IngressSettings
 
 
@@ -51,7 +51,7 @@ def create_app(
     `echo_request_id` is for the server in front: Ray Serve's proxy adds `x-request-id` to every reply itself.
     """
     app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
-    faults.install(app)
+    error_responses.install(app)
     app.add_middleware(Authentication, access=access or Access(), clock=clock)
     app.add_middleware(Boundary, new_request_id=new_request_id, echo_request_id=echo_request_id)
     if settings.cors_origins:

@@ -18,10 +18,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from serve_app.api.openai_schemas import EVENTS, ImageEditForm, ImageGeneration
-from serve_app.api.page import asset_response, read_page
-from serve_app.api.registry_schemas import NewLora, PreloadOrder
-from serve_app.api.schemas import InferenceBody
+from serve_app.api.huggingface.schemas import InferenceBody
+from serve_app.api.openai.schemas import EVENTS, ImageEditForm, ImageGeneration
+from serve_app.api.pages.pages import asset_response, read_page
+from serve_app.api.registry.schemas import NewLora, PreloadOrder
 
 _BODIES = (InferenceBody, ImageGeneration, ImageEditForm, NewLora, PreloadOrder)
 _SUMMARY = "Serves many LoRA adapters over a few diffusion base models: name one, get its image."

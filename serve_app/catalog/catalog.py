@@ -1,7 +1,8 @@
 """From the names in a request to one base and resolved adapters.
 
-Owns what is known of every adapter, for how long, and for whom. Finding things out is `serve_app.catalog.examination`,
-remembering them `serve_app.catalog.lookups`, and who may be combined with whom `serve_app.catalog.combining`.
+Owns what is known of every adapter, for how long, and for whom. Finding things out is
+`reading.inspector`, remembering them `resolving.lookups`, and who may be combined with whom
+`resolving.compatibility`.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.catalog.access import CallerAccess
-from serve_app.catalog.bases import BaseFactsReader
-from serve_app.catalog.card import Card
-from serve_app.catalog.combining import check_named, check_words, common_base, spec_on
-from serve_app.catalog.examination import Examiner, Finding
-from serve_app.catalog.folder import FolderRepositories
-from serve_app.catalog.holdings import KnownAdapter
-from serve_app.catalog.hub import HubRepositories
-from serve_app.catalog.lookups import SharedLookups
-from serve_app.catalog.repository import EMBEDDED, FOLDER, HUB, Repositories
+from serve_app.catalog.reading.bases import BaseFactsReader
+from serve_app.catalog.reading.card import Card
+from serve_app.catalog.reading.inspector import Examiner, Finding
+from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, Repositories
+from serve_app.catalog.replica_report import KnownAdapter
+from serve_app.catalog.resolving.access import CallerAccess
+from serve_app.catalog.resolving.compatibility import check_named, check_words, common_base, spec_on
+from serve_app.catalog.resolving.lookups import SharedLookups
+from serve_app.catalog.sources.folder import FolderRepositories
+from serve_app.catalog.sources.hub import HubRepositories
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterRef, AdapterSpec, AdapterUse, HubToken
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve_app.catalog.repository import Repositories
+from serve_app.catalog.reading.repository import Repositories
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 

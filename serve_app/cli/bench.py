@@ -11,7 +11,7 @@ from typing import Annotated, Protocol
 import typer
 from rich.console import RenderableType
 
-from serve_app.bench.options import (
+from serve_app.bench.measuring.options import (
     AdmissionOptions,
     Baseline,
     Device,
@@ -62,8 +62,8 @@ def swap(
     json_file: JsonFile = None,
 ) -> None:
     """Change adapters, diffusers' way and ours, side by side, with random weights; nothing is downloaded."""
-    from serve_app.bench.swap import run_swap
-    from serve_app.bench.table import render
+    from serve_app.bench.machine.swap import run_swap
+    from serve_app.bench.measuring.table import render
 
     options = SwapOptions(
         model, device, dtype, rank, targets, baseline, narrow, prepare, repeat, seed, threads, steps, latent
@@ -83,8 +83,8 @@ def start(
     json_file: JsonFile = None,
 ) -> None:
     """Load a base, and read its file's bytes; its random weights are written to the temporary folder once."""
-    from serve_app.bench.start import run_start
-    from serve_app.bench.table import render_start
+    from serve_app.bench.machine.start import run_start
+    from serve_app.bench.measuring.table import render_start
 
     with reporting(as_json=False):
         report = run_start(StartOptions(model, dtype, repeat, seed, threads))
@@ -103,8 +103,8 @@ def pipeline(
     json_file: JsonFile = None,
 ) -> None:
     """Measure each choice in a pipeline's set-up, both ways in turn, on the demo bases and a narrow SDXL."""
-    from serve_app.bench.pipeline import run_pipeline
-    from serve_app.bench.table import render_pipeline
+    from serve_app.bench.machine.pipeline import run_pipeline
+    from serve_app.bench.measuring.table import render_pipeline
 
     with reporting(as_json=False):
         report = run_pipeline(PipelineOptions(device, dtype, size, steps, repeat, seed, threads))
@@ -123,8 +123,8 @@ def admission(
     json_file: JsonFile = None,
 ) -> None:
     """Admit files never seen, in the process that replicas use, alone and beside a running generation."""
-    from serve_app.bench.admission import run_admission
-    from serve_app.bench.table import render_admission
+    from serve_app.bench.machine.admission import run_admission
+    from serve_app.bench.measuring.table import render_admission
 
     with reporting(as_json=False):
         report = run_admission(AdmissionOptions(model, dtype, rank, repeat, steps, latent, seed))

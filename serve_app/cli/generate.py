@@ -16,10 +16,13 @@ from typing import Annotated, Any
 import typer
 
 from serve_app.cli.models import complete_model
-from serve_app.cli.options import DEFAULT_URL, AsJson, Key, Url
 from serve_app.cli.service import Drawing, Pictures, ServiceClient, Step
 from serve_app.cli.terminal import (
+    DEFAULT_URL,
+    AsJson,
     CommandFailed,
+    Key,
+    Url,
     err,
     plain,
     print_error,

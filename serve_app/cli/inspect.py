@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve_app.cli.options import AsJson, ConfigOption
 from serve_app.cli.terminal import (
     FAILED,
+    AsJson,
     CommandFailed,
+    ConfigOption,
     bytes_text,
     plural,
     print_fields,
@@ -26,7 +27,7 @@ from serve_app.cli.terminal import (
 from serve_app.core import AdapterRef
 
 if TYPE_CHECKING:
-    from serve_app.catalog.header import HeaderFacts
+    from serve_app.catalog.reading.header import HeaderFacts
     from serve_app.cli.inspection import Inspection, Verdict
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from serve_app.catalog.card import Card, parse_card
-from serve_app.catalog.header import HeaderFacts, MalformedHeader, describe, read_header
-from serve_app.catalog.repository import Repositories, RepositoryListing, is_valid_id
-from serve_app.catalog.selection import SAFE_SUFFIX, candidates
+from serve_app.catalog.reading.card import Card, parse_card
+from serve_app.catalog.reading.header import HeaderFacts, MalformedHeader, describe, read_header
+from serve_app.catalog.reading.repository import Repositories, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.selection import SAFE_SUFFIX, candidates
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef
@@ -159,8 +159,8 @@ async def _judge(
 
 
 async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None) -> Verdict:
-    from serve_app.engine.reader import read_adapter
-    from serve_app.engine.structure import structure_of
+    from serve_app.engine.adapters.parser import read_adapter
+    from serve_app.engine.base.manifest import structure_of
 
     try:
         async with sources.base_configurations(base) as folder:

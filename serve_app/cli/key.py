@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from serve_app.cli.options import AsJson
-from serve_app.cli.terminal import CommandFailed, print_fields, print_json, print_line, reporting
+from serve_app.cli.terminal import AsJson, CommandFailed, print_fields, print_json, print_line, reporting
 
 PREFIX = "lpx_"
 KEY_BYTES = 32

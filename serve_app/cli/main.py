@@ -16,9 +16,8 @@ from serve_app.cli import bench, key
 from serve_app.cli.generate import generate
 from serve_app.cli.inspect import inspect
 from serve_app.cli.models import models
-from serve_app.cli.options import AsJson, ServeFile
 from serve_app.cli.pull import pull
-from serve_app.cli.terminal import FAILED, CommandFailed, err, out, plain, print_json, reporting
+from serve_app.cli.terminal import FAILED, AsJson, CommandFailed, ServeFile, err, out, plain, print_json, reporting
 
 if TYPE_CHECKING:
     from pathlib import Path

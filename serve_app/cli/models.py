@@ -11,9 +11,18 @@ from dataclasses import asdict
 
 import typer
 
-from serve_app.cli.options import DEFAULT_URL, AsJson, Key, Url
 from serve_app.cli.service import ServedModel, ServiceClient
-from serve_app.cli.terminal import CommandFailed, plural, print_json, print_line, reporting
+from serve_app.cli.terminal import (
+    DEFAULT_URL,
+    AsJson,
+    CommandFailed,
+    Key,
+    Url,
+    plural,
+    print_json,
+    print_line,
+    reporting,
+)
 
 TIMEOUT_S = 60.0
 COMPLETION_TIMEOUT_S = 2.0

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve_app.cli.options import AsJson, ConfigOption
-from serve_app.cli.terminal import bytes_text, err, print_json, print_line, reporting
+from serve_app.cli.terminal import AsJson, ConfigOption, bytes_text, err, print_json, print_line, reporting
 from serve_app.core import AdapterRef
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
 
 
 def _pull_bases(sources: Sources, *, is_quiet: bool) -> list[Pulled]:
-    from serve_app.engine.loading import HubAccess, fetch
+    from serve_app.engine.base.loading import HubAccess, fetch
 
     pulled: list[Pulled] = []
     for base in sources.config.bases:

@@ -14,8 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig
+from serve_app.observability.tracing import TracingUnavailable, check_tracing
 from serve_app.settings import nearest
-from serve_app.tracing import TracingUnavailable, check_tracing
 
 IMPORT_PATH = "serve_app.app:build"
 

@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.catalog.bases import BaseFactsReader
-from serve_app.catalog.card import Card
 from serve_app.catalog.catalog import build_repositories
-from serve_app.catalog.examination import Examiner
-from serve_app.catalog.repository import HUB, Repositories
+from serve_app.catalog.reading.bases import BaseFactsReader
+from serve_app.catalog.reading.card import Card
+from serve_app.catalog.reading.inspector import Examiner
+from serve_app.catalog.reading.repository import HUB, Repositories
 from serve_app.cli.serve_file import ServeFileInvalid, applications_of
 from serve_app.cli.terminal import CommandFailed
 from serve_app.config import AppConfig, BaseModelConfig, Environment
@@ -72,7 +72,7 @@ class Sources:
             BaseUnusable: they are missing.
             HubUnavailable, AccessDenied: the Hub does not give them.
         """
-        from serve_app.engine.structure import INDEX, adaptable_parts
+        from serve_app.engine.base.manifest import INDEX, adaptable_parts
 
         source = base.source
         if source.hub is None:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from serve_app.cli.options import Key, checked_url
-from serve_app.cli.terminal import err, out, print_line, reporting
+from serve_app.cli.terminal import Key, checked_url, err, out, print_line, reporting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from serve_app.bench.simulate import Fleet
-    from serve_app.bench.simulate_profile import Profile
-    from serve_app.bench.workload import Workload
+    from serve_app.bench.simulation.profile import Profile
+    from serve_app.bench.simulation.simulator import Fleet
+    from serve_app.bench.traffic.workload import Workload
 
 TrafficName = Annotated[str, typer.Option("--traffic", help="Which traffic to draw: day, or blog.")]
 Requests = Annotated[int | None, typer.Option("--requests", min=1, help="How many requests; users grow with them.")]
@@ -46,10 +45,10 @@ def workload(
     ] = None,
 ) -> None:
     """Draw traffic from a seed, and hold it against what real services saw."""
-    from serve_app.bench.simulate_table import render_statistics
-    from serve_app.bench.workload import generate, named_traffic
-    from serve_app.bench.workload_csv import read_workload, write_workload
-    from serve_app.bench.workload_statistics import calibration, statistics_of
+    from serve_app.bench.simulation.table import render_statistics
+    from serve_app.bench.traffic.workload import generate, named_traffic
+    from serve_app.bench.traffic.workload_csv import read_workload, write_workload
+    from serve_app.bench.traffic.workload_statistics import calibration, statistics_of
 
     with reporting(as_json=False):
         parameters = named_traffic(traffic, requests=requests, adapters=adapters)
@@ -96,28 +95,26 @@ def simulate(
     plot_file: PlotFile = None,
 ) -> None:
     """Play traffic against any number of GPUs in simulated time, with the service's own decisions."""
-    from serve_app.bench import simulate_compare
-    from serve_app.bench.plot import check_plotting, plot_simulated
-    from serve_app.bench.simulate_profile import read_profile
-    from serve_app.bench.simulate_table import render_comparison, render_plan
+    from serve_app.bench.simulation import compare as comparison
+    from serve_app.bench.simulation.plot import check_plotting, plot_simulated
+    from serve_app.bench.simulation.profile import read_profile
+    from serve_app.bench.simulation.table import render_comparison, render_plan
 
     with reporting(as_json=False):
         check_plotting(plot_file)
         machine = read_profile(profile, timings)
-        chosen = simulate_compare.policies_named(policy or (["loraplex"] if p95 is not None else []))
+        chosen = comparison.policies_named(policy or (["loraplex"] if p95 is not None else []))
         command = _command()
         with _status() as say:
             workloads = _workloads(traffic, requests, adapters, csv_file, seeds, say)
             if p95 is not None:
-                found = simulate_compare.plan(workloads, machine, chosen, p95, noise=noise, command=command, say=say)
+                found = comparison.plan(workloads, machine, chosen, p95, noise=noise, command=command, say=say)
             else:
                 fleets = _fleets(workloads, machine, replicas, autoscale, max_replicas, max_ongoing)
-                found = simulate_compare.compare(
-                    workloads, machine, chosen, fleets, noise=noise, command=command, say=say
-                )
+                found = comparison.compare(workloads, machine, chosen, fleets, noise=noise, command=command, say=say)
         print_line(f"$ {command}")
         print_line(f"profile {machine.name}: {machine.about}; not measured: {', '.join(machine.unproved) or 'nothing'}")
-        if isinstance(found, simulate_compare.Plan):
+        if isinstance(found, comparison.Plan):
             out.print(render_plan(found))
         else:
             out.print(render_comparison(found))
@@ -147,9 +144,9 @@ def load(
     plot_file: PlotFile = None,
 ) -> None:
     """Send traffic to a live service at a rate of its own, and measure what comes back."""
-    from serve_app.bench.load import LoadOptions, run_load
-    from serve_app.bench.load_table import render_adapters, render_load
-    from serve_app.bench.plot import check_plotting, plot_points
+    from serve_app.bench.simulation.plot import check_plotting, plot_points
+    from serve_app.bench.traffic.load import LoadOptions, run_load
+    from serve_app.bench.traffic.load_table import render_adapters, render_load
 
     options = LoadOptions(
         url, rate, duration, max_requests, tuple(adapter or ()), csv_file, speed, steps, size, seed, timeout, key
@@ -171,8 +168,8 @@ def load(
 def _workloads(
     traffic: str, requests: int | None, adapters: int | None, csv_file: Path | None, seeds: int, say: Callable
 ) -> Sequence[Workload]:
-    from serve_app.bench.workload import generate, named_traffic
-    from serve_app.bench.workload_csv import read_workload
+    from serve_app.bench.traffic.workload import generate, named_traffic
+    from serve_app.bench.traffic.workload_csv import read_workload
 
     if csv_file is not None:
         return [read_workload(csv_file)] * seeds
@@ -190,7 +187,7 @@ def _fleets(
     max_ongoing: int,
 ) -> dict[str, Fleet]:
     from serve_app.autoscaling import ScalingRule
-    from serve_app.bench.simulate import Fleet
+    from serve_app.bench.simulation.simulator import Fleet
 
     fleets: dict[str, Fleet] = {}
     for base_id in {base for workload in workloads for base in workload.bases}:

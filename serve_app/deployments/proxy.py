@@ -12,12 +12,12 @@ import re
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.api.resent import PROXY_HEADERS
-from serve_app.credentials import holds_credentials
-from serve_app.deployments.logs import keep_credentials_out
-from serve_app.deployments.resend import Resending
-from serve_app.deployments.shedding import Shedding
-from serve_app.telemetry import ProxyMetrics
+from serve_app.api.http.waiting import PROXY_HEADERS
+from serve_app.deployments.front.load_shedding import Shedding
+from serve_app.deployments.front.retry import Resending
+from serve_app.deployments.shared.logs import keep_credentials_out
+from serve_app.observability.metrics import ProxyMetrics
+from serve_app.redaction import holds_credentials
 
 # Which replica, how long the proxy waits, whether it notices a caller who leaves, and what became of a request before:
 # not for callers to say.

@@ -17,10 +17,10 @@ from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, Reque
 
 from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import GenerationRequest
+from serve_app.observability.metrics import RouterMetrics
+from serve_app.observability.tracing import record
 from serve_app.routing.cost import AdapterNeed, Demand, demand_of, rank
 from serve_app.routing.ledger import TYPICAL_BYTES, Ledger, Sighting
-from serve_app.telemetry import RouterMetrics
-from serve_app.tracing import record
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from serve_app.held_files import exclusive, is_disk_full, open_shared, remove_unless_held, unlocking
+from serve_app.file_locks import exclusive, is_disk_full, open_shared, remove_unless_held, unlocking
 from serve_app.store.budget import Entry, plan_eviction
 
 log = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from typing import Generic, Literal, ParamSpec, TypeVar
 
 from serve_app.core import AdapterSpec
 from serve_app.errors import DiskFull, LoraplexError, ReplicaLost
-from serve_app.held_files import is_disk_full
+from serve_app.file_locks import is_disk_full
 from serve_app.refusals import RefusedAdapter
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.budget import ByteBudget, EvictionPlan

@@ -7,7 +7,7 @@ import pytest_asyncio
 from playwright.async_api import BrowserContext, expect
 
 from serve_app.api.app import create_app
-from serve_app.api.auth import Access
+from serve_app.api.http.auth import Access
 from serve_app.config import ApiKey, IngressSettings, digest_of
 from serve_app.errors import QueueFull
 from tests.browser.playground import Playground

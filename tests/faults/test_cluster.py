@@ -22,7 +22,7 @@ import yaml
 from cluster.checks.monitoring import RULES, SERVE_METRICS, names_in
 from cluster.grafana.dashboard import ROWS
 from cluster.local_cluster import LocalCluster, NodeShape, local_cluster, node_holds
-from serve_app.telemetry import LOST, SHORTAGES
+from serve_app.observability.metrics import LOST, SHORTAGES
 from tests.faults.breaking import kill, replica_pids, until
 from tests.hub_server import CDN, HubServer
 from tests.service import Service

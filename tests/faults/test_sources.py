@@ -20,10 +20,10 @@ from safetensors.torch import save
 from serve_app.catalog.catalog import Catalog, build_repositories
 from serve_app.config import AdapterSources, AppConfig, Environment, HubSettings
 from serve_app.core import AdapterRef, AdapterSpec
-from serve_app.deployments.parts import make_store
-from serve_app.engine.adapter import ParsedAdapter
-from serve_app.engine.admission import AdmissionProcess
-from serve_app.engine.pipeline import BasePipeline
+from serve_app.deployments.replica.parts import make_store
+from serve_app.engine.adapters.deltas import ParsedAdapter
+from serve_app.engine.admission.process import AdmissionProcess
+from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import DiskFull, HubUnavailable, LoraplexError
 from serve_app.refusals import RefusedAdapter
 from serve_app.settings import AdapterLimits

@@ -149,7 +149,7 @@ def remove_alias(guarded: Guarded, name: str) -> None:
     until(lambda: guarded.ask("DELETE", f"/v1/loras/{name}", ADMIN).json().get("deleted") is True, "the removal")
 
 
-# The routes of the application itself are checked against the matrix in tests/unit/api/test_auth.py.
+# The routes of the application itself are checked against the matrix in tests/unit/api/http/test_auth.py.
 @pytest.mark.parametrize("key", [None, WRONG, USER, ADMIN])
 def test_every_route_lets_in_whom_it_should(guarded: Guarded, key: str | None) -> None:
     wrong: list[str] = []

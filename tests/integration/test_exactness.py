@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from ray import serve
 
-from serve_app.deployments.ingress import deployment_name
+from serve_app.deployments.ingress.ingress import deployment_name
 from tests.service import BASES, STYLES, Service, base_settings
 
 EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub"

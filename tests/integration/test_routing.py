@@ -12,7 +12,7 @@ import ray
 from ray import serve
 
 from serve_app.config import AppConfig
-from serve_app.engine.queue import QueuePolicy
+from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.routing.router import router_config
 from serve_app.routing.stats import decode, tag_of
 from serve_app.work import Pace

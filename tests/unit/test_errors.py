@@ -4,8 +4,8 @@ import pickle
 import pytest
 
 from serve_app import errors, refusals
-from serve_app.credentials import without_credentials
 from serve_app.errors import LoraplexError, OutOfBounds, QueueFull
+from serve_app.redaction import without_credentials
 from serve_app.refusals import RefusedAdapter
 
 MEMBERS = [*inspect.getmembers(errors, inspect.isclass), *inspect.getmembers(refusals, inspect.isclass)]

@@ -11,11 +11,11 @@ LIGHT_MODULES = [
     "serve_app.config",
     "serve_app.core",
     "serve_app.errors",
-    "serve_app.credentials",
+    "serve_app.redaction",
     "serve_app.demo.embedded",
-    "serve_app.engine.queue",
-    "serve_app.deployments.settle",
-    "serve_app.deployments.gateway",
+    "serve_app.engine.worker.scheduling",
+    "serve_app.deployments.ingress.resolve_defaults",
+    "serve_app.deployments.ingress.dispatch",
 ]
 
 

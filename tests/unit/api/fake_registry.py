@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.catalog.aliases import Alias
-from serve_app.catalog.holdings import (
+from serve_app.catalog.replica_report import (
     Holding,
     InWeights,
     KnownAdapter,
@@ -14,6 +13,7 @@ from serve_app.catalog.holdings import (
     Removal,
     ReplicaReport,
 )
+from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, HubToken, Scales
 from serve_app.errors import ModelNotFound

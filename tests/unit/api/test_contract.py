@@ -12,7 +12,7 @@ from schemathesis.checks import CHECKS, load_all_checks
 from serve_app.api.app import create_app
 from serve_app.config import BaseModelConfig, IngressSettings
 from serve_app.core import GenerationDraft, GenerationEvent, GenerationResult
-from serve_app.deployments.settle import settle
+from serve_app.deployments.ingress.resolve_defaults import settle
 from tests.service import base_settings
 from tests.unit.api.fakes import FakeGateway
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.testclient import TestClient
 
-from serve_app.api.schemas import Parameters
+from serve_app.api.huggingface.schemas import Parameters
 
 
 def references(node: Any) -> Iterator[str]:

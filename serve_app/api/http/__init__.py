@@ -1,0 +1,1 @@
+"""What all wire shapes share: keys, limits, bodies, pictures, errors and streams. Must not know a single shape."""

@@ -1,0 +1,149 @@
+"""Who may do what: keys, checked before any route.
+
+Owns which routes are open, which need a key and which an admin key. A route that is not named here needs a key. Never
+logs or repeats what was presented.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.http.caller import Caller, read_hub_token
+from serve_app.api.http.error_responses import fault_response
+from serve_app.api.http.limits import UNLIMITED, LocalMeter, Meter
+from serve_app.config import ApiKey, digest_of
+from serve_app.errors import AdminRequired, LoraplexError, Unauthorised
+
+log = logging.getLogger(__name__)
+
+READING = ("GET", "HEAD")
+# What health checks ask, and what a browser loads before anybody can type in a key.
+OPEN_PATHS = ("/", "/health")
+OPEN_BELOW = "/static/"
+REGISTRY = "/v1/loras"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The rules in force.
+
+    `keys` are those of now, asked for at each request: with none, everybody may do everything. `takes_hub_tokens` says
+    that callers may bring their own token for the Hub. `meter` counts what keys with limits ask for; None means that
+    this process counts for itself.
+    """
+
+    keys: Callable[[], tuple[ApiKey, ...]] = tuple
+    takes_hub_tokens: bool = False
+    meter: Meter | None = None
+    on_refusal: Callable[[str], None] = field(default=lambda _: None)
+
+
+def needs_key(method: str, path: str) -> bool:
+    """Whether a request needs a key, where keys are configured."""
+    return not (method in READING and (path in OPEN_PATHS or path.startswith(OPEN_BELOW)))
+
+
+def needs_admin(method: str, path: str) -> bool:
+    """Whether a request needs an admin key: all that change the registry."""
+    return method not in READING and (path == REGISTRY or path.startswith(f"{REGISTRY}/"))
+
+
+class Authentication:
+    """Lets in whoever may, and tells the routes who it is."""
+
+    def __init__(self, app: ASGIApp, *, access: Access, clock: Callable[[], float]) -> None:
+        """Guard an application; `clock` is in monotonic seconds."""
+        self._app = app
+        self._access = access
+        self._meter = access.meter or LocalMeter(clock=clock)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["state"]["request_id"]
+        try:
+            key, caller = self._admit(scope)
+        except LoraplexError as error:
+            await self._refuse(error, scope, receive, send)
+            return
+        scope["state"]["caller"] = caller
+        if key is None:
+            await self._app(scope, receive, send)
+            return
+        log.info("request %s: %s %s with key %s", request_id, scope["method"], _path(scope), key.name)
+        if scope["method"] in READING or key.limits == UNLIMITED:
+            await self._app(scope, receive, send)
+            return
+        await self._metered(key, scope, receive, send)
+
+    def _admit(self, scope: Scope) -> tuple[ApiKey | None, Caller]:
+        """Return the key of a request, None where it needs none, and who sends it.
+
+        Raises:
+            Unauthorised, AdminRequired, MalformedRequest: it is not let in.
+        """
+        headers, method, path = Headers(scope=scope), scope["method"], _path(scope)
+        keys = self._access.keys()
+        key: ApiKey | None = None
+        if keys and needs_key(method, path):
+            key = _presented(headers, keys)
+            if needs_admin(method, path) and not key.admin:
+                raise AdminRequired(key.name)
+        token = read_hub_token(headers, is_key_in_authorization=bool(keys)) if self._access.takes_hub_tokens else None
+        return key, Caller(None if key is None else key.name, hub_token=token)
+
+    async def _metered(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            grant = await self._meter.begin(key.name, key.limits)
+        except LoraplexError as error:
+            await self._refuse(error, scope, receive, send)
+            return
+        scope["state"]["caller"] = replace(scope["state"]["caller"], allowance=grant)
+        status = 0
+
+        async def send_seen(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_seen)
+        finally:
+            grant.end(drew=200 <= status < 300)
+
+    async def _refuse(self, error: LoraplexError, scope: Scope, receive: Receive, send: Send) -> None:
+        log.info("request %s: %s: %s", scope["state"]["request_id"], error.code, error)
+        self._access.on_refusal(error.code)
+        response = fault_response(scope, error)
+        if isinstance(error, Unauthorised):
+            response.headers["www-authenticate"] = "Bearer"
+        await response(scope, receive, send)
+
+
+def _presented(headers: Headers, keys: tuple[ApiKey, ...]) -> ApiKey:
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not value.strip():
+        raise Unauthorised("a key is needed; send it as 'Authorization: Bearer <key>'")
+    digest = digest_of(value.strip()).encode()
+    found: ApiKey | None = None
+    for key in keys:
+        # No early end: the time must not tell which keys there are.
+        if hmac.compare_digest(key.sha256.encode(), digest):
+            found = key
+    if found is None:
+        raise Unauthorised("the key is not known here")
+    return found
+
+
+def _path(scope: Scope) -> str:
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))[:200]

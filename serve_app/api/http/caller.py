@@ -1,0 +1,87 @@
+"""Who asks: the key that a request came with, and the caller's own token for the Hub.
+
+Owns what routes may know of the caller. Must not know how keys are checked; `auth` does that, before
+any route.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from starlette.datastructures import Headers
+from starlette.requests import Request
+
+from serve_app.core import GenerationDraft, HubToken
+from serve_app.errors import MalformedRequest
+
+HUB_TOKEN_HEADER = "x-hf-token"
+_HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{1,250}")
+
+
+class Allowance(Protocol):
+    """What a key may still draw."""
+
+    async def spend_images(self, count: int) -> None:
+        """Take images off what the key may draw now.
+
+        Raises:
+            KeyLimitReached: it may not draw so many yet.
+            OutOfBounds: it may never draw so many at once.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whoever sent a request; `key` is the name of its key, None where none are configured."""
+
+    key: str | None = None
+    allowance: Allowance | None = None
+    hub_token: HubToken | None = None
+
+
+NOBODY = Caller()
+
+
+def caller_of(request: Request) -> Caller:
+    """Return who sent a request."""
+    state: Any = request.scope.get("state", {})
+    caller: Caller = state.get("caller", NOBODY)
+    return caller
+
+
+def hub_token_of(request: Request) -> HubToken | None:
+    """Return the caller's token for the Hub, where such tokens are taken at all."""
+    return caller_of(request).hub_token
+
+
+async def permitted(request: Request, draft: GenerationDraft) -> GenerationDraft:
+    """Take a draft off what its caller may draw, and return it with what the caller may see.
+
+    Raises:
+        KeyLimitReached, OutOfBounds: the key has no images left.
+    """
+    caller = caller_of(request)
+    if caller.allowance is not None:
+        await caller.allowance.spend_images(draft.num_images)
+    return draft if caller is NOBODY else replace(draft, hub_token=caller.hub_token, key=caller.key)
+
+
+def read_hub_token(headers: Headers, *, is_key_in_authorization: bool) -> HubToken | None:
+    """Return the token of a request's headers: `x-hf-token`, or `authorization` where that holds no key of ours.
+
+    Raises:
+        MalformedRequest: the header holds something else.
+    """
+    given = headers.get(HUB_TOKEN_HEADER)
+    if given is not None:
+        if not _HUB_TOKEN.fullmatch(given.strip()):
+            raise MalformedRequest(f"the header '{HUB_TOKEN_HEADER}' must hold one token of the Hub, such as 'hf_...'")
+        return HubToken(given.strip())
+    scheme, _, value = headers.get("authorization", "").partition(" ")
+    # Clients of OpenAI's shape always send something there.
+    if is_key_in_authorization or scheme.lower() != "bearer" or not _HUB_TOKEN.fullmatch(value.strip()):
+        return None
+    return HubToken(value.strip())

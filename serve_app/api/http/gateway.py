@@ -1,0 +1,106 @@
+"""What the HTTP layer asks of the service behind it.
+
+Owns the interface alone; `serve_app.deployments` implements it, tests give it a fake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from serve_app.catalog.replica_report import LoraReport, Preloaded, Removal, ReplicaReport
+from serve_app.catalog.resolving.aliases import Alias
+from serve_app.config import BaseModelConfig
+from serve_app.core import GenerationDraft, GenerationEvent, GenerationResult, HubToken, ModelInfo
+
+
+class Registry(Protocol):
+    """What is known of adapters, aliases, replicas and bases, and how the first two are changed.
+
+    `token` is the caller's own for the Hub; what it alone may read is told to its owner alone.
+    """
+
+    def bases(self) -> tuple[BaseModelConfig, ...]:
+        """Return the bases that are served."""
+        ...
+
+    def default_base(self) -> BaseModelConfig:
+        """Return the base that serves a request which names none."""
+        ...
+
+    async def loras(self, *, token: HubToken | None) -> tuple[LoraReport, ...]:
+        """Return the adapters known so far and the aliases, sorted by id; a replica that hangs delays it by no more
+        than a second."""
+        ...
+
+    async def lora(self, name: str, *, token: HubToken | None) -> LoraReport:
+        """Return one adapter or alias.
+
+        Raises:
+            LoraplexError: whatever resolving the name raises.
+        """
+        ...
+
+    async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
+        """Return the replicas of every base, each with those of its adapters that the caller may know of; one that
+        hangs is there without its details."""
+        ...
+
+    async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
+        """Keep an alias whose target can be served, and have so many replicas fetch it.
+
+        Raises:
+            NameTaken: the name means something else.
+            LoraplexError: whatever resolving the target raises.
+        """
+        ...
+
+    async def remove(self, name: str, *, token: HubToken | None) -> Removal:
+        """Remove an alias, and have every replica forget the adapter once it is not in use.
+
+        Raises:
+            LoraplexError: whatever resolving the name raises.
+        """
+        ...
+
+    async def preload(self, name: str, replicas: int, *, token: HubToken | None) -> Preloaded:
+        """Have so many replicas hold an adapter in memory.
+
+        Raises:
+            LoraplexError: whatever resolving or fetching it raises.
+        """
+        ...
+
+
+class Gateway(Protocol):
+    """The service behind the HTTP layer; a call that is cancelled, or closed early, must free whatever it held."""
+
+    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+        """Return the images of a draft.
+
+        Raises:
+            LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
+        """
+        ...
+
+    def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        """Yield what becomes of a draft: first `Accepted`, soon after all that can be checked early has been, last
+        the result.
+
+        Raises:
+            LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
+        """
+        ...
+
+    @property
+    def registry(self) -> Registry:
+        """What is known of adapters, replicas and bases."""
+        ...
+
+    async def is_ready(self) -> bool:
+        """Whether any base can serve now; answered in milliseconds."""
+        ...
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """Return the bases that are served and the adapters known so far."""
+        ...

@@ -1,0 +1,219 @@
+"""How much a key may ask for: requests in a second, requests at once, images in a minute.
+
+Owns the counting, exact within one process, and what auth asks of whoever counts: `deployments.limits.shared_rate_limiter`
+counts for a service of several ingress replicas. Must not know HTTP or which keys there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from serve_app.config import KeyLimits
+from serve_app.errors import KeyLimitReached, OutOfBounds
+
+UNLIMITED = KeyLimits()
+
+
+class Grant(Protocol):
+    """One request that was let in."""
+
+    async def spend_images(self, count: int) -> None:
+        """Take images off what the key may draw.
+
+        Raises:
+            KeyLimitReached: so many may not be drawn yet.
+            OutOfBounds: so many may never be drawn at once.
+        """
+        ...
+
+    def end(self, *, drew: bool) -> None:
+        """Note that the request is over; its images come back unless it `drew` them."""
+        ...
+
+
+class Meter(Protocol):
+    """Whoever counts what keys ask for."""
+
+    async def begin(self, key: str, limits: KeyLimits) -> Grant:
+        """Let a request in; `end` of the grant must follow.
+
+        Raises:
+            KeyLimitReached: it came too soon, or too many are under way.
+        """
+        ...
+
+
+class TokenBucket:
+    """Fills by `rate_s` a second up to `capacity`; starts full."""
+
+    def __init__(self, rate_s: float, capacity: float, *, clock: Callable[[], float]) -> None:
+        self._rate_s = rate_s
+        self._capacity = capacity
+        self._clock = clock
+        self._level = capacity
+        self._filled_at = clock()
+
+    def wait_s(self, count: float) -> float:
+        """Return in how many seconds `count` can be taken, 0 where they can be now; what is more than the bucket ever
+        holds can be taken when it is full."""
+        self._fill()
+        # A hair less: whoever waits as long as was said must not be turned away by rounding.
+        return max(0.0, min(count, self._capacity) - 1e-9 - self._level) / self._rate_s
+
+    def take(self, count: float) -> None:
+        """Take so many, though it be more than there is; negative gives back."""
+        self._level = min(self._capacity, self._level - count)
+
+    def drain(self, count: float) -> None:
+        """Take so many, or what there is."""
+        self._fill()
+        self._level = min(self._level, max(0.0, self._level - count))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether one made anew would be the same."""
+        self._fill()
+        return self._level >= self._capacity
+
+    def _fill(self) -> None:
+        now = self._clock()
+        self._level = min(self._capacity, self._level + (now - self._filled_at) * self._rate_s)
+        self._filled_at = now
+
+
+class KeyAllowance:
+    """What one key may still do. Times are promises: whoever waits as long as `retry_after_s` says and is alone with
+    its key is let in, but for a limit of concurrency, where nobody knows.
+
+    `share` is the part of the limits that is granted here, at least one request at once and one image.
+    """
+
+    def __init__(self, key: str, limits: KeyLimits, *, clock: Callable[[], float], share: float = 1.0) -> None:
+        self._key = key
+        self._limits = limits
+        self._running = 0
+        at_once, rate_s, images = limits.concurrency, limits.requests_per_s, limits.images_per_minute
+        burst = limits.burst or max(1, math.ceil(rate_s or 1))
+        self._at_once = None if at_once is None else _part(at_once, share)
+        self._requests = None if rate_s is None else TokenBucket(rate_s * share, _part(burst, share), clock=clock)
+        self._images = None if images is None else TokenBucket(images / 60 * share, _part(images, share), clock=clock)
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether one made anew would be the same."""
+        buckets = [bucket for bucket in (self._requests, self._images) if bucket is not None]
+        return self._running == 0 and all(bucket.is_full for bucket in buckets)
+
+    def begin(self) -> None:
+        """Let a request in; `end` must follow.
+
+        Raises:
+            KeyLimitReached: it came too soon, or too many are under way.
+        """
+        limits = self._limits
+        if self._at_once is not None and self._running >= self._at_once:
+            raise KeyLimitReached(self._key, f"{limits.concurrency} requests at once", 1)
+        if self._requests is not None:
+            wait_s = self._requests.wait_s(1)
+            if wait_s > 0:
+                raise KeyLimitReached(self._key, f"{limits.requests_per_s:g} requests per second", math.ceil(wait_s))
+            self._requests.take(1)
+        self._running += 1
+
+    def adopt(self) -> None:
+        """Count a request that was let in elsewhere; `end` must follow."""
+        if self._requests is not None:
+            self._requests.drain(1)
+        self._running += 1
+
+    def end(self) -> None:
+        """Note that a request is answered."""
+        self._running -= 1
+
+    def spend_images(self, count: int) -> None:
+        """Take images off what may be drawn.
+
+        Raises:
+            KeyLimitReached: so many may not be drawn yet.
+            OutOfBounds: so many may never be drawn at once.
+        """
+        limit = self._limits.images_per_minute
+        if self._images is None or limit is None:
+            return
+        if count > limit:
+            raise OutOfBounds("num_images_per_prompt", count, f"at most {limit}, which the key may draw in a minute")
+        wait_s = self._images.wait_s(count)
+        if wait_s > 0:
+            raise KeyLimitReached(self._key, f"{limit} images per minute", math.ceil(wait_s))
+        self._images.take(count)
+
+    def adopt_images(self, count: int) -> None:
+        """Count images that were granted elsewhere."""
+        if self._images is not None:
+            self._images.drain(count)
+
+    def return_images(self, count: int) -> None:
+        """Give back images that were not drawn."""
+        if self._images is not None:
+            self._images.take(-count)
+
+
+class Allowances:
+    """The allowances of all keys that asked of late."""
+
+    def __init__(self, *, clock: Callable[[], float], share: float = 1.0) -> None:
+        self._clock = clock
+        self._share = share
+        self._known: dict[tuple[str, KeyLimits], KeyAllowance] = {}
+
+    def of(self, key: str, limits: KeyLimits) -> KeyAllowance:
+        """Return what a key may still do; limits that have changed begin anew."""
+        if (key, limits) not in self._known:
+            # Keys come and go; whatever has nothing to remember can be forgotten.
+            self._known = {one: known for one, known in self._known.items() if not known.is_untouched}
+            self._known[key, limits] = KeyAllowance(key, limits, clock=self._clock, share=self._share)
+        return self._known[key, limits]
+
+
+class LocalMeter:
+    """Counts within this process."""
+
+    def __init__(self, *, clock: Callable[[], float]) -> None:
+        """Know no key yet; `clock` is in monotonic seconds."""
+        self._allowances = Allowances(clock=clock)
+
+    async def begin(self, key: str, limits: KeyLimits) -> Grant:
+        """Let a request in.
+
+        Raises:
+            KeyLimitReached: it came too soon, or too many are under way.
+        """
+        allowance = self._allowances.of(key, limits)
+        allowance.begin()
+        return _LocalGrant(allowance)
+
+
+class _LocalGrant:
+    """One request, and the images that it took off its key's allowance."""
+
+    def __init__(self, allowance: KeyAllowance) -> None:
+        self._allowance = allowance
+        self._spent = 0
+
+    async def spend_images(self, count: int) -> None:
+        """Take images off."""
+        self._allowance.spend_images(count)
+        self._spent += count
+
+    def end(self, *, drew: bool) -> None:
+        """Give back what came to nothing."""
+        self._allowance.end()
+        if not drew:
+            self._allowance.return_images(self._spent)
+
+
+def _part(limit: int, share: float) -> int:
+    # A hair more: a third of three is one, whatever rounding says.
+    return max(1, math.floor(limit * share + 1e-9))

@@ -1,0 +1,1 @@
+"""The Hugging Face inference shape. Must not know the other shapes."""

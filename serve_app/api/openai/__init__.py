@@ -1,0 +1,1 @@
+"""The OpenAI images shape. Must not know the other shapes."""

@@ -1,0 +1,140 @@
+"""Replies of the OpenAI images shape: all images at once, or event by event.
+
+Owns the turn from a result, or from the events of a stream, to what is written. Must not know how requests are read.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import asdict
+
+from serve_app.api.http.events import PROGRESS, ServerEvent
+from serve_app.api.http.images import encode_image, off_loop, pixels_of, resized
+from serve_app.api.http.negotiation import ImageFormat
+from serve_app.api.openai.schemas import (
+    AdapterReport,
+    CompletedEvent,
+    EventKind,
+    ImageData,
+    ImageGeneration,
+    ImagesReply,
+    PartialImageEvent,
+    ProgressEvent,
+    Report,
+)
+from serve_app.core import Accepted, GenerationEvent, GenerationResult, PixelImage, Preview, Progress
+from serve_app.errors import OutOfBounds
+
+# What this family calls the fields of a draft.
+_OWN_NAMES = {"num_images_per_prompt": "n", "width": "size", "height": "size", "width x height": "size"}
+
+
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Name what is out of bounds as this family does."""
+    try:
+        yield
+    except OutOfBounds as error:
+        raise OutOfBounds(_OWN_NAMES.get(error.name, error.name), error.value, error.limit) from None
+
+
+def images_reply(asked: ImageGeneration, result: GenerationResult, created: int) -> str:
+    """Return the JSON of a finished request; encodes images, so call it in a thread."""
+    reply = ImagesReply(
+        created=created,
+        data=[ImageData(b64_json=_encoded(image, asked)) for image in result.images],
+        output_format=_format(asked),
+        size=_size(result.images[0]),
+        loraplex=_report(result),
+    )
+    return reply.model_dump_json()
+
+
+async def event_replies(
+    events: AsyncGenerator[GenerationEvent],
+    accepted: Accepted,
+    asked: ImageGeneration,
+    kind: EventKind,
+    now: Callable[[], float],
+) -> AsyncGenerator[ServerEvent]:
+    """Yield what is written of a stream whose first event was `accepted`; `now` is in seconds since 1970."""
+    with own_names():
+        async with aclosing(events):
+            yield _event(ProgressEvent(type=f"{kind}.{PROGRESS}", queue_position=None, step=0, steps=accepted.steps))
+            async for event in events:
+                if isinstance(event, Progress):
+                    yield _event(ProgressEvent(type=f"{kind}.{PROGRESS}", **asdict(event)))
+                elif isinstance(event, Preview):
+                    pixels = accepted.width * accepted.height
+                    yield await off_loop(pixels, _preview, event, accepted, asked, kind, int(now()))
+                elif isinstance(event, GenerationResult):
+                    for index in range(len(event.images)):
+                        pixels = pixels_of(event.images[index])
+                        yield await off_loop(pixels, _completed, event, index, asked, kind, int(now()))
+
+
+def _preview(event: Preview, accepted: Accepted, asked: ImageGeneration, kind: EventKind, created: int) -> ServerEvent:
+    image = resized(event.image, accepted.width, accepted.height)
+    return _event(
+        PartialImageEvent(
+            type=f"{kind}.partial_image",
+            b64_json=_encoded(image, asked),
+            created_at=created,
+            size=_size(image),
+            quality=_quality(asked),
+            output_format=_format(asked),
+            partial_image_index=event.index,
+            image_index=event.image_index,
+        )
+    )
+
+
+def _completed(
+    result: GenerationResult, index: int, asked: ImageGeneration, kind: EventKind, created: int
+) -> ServerEvent:
+    image = result.images[index]
+    return _event(
+        CompletedEvent(
+            type=f"{kind}.completed",
+            b64_json=_encoded(image, asked),
+            created_at=created,
+            size=_size(image),
+            quality=_quality(asked),
+            output_format=_format(asked),
+            image_index=index,
+            loraplex=_report(result),
+        )
+    )
+
+
+def _event(event: ProgressEvent | PartialImageEvent | CompletedEvent) -> ServerEvent:
+    return ServerEvent(event.type, event.model_dump_json())
+
+
+def _encoded(image: PixelImage, asked: ImageGeneration) -> str:
+    return base64.b64encode(encode_image(image, _format(asked), quality=asked.output_compression)).decode()
+
+
+def _format(asked: ImageGeneration) -> ImageFormat:
+    return asked.output_format or "png"
+
+
+def _quality(asked: ImageGeneration) -> str:
+    """Return the quality in the words that events know."""
+    return asked.quality if asked.quality in ("low", "medium", "high") else "auto"
+
+
+def _size(image: PixelImage) -> str:
+    return f"{image.width}x{image.height}"
+
+
+def _report(result: GenerationResult) -> Report:
+    return Report(
+        seed=result.seeds[0],
+        base_model=result.base_id,
+        adapters=[AdapterReport(**asdict(adapter)) for adapter in result.adapters],
+        timing_ms={name.removesuffix("_ms"): value for name, value in asdict(result.timings).items()},
+        warnings=list(result.warnings),
+    )

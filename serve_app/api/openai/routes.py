@@ -1,0 +1,192 @@
+"""The OpenAI images shape: `/v1/images/generations` and `/v1/images/edits`.
+
+Owns the turn from that wire shape to a `GenerationDraft`; `serve_app.api.openai.replies` owns the way back. Must not
+know the limits of any base.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve_app.api.http.body import parse_json, read_body
+from serve_app.api.http.caller import permitted
+from serve_app.api.http.events import EventStream
+from serve_app.api.http.forms import Form, read_form, typed
+from serve_app.api.http.gateway import Gateway
+from serve_app.api.http.images import decode_image, decode_mask, off_loop, pixels_of
+from serve_app.api.http.openapi_responses import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
+from serve_app.api.http.replies import Stages, describe, header_id
+from serve_app.api.http.scheduling_headers import PRIORITY_PARAMETER, for_queue, priority_of
+from serve_app.api.http.schemas import FAULTS, checked
+from serve_app.api.http.validation import clip
+from serve_app.api.http.waiting import (
+    TIMEOUT_PARAMETER,
+    Deadline,
+    deadline_of,
+    each_while_connected,
+    while_connected,
+    with_its_seed,
+)
+from serve_app.api.openai.replies import event_replies, images_reply, own_names
+from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
+from serve_app.config import IngressSettings
+from serve_app.core import Accepted, AdapterRef, GenerationDraft, PixelImage, PixelMask
+from serve_app.errors import MalformedRequest
+
+_REPLIES: Replies = {
+    200: {
+        "model": ImagesReply,
+        "description": "the images, or with `stream` the events that lead to them",
+        "headers": IMAGE_HEADERS,
+        "content": {EventStream.media_type: {"schema": EVENTS_SCHEMA}},
+    },
+    **FAULTS,
+}
+
+
+def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings, *, now: Callable[[], float]) -> None:
+    """Add the routes of this family over a gateway; `now` is in seconds since 1970."""
+    documented: dict[str, Any] = {"tags": ["OpenAI shape"], "response_class": Response}
+
+    async def answer(
+        request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
+    ) -> Response:
+        draft = for_queue(draft, priority=priority_of(request), deadline=deadline)
+        with own_names():
+            draft = await permitted(request, draft)
+            return await (stream if asked.stream else draw)(request, asked, draft, kind, deadline)
+
+    async def stream(
+        request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
+    ) -> Response:
+        request_id = request.state.request_id
+        accepting = gateway.stream(with_its_seed(draft, request), request_id=request_id)
+        events = each_while_connected(request, accepting, deadline=deadline)
+        # What is refused before the first event still has a status of its own.
+        accepted = await anext(events)
+        assert isinstance(accepted, Accepted)
+        response = EventStream(
+            event_replies(events, accepted, asked, kind, now),
+            request_id=request_id,
+            keep_alive_s=settings.keep_alive_s,
+        )
+        response.headers["x-base-model"] = header_id(accepted.base_id)
+        response.headers["x-seed"] = str(accepted.seed)
+        return response
+
+    async def draw(
+        request: Request, asked: ImageGeneration, draft: GenerationDraft, _: EventKind, deadline: Deadline
+    ) -> Response:
+        stages: Stages = request.state.stages
+        stages.end("parse")
+        call = gateway.generate(draft, request_id=request.state.request_id)
+        result = await while_connected(request, call, deadline=deadline)
+        stages.end("service")
+        content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(now()))
+        stages.end("encode")
+        response = Response(content, media_type="application/json")
+        describe(response, result, draft.prompt, stages)
+        return response
+
+    async def body_of(request: Request) -> bytes:
+        return await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
+
+    @app.post(
+        "/v1/images/generations",
+        operation_id="generate_images",
+        responses=_REPLIES,
+        openapi_extra=_body("application/json", "ImageGeneration"),
+        **documented,
+    )
+    async def generations(request: Request) -> Response:
+        """Draw images from a prompt."""
+        deadline = deadline_of(request, settings.request_timeout_s)
+        asked = checked(ImageGeneration, parse_json(await body_of(request)))
+        return await answer(request, asked, _draft(asked), "image_generation", deadline)
+
+    @app.post(
+        "/v1/images/edits",
+        operation_id="edit_image",
+        responses=_REPLIES,
+        openapi_extra=_body("multipart/form-data", "ImageEditForm"),
+        **documented,
+    )
+    async def edits(request: Request) -> Response:
+        """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
+        deadline = deadline_of(request, settings.request_timeout_s)
+        form = await read_form(request.headers, await body_of(request))
+        asked = checked(ImageEdit, typed(ImageEdit, form.fields))
+        image, mask = await asyncio.to_thread(_pictures, form, settings.max_image_pixels)
+        return await answer(request, asked, _draft(asked, image, mask), "image_edit", deadline)
+
+
+def _body(kind: str, schema: str) -> dict[str, Any]:
+    content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    parameters = [TIMEOUT_PARAMETER, PRIORITY_PARAMETER, REQUEST_ID_PARAMETER]
+    return {"requestBody": {"required": True, "content": content}, "parameters": parameters}
+
+
+def _pictures(form: Form, max_pixels: int) -> tuple[PixelImage, PixelMask | None]:
+    """Return the one picture of an edit, and its mask where there is one."""
+    unknown = next((name for name in form.files if name not in ("image", "mask")), None)
+    if unknown is not None:
+        raise MalformedRequest(f"unknown file '{clip(unknown)}'; the picture is 'image', and 'mask' says which part")
+    image = decode_image(_file(form, "image"), "image", max_pixels=max_pixels)
+    if "mask" not in form.files:
+        return image, None
+    mask = decode_mask(_file(form, "mask"), "mask", max_pixels=max_pixels)
+    if (mask.width, mask.height) != (image.width, image.height):
+        sizes = f"{mask.width}x{mask.height}, but 'image' is {image.width}x{image.height}"
+        raise MalformedRequest(f"'mask' is {sizes}; both must have one size")
+    return image, mask
+
+
+def _file(form: Form, name: str) -> bytes:
+    files = form.files.get(name, ())
+    if len(files) != 1:
+        raise MalformedRequest(f"'{name}' must be one file, not {len(files)}")
+    return files[0]
+
+
+def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelMask | None = None) -> GenerationDraft:
+    if asked.output_format in (None, "png") and asked.output_compression not in (None, 100):
+        raise MalformedRequest("'output_compression' is for jpeg and webp; png keeps every pixel")
+    if asked.partial_images and not asked.stream:
+        raise MalformedRequest("'partial_images' goes with 'stream': true; a reply in one piece carries no previews")
+    model, adapters = _model_and_adapters(asked)
+    width, height = asked.pixels()
+    return GenerationDraft(
+        prompt=asked.prompt,
+        model=model,
+        adapters=adapters,
+        negative_prompt=asked.negative_prompt,
+        width=width,
+        height=height,
+        steps=asked.num_inference_steps,
+        guidance_scale=asked.guidance_scale,
+        scheduler=asked.scheduler,
+        seed=asked.seed,
+        num_images=1 if asked.n is None else asked.n,
+        image=image,
+        strength=asked.strength if isinstance(asked, ImageEdit) else None,
+        mask=mask,
+        num_previews=asked.partial_images or 0,
+    )
+
+
+def _model_and_adapters(asked: ImageGeneration) -> tuple[str | None, tuple[AdapterRef, ...]]:
+    if asked.lora and asked.loras:
+        raise MalformedRequest("adapters are named both by 'lora' and by 'loras'; put them all in 'loras'")
+    adapters = tuple(entry.ref() for entry in asked.lora or asked.loras or ())
+    if asked.model is None or ":" not in asked.model:
+        return asked.model, adapters
+    base, _, adapter = asked.model.partition(":")
+    if not base or not adapter:
+        raise MalformedRequest("'model' with a colon must be '<base>:<adapter>'")
+    return base, (AdapterRef(adapter), *adapters)

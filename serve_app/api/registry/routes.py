@@ -1,0 +1,221 @@
+"""The registry: which adapters are known and where they are resident, aliases, replicas and bases.
+
+Owns `/v1/loras`, `/v1/replicas` and `/v1/bases` on the wire.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel, TypeAdapter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve_app.api.http.body import parse_json, read_body
+from serve_app.api.http.caller import hub_token_of
+from serve_app.api.http.gateway import Registry
+from serve_app.api.http.schemas import FAULTS, FaultBody, checked
+from serve_app.api.http.waiting import TIMEOUT_PARAMETER, deadline_of, while_connected
+from serve_app.api.registry.schemas import (
+    AppliedLora,
+    Base,
+    BaseDefaults,
+    BaseLimits,
+    DeletedLora,
+    HeldBackLora,
+    HeldLora,
+    Lora,
+    LoraList,
+    NewLora,
+    PreloadedLora,
+    PreloadOrder,
+    Replica,
+    ReplicaList,
+    Residence,
+    ScalesReply,
+)
+from serve_app.catalog.replica_report import LoraReport, ReplicaReport
+from serve_app.catalog.resolving.aliases import Alias
+from serve_app.config import BaseModelConfig, IngressSettings
+from serve_app.core import AdapterRef, Scale, Scales
+from serve_app.errors import MalformedRequest, OutOfBounds
+
+MAX_BODY_BYTES = 64 * 1024
+_SCHEMES = ("hf://", "lora://")
+_CHANGES: dict[int | str, dict[str, Any]] = {
+    **FAULTS,
+    409: {"model": FaultBody, "description": "the name is taken"},
+}
+_BASES = TypeAdapter(list[Base])
+
+
+def add_registry_routes(app: FastAPI, registry: Registry, settings: IngressSettings) -> None:
+    """Add the routes over a registry."""
+    listed: dict[str, Any] = {"tags": ["Registry"], "response_class": Response}
+
+    @app.get("/v1/loras", operation_id="list_loras", responses={200: {"model": LoraList}, **FAULTS}, **listed)
+    async def loras(request: Request) -> Response:
+        """List the adapters and aliases known so far, where each is resident, and how much it is used."""
+        rows = await registry.loras(token=hub_token_of(request))
+        return _json(LoraList(data=[_lora(row) for row in rows]))
+
+    @app.get("/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **FAULTS}, **listed)
+    async def lora(name: str, request: Request) -> Response:
+        """Say of one adapter or alias what the list would."""
+        return _json(_lora(await registry.lora(name, token=hub_token_of(request))))
+
+    @app.get("/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **FAULTS}, **listed)
+    async def replicas(request: Request) -> Response:
+        """List the replicas of every base: what each is doing, and which adapters it holds."""
+        reports = await registry.replicas(token=hub_token_of(request))
+        return _json(ReplicaList(data=[_replica(report) for report in reports]))
+
+    @app.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **FAULTS}, **listed)
+    async def bases() -> Response:
+        """List the bases, with the defaults and limits of each."""
+        default, served = registry.default_base(), registry.bases()
+        content = _BASES.dump_json([_base(base, is_default=base.id == default.id) for base in served])
+        return Response(content, media_type="application/json")
+
+    _add_changes(app, registry, settings)
+
+
+def _add_changes(app: FastAPI, registry: Registry, settings: IngressSettings) -> None:
+    changing: dict[str, Any] = {"tags": ["Registry"], "response_class": Response}
+
+    @app.post(
+        "/v1/loras",
+        operation_id="add_lora",
+        responses={200: {"model": Lora}, **_CHANGES},
+        openapi_extra=_body("NewLora", is_required=True),
+        **changing,
+    )
+    async def add(request: Request) -> Response:
+        """Give an adapter a further name, once it is known that it can be served."""
+        deadline = deadline_of(request, settings.request_timeout_s)
+        asked = checked(NewLora, parse_json(await read_body(request, MAX_BODY_BYTES)))
+        alias = Alias(asked.lora_name, _target(asked))
+        call = registry.add_alias(
+            alias,
+            may_replace=bool(asked.replace),
+            preload=_preload_of(asked),
+            token=hub_token_of(request),
+        )
+        return _json(_lora(await while_connected(request, call, deadline=deadline)))
+
+    # Before the route of a removal: the names of both may hold slashes.
+    @app.post(
+        "/v1/loras/{name:path}/preload",
+        operation_id="preload_lora",
+        responses={200: {"model": PreloadedLora}, **FAULTS},
+        openapi_extra=_body("PreloadOrder", is_required=False),
+        **changing,
+    )
+    async def preload(name: str, request: Request) -> Response:
+        """Have some replicas fetch an adapter into memory; the reply comes once they hold it."""
+        deadline = deadline_of(request, settings.request_timeout_s)
+        body = await read_body(request, MAX_BODY_BYTES)
+        asked = checked(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
+        call = registry.preload(name, asked.replicas or 1, token=hub_token_of(request))
+        done = await while_connected(request, call, deadline=deadline)
+        return _json(PreloadedLora(id=name, asked=done.asked, replicas=list(done.replicas)))
+
+    @app.delete(
+        "/v1/loras/{name:path}",
+        operation_id="delete_lora",
+        responses={200: {"model": DeletedLora}, **FAULTS},
+        openapi_extra={"parameters": [TIMEOUT_PARAMETER]},
+        **changing,
+    )
+    async def delete(name: str, request: Request) -> Response:
+        """Remove an alias, and have every replica forget the adapter once no request uses it."""
+        deadline = deadline_of(request, settings.request_timeout_s)
+        await read_body(request, MAX_BODY_BYTES)
+        done = await while_connected(request, registry.remove(name, token=hub_token_of(request)), deadline=deadline)
+        return _json(DeletedLora(id=done.id, deleted=done.was_alias, replicas=list(done.replicas)))
+
+
+def _body(schema: str, *, is_required: bool) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    return {"requestBody": {"required": is_required, "content": content}, "parameters": [TIMEOUT_PARAMETER]}
+
+
+def _target(asked: NewLora) -> AdapterRef:
+    uri = asked.source.uri.strip()
+    for scheme in _SCHEMES:
+        uri = uri.removeprefix(scheme)
+    if "://" in uri or uri.startswith(("/", ".", "~")):
+        raise MalformedRequest("'source.uri' must be an id such as 'owner/name', never an address or a path")
+    return AdapterRef(uri, revision=asked.source.revision, filename=asked.source.filename)
+
+
+def _preload_of(asked: NewLora) -> int:
+    if asked.preload is None or isinstance(asked.preload, bool):
+        return int(bool(asked.preload))
+    if not 0 <= asked.preload <= 1000:
+        raise OutOfBounds("preload", asked.preload, "true, false or a number of replicas up to 1000")
+    return asked.preload
+
+
+def _json(reply: BaseModel) -> Response:
+    return Response(reply.model_dump_json(), media_type="application/json")
+
+
+def _lora(row: LoraReport) -> Lora:
+    spec = row.adapter.spec
+    return Lora(
+        id=row.id,
+        revision=spec.revision,
+        base_model=spec.base_id,
+        rank=row.adapter.rank,
+        size_bytes=spec.size_bytes,
+        layers_matched=row.layers_matched,
+        alias_of=row.alias_of,
+        aliases=list(row.aliases),
+        resident=[Residence(replica=replica, tier=tier) for replica, tier in row.resident],
+        hits=row.hits,
+        last_used=row.last_used_s,
+        instance_prompt=spec.instance_prompt,
+        quarantine=[
+            HeldBackLora(
+                replica=replica,
+                scale=_scale(held.scales[held.keys.index(spec.key)]),
+                beside=len(held.keys) - 1,  # not which: not everybody may know of them
+                reason=held.reason,
+                retry_after_s=held.left_s,
+            )
+            for replica, held in row.held_back
+        ],
+    )
+
+
+def _replica(report: ReplicaReport) -> Replica:
+    return Replica(
+        id=report.id,
+        base_model=report.base_id,
+        state=report.state,
+        device=report.device,
+        waiting=report.waiting,
+        running=report.running,
+        applied=[AppliedLora(id=part.id, scale=_scale(part.scale)) for part in report.applied],
+        adapters=[HeldLora(id=held.id, tier="host" if held.tier == "host" else "device") for held in report.holdings],
+        backlog_s=round(report.backlog_s, 3),
+    )
+
+
+def _scale(scale: Scale) -> float | ScalesReply:
+    if isinstance(scale, Scales):
+        return ScalesReply(denoiser=scale.denoiser, text_encoder=scale.text_encoder)
+    return scale
+
+
+def _base(base: BaseModelConfig, *, is_default: bool) -> Base:
+    return Base(
+        id=base.id,
+        aliases=list(base.aliases),
+        is_default=is_default,
+        defaults=BaseDefaults(**base.defaults.model_dump()),
+        limits=BaseLimits(**base.limits.model_dump()),
+        schedulers=list(base.schedulers),
+    )

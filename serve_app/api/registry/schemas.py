@@ -1,0 +1,178 @@
+"""What the registry's requests and replies say, field by field.
+
+Owns the wire models of `/v1/loras`, `/v1/replicas` and `/v1/bases`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from serve_app.api.http.schemas import Int, Name, Wire
+
+MAX_REPLICAS_ASKED = 1000
+
+
+class ScalesReply(BaseModel):
+    """Scales of their own for denoiser and text encoders."""
+
+    denoiser: float
+    text_encoder: float
+
+
+class LoraSource(Wire):
+    """Which adapter an alias stands for: an id, never a path or an address."""
+
+    uri: Name = Field(description="a Hub id, or the id of an adapter in a configured folder; also as 'hf://<id>'")
+    revision: Name | None = Field(default=None, description="a branch, tag or commit; the newest where absent")
+    filename: Name | None = Field(default=None, description="the file, where the repository holds several adapters")
+
+
+class NewLora(Wire):
+    """An alias to be made; the adapter is resolved before the reply."""
+
+    lora_name: Name = Field(description="the new name; letters, digits, '.', '_' and '-', with at most one '/'")
+    source: LoraSource
+    preload: bool | Int | None = Field(
+        default=None, description="true, or how many replicas should have it in memory before the reply"
+    )
+    replace: bool | None = Field(default=None, description="true: move the alias where it already names another")
+
+
+class PreloadOrder(Wire):
+    """How many replicas should hold an adapter."""
+
+    replicas: Int | None = Field(default=None, ge=1, le=MAX_REPLICAS_ASKED, description="1 where absent")
+
+
+class Residence(BaseModel):
+    """A replica that holds an adapter, and the fastest tier it is on there."""
+
+    replica: str
+    tier: Literal["applied", "device", "host"]
+
+
+class HeldBackLora(BaseModel):
+    """That a replica refuses an adapter for now, because its images failed on the device again and again."""
+
+    replica: str
+    scale: float | ScalesReply = Field(description="it is refused at this scale alone")
+    beside: int = Field(description="it is refused together with so many certain other adapters")
+    reason: str
+    retry_after_s: int = Field(description="for how long")
+
+
+class Lora(BaseModel):
+    """An adapter known so far, or an alias of one."""
+
+    id: str
+    object: Literal["lora"] = "lora"
+    revision: str
+    base_model: str
+    rank: int = Field(description="the largest of its layers")
+    size_bytes: int
+    layers_matched: int | None = Field(description="null until some replica has read the file")
+    alias_of: str | None
+    aliases: list[str]
+    resident: list[Residence]
+    hits: int = Field(description="requests for it, on the replicas that run now")
+    last_used: float | None = Field(description="seconds since 1970")
+    instance_prompt: str | None = Field(description="the words that its card says to use")
+    quarantine: list[HeldBackLora] = Field(description="what replicas refuse of it, the longest first")
+
+
+class LoraList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Lora]
+
+
+class DeletedLora(BaseModel):
+    """What a removal did."""
+
+    id: str
+    object: Literal["lora"] = "lora"
+    deleted: bool = Field(description="true where an alias is gone; an adapter's own id stays")
+    replicas: list[str] = Field(description="those that forget the adapter once no request uses it")
+
+
+class PreloadedLora(BaseModel):
+    """Which replicas hold the adapter now."""
+
+    id: str
+    object: Literal["lora"] = "lora"
+    asked: int
+    replicas: list[str]
+
+
+class AppliedLora(BaseModel):
+    """An adapter in a replica's weights."""
+
+    id: str
+    scale: float | ScalesReply
+
+
+class HeldLora(BaseModel):
+    """An adapter in a replica's memory."""
+
+    id: str
+    tier: Literal["device", "host"]
+
+
+class Replica(BaseModel):
+    """What a replica is doing and holds."""
+
+    id: str
+    base_model: str
+    state: Literal["RUNNING", "STARTING", "SILENT"] = Field(description="SILENT: it runs, but did not answer in time")
+    device: str | None
+    waiting: int = Field(description="requests in its queue")
+    running: int = Field(description="requests on its device")
+    applied: list[AppliedLora]
+    adapters: list[HeldLora]
+    backlog_s: float = Field(description="predicted seconds of work that it has accepted")
+
+
+class ReplicaList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Replica]
+
+
+class BaseDefaults(BaseModel):
+    """What a request gets where it says nothing."""
+
+    steps: int
+    guidance_scale: float
+    width: int
+    height: int
+    strength: float
+
+
+class BaseLimits(BaseModel):
+    """What one request may ask for."""
+
+    max_steps: int
+    min_side: int
+    max_side: int
+    side_multiple: int = 8
+    max_pixels: int
+    max_images: int
+    max_guidance_scale: float
+    max_prompt_characters: int
+    max_adapters: int
+    max_adapter_scale: float
+
+
+class Base(BaseModel):
+    """A base, with all that a form for it must know."""
+
+    id: str
+    aliases: list[str]
+    is_default: bool
+    defaults: BaseDefaults
+    limits: BaseLimits
+    schedulers: list[str]

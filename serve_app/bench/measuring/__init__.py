@@ -1,0 +1,1 @@
+"""Options, clocks, reports and tables of measurements. Must not know what is measured."""

@@ -1,0 +1,42 @@
+"""What the numbers were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+
+from serve_app.bench.measuring.report import Machine
+
+CPU_INFO = Path("/proc/cpuinfo")
+PACKAGES = ("loraplex", "torch", "diffusers", "peft", "transformers", "safetensors")
+
+
+def describe_machine(device: torch.device, threads: int) -> Machine:
+    """Name the processor, the accelerator if one is used, and the versions of what does the work."""
+    accelerator = None
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        accelerator = f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}"
+    return Machine(
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        threads=threads,
+        memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
+        load_average=round(os.getloadavg()[0], 2),
+        accelerator=accelerator,
+        system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        versions={package: version(package) for package in PACKAGES},
+    )
+
+
+def _processor() -> str:
+    if CPU_INFO.exists():
+        for line in CPU_INFO.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

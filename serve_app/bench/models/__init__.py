@@ -1,0 +1,1 @@
+"""Denoisers and adapter files of public shapes with random weights. Must not know what is measured."""

@@ -1,0 +1,152 @@
+"""The configured bases as the catalog sees them: their names, and the widths an adapter must fit.
+
+Owns which names mean which base, and the reading of a base's own configuration files, wherever it lies.
+Facts are best effort: what is unknown contradicts nothing, and the engine checks every layer of a file
+against the loaded base.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serve_app.catalog.reading.blocking import run_blocking
+from serve_app.catalog.reading.header import UNET_FAMILIES
+from serve_app.catalog.reading.repository import EMBEDDED, HUB, Repositories
+from serve_app.config import BaseModelConfig
+from serve_app.errors import LoraplexError
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 30.0
+MAX_CONFIG_BYTES = 1024 * 1024
+
+# Repositories that the Hub moved: cards still carry the old names.
+MOVED = {
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+}
+_PIPELINE_FAMILIES = (
+    ("StableDiffusionXL", "sdxl"),
+    ("StableDiffusion3", "sd3"),
+    ("StableDiffusion", "sd1"),
+    ("Flux", "flux"),
+    ("QwenImage", "qwen-image"),
+    ("ZImage", "z-image"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseFacts:
+    """What is known of one base's structure: None and empty where it is not known.
+
+    `denoiser` is "unet" or "transformer"; `text_width` the width of the text features that its
+    cross-attention takes; `hidden_widths` the widths of its blocks.
+    """
+
+    id: str
+    family: str | None = None
+    denoiser: str | None = None
+    text_width: int | None = None
+    hidden_widths: frozenset[int] = field(default=frozenset())
+
+
+class BaseNames:
+    """Every name by which a card may mean a configured base; letter case does not count."""
+
+    def __init__(self, bases: Sequence[BaseModelConfig]) -> None:
+        self._ids: dict[str, list[str]] = {}
+        for base in bases:
+            for name in (*base.names, base.source.hub, base.source.embedded):
+                if name is not None:
+                    self._ids.setdefault(_canonical(name), []).append(base.id)
+
+    def served_as(self, name: str) -> tuple[str, ...]:
+        """Return the ids of the bases that a name means: none, or in the order of configuration."""
+        return tuple(dict.fromkeys(self._ids.get(_canonical(name), ())))
+
+
+def _canonical(name: str) -> str:
+    lowered = name.casefold()
+    return MOVED.get(lowered, lowered)
+
+
+class BaseFactsReader:
+    """Reads each base's facts once; a base whose files cannot be read is tried again after a while."""
+
+    def __init__(self, repositories: Sequence[Repositories], clock: Callable[[], float]) -> None:
+        self._repositories = {place.origin: place for place in repositories}
+        self._clock = clock
+        self._known: dict[str, BaseFacts] = {}
+        self._retry_at: dict[str, float] = {}
+
+    async def facts(self, base: BaseModelConfig) -> BaseFacts:
+        """Return what is known of a base; never fails."""
+        known = self._known.get(base.id)
+        if known is not None:
+            return known
+        if self._clock() < self._retry_at.get(base.id, float("-inf")):
+            return BaseFacts(base.id)
+        try:
+            facts = await self._read(base)
+        except (LoraplexError, OSError, ValueError) as error:
+            log.warning("the structure of base %s is not known yet: %s", base.id, type(error).__name__)
+            self._retry_at[base.id] = self._clock() + RETRY_S
+            return BaseFacts(base.id)
+        self._known[base.id] = facts
+        return facts
+
+    async def _read(self, base: BaseModelConfig) -> BaseFacts:
+        for denoiser in ("unet", "transformer"):
+            content = await self._file(base, f"{denoiser}/config.json")
+            if content is not None:
+                index = await self._file(base, "model_index.json")
+                return facts_from(base.id, denoiser, _table(content), _table(index or b"{}"))
+        raise ValueError("it has neither a unet nor a transformer")
+
+    async def _file(self, base: BaseModelConfig, name: str) -> bytes | None:
+        source = base.source
+        if source.folder is not None:
+            path = source.folder / name
+            return await run_blocking(lambda: _head_of(path))
+        origin, model = (EMBEDDED, source.embedded) if source.embedded else (HUB, source.hub)
+        place = self._repositories.get(origin)
+        if place is None or model is None:
+            raise ValueError("its source is not configured")
+        return await place.read_small(model, source.revision, name)
+
+
+def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseFacts:
+    """Return the facts that a denoiser's `config.json` and the pipeline's `model_index.json` tell."""
+    is_unet = denoiser == "unet"
+    width = config.get("cross_attention_dim")
+    text_width = width if is_unet and type(width) is int else None
+    channels = config.get("block_out_channels")
+    hidden = frozenset(n for n in channels if type(n) is int) if is_unet and isinstance(channels, list) else ()
+    pipeline = str(index.get("_class_name", ""))
+    stated = next((family for prefix, family in _PIPELINE_FAMILIES if pipeline.startswith(prefix)), None)
+    return BaseFacts(
+        id=base_id,
+        family=UNET_FAMILIES.get(text_width or 0) or stated,
+        denoiser=denoiser,
+        text_width=text_width,
+        hidden_widths=frozenset(hidden),
+    )
+
+
+def _head_of(path: Path) -> bytes | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return file.read(MAX_CONFIG_BYTES)
+
+
+def _table(content: bytes) -> dict[str, Any]:
+    data = json.loads(content)
+    if not isinstance(data, dict):
+        raise ValueError("its configuration is not a table")
+    return data

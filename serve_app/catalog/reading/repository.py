@@ -1,0 +1,132 @@
+"""What the catalog asks of a place that holds repositories, whichever place it is.
+
+Owns the interface that the Hub and folders share, and what ids and revisions may look like.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from serve_app.catalog.reading.card import Card
+from serve_app.catalog.reading.header import SafetensorsHeader
+from serve_app.core import AdapterSpec
+
+HUB = "hub"
+FOLDER = "folder"
+EMBEDDED = "embedded"
+
+_ID_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_ID = re.compile(rf"{_ID_PART}(?:/{_ID_PART})?")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]{0,254}")
+
+
+def is_valid_id(name: str) -> bool:
+    """Say whether a name has the shape of a repository id: `name` or `owner/name`, never a path that
+    climbs."""
+    return _ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def is_valid_revision(revision: str) -> bool:
+    """Say whether a text can be a branch, tag or commit."""
+    return _REVISION.fullmatch(revision) is not None and ".." not in revision and "//" not in revision
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryFile:
+    """One file of a repository; a size of None means that the place did not say."""
+
+    name: str
+    size_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RepositoryListing:
+    """A repository as it was when it was looked up.
+
+    `location` is the id under which the place knows it (the Hub renames repositories); `revision` is the
+    commit, or for a folder, which has none, the revision that was asked for.
+    """
+
+    id: str
+    origin: str
+    location: str
+    revision: str | None
+    files: tuple[RepositoryFile, ...]
+    card: Card
+
+    def file(self, name: str) -> RepositoryFile | None:
+        """Return the file of that name, or None."""
+        return next((file for file in self.files if file.name == name), None)
+
+
+class Repositories(Protocol):
+    """A place that holds Hub-shaped repositories. Nothing it does blocks the event loop."""
+
+    @property
+    def origin(self) -> str:
+        """The kind of place: its specs carry this name, so that a replica asks the same kind."""
+        ...
+
+    async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
+        """Return the repository, or None where this place has no such id.
+
+        Raises:
+            ModelNotFound: the repository exists without that revision.
+            AccessDenied: it may not be read.
+            HubUnavailable: the place did not answer.
+        """
+        ...
+
+    async def header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
+        """Return the header of a listed safetensors file without fetching its weights.
+
+        Raises:
+            MalformedFile: the header cannot be read.
+            AccessDenied, ModelNotFound, HubUnavailable: as for `find`.
+        """
+        ...
+
+    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+        """Return the revision that fixes the bytes of some listed files.
+
+        Raises:
+            ModelNotFound: the files are not those of the revision that was asked for.
+        """
+        ...
+
+    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
+        """Return a small file of a repository, such as a configuration, or None where there is none.
+
+        Raises:
+            AccessDenied, HubUnavailable: as for `find`.
+        """
+        ...
+
+    async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return a local file with the bytes that the spec fixes: the adapter's, or another of its files.
+
+        Raises:
+            MalformedFile: the bytes are no longer those that the spec fixes.
+            DiskFull: there is no room for it.
+            AccessDenied, ModelNotFound, HubUnavailable: as for `find`.
+        """
+        ...
+
+    def arriving_bytes(self, spec: AdapterSpec) -> int:
+        """Return how much has come of an adapter's file that is being downloaded."""
+        ...
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of what was downloaded for a spec; until then it stays where it is."""
+        ...
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove local copies that nobody uses; return how many bytes became free. Blocks."""
+        ...
+
+    async def ids(self) -> tuple[str, ...]:
+        """Return the ids that can be listed: none for a place as large as the Hub."""
+        ...

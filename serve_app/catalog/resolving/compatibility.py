@@ -1,0 +1,98 @@
+"""Who may be combined with whom in one request, and on which base.
+
+Owns the rules; pure. Finding out what adapters are is `serve_app.catalog.reading.inspector`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from serve_app.catalog.reading.inspector import Finding
+from serve_app.config import AppConfig, BaseModelConfig
+from serve_app.core import AdapterRef, AdapterSpec
+from serve_app.errors import BaseMismatch, MalformedRequest, OutOfBounds
+
+
+def check_named(refs: Sequence[AdapterRef], config: AppConfig) -> None:
+    """Refuse what no base could take, whatever the adapters are.
+
+    Raises:
+        OutOfBounds: more adapters than any base takes.
+        MalformedRequest: one is named twice.
+    """
+    most = max(base.limits.max_adapters for base in config.bases)
+    if len(refs) > most:
+        raise OutOfBounds("loras", f"{len(refs)} adapters", f"at most {most}")
+    named: set[tuple[str, str | None, str | None]] = set()
+    for ref in refs:
+        key = (ref.id.casefold(), ref.revision, ref.filename)
+        if key in named:
+            raise MalformedRequest(f"adapter {ref.id} is named twice; name it once, with the scale it should have")
+        named.add(key)
+
+
+def check_words(specs: Sequence[AdapterSpec]) -> None:
+    """Refuse adapters whose words would be mistaken for each other's.
+
+    Raises:
+        MalformedRequest: several bring words.
+    """
+    teaching = [spec.id for spec in specs if spec.embeddings is not None]
+    if len(teaching) > 1:
+        raise MalformedRequest(
+            f"adapters {' and '.join(teaching)} each bring words of their own, all called <s0>, <s1>, ...; "
+            "name only one of them in a request"
+        )
+
+
+def spec_on(finding: Finding, base: BaseModelConfig, config: AppConfig) -> AdapterSpec:
+    """Return an adapter's spec on a base.
+
+    Raises:
+        BaseNotServed: none of its bases is served.
+        BaseMismatch: it is for another one.
+        RefusedAdapter: it is over a limit of the base.
+    """
+    finding.require_served(_served_ids(config))
+    if base.id not in finding.placement.bases:
+        raise BaseMismatch(finding.id, finding.placement.made_for, base.id)
+    return finding.spec_for(base)
+
+
+def common_base(findings: Sequence[Finding], config: AppConfig) -> BaseModelConfig:
+    """Return the base that serves all the adapters of a request that names none.
+
+    Raises:
+        BaseNotServed: one of them is for no served base, or it is open which is meant.
+        MalformedRequest: they are for different bases.
+    """
+    if not findings:
+        return config.default
+    for finding in findings:
+        finding.require_served(_served_ids(config))
+    certain = [finding for finding in findings if not finding.placement.is_ambiguous]
+    leading = certain[0] if certain else findings[0]
+    common = [
+        base
+        for base_id in leading.placement.bases
+        if all(base_id in finding.placement.bases for finding in findings)
+        and (base := config.base(base_id)) is not None
+    ]
+    if not common:
+        raise _cannot_combine(leading, findings)
+    if not certain and len(common) > 1:
+        raise leading.ambiguity()
+    return common[0]
+
+
+def _cannot_combine(leading: Finding, findings: Sequence[Finding]) -> MalformedRequest:
+    mine = leading.placement
+    other = next(f for f in findings if not set(mine.bases) & set(f.placement.bases) or f is findings[-1])
+    return MalformedRequest(
+        f"adapter {leading.id} is for {mine.made_for}, but adapter {other.id} is for "
+        f"{other.placement.made_for}: they cannot be combined"
+    )
+
+
+def _served_ids(config: AppConfig) -> list[str]:
+    return [base.id for base in config.bases]

@@ -1,0 +1,138 @@
+"""Look-ups that are shared and remembered: one at a time per key, kept for a while, failures too.
+
+Knows nothing of adapters: keys in, values or the product's errors out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from serve_app.catalog.sources.hub_errors import HubBusy
+from serve_app.errors import HubUnavailable, LoraplexError, without_frames
+
+log = logging.getLogger(__name__)
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+MAX_ENTRIES = 10_000
+GRACE_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Found(Generic[V]):
+    value: V
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: LoraplexError
+    expires_at: float
+
+
+class SharedLookups(Generic[K, V]):
+    """Remembers what `look_up` said about each key.
+
+    At most one look-up per key runs at a time, and it outlives askers who leave. A value that has grown old
+    is renewed on demand: an asker waits for that at most `grace_s` from its start and then takes the old
+    value, which also stays where the renewal fails with HubUnavailable. Any other failure replaces it.
+    """
+
+    def __init__(
+        self,
+        look_up: Callable[[K], Awaitable[V]],
+        *,
+        ttl_s_of: Callable[[V], float],
+        failure_ttl_s: float,
+        clock: Callable[[], float],
+        grace_s: float = GRACE_S,
+        max_entries: int = MAX_ENTRIES,
+    ) -> None:
+        self._look_up = look_up
+        self._ttl_s_of = ttl_s_of
+        self._failure_ttl_s = failure_ttl_s
+        self._clock = clock
+        self._grace_s = grace_s
+        self._max_entries = max_entries
+        self._entries: OrderedDict[K, _Found[V] | _Failed] = OrderedDict()
+        self._flights: dict[K, asyncio.Task[_Found[V] | _Failed]] = {}
+
+    async def get(self, key: K) -> V:
+        """Return the value of a key.
+
+        Raises:
+            LoraplexError: whatever the look-up raised, now or within the time that failures are kept.
+        """
+        entry = self._entries.get(key)
+        if entry is not None:
+            self._entries.move_to_end(key)
+            if self._clock() < entry.expires_at:
+                return self._outcome(entry)
+        if isinstance(entry, _Found):
+            return self._outcome(await self._renewed(key, entry))
+        return self._outcome(await asyncio.shield(self._flight(key)))
+
+    def values(self) -> Iterator[V]:
+        """Yield every value that is remembered, old ones included."""
+        return (entry.value for entry in list(self._entries.values()) if isinstance(entry, _Found))
+
+    async def _renewed(self, key: K, old: _Found[V]) -> _Found[V] | _Failed:
+        patience_s = 0.0 if key in self._flights else self._grace_s
+        flight = self._flight(key)
+        await asyncio.wait({flight}, timeout=patience_s)
+        return flight.result() if flight.done() else old
+
+    def _flight(self, key: K) -> asyncio.Task[_Found[V] | _Failed]:
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = asyncio.get_running_loop().create_task(self._fly(key))
+            self._flights[key] = flight
+            flight.add_done_callback(lambda done: self._landed(key, done))
+        return flight
+
+    def _landed(self, key: K, flight: asyncio.Task[_Found[V] | _Failed]) -> None:
+        self._flights.pop(key, None)
+        if not flight.cancelled() and (fault := flight.exception()) is not None:
+            # Retrieved here, for there may be nobody left who asked.
+            log.error("a look-up failed on our side", exc_info=fault)
+
+    async def _fly(self, key: K) -> _Found[V] | _Failed:
+        entry: _Found[V] | _Failed
+        try:
+            value = await self._look_up(key)
+            entry = _Found(value, self._clock() + self._ttl_s_of(value))
+        except LoraplexError as error:
+            entry = self._after_failure(key, error)
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        while len(self._entries) > self._max_entries:
+            self._entries.popitem(last=False)
+        return entry
+
+    def _after_failure(self, key: K, error: LoraplexError) -> _Found[V] | _Failed:
+        # The Hub's own word counts where it asked for more time than failures are kept for.
+        kept_s = max(self._failure_ttl_s, error.retry_after_s) if isinstance(error, HubBusy) else self._failure_ttl_s
+        expires_at = self._clock() + kept_s
+        old = self._entries.get(key)
+        if isinstance(old, _Found) and isinstance(error, HubUnavailable):
+            log.warning("what was known before is served on: %s", error.reason)
+            return _Found(old.value, expires_at)
+        return _Failed(without_frames(error), expires_at)
+
+    def _outcome(self, entry: _Found[V] | _Failed) -> V:
+        if isinstance(entry, _Found):
+            return entry.value
+        # A copy: an exception that is raised again and again would gather tracebacks.
+        error = copy.copy(entry.error)
+        if isinstance(error, HubUnavailable):
+            # Sooner than that, nobody would be asked.
+            error.retry_after_s = max(1, math.ceil(entry.expires_at - self._clock()))
+        raise error

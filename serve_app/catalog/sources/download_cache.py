@@ -1,0 +1,262 @@
+"""Adapter files as the Hub has them, on this node's disk: for admission, and for when the Hub is away.
+
+Owns one folder, shared by every process of the node, and its byte budget. A file is seen there whole or not at all; its
+name holds the digest of its bytes, which are checked against it whenever it is asked for. Every call may block on the
+disk. Must not know how files are fetched.
+
+    <folder>/.lock                           held while files come and go
+    <folder>/<key>-<sha256>.safetensors      a whole file; its modification time is its last use
+    <folder>/.<key>-<random>.draft           what has arrived of one, locked by who writes it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from io import BufferedReader, FileIO
+from pathlib import Path
+from typing import BinaryIO
+
+from serve_app.file_locks import exclusive, is_disk_full, open_shared, remove_unless_held
+
+log = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+DRAFT_SUFFIX = ".draft"
+
+
+class Original:
+    """One file, held against eviction in every process until it is released."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self._file = file
+
+    def release(self) -> None:
+        """Let go; the file may be evicted from now on."""
+        if not self._file.closed:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+
+
+class Holds:
+    """Files that are held for adapters, by the adapter's key, until they are released together."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[Original]] = {}
+
+    def add(self, adapter: str, original: Original) -> Path:
+        """Hold one more file for an adapter; return where it is."""
+        self._held.setdefault(adapter, []).append(original)
+        return original.path
+
+    def release(self, adapter: str) -> None:
+        """Let go of all files of an adapter."""
+        for original in self._held.pop(adapter, ()):
+            original.release()
+
+
+class Draft:
+    """A file that is arriving: what has come so far, and its digest."""
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path = path
+        self._file = file
+        self.restart()
+
+    def restart(self) -> None:
+        """Throw away what has come."""
+        self._cut(0)
+        self.size_bytes = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """Take the next bytes.
+
+        Raises:
+            OSError: the disk did not take them all; what came before is still there.
+        """
+        rest = memoryview(piece)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self._cut(self.size_bytes)
+            raise
+        self._digest.update(piece)
+        self.size_bytes += len(piece)
+
+    def _cut(self, size_bytes: int) -> None:
+        self._file.truncate(size_bytes)
+        self._file.seek(size_bytes)
+
+    def sha256(self) -> str:
+        """Return the digest of what has come, in hex."""
+        return self._digest.hexdigest()
+
+    def git_id(self) -> str:
+        """Return what git, and so the Hub, calls a file of these bytes that is not stored apart."""
+        digest = hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
+        digest.update(self.path.read_bytes())
+        return digest.hexdigest()
+
+    def share(self) -> None:
+        """Let others hold the file beside its writer."""
+        fcntl.flock(self._file, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """End writing; whatever still bears the draft's name is removed."""
+        self.path.unlink(missing_ok=True)
+        self._file.close()
+
+
+class Originals:
+    """The files of a folder and a byte budget.
+
+    Invariants: a file that is held is never removed. After a file was kept, all fit the budget or are held.
+    Thread-safe.
+    """
+
+    def __init__(self, folder: Path, budget_bytes: int, *, clock: Callable[[], float]) -> None:
+        """Touch nothing yet; `clock` gives Unix seconds, comparable between the processes of the node."""
+        self._folder = folder
+        self._budget_bytes = budget_bytes
+        self._clock = clock
+
+    def find(self, key: str) -> Original | None:
+        """Return a file, held, whose bytes are those that were kept; one that was altered since is thrown away."""
+        return self._find(key, self._changing)
+
+    def _find(self, key: str, changing: Callable[[], AbstractContextManager[None]]) -> Original | None:
+        for path in self._folder.glob(f"{_digest(key)}-*{SUFFIX}"):
+            file = open_shared(path)
+            if file is None:
+                continue
+            found = Original(path, file)
+            if hashlib.file_digest(file, "sha256").hexdigest() == path.stem.partition("-")[2]:
+                self._touch(file)
+                return found
+            log.warning("a file of %s was altered on disk; it is fetched anew", key)
+            with changing(), suppress(FileNotFoundError):
+                # Another process may have put a good one in its place by now, and hold it.
+                if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    path.unlink()
+            found.release()
+        return None
+
+    @contextmanager
+    def draft(self, key: str) -> Generator[Draft]:
+        """Give a file to write; it is removed at the end of the block unless it was kept.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._folder / f".{_digest(key)}-{uuid.uuid4().hex}{DRAFT_SUFFIX}"
+        with self._changing():
+            self._clear_abandoned_drafts()
+            file = path.open("w+b", buffering=0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        made = Draft(path, file)
+        try:
+            yield made
+        finally:
+            made.close()
+
+    def keep(self, key: str, draft: Draft) -> Original:
+        """Make a whole draft the file of this key, and return it held; files used longest ago make room.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        path = self._folder / f"{_digest(key)}-{draft.sha256()}{SUFFIX}"
+        with self._changing():
+            # Another process may have brought it meanwhile. Replaced, its file would no longer be the one that
+            # whoever uses it holds, and could be evicted under the name that they know.
+            found = self._find(key, nullcontext)
+            if found is not None and found.path == path:
+                return found
+            draft.share()
+            draft.path.replace(path)
+            file = _opened(path)
+            self._touch(file)
+            self._evict(self._size_bytes() - self._budget_bytes)
+        return Original(path, file)
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove the files used longest ago until so many bytes are free, and return how many became so."""
+        if not self._folder.is_dir():
+            return 0
+        with self._changing():
+            return self._evict(needed_bytes)
+
+    def with_room(self, write: Callable[[], None], needed_bytes: int) -> None:
+        """Write something; where the disk is full, once more after the files used longest ago made room.
+
+        Raises:
+            OSError: it is still full, or failed otherwise. Whatever else `write` raises.
+        """
+        try:
+            write()
+        except OSError as error:
+            if not is_disk_full(error) or not self.make_room(max(needed_bytes, 1)):
+                raise
+            log.warning("the disk is full; files that were brought before made room")
+            write()
+
+    def arriving_bytes(self, key: str) -> int:
+        """Return how much of a file has arrived, in whichever process."""
+        arrived = 0
+        for path in self._folder.glob(f".{_digest(key)}-*{DRAFT_SUFFIX}"):
+            with suppress(OSError):  # kept this moment
+                arrived += path.stat().st_size
+        return arrived
+
+    def _changing(self) -> AbstractContextManager[None]:
+        return exclusive(self._folder / ".lock")
+
+    def _touch(self, file: BinaryIO) -> None:
+        now = self._clock()
+        os.utime(file.fileno(), (now, now))
+
+    def _files(self) -> list[tuple[int, int, Path]]:
+        found: list[tuple[int, int, Path]] = []
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime_ns, status.st_size, path))
+        return sorted(found)
+
+    def _size_bytes(self) -> int:
+        return sum(size_bytes for _, size_bytes, _ in self._files())
+
+    def _evict(self, excess_bytes: int) -> int:
+        freed = 0
+        for _, size_bytes, path in self._files() if excess_bytes > 0 else ():
+            if freed >= excess_bytes:
+                break
+            if remove_unless_held(path):
+                log.info("dropped a fetched file (%d bytes) from disk", size_bytes)
+                freed += size_bytes
+        return freed
+
+    def _clear_abandoned_drafts(self) -> None:
+        for path in self._folder.glob(f".*{DRAFT_SUFFIX}"):
+            remove_unless_held(path)
+
+
+def _opened(path: Path) -> BufferedReader:
+    """Open and hold a file that was there a moment ago."""
+    file = open_shared(path)
+    if file is None:
+        raise FileNotFoundError("a file was removed from the cache by somebody else")
+    return file
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -1,0 +1,207 @@
+"""Repositories in local folders, laid out as on the Hub: `<root>/<owner>/<name>/`.
+
+Owns the way from an id to a file, which never leaves the roots: ids are checked, links are followed and
+refused where they lead out. A folder has no commits: the digest of the weights is the revision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from serve_app.catalog.reading.blocking import run_blocking
+from serve_app.catalog.reading.card import Card, parse_card
+from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, read_header
+from serve_app.catalog.reading.repository import FOLDER, RepositoryFile, RepositoryListing, is_valid_id
+from serve_app.core import AdapterSpec
+from serve_app.errors import ModelNotFound
+from serve_app.refusals import MalformedFile
+
+T = TypeVar("T")
+
+REVISION_CHARACTERS = 40
+MAX_CARD_BYTES = 256 * 1024
+MAX_SMALL_FILE_BYTES = 1024 * 1024
+MAX_FILES = 10_000
+MAX_DIGESTS = 10_000
+
+
+class FolderRepositories:
+    """The repositories below some roots; the first root that has an id wins."""
+
+    def __init__(self, roots: tuple[Path, ...], *, origin: str = FOLDER) -> None:
+        self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
+        self._origin = origin
+        self._digests: dict[str, tuple[int, int, str]] = {}
+
+    @property
+    def origin(self) -> str:
+        """The kind of place that these roots are."""
+        return self._origin
+
+    async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
+        """Return the repository of that id, or None."""
+        return await _reading(model, lambda: self._find(model, revision))
+
+    async def header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
+        """Return the header of a listed file."""
+        return await _reading(listing.id, lambda: self._header(listing, filename))
+
+    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+        """Return the first 40 hex digits of the file's SHA-256; of several, of the SHA-256 of theirs."""
+        return await _reading(listing.id, lambda: self._pin(listing, filenames))
+
+    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
+        """Return a small file of a repository, or None."""
+        return await _reading(model, lambda: self._read_small(model, filename))
+
+    async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return the file itself, once the digest of the spec's files is seen to be the spec's."""
+        return await _reading(spec.id, lambda: self._download(spec, filename or spec.filename))
+
+    def arriving_bytes(self, spec: AdapterSpec) -> int:
+        """Return nothing: the files are here."""
+        return 0
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Do nothing: the files are the folder's own."""
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove nothing: the files are the folder's own."""
+        return 0
+
+    async def ids(self) -> tuple[str, ...]:
+        """Return every id below the roots, sorted."""
+        return await run_blocking(lambda: tuple(sorted(set(self._all_ids()))))
+
+    def _folder(self, model: str) -> Path | None:
+        if not is_valid_id(model) or "/" not in model:
+            return None
+        for root in self._roots:
+            folder = Path(os.path.realpath(root / model))
+            if folder.is_relative_to(root) and folder != root and folder.is_dir():
+                return folder
+        return None
+
+    def _file(self, model: str, filename: str) -> Path | None:
+        folder = self._folder(model)
+        if folder is None:
+            return None
+        path = Path(os.path.realpath(folder / filename))
+        return path if self._is_inside(path) and path.is_file() else None
+
+    def _is_inside(self, path: Path) -> bool:
+        return any(path.is_relative_to(root) for root in self._roots)
+
+    def _find(self, model: str, revision: str | None) -> RepositoryListing | None:
+        folder = self._folder(model)
+        if folder is None:
+            return None
+        return RepositoryListing(
+            id=model,
+            origin=self._origin,
+            location=model,
+            revision=revision,
+            files=tuple(self._files(folder)),
+            card=self._card(model),
+        )
+
+    def _files(self, folder: Path) -> Iterator[RepositoryFile]:
+        listed = 0
+        for parent, folders, names in os.walk(folder):
+            folders.sort()
+            for name in sorted(names):
+                path = Path(os.path.realpath(os.path.join(parent, name)))
+                if not self._is_inside(path) or not path.is_file():
+                    continue
+                listed += 1
+                if listed > MAX_FILES:
+                    return
+                relative = Path(parent, name).relative_to(folder).as_posix()
+                yield RepositoryFile(relative, path.stat().st_size)
+
+    def _card(self, model: str) -> Card:
+        path = self._file(model, "README.md")
+        if path is None:
+            return Card()
+        with path.open("rb") as file:
+            return parse_card(file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace"))
+
+    def _listed(self, listing: RepositoryListing, filename: str) -> Path:
+        path = self._file(listing.location, filename)
+        if path is None:
+            raise ModelNotFound(listing.id, f"it holds no file '{filename}'")
+        return path
+
+    def _header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
+        try:
+            return read_header(self._listed(listing, filename))
+        except MalformedHeader as error:
+            raise MalformedFile(listing.id, f"{filename}: {error}") from None
+
+    def _pin(self, listing: RepositoryListing, filenames: Sequence[str]) -> str:
+        digest = self._digest_of([self._listed(listing, filename) for filename in filenames])
+        asked = listing.revision
+        if asked is not None and asked != "main" and not digest.startswith(asked):
+            raise ModelNotFound(listing.id, f"it has no revision '{asked}'; a folder holds its newest only")
+        return digest
+
+    def _digest_of(self, paths: Sequence[Path]) -> str:
+        digests = [self._digest(path) for path in paths]
+        if len(digests) == 1:
+            return digests[0]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()[:REVISION_CHARACTERS]
+
+    def _digest(self, path: Path) -> str:
+        stat = path.stat()
+        known = self._digests.get(str(path))
+        if known is not None and known[:2] == (stat.st_mtime_ns, stat.st_size):
+            return known[2]
+        with path.open("rb") as file:
+            revision = hashlib.file_digest(file, "sha256").hexdigest()[:REVISION_CHARACTERS]
+        if len(self._digests) >= MAX_DIGESTS:
+            self._digests.clear()
+        self._digests[str(path)] = (stat.st_mtime_ns, stat.st_size, revision)
+        return revision
+
+    def _read_small(self, model: str, filename: str) -> bytes | None:
+        path = self._file(model, filename)
+        if path is None:
+            return None
+        with path.open("rb") as file:
+            return file.read(MAX_SMALL_FILE_BYTES)
+
+    def _download(self, spec: AdapterSpec, filename: str) -> Path:
+        names = [spec.filename] if spec.embeddings is None else [spec.filename, spec.embeddings]
+        paths = {name: path for name in names if (path := self._file(spec.location, name)) is not None}
+        if len(paths) < len(names):
+            raise ModelNotFound(spec.id, "its folder is no longer there")
+        if self._digest_of(list(paths.values())) != spec.revision:
+            raise MalformedFile(spec.id, "its file changed after it was looked up; ask again in a few seconds")
+        return paths[filename]
+
+    def _all_ids(self) -> Iterator[str]:
+        for root in self._roots:
+            for owner in _held_by(root):
+                for repository in _held_by(owner):
+                    model = f"{owner.name}/{repository.name}"
+                    if self._folder(model) is not None:
+                        yield model
+
+
+async def _reading(model: str, read: Callable[[], T]) -> T:
+    try:
+        return await run_blocking(read)
+    except FileNotFoundError:
+        raise ModelNotFound(model, "its folder changed while it was read; ask again in a few seconds") from None
+
+
+def _held_by(folder: Path) -> list[Path]:
+    """Return what lies in a folder; nothing where it is none, or none any more."""
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []

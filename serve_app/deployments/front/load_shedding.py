@@ -1,0 +1,188 @@
+"""Refusing at the door: what keeps a flood of requests from standing before the very refusals that it is to get.
+
+One process for each node takes in all HTTP, and hands it on one after another, however much there is: under a flood the
+ingress replicas would refuse within milliseconds what has waited for minutes. So the proxy counts what it has handed on
+and is not answered, and refuses beyond what the ingress replicas hold for the bases, which is theirs to wait for, and a
+little more. Owns that count, on the proxy's side, and how ingress replicas tell what they hold and may hold, on theirs.
+Runs inside the proxy, so it knows no configuration and no Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from http import HTTPStatus
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.http.error_responses import fault_response
+from serve_app.errors import Overloaded
+
+log = logging.getLogger(__name__)
+
+# On every reply, from ingress replica to proxy alone: how many requests all ingress replicas may hold, and on a refusal
+# for want of room who refuses and how many it holds: "160" or "160 x7f3=72".
+HELD_HEADER = "x-loraplex-held"
+# As long as this after a full queue was last heard of, the count is limited by what was told.
+NEWS_HOLD_S = 5.0
+# What may be on its way beyond what is held, and a share of that: it is looked at, and taken or refused, in a moment.
+ON_THE_WAY = 8
+ON_THE_WAY_SHARE = 1 / 16
+# Before the first reply.
+MOST_UNTOLD = 256
+TOO_MANY = HTTPStatus.TOO_MANY_REQUESTS
+LOG_EVERY_S = 10.0
+DEFAULT_RETRY_AFTER_S = 1
+# The registry is for its administrators to change, under any load.
+_ALWAYS_LET_IN = ("/v1/loras", "/-/")
+
+
+class Door:
+    """How many requests may be on their way through one proxy. Pure but for the clock.
+
+    Invariant: whatever is told, `ON_THE_WAY` requests may always be on their way.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock` gives seconds that only grow."""
+        self._clock = clock
+        self._held: dict[str, tuple[float, int]] = {}
+        self._most = MOST_UNTOLD
+        self.retry_after_s = DEFAULT_RETRY_AFTER_S
+        self.inside = 0
+
+    def told(self, most: int) -> None:
+        """Take in how many requests all ingress replicas may hold."""
+        self._most = most
+
+    def heard(self, replica: str, held: int, retry_after_s: int) -> None:
+        """Take in that an ingress replica refused a request, what it holds, and when the caller was to come back."""
+        now = self._clock()
+        self._held = {id_: told for id_, told in self._held.items() if now - told[0] <= NEWS_HOLD_S}
+        self._held[replica] = now, held
+        self.retry_after_s = retry_after_s
+
+    @property
+    def room(self) -> int:
+        """How many requests may be inside now."""
+        now = self._clock()
+        news = [count for at, count in self._held.values() if now - at <= NEWS_HOLD_S]
+        held = sum(news) if news else self._most
+        return held + int(held * ON_THE_WAY_SHARE) + ON_THE_WAY
+
+    @property
+    def is_open(self) -> bool:
+        """Whether one more may come in."""
+        return self.inside < self.room
+
+
+class Shedding:
+    """Refuses requests for images while more are on their way than can be looked at in a moment; nothing else."""
+
+    def __init__(
+        self, app: ASGIApp, on_shed: Callable[[], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`on_shed` hears of each request that is refused here."""
+        self._app = app
+        self._on_shed = on_shed
+        self._clock = clock
+        self.door = Door(clock)
+        self._shed = 0
+        self._logged_at = float("-inf")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_heard(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._hear(message)
+            await send(message)
+
+        if scope["method"] != "POST" or scope["path"].startswith(_ALWAYS_LET_IN):
+            await self._app(scope, receive, send_heard)
+            return
+        if not self.door.is_open:
+            await self._refuse(scope, receive, send)
+            return
+        self.door.inside += 1
+        try:
+            await self._app(scope, _Arriving(receive, self.door), send_heard)
+        finally:
+            self.door.inside -= 1
+
+    def _hear(self, message: Message) -> None:
+        headers = MutableHeaders(raw=list(message.get("headers", [])))
+        if (told := headers.get(HELD_HEADER)) is None:
+            return
+        del headers[HELD_HEADER]
+        message["headers"] = headers.raw
+        most, _, news = told.partition(" ")
+        self.door.told(int(most))
+        if news:
+            replica, _, held = news.partition("=")
+            self.door.heard(replica, int(held), int(headers.get("retry-after", DEFAULT_RETRY_AFTER_S)))
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._on_shed()
+        self._note()
+        response = fault_response(scope, Overloaded(self.door.retry_after_s))
+        response.headers["x-request-id"] = Headers(scope=scope).get("x-request-id") or str(uuid.uuid4())
+        response.headers["access-control-expose-headers"] = "x-request-id"
+        await response(scope, receive, send)
+
+    def _note(self) -> None:
+        """Log now and then: a line for each would cost more than the refusal."""
+        self._shed += 1
+        if self._clock() - self._logged_at >= LOG_EVERY_S:
+            log.warning("%d requests were refused at the door; %d are inside", self._shed, self.door.inside)
+            self._shed, self._logged_at = 0, self._clock()
+
+
+class _Arriving:
+    """A request's body on its way in: while its caller is waited for, the request keeps nobody else out."""
+
+    def __init__(self, receive: Receive, door: Door) -> None:
+        self._receive = receive
+        self._door = door
+        self._is_complete = False
+
+    async def __call__(self) -> Message:
+        if self._is_complete:
+            return await self._receive()
+        self._door.inside -= 1
+        try:
+            message = await self._receive()
+        finally:
+            self._door.inside += 1
+        self._is_complete = not message.get("more_body", False)
+        return message
+
+
+class TellsHeld:
+    """Tells the proxy how many requests ingress replicas may hold, and on a refusal for want of room what one holds."""
+
+    def __init__(self, app: ASGIApp, *, replica: str, most: int, held: Callable[[], int | None]) -> None:
+        """`held` gives None while no base has too much."""
+        self._app = app
+        self._most = most
+        self._replica = replica
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+
+        async def send_told(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # A key's own limits are a 429 too, and say nothing of room.
+                held = self._held() if message["status"] == TOO_MANY else None
+                news = "" if held is None else f" {self._replica}={held}"
+                MutableHeaders(scope=message)[HELD_HEADER] = f"{self._most}{news}"
+            await send(message)
+
+        await self._app(scope, receive, send_told)

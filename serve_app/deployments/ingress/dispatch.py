@@ -1,0 +1,172 @@
+"""One request through the service: resolve, settle, dispatch.
+
+Owns what the ingress does that needs no Ray; `serve_app.deployments.ingress.ingress` gives it the way to a replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from serve_app.catalog.catalog import Catalog, Resolution
+from serve_app.core import Accepted, GenerationDraft, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo
+from serve_app.deployments.ingress.resolve_defaults import settle
+from serve_app.deployments.registry.registry import ServiceRegistry
+from serve_app.errors import LoraplexError
+from serve_app.observability.tracing import request_span, span
+
+log = logging.getLogger(__name__)
+
+# A stream begins no later than this after everything was checked that can be checked here. Until then the replica may
+# still refuse, which reaches the caller as a status and not as an event.
+FIRST_EVENT_S = 0.05
+
+
+class Dispatch(Protocol):
+    """The way to the replicas."""
+
+    async def __call__(self, request: GenerationRequest) -> GenerationResult:
+        """Return the result of one request."""
+        ...
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Yield the events of one request."""
+        ...
+
+
+@dataclass(slots=True)
+class _Case:
+    """What is known of a request, for the line that says how it failed; never its prompt."""
+
+    draft: GenerationDraft
+    resolution: Resolution | None = None
+
+    @property
+    def base(self) -> str:
+        if self.resolution is not None:
+            return self.resolution.base.id
+        return f"not known yet, asked for {self.draft.model or 'the default'}"
+
+    @property
+    def adapters(self) -> list[str]:
+        if self.resolution is not None:
+            return [use.spec.id for use in self.resolution.adapters]
+        return [ref.id for ref in self.draft.adapters]
+
+
+class ServiceGateway:
+    """What the HTTP layer talks to; every draw of a seed happens here, so that a retry gives the same image."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        dispatch: Dispatch,
+        *,
+        registry: ServiceRegistry,
+        draw_seed: Callable[[], int],
+        can_serve: Callable[[], Awaitable[bool]],
+        on_refusal: Callable[[str], None],
+        on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
+    ) -> None:
+        self._catalog = catalog
+        self._dispatch = dispatch
+        self._registry = registry
+        self._draw_seed = draw_seed
+        self._can_serve = can_serve
+        self._on_refusal = on_refusal
+        self._on_drawn = on_drawn
+
+    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+        """Return the images of a draft.
+
+        Raises:
+            LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
+        """
+        with self._refusals_noted(draft, request_id) as case:
+            request = await self._settled(draft, request_id, case)
+            result = await self._dispatch(request)
+            self._on_drawn(request, result)
+            return result
+
+    async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        """Yield what becomes of a draft: `Accepted` within `FIRST_EVENT_S` of its being settled, the result at the end.
+
+        Raises:
+            LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
+        """
+        with self._refusals_noted(draft, request_id) as case:
+            request = await self._settled(draft, request_id, case)
+            accepted = Accepted(request.base_id, request.seed, request.width, request.height, request.planned_steps)
+            async with aclosing(self._dispatch.stream(request)) as events:
+                first = asyncio.ensure_future(anext(events))
+                try:
+                    await asyncio.wait({first}, timeout=FIRST_EVENT_S)
+                    if first.done():
+                        first.result()
+                    yield accepted
+                    yield await first
+                finally:
+                    first.cancel()
+                    await asyncio.gather(first, return_exceptions=True)
+                async for event in events:
+                    if isinstance(event, GenerationResult):
+                        self._on_drawn(request, event)
+                    yield event
+
+    async def _settled(self, draft: GenerationDraft, request_id: str, case: _Case) -> GenerationRequest:
+        with span("resolve", request_span().context):
+            resolution = case.resolution = await self._catalog.resolve(
+                draft.model, draft.adapters, token=draft.hub_token
+            )
+        seed = self._draw_seed()
+        request = settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+        # A caller's token goes no further than it is needed.
+        request = replace(request, hub_token=draft.hub_token) if resolution.is_private else request
+        request_span().describe(request)
+        return request_span().carried_by(request)
+
+    @contextmanager
+    def _refusals_noted(self, draft: GenerationDraft, request_id: str) -> Iterator[_Case]:
+        case = _Case(draft)
+        try:
+            yield case
+        except LoraplexError as error:
+            log.info(
+                "request %s with key %s failed: %s (%s); base %s, adapters %s",
+                request_id, draft.key or "none", error, error.code, case.base, ", ".join(case.adapters) or "none",
+            )  # fmt: skip
+            self._on_refusal(error.code)
+            request_span().refuse(error)
+            raise
+
+    @property
+    def registry(self) -> ServiceRegistry:
+        """What is known of adapters, replicas and bases."""
+        return self._registry
+
+    async def is_ready(self) -> bool:
+        """Whether any base can serve now."""
+        return await self._can_serve()
+
+    async def models(self) -> tuple[ModelInfo, ...]:
+        """Return the bases that are served, the adapters known so far, and the aliases."""
+        bases = [
+            ModelInfo(id=base.id, base_id=None, owned_by=_owner(base.id), created=0) for base in self._catalog.served()
+        ]
+        adapters = [
+            ModelInfo(id=spec.id, base_id=spec.base_id, owned_by=_owner(spec.id), created=0)
+            for spec in await self._catalog.known_adapters()
+        ]
+        aliases = [
+            ModelInfo(id=alias.name, base_id=known.spec.base_id, owned_by=_owner(known.spec.id), created=0)
+            for alias, known in await self._registry.aliased()
+        ]
+        return (*bases, *adapters, *aliases)
+
+
+def _owner(model: str) -> str:
+    return model.split("/", 1)[0]

@@ -1,0 +1,271 @@
+"""The ingress deployment: HTTP in, a request to the right base's replicas, images out.
+
+Owns the way to the replicas: multiplexed ids, retries after a lost replica, and the errors of both sides.
+Must not know torch: an ingress replica runs on a CPU node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp
+
+from serve_app.api.app import create_app
+from serve_app.api.http.auth import Access
+from serve_app.catalog.catalog import Catalog, build_repositories
+from serve_app.config import AppConfig, Environment
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
+from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.front.load_shedding import TellsHeld
+from serve_app.deployments.ingress.backpressure import Pressure, most_held
+from serve_app.deployments.ingress.dispatch import ServiceGateway
+from serve_app.deployments.ingress.keys import Keys
+from serve_app.deployments.ingress.middleware import Measured, Traced
+from serve_app.deployments.limits.limit_keeper import LimitKeeperHandle
+from serve_app.deployments.limits.shared_rate_limiter import SharedMeter
+from serve_app.deployments.registry.alias_keeper import KeeperHandle
+from serve_app.deployments.registry.alias_mirror import AliasMirror
+from serve_app.deployments.registry.fleet import Count, RollCall, replica_counts
+from serve_app.deployments.registry.registry import ServiceRegistry
+from serve_app.deployments.shared.logs import set_up_logging
+from serve_app.deployments.shared.sharing import on_this_node
+from serve_app.deployments.shared.watchdog import guardian_of
+from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
+from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
+from serve_app.observability.tracing import answered, set_up_tracing
+from serve_app.work import work_units
+
+log = logging.getLogger(__name__)
+
+READINESS_TTL_S = 1.0
+SEED_BITS = 32
+# A new ingress waits this long for the aliases before it serves without them.
+ALIASES_PATIENCE_S = 5.0
+
+
+def deployment_name(base_id: str) -> str:
+    """Return the Serve deployment that serves a base; Serve forbids slashes in names."""
+    return "base-" + base_id.replace("/", "--")
+
+
+class Dispatcher:
+    """Sends settled requests to replicas through Serve handles.
+
+    A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
+    image. A stream is sent again while no picture of it has been passed on, and then tells its progress from the start.
+    Cancelling a call stops the work.
+    """
+
+    def __init__(
+        self, config: AppConfig, handles: dict[str, DeploymentHandle], *, on_retry: Callable[[str, str], None]
+    ) -> None:
+        self._on_retry = on_retry
+        self._attempts = config.ingress.max_retries + 1
+        self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
+        self._pressures = {base.id: Pressure(time.monotonic) for base in config.bases}
+        self._handles = handles
+
+    async def __call__(self, request: GenerationRequest) -> GenerationResult:
+        """Return the result of one request.
+
+        Raises:
+            QueueFull: the base has as much waiting as it accepts.
+            ReplicaLost: every attempt lost its replica.
+        """
+        self._check_room(request)
+        for attempt in range(1, self._attempts + 1):
+            response = self._handle(request).generate.remote(request)
+            try:
+                with self._sending(request), self._errors_of(request):
+                    return await response
+            except (RayActorError, ReplicaLost) as error:
+                self._note_loss(request, attempt, error)
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+        raise ReplicaLost(base=request.base_id, attempts=self._attempts)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Yield the events of one request.
+
+        Raises:
+            QueueFull: the base has as much waiting as it accepts.
+            ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
+        """
+        has_shown = False
+        self._check_room(request)
+        for attempt in range(1, self._attempts + 1):
+            # With this option a call is an asynchronous generator, which Ray's types do not say.
+            response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
+            try:
+                with self._sending(request), self._errors_of(request):
+                    async for event in response:
+                        has_shown |= not isinstance(event, Progress)
+                        yield event
+                return
+            except (RayActorError, ReplicaLost) as error:
+                if has_shown:
+                    raise ReplicaLost(base=request.base_id, attempts=attempt) from None
+                self._note_loss(request, attempt, error)
+            except (asyncio.CancelledError, GeneratorExit):
+                response.cancel()
+                raise
+        raise ReplicaLost(base=request.base_id, attempts=self._attempts)
+
+    @property
+    def held(self) -> int | None:
+        """How many requests wait for the bases, where one of these has lately refused another; else None."""
+        pressures = self._pressures.values()
+        is_full = any(pressure.was_full_lately for pressure in pressures)
+        return sum(pressure.out for pressure in pressures) if is_full else None
+
+    def _check_room(self, request: GenerationRequest) -> None:
+        if self._pressures[request.base_id].is_full:
+            raise self._queue_full(request)
+
+    def _queue_full(self, request: GenerationRequest) -> QueueFull:
+        limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
+        return QueueFull(base=request.base_id, limit=limit, retry_after_s=retry_after_s)
+
+    def _handle(self, request: GenerationRequest) -> DeploymentHandle:
+        # A base-only request names no model: with an id it would stick to one replica.
+        model_id = request.adapters[0].spec.key if request.adapters else ""
+        return self._handles[request.base_id].options(multiplexed_model_id=model_id)
+
+    def _note_loss(self, request: GenerationRequest, attempt: int, error: Exception) -> None:
+        log.warning(
+            "request %s lost its replica of %s (attempt %d of %d): %s",
+            request.request_id, request.base_id, attempt, self._attempts, type(error).__name__,
+        )  # fmt: skip
+        self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
+
+    def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
+        return self._pressures[request.base_id].sending(work_units(request))
+
+    @contextmanager
+    def _errors_of(self, request: GenerationRequest) -> Iterator[None]:
+        try:
+            yield
+        except BackPressureError:
+            self._pressures[request.base_id].refused()
+            raise self._queue_full(request) from None
+        except LoraplexError as error:
+            # What arrives is Ray's double of our error, whose text is a remote traceback.
+            cause = getattr(error, "cause", error)
+            raise cause from None
+        except RayTaskError as error:
+            raise error.cause from None
+
+
+class Readiness:
+    """Whether any base of the application has a running replica, or would start one on demand; asked of Serve at
+    most once a second."""
+
+    def __init__(self, config: AppConfig, app_name: str) -> None:
+        self._scales_to_zero = any(base.autoscaling.min_replicas == 0 for base in config.bases)
+        self._deployments = {deployment_name(base.id) for base in config.bases}
+        self._app_name = app_name
+        self._checked_at = float("-inf")
+        self._is_ready = False
+        self._lock = asyncio.Lock()
+
+    async def __call__(self) -> bool:
+        """Return the last answer, renewed when it is older than a second."""
+        if self._scales_to_zero:
+            return True
+        async with self._lock:
+            if time.monotonic() - self._checked_at > READINESS_TTL_S:
+                self._is_ready = await asyncio.to_thread(self._any_running)
+                self._checked_at = time.monotonic()
+        return self._is_ready
+
+    def _any_running(self) -> bool:
+        counts = replica_counts(self._app_name)
+        return any(count.running for name, count in counts.items() if name in self._deployments)
+
+
+@serve.deployment
+@serve.ingress()
+class Ingress:
+    """One replica of the HTTP face."""
+
+    def __init__(
+        self,
+        config: AppConfig,
+        environment: Environment,
+        handles: dict[str, DeploymentHandle],
+        keeper: DeploymentHandle,
+        limits: DeploymentHandle | None = None,
+    ) -> None:
+        set_up_logging(config.log_level)
+        set_up_tracing(config.tracing, part="ingress", on_sent=TracingMetrics().sent)
+        environment = on_this_node(environment)
+        self._config = config
+        self._metrics = IngressMetrics()
+        repositories = build_repositories(config, environment, embedded_root=embedded_root())
+        app_name = serve.get_replica_context().app_name
+        self._aliases = AliasMirror(KeeperHandle(keeper), on_change=self._metrics.aliases_known)
+        catalog = Catalog(
+            config,
+            repositories,
+            clock=time.monotonic,
+            meant=self._aliases.meant,
+            on_access_check=self._metrics.access_checked,
+        )
+
+        def counts() -> dict[str, Count]:
+            known = replica_counts(app_name)
+            names = {base.id: deployment_name(base.id) for base in config.bases}
+            return {base_id: known[name] for base_id, name in names.items() if name in known}
+
+        replicas = RollCall(handles, counts, clock=time.monotonic)
+        self._access = Access(
+            keys=Keys(config.auth, clock=time.monotonic),
+            takes_hub_tokens=config.adapters.hub.forward_tokens,
+            meter=None if limits is None else self._shared_meter(limits),
+            on_refusal=self._metrics.refused,
+        )
+        self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried)
+        self._gateway = ServiceGateway(
+            catalog,
+            self._dispatcher,
+            registry=ServiceRegistry(catalog, self._aliases, replicas),
+            draw_seed=lambda: secrets.randbits(SEED_BITS),
+            can_serve=Readiness(config, app_name),
+            on_refusal=self._metrics.refused,
+            on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
+        )
+
+    def _shared_meter(self, limits: DeploymentHandle) -> SharedMeter:
+        return SharedMeter(
+            LimitKeeperHandle(limits),
+            holder=secrets.token_hex(8),
+            replicas=self._config.ingress.replicas,
+            clock=time.monotonic,
+            on_grant=self._metrics.granted,
+        )
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Return the HTTP application; called by Serve once this replica is made."""
+        self._guardian = guardian_of(self._config.ingress)
+        await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
+        # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
+        app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
+
+        def count(route: str, status: int, base_id: str | None) -> None:
+            self._metrics.answered(route=route, status=status, base_id=base_id)
+            answered(route=route, status=status, base_id=base_id)
+
+        own_id = serve.get_replica_context().replica_id.unique_id
+        measured, most = Measured(app, count), most_held(self._config)
+        return Traced(TellsHeld(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held))

@@ -1,0 +1,59 @@
+"""Counting answers: an ASGI layer around the HTTP face, so that the face itself needs no metrics.
+
+Owns which label values an answer gets. Must not change what is answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.observability.tracing import tracing_request
+
+# Called with the route's template, the status and the base, None where it never came to one.
+OnAnswer = Callable[[str, int, "str | None"], None]
+
+UNKNOWN_ROUTE = "none"
+
+
+class Measured:
+    """Reports every answer of an ASGI application as it starts."""
+
+    def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
+        self._app = app
+        self._on_answer = on_answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+
+        async def send_counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # The template, not the path: callers choose paths, and labels must stay few.
+                route: Any = scope.get("route")
+                base_id = Headers(raw=message.get("headers", [])).get("x-base-model")
+                self._on_answer(getattr(route, "path", UNKNOWN_ROUTE), message["status"], base_id)
+            await send(message)
+
+        await self._app(scope, receive, send_counted)
+
+
+# Health checks and pages would be most of all traces, and tell nothing.
+READING = ("GET", "HEAD", "OPTIONS")
+
+
+class Traced:
+    """Makes every request of an ASGI application, from its first to its last byte, one span."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http" or scope["method"] in READING:
+            await self._app(scope, receive, send)
+            return
+        with tracing_request(Headers(scope=scope)):
+            await self._app(scope, receive, send)

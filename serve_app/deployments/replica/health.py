@@ -1,0 +1,53 @@
+"""Whether a replica can go on: the decision behind its health check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from serve_app.config import BaseModelConfig
+    from serve_app.engine.worker.worker import WorkerState
+
+# After this many batches in a row that failed for reasons of ours, the device is taken to be broken.
+MAX_FAILED_BATCHES = 3
+# A GPU's steps are launched ahead of it, so that one silence can be a whole pass; with compiling, also a compilation.
+STALL_AFTER_S = 300.0
+STALL_AFTER_COMPILING_S = 1200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ailment:
+    """What is wrong with a replica's worker, so that Serve should replace it.
+
+    `why` is the same in a word. `answers` says that it may still answer while it is being replaced; `ends_process`
+    that nothing is left to be done but to end at once.
+    """
+
+    reason: str
+    why: str
+    answers: bool = False
+    ends_process: bool = False
+
+
+def ailment(state: WorkerState, base_id: str, *, stall_after_s: float = STALL_AFTER_S) -> Ailment | None:
+    """Say what is wrong for good with a worker, None while nothing is; its device may be still for `stall_after_s`."""
+    if state.is_corrupt:
+        return Ailment(f"the loaded weights of {base_id} are damaged in memory", "weights")
+    if state.is_lost:
+        return Ailment(f"the device of {base_id} is beyond repair", "device", ends_process=True)
+    if not state.is_alive:
+        return Ailment(f"the device thread of {base_id} died", "thread", ends_process=True)
+    if state.still_s > stall_after_s:
+        reason = f"the device of {base_id} has made no headway for {state.still_s:.0f} s"
+        return Ailment(reason, "stalled", ends_process=True)
+    if state.failed_batches >= MAX_FAILED_BATCHES:
+        return Ailment(f"{state.failed_batches} batches in a row failed on {base_id}", "batches", answers=True)
+    return None
+
+
+def stall_after_s(base: BaseModelConfig) -> float:
+    """Return how long a base's device may make no headway while it has work."""
+    if base.replica.stall_after_s is not None:
+        return base.replica.stall_after_s
+    return STALL_AFTER_COMPILING_S if base.compile else STALL_AFTER_S

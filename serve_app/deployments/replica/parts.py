@@ -1,0 +1,119 @@
+"""The parts that one replica is made of, from its configuration.
+
+Owns how a base's pipeline, its pristine weights' place and its adapter store are chosen and made. The engine brings
+torch, so it is imported inside: the process that builds the application never loads it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.catalog.catalog import build_repositories
+from serve_app.catalog.files import AdapterFiles
+from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.core import AdapterSpec
+from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.shared.sharing import Files, share
+from serve_app.store.admitted import AdmittedFiles
+from serve_app.store.store import AdapterStore
+from serve_app.work import image_units
+
+if TYPE_CHECKING:
+    from serve_app.engine.adapters.deltas import ParsedAdapter
+    from serve_app.engine.admission.process import AdmissionProcess
+    from serve_app.engine.drawing.pipeline import BasePipeline
+    from serve_app.engine.weights.placement import Residence
+
+log = logging.getLogger(__name__)
+
+
+def typical_units(base: BaseModelConfig) -> float:
+    """Return the work of one image as the base draws it by default, in the units of `serve_app.work`."""
+    defaults = base.defaults
+    return image_units(defaults.steps, defaults.guidance_scale, defaults.width, defaults.height)
+
+
+def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeline:
+    """Load a base onto its device.
+
+    Raises:
+        BaseUnusable: it cannot be loaded as configured.
+    """
+    from serve_app.engine.base.digests import FileDigests
+    from serve_app.engine.base.loading import HubAccess, resolve_source
+    from serve_app.engine.drawing.pipeline import BasePipeline
+
+    return BasePipeline.load(
+        base,
+        resolve_source(base.source, embedded_root()),
+        vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
+        hub=HubAccess(token=environment.token),
+        digests=FileDigests(environment.cache_dir / "digests"),
+    )
+
+
+def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> Residence:
+    """Choose where the pristine weights live, once the base is loaded."""
+    from serve_app.engine.base.manifest import bytes_of_layers
+    from serve_app.engine.weights.placement import free_bytes_of, residence_of
+
+    asked = base.replica
+    chosen = residence_of(
+        asked.pristine_in,
+        asked.prepare_ahead,
+        layer_bytes=bytes_of_layers(pipeline.components),
+        reserved_bytes=asked.device_cache,
+        free_bytes=free_bytes_of(pipeline.device),
+    )
+    log.info("%s keeps its pristine weights on the %s", base.id, chosen.pristine_in)
+    return chosen
+
+
+def make_store(
+    base: BaseModelConfig,
+    config: AppConfig,
+    environment: Environment,
+    *,
+    pipeline: BasePipeline,
+    admission: AdmissionProcess,
+    shared_files: DeploymentHandle | None,
+    on_brought: Callable[[str], None],
+) -> AdapterStore[ParsedAdapter]:
+    """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
+    from serve_app.engine.adapters.canonical import read_canonical
+
+    is_on_gpu = pipeline.device.type == "cuda"
+    files: Files = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
+    if shared_files is not None:
+        sharing = config.adapters.sharing
+        files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
+
+    async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
+        began_s = time.monotonic()
+        await admission.admit(source, spec.id, target, await files.embeddings(spec))
+        log.info("%s was admitted in %.1f ms", spec.key, (time.monotonic() - began_s) * 1e3)
+
+    return AdapterStore(
+        admitted=AdmittedFiles(
+            environment.cache_dir / "admitted",
+            config.cache_size,
+            base_fingerprint=pipeline.manifest.fingerprint,
+            dtype=pipeline.manifest.dtype,
+            clock=time.time,
+        ),
+        fetch=files.path,
+        admit=admit,
+        load=lambda spec, path: read_canonical(path, pinned=is_on_gpu),
+        size_of=lambda adapter: adapter.size_bytes,
+        host_budget_bytes=base.replica.host_cache,
+        clock=time.monotonic,
+        failure_ttl_s=config.adapters.failure_ttl_s,
+        release=files.release,
+        make_room=files.make_room,
+    )

@@ -1,0 +1,336 @@
+"""The deployment of one base model: an engine on a device, and the adapters it holds.
+
+Owns the life of one replica: loading the base, fetching adapters outside any lock, telling Ray what is held, and
+handing requests to the device thread. The event loop never blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.autoscaling import replica_report
+from serve_app.catalog.replica_report import ReplicaReport
+from serve_app.catalog.sources.token_context import lent
+from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
+from serve_app.deployments.replica.fail_fast import Leaving
+from serve_app.deployments.replica.health import stall_after_s
+from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
+from serve_app.deployments.replica.peers import ask_siblings
+from serve_app.deployments.replica.prefetch import Demand, Wanted, make_ready, warm_up_limits
+from serve_app.deployments.replica.reporter import Residency
+from serve_app.deployments.shared.logs import set_up_logging
+from serve_app.deployments.shared.sharing import on_this_node
+from serve_app.deployments.shared.watchdog import guardian_of
+from serve_app.errors import InternalError, LoraplexError
+from serve_app.observability.metrics import ReplicaMetrics, TracingMetrics
+from serve_app.observability.tracing import close_tracing, set_up_tracing, span
+from serve_app.routing.cost import demand_of
+from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.store.quarantine import Quarantine
+from serve_app.store.store import Lease
+
+if TYPE_CHECKING:
+    from serve_app.engine.adapters.deltas import ParsedAdapter
+    from serve_app.engine.worker.jobs import Job
+    from serve_app.engine.worker.worker import WorkerState
+
+log = logging.getLogger(__name__)
+
+
+class ReplicaUnhealthy(Exception):
+    """Raised by the health check: Serve replaces this replica."""
+
+
+def multiplexer(max_adapters: int) -> Callable[[str], Awaitable[str]]:
+    """Return the function through which Ray learns which adapters this replica holds.
+
+    What it holds is a key: the adapter itself is in the store, pinned by whoever uses it, so that Ray's eviction, by
+    count and blind to use, can never take an adapter from a running request. The store does the slow part before this
+    is called, because Ray's wrapper loads one model at a time.
+    """
+
+    @serve.multiplexed(max_num_models_per_replica=max_adapters)
+    async def held_adapter(key: str) -> str:
+        return key
+
+    return cast("Callable[[str], Awaitable[str]]", held_adapter)
+
+
+@serve.deployment
+class BaseModelReplica:
+    """One replica: a base kept warm, its adapters changed in place.
+
+    Every adapter of a request is leased, and so pinned, from before the request enters the queue until its images are
+    out.
+    """
+
+    async def __init__(
+        self,
+        base: BaseModelConfig,
+        config: AppConfig,
+        environment: Environment,
+        shared_files: DeploymentHandle | None = None,
+    ) -> None:
+        # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
+        from serve_app.engine.admission.process import AdmissionProcess
+        from serve_app.engine.drawing.warmup import warm_up
+        from serve_app.engine.weights.fused import AdapterWeights
+        from serve_app.engine.weights.integrity import PacedCheck, SelfCheck
+        from serve_app.engine.worker.scheduling import QueuePolicy
+        from serve_app.engine.worker.worker import EngineWorker
+
+        set_up_logging(config.log_level)
+        set_up_tracing(config.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
+        environment = on_this_node(environment)
+        started = time.monotonic()
+        self._base = base
+        pipeline = load_pipeline(base, environment)
+        torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
+        if base.compile or pipeline.device.type == "cuda":
+            warming_s = warm_up(pipeline, base, torch_threads=torch_threads)
+            log.info("%s is warm after %.1f s", base.id, warming_s)
+        self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
+        residence = choose_residence(base, pipeline)
+        self._weights = AdapterWeights(
+            pipeline.components,
+            device_cache_bytes=base.replica.device_cache,
+            pristine_in=residence.pristine_in,
+        )
+        self._worker = EngineWorker(
+            pipeline,
+            self._weights,
+            max_batch_images=base.replica.max_batch_images,
+            torch_threads=torch_threads,
+            prepares_ahead=residence.prepares_ahead,
+            self_check=PacedCheck(SelfCheck(self._weights.watched, is_written=self._weights.is_written)),
+            policy=QueuePolicy(base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_delay_s),
+            max_backlog_s=base.replica.max_backlog_s,
+            typical_units=typical_units(base),
+        )
+        self._leaving = Leaving(self._worker, base.id, stall_after_s=stall_after_s(base))
+        self._guardian = guardian_of(base.replica)
+        self._metrics = ReplicaMetrics(base.id)
+        self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
+        self._store = make_store(
+            base, config, environment, pipeline=pipeline, admission=self._admission,
+            shared_files=shared_files, on_brought=self._metrics.file_brought,
+        )  # fmt: skip
+        self._hold = multiplexer(base.replica.adapters_per_replica)
+        self._recorder = Recorder(wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.stall_after_s)
+        self._demand = Demand(time.monotonic)
+        own_id = serve.get_replica_context().replica_id.unique_id
+        self._residency = Residency(
+            own_id, base.id, pipeline.device_name, store=self._store, weights=self._weights, clock=time.time
+        )
+        warmed = await make_ready(ask_siblings, self._bring, warm_up_limits(base.replica), clock=time.monotonic)
+        self._start_s = time.monotonic() - started
+        self._metrics.started(start_s=self._start_s, warmed=warmed)
+        log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
+
+    async def generate(self, request: GenerationRequest) -> GenerationResult:
+        """Return the images of one request; whoever cancels stops it at the next step.
+
+        Raises:
+            LoraplexError: any refusal or failure.
+        """
+        return await self._generate(request, on_event=None)
+
+    async def generate_stream(
+        self, request: GenerationRequest
+    ) -> AsyncGenerator[Progress | Preview | GenerationResult]:
+        """Yield how far one request is and what it looks like, last its result; whoever leaves stops it.
+
+        Raises:
+            LoraplexError: any refusal or failure.
+        """
+        events: asyncio.Queue[Progress | Preview | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: Progress | Preview) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
+
+        work = asyncio.create_task(self._generate(request, on_event=tell))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            yield work.result()
+        finally:
+            work.cancel()
+            await asyncio.gather(work, return_exceptions=True)
+
+    async def _generate(
+        self, request: GenerationRequest, *, on_event: Callable[[Progress | Preview], None] | None
+    ) -> GenerationResult:
+        with span("replica.generate", request.trace) as traced:
+            traced.describe(request)
+            return await self._generate_traced(traced.carried_by(request), on_event=on_event)
+
+    async def _generate_traced(
+        self, request: GenerationRequest, *, on_event: Callable[[Progress | Preview], None] | None
+    ) -> GenerationResult:
+        job: Job | None = None
+        await self._leaving.admit()
+        try:
+            async with contextlib.AsyncExitStack() as pins:
+                demand = demand_of(request)
+                with self._worker.expecting(request), self._recorder.fetching(demand), lent(request.hub_token):
+                    leases = await self._lease_all(request, pins)
+                pins.enter_context(self._quarantine.watched(request))
+                adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
+                job = self._worker.submit(request, adapters, on_event=on_event)
+                self._recorder.queued(demand)
+                result = await asyncio.wrap_future(job.future)
+        except LoraplexError as error:
+            self._leaving.look()
+            log.info("request %s on %s: %s (%s)", request.request_id, self._base.id, error, error.code)
+            raise
+        except asyncio.CancelledError:
+            stage = "fetching" if job is None else "running" if job.is_started else "queued"
+            self._metrics.cancelled(stage)
+            log.info("request %s on %s was given up while %s", request.request_id, self._base.id, stage)
+            raise
+        except Exception as error:
+            log.exception("request %s on %s failed", request.request_id, self._base.id)
+            raise InternalError(request_id=request.request_id) from error
+        fetch_ms = max((lease.fetch_ms for lease in leases), default=0.0)
+        log.info(
+            "request %s on %s: adapters %s, fetch %.1f ms, queue %.1f ms, swap %.1f ms, denoise %.1f ms, batch %d",
+            request.request_id, self._base.id, [lease.spec.key for lease in leases] or "none", fetch_ms,
+            result.timings.queue_ms, result.timings.swap_ms, result.timings.denoise_ms, result.batch_size,
+        )  # fmt: skip
+        return self._measured(dataclasses.replace(result.timings, fetch_ms=fetch_ms), leases, result)
+
+    def _measured(
+        self, timings: Timings, leases: list[Lease[ParsedAdapter]], result: GenerationResult
+    ) -> GenerationResult:
+        self._metrics.served(timings, batch_size=result.batch_size)
+        self._recorder.served(leases, timings)
+        for lease in leases:
+            self._metrics.adapter_found(lease.tier)
+            self._demand.note(lease.spec)
+        self._tell_host_tier()
+        return dataclasses.replace(result, timings=timings)
+
+    def _tell_host_tier(self) -> None:
+        host = self._store.state()
+        self._metrics.host_tier(used_bytes=host.used_bytes, evictions=host.evictions)
+
+    async def _lease_all(
+        self, request: GenerationRequest, pins: contextlib.AsyncExitStack
+    ) -> list[Lease[ParsedAdapter]]:
+        """Pin every adapter of a request, all fetched at the same time, and tell Ray that they are here."""
+        pinning = [
+            asyncio.ensure_future(pins.enter_async_context(self._store.lease(use.spec))) for use in request.adapters
+        ]
+        try:
+            with span("fetch", request.trace) as fetching:
+                leases = await asyncio.gather(*pinning)
+                fetching.note(tiers=[lease.tier for lease in leases])
+        except BaseException:
+            # One was refused, or the caller left: none may be pinned after `pins` has let go.
+            for pin in pinning:
+                pin.cancel()
+            await asyncio.gather(*pinning, return_exceptions=True)
+            raise
+        for lease in leases:
+            self._residency.note(lease, is_hit=True)
+            # Shielded: a caller who leaves in the middle would have Ray advertise an adapter that never came.
+            await asyncio.shield(self._hold(lease.spec.key))
+        return leases
+
+    async def state(self) -> WorkerState:
+        """Return what the device is doing, and how many steps it has run."""
+        return self._worker.snapshot()
+
+    async def checksum(self) -> str:
+        """Return the sha256 of the base's loaded weights, in hex."""
+        return await asyncio.to_thread(self._weights.checksum)
+
+    async def demand(self) -> tuple[Wanted, ...]:
+        """Return the adapters that this replica was asked for most of late."""
+        return self._demand.most()
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Return what routers go by; called by Serve every `stats_period_s`."""
+        state, host = self._worker.snapshot(), self._store.state()
+        progress = state.steps + state.work.busy_s
+        return self._recorder.tell(
+            DeviceLoad(state.backlog_s, state.pace, progress, state.running > 0, has_failed=self._leaving.has_failed),
+            Tiers(self._store.resident(), host.budget_bytes - host.used_bytes, self._residency.on_device(state)),
+        )
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Return what the autoscaling policy goes by; called by Serve every `metrics_interval_s`."""
+        state = self._worker.snapshot()
+        work = state.work
+        self._metrics.worked(backlog_s=work.backlog_s, predicted_s=work.predicted_s, busy_s=work.busy_s)
+        return replica_report(
+            backlog_s=work.backlog_s,
+            request_s=work.request_s,
+            load=work.load,
+            requests=state.waiting + state.running + work.coming,
+            start_s=self._start_s,
+        )
+
+    async def _bring(self, spec: AdapterSpec) -> None:
+        async with self._store.lease(spec) as lease:
+            self._residency.note(lease, is_hit=False)
+            await self._hold(spec.key)
+
+    async def report(self) -> ReplicaReport:
+        """Return what this replica is doing and holds."""
+        return self._residency.report(self._worker.snapshot(), self._quarantine.holds())
+
+    async def forget_adapter(self, model: str) -> str | None:
+        """Drop an adapter from memory once no request uses it; return this replica's id if it held it."""
+        return self._residency.replica_id if self._residency.forget(model) else None
+
+    async def preload_adapter(self, spec: AdapterSpec, replicas: tuple[str, ...], token: HubToken | None) -> str | None:
+        """Fetch an adapter into memory, where this replica is meant; return its id then.
+
+        Raises:
+            LoraplexError: it cannot be fetched or served.
+        """
+        if self._residency.replica_id not in replicas:
+            return None
+        with lent(token):
+            await self._bring(spec)
+        return self._residency.replica_id
+
+    async def check_health(self) -> None:
+        """Tell Serve whether this replica can go on.
+
+        Raises:
+            ReplicaUnhealthy: the loaded weights are damaged, the device is lost or stands still, its thread died, or
+                batch after batch fails.
+        """
+        state = self._worker.snapshot()
+        self._metrics.quarantined(self._quarantine.held)
+        # Ray forgets a level that is not told again, so it is told with every health check.
+        self._tell_host_tier()
+        self._metrics.started(start_s=self._start_s, warmed=0)
+        self._metrics.self_checked(sound=state.self_checks, is_corrupt=state.is_corrupt)
+        self._metrics.out_of_memory(recovered=state.shortages.recovered, refused=state.shortages.refused)
+        if (found := self._leaving.look()) is not None:
+            raise ReplicaUnhealthy(found.reason)
+
+    async def __del__(self) -> None:
+        """Finish what was accepted, then end the device thread and the admission process; called by Serve."""
+        if not hasattr(self, "_store"):
+            return
+        self._leaving.stop()
+        await asyncio.to_thread(self._worker.close, is_draining=True)
+        await self._store.close()
+        self._admission.close()
+        await asyncio.to_thread(close_tracing)

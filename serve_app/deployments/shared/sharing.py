@@ -1,0 +1,308 @@
+"""Adapter files between nodes: fetched from the Hub once for the whole cluster, then copied from a peer.
+
+    replica -> FileIndex.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
+                               -> a peer has it: copy the bytes from Ray's object store, check their digest
+                               -> somebody is fetching it: wait for that, for a while
+
+Owns the way of a file from a peer's memory to this node's disk. Whatever goes wrong on that way costs a fetch from the
+Hub and nothing else. Only replicas come here, and only for adapters whose access the ingress has checked. Must not know
+how the Hub is asked, nor what a file holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import ray
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.catalog.reading.repository import HUB
+from serve_app.catalog.sources.download_cache import Draft, Holds, Original, Originals
+from serve_app.config import Environment, SharingSettings
+from serve_app.core import AdapterSpec
+from serve_app.deployments.shared.file_index import SharedFile
+from serve_app.file_locks import is_disk_full
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 64 * 1024**2
+# A chunk that takes longer than this to arrive is asked for no more: the Hub is the better peer then.
+CHUNK_TIMEOUT_S = 30.0
+NODE = "{node}"
+
+
+def on_this_node(environment: Environment) -> Environment:
+    """Return the environment with `{node}` in its cache folder replaced by the id of the Ray node that this runs on."""
+    name = ray.get_runtime_context().get_node_id()[:12]
+    return environment.model_copy(update={"cache_dir": Path(str(environment.cache_dir).replace(NODE, name))})
+
+
+class ChunkStore(Protocol):
+    """Where chunks of files lie for all nodes; both calls block."""
+
+    def put(self, chunk: bytes) -> Any:
+        """Keep a chunk for as long as somebody holds the reference that is returned."""
+        ...
+
+    def get(self, reference: Any) -> memoryview:
+        """Return a chunk; fails as `INDEX_FAILURES` where it is gone or takes too long."""
+        ...
+
+
+class ObjectStore:
+    """Ray's object store: chunks travel between nodes in it, and spill to disk where it is full."""
+
+    def put(self, chunk: bytes) -> Any:
+        """Copy a chunk into this node's store."""
+        # An array, unlike bytes, is later read in place.
+        return ray.put(np.frombuffer(chunk, dtype=np.uint8))
+
+    def get(self, reference: Any) -> memoryview:
+        """Have a chunk brought to this node."""
+        return memoryview(ray.get(reference, timeout=CHUNK_TIMEOUT_S))
+
+
+class Files(Protocol):
+    """What the store needs of the catalog: local files of resolved adapters."""
+
+    async def path(self, spec: AdapterSpec) -> Path:
+        """Return a local file with exactly the bytes of the spec."""
+        ...
+
+    async def embeddings(self, spec: AdapterSpec) -> Path | None:
+        """Return the file with the adapter's own words; None where it has none."""
+        ...
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of the adapter's files: from now on they may be removed to make room."""
+        ...
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove files that can be had again, until so many bytes are free; return how many became so. Blocks."""
+        ...
+
+
+class Index(Protocol):
+    """The index as a replica reaches it; every call may fail as `INDEX_FAILURES`."""
+
+    async def claim(self, key: str) -> SharedFile | None:
+        """Return the file, or None to whoever is to fetch it."""
+        ...
+
+    async def announce(self, key: str, file: SharedFile) -> None:
+        """Make a fetched file known."""
+        ...
+
+    async def give_up(self, key: str) -> None:
+        """Take back a claim."""
+        ...
+
+    async def lose(self, key: str, sha256: str) -> None:
+        """Forget a file whose bytes could not be had."""
+        ...
+
+
+INDEX_FAILURES = (RayError, RayServeException, OSError, TimeoutError)
+
+
+class ServeIndex:
+    """The index behind a Serve handle."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def claim(self, key: str) -> SharedFile | None:
+        """Ask for a file."""
+        return await self._handle.claim.remote(key)
+
+    async def announce(self, key: str, file: SharedFile) -> None:
+        """Tell of a file."""
+        await self._handle.announce.remote(key, file)
+
+    async def give_up(self, key: str) -> None:
+        """Take back a claim."""
+        await self._handle.give_up.remote(key)
+
+    async def lose(self, key: str, sha256: str) -> None:
+        """Tell that a file's bytes could not be had."""
+        await self._handle.lose.remote(key, sha256)
+
+
+class SharedFiles:
+    """The files of adapters, from this node, a peer or the Hub, in this order.
+
+    `on_brought` is told "peer" or "hub" for each file that came to this node; `copies` keeps what came from peers.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        index: Index,
+        chunks: ChunkStore,
+        *,
+        copies: Originals,
+        node: str,
+        on_brought: Callable[[str], None],
+    ) -> None:
+        self._files = files
+        self._index = index
+        self._chunks = chunks
+        self._copies = copies
+        self._held = Holds()
+        self._node = node
+        self._on_brought = on_brought
+        self._announcing: set[asyncio.Task[None]] = set()
+
+    async def path(self, spec: AdapterSpec) -> Path:
+        """Return a local file with exactly the bytes of the spec. It stays there at least until `release`.
+
+        Raises:
+            LoraplexError: whatever the Hub's own way raises.
+        """
+        return await self._shared(spec, spec.filename, lambda: self._files.path(spec))
+
+    async def embeddings(self, spec: AdapterSpec) -> Path | None:
+        """Return the file with the adapter's own words, alike; None where it has none."""
+        if spec.embeddings is None:
+            return None
+
+        async def fetch() -> Path:
+            found = await self._files.embeddings(spec)
+            assert found is not None, "the spec names a file with words"
+            return found
+
+        return await self._shared(spec, spec.embeddings, fetch)
+
+    def release(self, spec: AdapterSpec) -> None:
+        """Let go of the adapter's files: from now on they may be removed to make room."""
+        self._held.release(spec.key)
+        self._files.release(spec)
+
+    def make_room(self, needed_bytes: int) -> int:
+        """Remove what came from peers, then what else can be had again, until so many bytes are free; return how
+        many became so. Blocks."""
+        freed = self._copies.make_room(needed_bytes)
+        return freed + (self._files.make_room(needed_bytes - freed) if freed < needed_bytes else 0)
+
+    async def _shared(self, spec: AdapterSpec, filename: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
+        if spec.origin != HUB:
+            return await fetch()
+        key = f"{spec.location}@{spec.revision}/{filename}"
+        if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:
+            return self._held.add(spec.key, copy)
+        # A copy that fails is forgotten, and whoever asks first from then on fetches for all.
+        for _ in range(2):
+            try:
+                known = await self._index.claim(key)
+            except INDEX_FAILURES as error:
+                silence = type(error).__name__
+                log.warning("the index of shared files does not answer (%s): %s is fetched", silence, spec.id)
+                break
+            if known is None:
+                return await self._announced(key, fetch)
+            if known.node == self._node:
+                break
+            if (copy := await self._copied(key, known)) is not None:
+                return self._held.add(spec.key, copy)
+        return await self._fetched(fetch)
+
+    async def _fetched(self, fetch: Callable[[], Awaitable[Path]]) -> Path:
+        path = await fetch()
+        self._on_brought("hub")
+        return path
+
+    async def _announced(self, key: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
+        """Fetch what all others wait for, and have them told how it ended."""
+        try:
+            path = await self._fetched(fetch)
+        except BaseException:
+            with suppress(*INDEX_FAILURES):
+                await asyncio.shield(self._index.give_up(key))
+            raise
+        # Beside the request that brought it, which need not wait for others to be served.
+        task = asyncio.create_task(self._announce(key, path), name=f"announcing {key}")
+        self._announcing.add(task)
+        task.add_done_callback(self._announcing.discard)
+        return path
+
+    async def _announce(self, key: str, path: Path) -> None:
+        try:
+            await self._index.announce(key, await asyncio.to_thread(put_file, self._chunks, path, self._node))
+        except INDEX_FAILURES as error:
+            log.warning("%s could not be offered to peers (%s)", key, type(error).__name__)
+            with suppress(*INDEX_FAILURES):
+                await self._index.give_up(key)
+
+    async def _copied(self, key: str, file: SharedFile) -> Original | None:
+        try:
+            copy = await asyncio.to_thread(self._copy, key, file)
+        except (*INDEX_FAILURES, ValueError) as error:
+            log.warning("%s could not be copied from a peer (%s)", key, type(error).__name__)
+            if not isinstance(error, OSError) or not is_disk_full(error):
+                with suppress(*INDEX_FAILURES):
+                    await self._index.lose(key, file.sha256)
+            return None
+        self._on_brought("peer")
+        return copy
+
+    def _copy(self, key: str, file: SharedFile) -> Original:
+        with self._copies.draft(key) as draft:
+            self._copies.with_room(lambda: get_file(self._chunks, file, draft), file.size_bytes)
+            return self._copies.keep(key, draft)
+
+
+def share(
+    files: Files,
+    handle: DeploymentHandle,
+    settings: SharingSettings,
+    *,
+    cache_dir: Path,
+    on_brought: Callable[[str], None],
+) -> SharedFiles:
+    """Return the same files, brought to this node once for the cluster where that can be."""
+    return SharedFiles(
+        files,
+        ServeIndex(handle),
+        ObjectStore(),
+        copies=Originals(cache_dir / "peers", settings.disk, clock=time.time),
+        node=ray.get_runtime_context().get_node_id(),
+        on_brought=on_brought,
+    )
+
+
+def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHUNK_BYTES) -> SharedFile:
+    """Make a file available to all nodes; blocks."""
+    digest = hashlib.sha256()
+    chunks: list[Any] = []
+    size_bytes = 0
+    with path.open("rb") as file:
+        while read := file.read(chunk_bytes):
+            digest.update(read)
+            size_bytes += len(read)
+            chunks.append(store.put(read))
+    return SharedFile(node, digest.hexdigest(), size_bytes, tuple(chunks))
+
+
+def get_file(store: ChunkStore, file: SharedFile, draft: Draft) -> None:
+    """Write a peer's file to `draft`, from its beginning; blocks.
+
+    Raises:
+        ValueError: the bytes are not those that were announced.
+        RayError: the peer or its memory is gone, or a chunk took too long.
+        OSError: the disk failed.
+    """
+    draft.restart()
+    for chunk in file.chunks:
+        draft.add(store.get(chunk))
+    if draft.sha256() != file.sha256:
+        raise ValueError("the digest of a shared file differs")

@@ -1,0 +1,74 @@
+"""A small process beside each replica, which ends it where it stands still.
+
+Serve notices a replica that answers no health check, and asks its process to end. One that is stopped, or held by the
+kernel, does not hear that: it would stay, and with it every request that it has. Must not know Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from serve_app.environment import child_environment
+
+log = logging.getLogger(__name__)
+
+BEATS_IN_SILENCE = 10
+# So many in a row, and Serve replaces a replica.
+FAILED_CHECKS = 3
+CHILD = Path(__file__).with_name("watchdog_child.py")
+
+
+class Guardian:
+    """Tells its process, from the event loop on which it is made, that this one lives; there it is used alone."""
+
+    def __init__(self, silence_s: float) -> None:
+        """Start it; after `silence_s` without a turn of the event loop this process is killed."""
+        self._pause_s = silence_s / BEATS_IN_SILENCE
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", CHILD, str(silence_s)],
+            stdin=subprocess.PIPE,
+            env=child_environment(),
+            # What a terminal sends to all of its processes is not for this one.
+            start_new_session=True,
+            bufsize=0,
+        )
+        self._beating = asyncio.get_running_loop().create_task(self._beat(), name="guardian")
+
+    @property
+    def pid(self) -> int:
+        """The process that watches."""
+        return self._process.pid
+
+    async def _beat(self) -> None:
+        assert self._process.stdin is not None
+        while True:
+            try:
+                self._process.stdin.write(b".")
+            except OSError:
+                log.warning("the process that watches over this one has ended; nobody does now")
+                return
+            await asyncio.sleep(self._pause_s)
+
+
+class Checked(Protocol):
+    """The settings of a deployment whose health Serve checks."""
+
+    @property
+    def health_check_period_s(self) -> float:
+        """How often."""
+        ...
+
+    @property
+    def health_check_timeout_s(self) -> float:
+        """How long an answer may take."""
+        ...
+
+
+def guardian_of(checked: Checked) -> Guardian:
+    """Start the guardian of this process, as patient as Serve is with failing health checks."""
+    return Guardian(FAILED_CHECKS * (checked.health_check_period_s + checked.health_check_timeout_s))

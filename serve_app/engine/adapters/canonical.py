@@ -1,0 +1,251 @@
+"""The canonical form of an admitted adapter: one flat aligned body and a table, read back in one pass.
+
+Owns the layout and its integrity: a preamble (magic, table length, body length), a JSON table, at the next page a
+body in which every tensor is aligned, and a seal over all of it. Files are this service's own, written after
+admission; one that is damaged anywhere is recognised, so that the adapter can be admitted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from serve_app.engine.adapters.deltas import (
+    Coverage,
+    Delta,
+    Dense,
+    Dora,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    ParsedAdapter,
+    bytes_of,
+    dtype_named,
+)
+from serve_app.engine.adapters.host_buffer import HostBuffers
+from serve_app.errors import LoraplexError
+
+MAGIC = b"LPXADPT2"
+PREAMBLE = struct.Struct("<8sQQ")
+TENSOR_ALIGNMENT = 64
+BODY_ALIGNMENT = 4096
+KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
+BUFFERS = HostBuffers()
+
+
+@dataclass(eq=False)
+class DamagedCanonicalFile(LoraplexError, ValueError):
+    """A canonical file is cut short, altered or not ours; admit its source again."""
+
+    digest: str
+    code = "damaged_canonical_file"
+    template = "a prepared adapter file is damaged ({digest})"
+
+
+def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
+    """Write an adapter so that it appears under `path` whole or not at all.
+
+    It is not waited for to reach the disk: what a crash of the machine tears, its seal shows, and the source is
+    admitted again.
+    """
+    body = _Body()
+    table = json.dumps(_table_of(adapter, body), separators=(",", ":")).encode()
+    head = PREAMBLE.pack(MAGIC, len(table), body.size) + table
+    head += b"\0" * (_body_start(len(table)) - len(head))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    seal = Seal(head)
+    try:
+        with partial.open("wb") as file:
+            file.write(head)
+            for chunk in body.chunks():
+                seal.add(chunk)
+                file.write(chunk)
+            file.write(seal.value())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_canonical(path: Path, *, pinned: bool = False) -> ParsedAdapter:
+    """Read a canonical file; its tensors are views of one host buffer, page-locked where `pinned`.
+
+    Raises:
+        DamagedCanonicalFile: the file is cut short, altered anywhere, or not one of ours.
+    """
+    with path.open("rb", buffering=0) as file:
+        head, table_size, body_size = _read_head(file, path)
+        body = BUFFERS.take(body_size, pinned=pinned)
+        seal = Seal(head)
+        _fill(file, body, seal, path)
+        if file.read(SEAL_BYTES) != seal.value():
+            raise DamagedCanonicalFile(path.stem)
+    table = json.loads(head[PREAMBLE.size : PREAMBLE.size + table_size])
+    components: dict[str, dict[str, Delta]] = {}
+    for component, module, description in table["layers"]:
+        components.setdefault(component, {})[module] = _rebuild(description, body)
+    matched, in_file, unmatched, ranks = table["coverage"]
+    return ParsedAdapter(
+        digest=table["digest"],
+        components=components,
+        coverage=Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1])),
+        # Copied, so that whoever keeps the few words alone does not keep the whole buffer alive.
+        words={component: _view(place, body).clone() for component, place in table["words"].items()},
+    )
+
+
+def _table_of(adapter: ParsedAdapter, body: _Body) -> dict[str, Any]:
+    coverage = adapter.coverage
+    return {
+        "digest": adapter.digest,
+        "coverage": [coverage.layers_matched, coverage.layers_in_file, coverage.unmatched, coverage.ranks],
+        "layers": [[component, module, _describe(delta, body)] for component, module, delta in adapter.layers()],
+        "words": {component: _place(rows, body) for component, rows in adapter.words.items()},
+    }
+
+
+class _Body:
+    """Places tensors one after another, aligned; its size is a multiple of the alignment."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._placed: list[tuple[int, Tensor]] = []
+
+    def place(self, tensor: Tensor) -> int:
+        offset = self.size
+        self._placed.append((offset, tensor))
+        self.size = -(-(offset + tensor.nbytes) // TENSOR_ALIGNMENT) * TENSOR_ALIGNMENT
+        return offset
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        position = 0
+        for offset, tensor in self._placed:
+            if offset > position:
+                yield b"\0" * (offset - position)
+            yield bytes_of(tensor.detach().contiguous())
+            position = offset + tensor.nbytes
+        yield b"\0" * (self.size - position)
+
+
+def _describe(delta: Delta, body: _Body) -> dict[str, Any]:
+    described: dict[str, Any] = {"kind": type(delta).__name__}
+    for field in fields(delta):
+        value = getattr(delta, field.name)
+        if isinstance(value, Tensor):
+            value = _place(value, body)
+        elif isinstance(value, LowRank):
+            value = _describe(value, body)
+        described[field.name] = value
+    return described
+
+
+def _place(tensor: Tensor, body: _Body) -> dict[str, Any]:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return {"at": body.place(tensor), "shape": list(tensor.shape), "dtype": dtype}
+
+
+def _rebuild(described: dict[str, Any], body: Tensor) -> Any:
+    values: dict[str, Any] = {}
+    for key, value in described.items():
+        if key == "kind":
+            continue
+        if isinstance(value, dict):
+            value = _rebuild(value, body) if "kind" in value else _view(value, body)
+        values[key] = value
+    return KINDS[described["kind"]](**values)
+
+
+def _view(place: dict[str, Any], body: Tensor) -> Tensor:
+    dtype, shape = dtype_named(place["dtype"]), torch.Size(place["shape"])
+    size = shape.numel() * dtype.itemsize
+    return body[place["at"] : place["at"] + size].view(dtype).view(shape)
+
+
+def _body_start(table_size: int) -> int:
+    return -(-(PREAMBLE.size + table_size) // BODY_ALIGNMENT) * BODY_ALIGNMENT
+
+
+def _read_head(file: FileIO, path: Path) -> tuple[bytes, int, int]:
+    """Return everything before the body, and the sizes of table and body, which fit the file's own."""
+    preamble = file.read(PREAMBLE.size)
+    if len(preamble) < PREAMBLE.size or not preamble.startswith(MAGIC):
+        raise DamagedCanonicalFile(path.stem)
+    _, table_size, body_size = PREAMBLE.unpack(preamble)
+    start = _body_start(table_size)
+    if os.fstat(file.fileno()).st_size != start + body_size + SEAL_BYTES or body_size % TENSOR_ALIGNMENT:
+        raise DamagedCanonicalFile(path.stem)
+    head = preamble
+    while len(head) < start:
+        part = file.read(start - len(head))
+        if not part:
+            raise DamagedCanonicalFile(path.stem)
+        head += part
+    return head, table_size, body_size
+
+
+def _fill(file: FileIO, body: Tensor, seal: Seal, path: Path) -> None:
+    """Read the body piece by piece, sealing each while the processor still has it at hand."""
+    view, filled = bytes_of(body), 0
+    while filled < len(view):
+        end = min(filled + CHUNK_BYTES, len(view))
+        while filled < end:
+            count = file.readinto(view[filled:end])
+            if not count:
+                raise DamagedCanonicalFile(path.stem)
+            seal.add(view[filled : filled + count])
+            filled += count
+
+
+CHUNK_BYTES = 1024**2
+WORD_BYTES = 8
+SEAL_BYTES = 32
+
+
+class Seal:
+    """Takes bytes in pieces of any size; the value does not depend on where they were cut.
+
+    Each chunk of `CHUNK_BYTES` is added up in 64-bit words, which any single change shows in; the sums, in order,
+    and the head are hashed, so that chunks cannot change places either.
+    """
+
+    def __init__(self, head: bytes) -> None:
+        self._digest = hashlib.sha256(head)
+        self._sum = 0
+        self._length = 0  # in the chunk that is being added up
+        self._rest = b""  # less than a word
+
+    def add(self, piece: bytes | memoryview) -> None:
+        """Take the next bytes."""
+        view = memoryview(piece)
+        if self._rest or len(view) % WORD_BYTES:  # pieces of odd length are few and small
+            view = memoryview(self._rest + bytes(view))
+            whole = len(view) - len(view) % WORD_BYTES
+            self._rest = bytes(view[whole:])
+            view = view[:whole]
+        while view:
+            part = view[: CHUNK_BYTES - self._length]
+            self._sum += int(numpy.frombuffer(part, numpy.uint64).sum(dtype=numpy.uint64))
+            self._length += len(part)
+            view = view[len(part) :]
+            if self._length == CHUNK_BYTES:
+                self._close_chunk()
+
+    def value(self) -> bytes:
+        """Return the seal of what was taken, of `SEAL_BYTES` bytes; nothing can be added afterwards."""
+        self.add(b"\0" * (-len(self._rest) % WORD_BYTES))
+        self._close_chunk()
+        return self._digest.digest()
+
+    def _close_chunk(self) -> None:
+        self._digest.update((self._sum % 2**64).to_bytes(WORD_BYTES, "little"))
+        self._sum = self._length = 0

@@ -1,0 +1,97 @@
+"""Words that an adapter teaches a base's text encoders (textual inversion, pivotal tuning).
+
+Owns what the file beside an adapter may hold, and what the words are called: `<s0>`, `<s1>`, ... in the file's order.
+Must not touch a live model: `vocabularies` lends the words to one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from serve_app.engine.adapters.deltas import ParsedAdapter, dtype_named
+from serve_app.engine.adapters.safetensors_file import read_tensor_file, shown
+from serve_app.engine.base.manifest import BaseManifest, Vocabulary
+from serve_app.errors import MalformedRequest
+from serve_app.refusals import MalformedFile, NonFinite, ShapeMismatch, UnsupportedMethod
+from serve_app.settings import AdapterLimits
+
+MAX_WORDS = 256
+# How trainers call the text encoders of each kind, in the pipeline's order.
+NAMES = {"clip": ("clip_l", "clip_g"), "t5": ("t5",)}
+
+
+def word(place: int) -> str:
+    """Return how a prompt names a word of an adapter."""
+    return f"<s{place}>"
+
+
+def with_words(
+    adapter: ParsedAdapter, path: Path, name: str, manifest: BaseManifest, limits: AdapterLimits
+) -> ParsedAdapter:
+    """Return an adapter with the words of the embeddings file that lies beside it; its digest covers both files.
+
+    Raises:
+        RefusedAdapter: one of its subclasses, saying which tensor, and why.
+    """
+    if not manifest.vocabularies:
+        reason = f"it brings embeddings for words of its own, which are not served on {manifest.pipeline}"
+        raise UnsupportedMethod(name, reason)
+    file = read_tensor_file(path, name, limits)
+    known = _known_keys(manifest.vocabularies)
+    words: dict[str, Tensor] = {}
+    for key, tensor in file.tensors.items():
+        component = known.get(key)
+        if component is None:
+            reason = f"its embeddings hold {shown(key)}, but the text encoders of this base are {', '.join(known)}"
+            raise MalformedFile(name, reason)
+        if component in words:
+            raise MalformedFile(name, f"its embeddings hold {shown(key)} beside the same text encoder by another name")
+        words[component] = _rows(tensor, key, name, manifest.vocabularies[component])
+    digest = hashlib.sha256(f"{adapter.digest}{file.digest}".encode()).hexdigest()
+    ordered = {component: words[component] for component in manifest.vocabularies if component in words}
+    return dataclasses.replace(adapter, digest=digest, words=ordered)
+
+
+def words_of(adapters: Iterable[ParsedAdapter]) -> Mapping[str, Tensor]:
+    """Return the words that a request's adapters bring.
+
+    Raises:
+        MalformedRequest: two of them bring words, which have the same names.
+    """
+    teaching = [adapter.words for adapter in adapters if adapter.words]
+    if len(teaching) > 1:
+        raise MalformedRequest(
+            f"{len(teaching)} of the adapters bring words of their own, all called {word(0)}, {word(1)}, ...; "
+            "name only one of them in a request"
+        )
+    return teaching[0] if teaching else {}
+
+
+def _known_keys(vocabularies: Mapping[str, Vocabulary]) -> dict[str, str]:
+    """Return key -> component: by place in the pipeline, and by kind."""
+    keys = {f"text_encoders_{place}": component for place, component in enumerate(vocabularies)}
+    names = {kind: iter(names) for kind, names in NAMES.items()}
+    for component, vocabulary in vocabularies.items():
+        name = next(names[vocabulary.kind], None)
+        if name is not None:
+            keys[name] = component
+    return keys
+
+
+def _rows(tensor: Tensor, key: str, name: str, vocabulary: Vocabulary) -> Tensor:
+    rows = tensor[None] if tensor.ndim == 1 else tensor
+    if rows.ndim != 2 or rows.shape[1] != vocabulary.width:
+        raise ShapeMismatch(
+            name, f"its embeddings {shown(key)} have shape {list(tensor.shape)}, but words are {vocabulary.width} wide"
+        )
+    if not 1 <= len(rows) <= MAX_WORDS:
+        raise MalformedFile(name, f"its embeddings {shown(key)} hold {len(rows)} words; from 1 to {MAX_WORDS} are read")
+    rows = rows.to(dtype_named(vocabulary.dtype))
+    if not rows.isfinite().all():
+        raise NonFinite(name, f"its embeddings {shown(key)} have NaN or infinite values")
+    return rows

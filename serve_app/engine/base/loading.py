@@ -1,0 +1,267 @@
+"""Loading a base model: from a folder or a Hub repository to a frozen pipeline on its device.
+
+Owns where the weights lie, their dtype, the VAE override and the fingerprint. Must not know requests or
+adapters. Weights are read from safetensors alone, and no code of a repository is ever run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import httpx2
+import torch
+import transformers
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from serve_app.config import BaseModelConfig, DTypeName
+from serve_app.engine.base.digests import FileDigests
+from serve_app.engine.base.manifest import adaptable_components
+from serve_app.engine.base.pipeline_setup import compile_denoiser, tune
+from serve_app.engine.base.remote_code import INDEX, BringsOwnCode, check_folder, pipeline_name
+from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
+from serve_app.settings import ModelSource
+
+# These overflow nowhere in half precision but in SDXL's own VAE, which its configuration says
+# (`force_upcast`). Newer families were trained in bfloat16 and overflow in float16.
+_FLOAT16_FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
+
+INDEX_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSource:
+    """Where a model's files are: a folder, or a Hub repository at a revision. Exactly one of the two is set."""
+
+    folder: Path | None = None
+    hub: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubAccess:
+    """How the Hub is reached: `token` None means without one, `cache_dir` None the Hub client's own cache.
+
+    The endpoint is the Hub client's, which it takes from its environment.
+    """
+
+    token: str | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A frozen pipeline on its device.
+
+    `fingerprint` is a hex digest; equal fingerprints mean equal weights in equal dtype.
+    """
+
+    pipeline: Any
+    fingerprint: str
+
+
+def resolve_source(source: ModelSource, embedded_root: Path | None) -> ResolvedSource:
+    """Turn a configured source into a place: embedded models are folders under `embedded_root`."""
+    if source.embedded is not None:
+        if embedded_root is None:
+            raise ValueError(f"'{source.embedded}' is embedded, but this installation has no embedded models")
+        return ResolvedSource(folder=embedded_root / source.embedded)
+    return ResolvedSource(folder=source.folder, hub=source.hub, revision=source.revision)
+
+
+def default_device() -> torch.device:
+    """Return the GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_base(
+    config: BaseModelConfig,
+    source: ResolvedSource,
+    vae_source: ResolvedSource | None,
+    *,
+    device: torch.device,
+    hub: HubAccess,
+    digests: FileDigests | None = None,
+) -> LoadedBase:
+    """Load a base, freeze it, move it to `device` and set it up as the configuration says.
+
+    Its components are those of its own `model_index.json`: a base that comes with a safety checker keeps it.
+    `digests` keeps what a folder's weights add up to, so that they are read for that once.
+
+    Raises:
+        BaseUnusable: its files are missing, incomplete, pickled, need code of their own, or are no image model.
+        HubUnavailable: the Hub did not answer and the local cache does not have all files.
+    """
+    _quieten()
+    try:
+        folder = source.folder or _fetch_base(source, config.variant, hub)
+        dtype = resolve_dtype(config.dtype, check_folder(folder), device)
+        parts: dict[str, Any] = {}
+        if vae_source is not None:
+            parts["vae"] = _load_vae(vae_source.folder or _fetch_vae(vae_source, hub), dtype)
+        pipeline: Any = DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, **parts,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise _refusal(config.id, error, is_hub=source.hub is not None) from error
+    if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
+        raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
+    _freeze(pipeline.to(device))
+    tune(pipeline, config)
+    if config.compile:
+        compile_denoiser(pipeline)
+    fingerprint = _fingerprint(folder, source, pipeline, dtype, digests or FileDigests(None))
+    return LoadedBase(pipeline, fingerprint)
+
+
+def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
+    """Fetch what `load_base` would read from the Hub into the local cache; return its folders, none for a local base.
+
+    Raises:
+        BaseUnusable, HubUnavailable: as for `load_base`.
+    """
+    folders: list[Path] = []
+    try:
+        if config.source.hub is not None:
+            folders.append(_fetch_base(resolve_source(config.source, None), config.variant, hub))
+        if config.vae_source is not None and config.vae_source.hub is not None:
+            folders.append(_fetch_vae(resolve_source(config.vae_source, None), hub))
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise _refusal(config.id, error, is_hub=True) from error
+    return tuple(folders)
+
+
+def _refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:
+    """Return what the operator reads; diffusers hides the Hub's own answer behind errors of its own."""
+    if isinstance(error, BringsOwnCode):
+        return BaseUnusable(base_id, f"{error}, and no code of a base is ever run")
+    causes = tuple(_causes(error)) if is_hub else ()
+    if any(isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError)) for cause in causes):
+        return BaseUnusable(base_id, "its repository does not exist, or the Hub token may not read it")
+    if any(_is_unreachable(cause) for cause in causes):
+        return HubUnavailable(base_id, "the Hub did not answer, and the local cache lacks files")
+    return BaseUnusable(base_id, "its files are missing, incomplete or not in safetensors form")
+
+
+def _is_unreachable(cause: BaseException) -> bool:
+    """Say whether this is the Hub not answering; its client may use either of two HTTP libraries of one shape."""
+    hub_errors = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
+    return isinstance(cause, hub_errors) or any(kind.__name__ == "TransportError" for kind in type(cause).__mro__)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def resolve_dtype(name: DTypeName, class_name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype to load in; "auto" is float32 on a CPU, else what the pipeline's family was trained for."""
+    if name != "auto":
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+    if device.type == "cpu":
+        return torch.float32
+    family = class_name.removesuffix("Pipeline")
+    return torch.float16 if family in _FLOAT16_FAMILIES else torch.bfloat16
+
+
+def _quieten() -> None:
+    """Silence the bars and the warnings that quote prompts: a server's log is no place for either."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _fetch_base(source: ResolvedSource, variant: str | None, hub: HubAccess) -> Path:
+    """Return the folder of a Hub base in the local cache, fetching what is missing; works offline from the cache."""
+    assert source.hub is not None
+    # Before anything else of it is here: what fetches the rest looks into the index for code to load.
+    pipeline_name(_fetch_index(source.hub, source.revision, hub))
+    folder = DiffusionPipeline.download(
+        source.hub,
+        revision=source.revision,
+        variant=variant,
+        use_safetensors=True,
+        trust_remote_code=False,
+        token=hub.token,
+        cache_dir=hub.cache_dir,
+    )
+    return Path(folder)
+
+
+def _fetch_index(repository: str, revision: str | None, hub: HubAccess) -> str:
+    """Return a Hub base's index as it is now; from the local cache where the Hub does not answer."""
+    is_away = False
+    try:
+        # Asked for first because this does not retry: the download of a file would, for most of a minute.
+        url = hf_hub_url(repository, INDEX, revision=revision)
+        get_hf_file_metadata(url, token=hub.token, timeout=INDEX_TIMEOUT_S)
+    except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
+        raise
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError):
+        is_away = True
+    path = hf_hub_download(
+        repository, INDEX, revision=revision, token=hub.token, cache_dir=hub.cache_dir, local_files_only=is_away
+    )
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _fetch_vae(source: ResolvedSource, hub: HubAccess) -> Path:
+    """Return the folder of a Hub repository that is a VAE or holds one, without its other models."""
+    assert source.hub is not None
+    files = ["config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/diffusion*.safetensors"]
+    folder = snapshot_download(
+        source.hub,
+        revision=source.revision,
+        allow_patterns=files,
+        token=hub.token,
+        cache_dir=hub.cache_dir,
+    )
+    return Path(folder)
+
+
+def _load_vae(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a VAE that is the folder itself, or its `vae` part."""
+    part = folder if (folder / "config.json").is_file() else folder / "vae"
+    vae_class = getattr(diffusers, json.loads((part / "config.json").read_text())["_class_name"])
+    if not (isinstance(vae_class, type) and issubclass(vae_class, ModelMixin)):
+        raise ValueError("it is no model")
+    return vae_class.from_pretrained(part, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
+
+
+def _freeze(pipeline: Any) -> None:
+    """Clear gradients everywhere: matmul kernels are chosen by `requires_grad`, so bits would depend on it."""
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(requires_grad=False).eval()
+
+
+def _fingerprint(folder: Path, source: ResolvedSource, pipeline: Any, dtype: torch.dtype, digests: FileDigests) -> str:
+    """Digest what the adaptable weights are: the commit of a Hub repository, the bytes of a folder."""
+    digest = hashlib.sha256(f"{type(pipeline).__name__} {dtype}".encode())
+    if source.hub is not None:
+        digest.update(f"{source.hub} {folder.name}".encode())
+        return digest.hexdigest()
+    for name in adaptable_components(pipeline):
+        for path in sorted((folder / name).glob("*.safetensors")):
+            digest.update(f"{path.name} {digests.of(path)} ".encode())
+    return digest.hexdigest()

@@ -1,0 +1,234 @@
+"""What an adapter may touch in a base model: names, kinds and shapes, without the weights.
+
+Owns `BaseManifest`, which lets a file be checked against a base in another process. Must not know adapter files, and
+must stay free of torch at import: the admission process reads it before anything heavy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from torch import nn
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from serve_app.errors import BaseUnusable
+
+LayerKind = Literal["linear", "conv"]
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZER = ("text_encoder", "tokenizer")  # what a text encoder's name has that its tokenizer's spells otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer that an adapter may change: `shape` is its weight's, `dtype` torch's name without the prefix."""
+
+    kind: LayerKind
+    shape: tuple[int, ...]
+    has_bias: bool
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The words of a text encoder: `width` numbers each, `dtype` torch's name without the prefix."""
+
+    kind: Literal["clip", "t5"]
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class BaseManifest:
+    """The adaptable layers of one loaded base: component name -> module name -> layer.
+
+    `loader` names the class of `diffusers.loaders.lora_pipeline` whose `lora_state_dict` knows this family's keys.
+    `layers_per_block` is the UNet's, which numbers blocks in kohya's SDXL files; None where there is no UNet.
+    `fingerprint` tells bases apart on disk: the same fingerprint means the same weights in the same dtype.
+    `vocabularies` are those of the text encoders that adapters can teach words, by component, in the pipeline's order.
+    """
+
+    pipeline: str
+    loader: str
+    denoiser: str
+    dtype: str
+    layers_per_block: int | None
+    components: Mapping[str, Mapping[str, Layer]]
+    fingerprint: str
+    vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict[str, Vocabulary])
+
+    def layer(self, component: str, module: str) -> Layer | None:
+        """Return the layer of that name, or None."""
+        return self.components.get(component, {}).get(module)
+
+    def to_json(self) -> str:
+        """Return the manifest as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> BaseManifest:
+        """Rebuild a manifest from `to_json`."""
+        fields: dict[str, Any] = json.loads(text)
+        fields["components"] = {
+            component: {
+                name: Layer(layer["kind"], tuple(layer["shape"]), layer["has_bias"], layer["dtype"])
+                for name, layer in layers.items()
+            }
+            for component, layers in fields["components"].items()
+        }
+        fields["vocabularies"] = {name: Vocabulary(**facts) for name, facts in fields["vocabularies"].items()}
+        return cls(**fields)
+
+
+def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """Return the components that this pipeline's LoRA loader can adapt and that are loaded, in the loader's order."""
+    from torch import nn
+
+    names: list[str] = getattr(type(pipeline), "_lora_loadable_modules", [])
+    found = {name: getattr(pipeline, name, None) for name in names}
+    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+
+
+def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> BaseManifest:
+    """Describe a loaded pipeline; `fingerprint` None hashes the structure alone, which tells no fine-tunes apart."""
+    components = adaptable_components(pipeline)
+    denoiser = next(iter(components))
+    layers = {name: _layers_of(module) for name, module in components.items()}
+    config = getattr(getattr(pipeline, "unet", None), "config", None)
+    layers_per_block = getattr(config, "layers_per_block", None)
+    manifest = BaseManifest(
+        pipeline=type(pipeline).__name__,
+        loader=_loader_of(type(pipeline)),
+        denoiser=denoiser,
+        dtype=_dtype_name(next(components[denoiser].parameters()).dtype),
+        layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
+        components=layers,
+        fingerprint=fingerprint or "",
+        vocabularies=_vocabularies_of(pipeline),
+    )
+    if fingerprint is not None:
+        return manifest
+    structure = hashlib.sha256(manifest.to_json().encode()).hexdigest()
+    return dataclasses.replace(manifest, fingerprint=structure)
+
+
+def _loader_of(pipeline_class: type) -> str:
+    """Name the LoRA loader among a pipeline's ancestors: the first that says how its own files are keyed."""
+    for ancestor in pipeline_class.__mro__:
+        if ancestor.__module__ == "diffusers.loaders.lora_pipeline" and "lora_state_dict" in vars(ancestor):
+            return ancestor.__name__
+    raise ValueError(f"{pipeline_class.__name__} has no LoRA loader in diffusers")
+
+
+def adaptable_layers(component: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the modules of a component that an adapter may change, by name."""
+    from torch import nn
+
+    layers: dict[str, nn.Linear | nn.Conv2d] = {}
+    for name, module in component.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            layers[name] = module
+    return layers
+
+
+def bytes_of_layers(components: Mapping[str, nn.Module]) -> int:
+    """Return what all layers take that adapters may change, weights and biases."""
+    layers = [layer for component in components.values() for layer in adaptable_layers(component).values()]
+    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters(recurse=False))
+
+
+def _layers_of(component: nn.Module) -> dict[str, Layer]:
+    from torch import nn
+
+    layers: dict[str, Layer] = {}
+    for name, module in adaptable_layers(component).items():
+        kind: LayerKind = "linear" if isinstance(module, nn.Linear) else "conv"
+        weight = module.weight
+        layers[name] = Layer(kind, tuple(weight.shape), module.bias is not None, _dtype_name(weight.dtype))
+    return layers
+
+
+def _vocabularies_of(pipeline: DiffusionPipeline) -> dict[str, Vocabulary]:
+    """Describe the text encoders that can be taught words as diffusers does it."""
+    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+
+    found: dict[str, Vocabulary] = {}
+    for component in TEXT_ENCODERS if isinstance(pipeline, TextualInversionLoaderMixin) else ():
+        encoder, tokenizer = getattr(pipeline, component, None), getattr(pipeline, component.replace(*TOKENIZER), None)
+        kind: Any = next((kind for kind in ("clip", "t5") if _model_type(encoder).startswith(kind)), None)
+        # A base whose own vocabulary has the names of learned words cannot be taught them.
+        if encoder is not None and kind is not None and (tokenizer is None or "<s0>" not in tokenizer.get_vocab()):
+            weight = encoder.get_input_embeddings().weight
+            found[component] = Vocabulary(kind, weight.shape[1], _dtype_name(weight.dtype))
+    return found
+
+
+def _model_type(encoder: Any) -> str:
+    return str(getattr(getattr(encoder, "config", None), "model_type", ""))
+
+
+def _dtype_name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+INDEX = "model_index.json"
+_LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
+
+
+def adaptable_parts(index: str) -> tuple[str, ...]:
+    """Return the components of a `model_index.json` that adapters can change, in the loader's order.
+
+    Raises:
+        ValueError: it names no pipeline that adapters can change.
+    """
+    entries: dict[str, Any] = json.loads(index)
+    names: list[str] = getattr(_pipeline_class(entries), "_lora_loadable_modules", [])
+    return tuple(name for name in names if entries.get(name, (None, None))[0] is not None)
+
+
+def structure_of(folder: Path, base_id: str) -> BaseManifest:
+    """Return the manifest of a base whose `model_index.json` and components' `config.json` lie in a folder.
+
+    Raises:
+        BaseUnusable: a file is missing, or says nothing that can be built.
+    """
+    # Optional packages that only other pipelines would use are no news to anybody.
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        index = (folder / INDEX).read_text(encoding="utf-8")
+        entries: dict[str, Any] = json.loads(index)
+        pipeline_class = _pipeline_class(entries)
+        # Never initialised: the manifest asks for its class and for these components, nothing else.
+        pipeline: Any = object.__new__(pipeline_class)
+        with torch.device("meta"):
+            for name in adaptable_parts(index):
+                pipeline.__dict__[name] = _component(folder / name, *entries[name])
+        return manifest_of(pipeline)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise BaseUnusable(base_id, "its configuration files are missing or describe no base that is served") from error
+
+
+def _pipeline_class(entries: dict[str, Any]) -> type:
+    name = entries["_class_name"]
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type):
+        raise ValueError("it is a pipeline of its own code, or of another version of diffusers")
+    return found
+
+
+def _component(folder: Path, library: str, class_name: str) -> torch.nn.Module:
+    kind: Any = getattr(_LIBRARIES[library], class_name)
+    if library == "diffusers":
+        return kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return kind(kind.config_class.from_json_file(folder / "config.json"))

@@ -1,0 +1,129 @@
+"""Whether the device and the loaded weights are still what images may come from.
+
+Owns the two verdicts, each of them for good, and when the weights are checked. Used by the device thread; whoever else
+looks sees the verdicts alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+import torch
+
+from serve_app.engine.weights.integrity import Damage, PacedCheck
+
+log = logging.getLogger(__name__)
+
+
+class Soundness:
+    """The verdicts: the loaded weights changed (`is_corrupt`), the device answers no more (`is_lost`)."""
+
+    def __init__(self, base_id: str, device: torch.device, check: PacedCheck | None) -> None:
+        self._base_id = base_id
+        self._device = device
+        self._check = check
+        self.is_corrupt = False
+        self.is_lost = False
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether images may be drawn."""
+        return not (self.is_corrupt or self.is_lost)
+
+    @property
+    def verdict(self) -> str:
+        """Why no images may be drawn, in a word, for metrics; "closing" where they may."""
+        return "weights" if self.is_corrupt else "device" if self.is_lost else "closing"
+
+    @property
+    def rounds(self) -> int:
+        """How many times everything was checked and sound."""
+        return 0 if self._check is None else self._check.rounds
+
+    @property
+    def pause_s(self) -> float | None:
+        """How long to wait before the next slice where nothing else is to be done; None for ever."""
+        return None if self._check is None else self._check.pause_s
+
+    def check_slice(self) -> None:
+        """Check some of the weights; where memory is short, not now."""
+        if self._check is None:
+            return
+        try:
+            self._note(self._check.check_next())
+        except RuntimeError as error:
+            if not is_out_of_memory(error) and not self.judge(error):
+                raise
+
+    def check_all(self) -> None:
+        """Check all weights."""
+        if self._check is not None:
+            self._note(self._check.check_all())
+
+    def judge(self, error: Exception) -> bool:
+        """Take note where an error says that the device is lost; return whether it does."""
+        if is_beyond_repair(error) or not answers(self._device):
+            log.critical("the device of %s is beyond repair: %s", self._base_id, headline(error))
+            self.is_lost = True
+        return self.is_lost
+
+    def _note(self, damage: Damage | None) -> None:
+        if damage is not None:
+            log.critical("the loaded weights of %s have changed, in %s", self._base_id, damage.tensor)
+            self.is_corrupt = True
+
+
+_NO_MEMORY = (
+    "out of memory",  # CUDA's caching allocator, and its driver for what lies outside of that
+    "can't allocate memory",
+    "not enough memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+# After each of these every further call on the device fails, until the process ends.
+_BROKEN = (
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "invalid program counter",
+    "operation not supported on global/shared address space",
+    "hardware stack error",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable ECC error",
+    "uncorrectable NVLink error",
+    "context is destroyed",
+    "busy or unavailable",
+    "no CUDA-capable device",
+    "CUDA error: unknown error",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, the device's or the host's: what was begun failed, and the device works on."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
+
+
+def is_beyond_repair(error: BaseException) -> bool:
+    """Whether the device will answer nothing more to this process."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BROKEN)
+
+
+def answers(device: torch.device) -> bool:
+    """Whether a device still computes; a broken one fails at whatever it is asked."""
+    try:
+        return torch.ones(1, device=device).sum().item() == 1.0
+    except RuntimeError as error:
+        return is_out_of_memory(error)
+
+
+def headline(error: BaseException) -> str:
+    """Return what an error says in its first line; torch appends pages."""
+    lines = str(error).splitlines()
+    return lines[0][:300] if lines else type(error).__name__

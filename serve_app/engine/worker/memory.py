@@ -1,0 +1,156 @@
+"""Room on the device: what is done when memory runs out, and how much a pass may take afterwards.
+
+Owns the second try, what is given back before it, and the count of both. Used by the device thread alone. Must not
+know jobs or the queue.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from serve_app.engine.drawing.pipeline import BasePipeline
+from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.prefetch import Ahead
+from serve_app.engine.worker.device_health import headline, is_out_of_memory
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortages:
+    """How often memory ran out since the start: made good by a second try, and refused after it."""
+
+    recovered: int = 0
+    refused: int = 0
+
+
+class Room:
+    """The device's memory, as far as it can be made to suffice.
+
+    Invariant: after `free` the base is whole, whatever failed where: its own weights or a complete composition bound,
+    each module in its dtype.
+    """
+
+    def __init__(
+        self,
+        pipeline: BasePipeline,
+        weights: AdapterWeights,
+        ahead: Ahead | None,
+        *,
+        verify: Callable[[], None],
+        clock: Callable[[], float],
+    ) -> None:
+        """`verify` is called when memory was freed, to see whether the base is unharmed."""
+        self._pipeline = pipeline
+        self._weights = weights
+        self._ahead = ahead
+        self._verify = verify
+        self._clock = clock
+        self._allowance = Allowance()
+        self.shortages = Shortages()
+
+    def has_room_for(self, act: Callable[[], None]) -> bool:
+        """Do something; False where memory ran out, and then everything that it held is gone."""
+        try:
+            act()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("%s ran out of memory: %s", self._pipeline.base_id, headline(error))
+            return False
+        return True
+
+    def has_room_at_last(self, act: Callable[[], None]) -> bool:
+        """Do something, once more with memory freed where it runs out; False where it ran out again."""
+        if self.has_room_for(act):
+            return True
+        self.free()
+        is_done = self.has_room_for(act)
+        if not is_done:
+            self.free()
+        self.count(is_recovered=is_done)
+        return is_done
+
+    def count(self, *, is_recovered: bool) -> None:
+        """Note how a shortage ended."""
+        was = self.shortages
+        if is_recovered:
+            log.info("%s had room at the second try", self._pipeline.base_id)
+            self.shortages = replace(was, recovered=was.recovered + 1)
+        else:
+            log.error("%s had no room at the second try either", self._pipeline.base_id)
+            self.shortages = replace(was, refused=was.refused + 1)
+
+    def images_at_once(self, pixels_each: int) -> int | None:
+        """Return how many images of a size a pass should have; None for as many as there are."""
+        limit = self._allowance.images(pixels_each, self._clock())
+        if limit is None and self._ahead is not None:
+            self._ahead.resume()
+        return limit
+
+    def ran_out(self, pixels: int) -> None:
+        """Note that a pass of so many pixels did not fit, and free what can be freed."""
+        self._allowance.shrink(pixels, self._clock())
+        self.free()
+
+    def free(self) -> None:
+        """Give back all memory that is there for speed alone, and see to it that the base is whole."""
+        device = self._pipeline.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if self._ahead is not None:
+            self._ahead.give_way()
+        self._weights.drop_spares()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._pipeline.make_whole()
+        self.has_room_for(self._verify)
+
+
+RECOVERY_S = 60.0
+LONGEST_RECOVERY_S = 900.0
+
+
+class Allowance:
+    """The pixels that the images of one pass may have together; one image is always allowed.
+
+    A pass that did not fit halves its size. After `RECOVERY_S` without a failure the limit doubles, until what failed
+    would be tried again. If that fails too, the next recovery takes twice as long, up to `LONGEST_RECOVERY_S`; a pass
+    that has failed for so long no more is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._limit: int | None = None
+        self._failed_pixels = 0
+        self._changed_s = 0.0
+        self._recovery_s = RECOVERY_S
+
+    def shrink(self, pixels: int, now_s: float) -> None:
+        """Note that a pass of so many pixels did not fit."""
+        self.limit(now_s)
+        if self._limit is None and self._failed_pixels:
+            is_repeated = now_s - self._changed_s < LONGEST_RECOVERY_S
+            self._recovery_s = min(2 * self._recovery_s, LONGEST_RECOVERY_S) if is_repeated else RECOVERY_S
+            self._failed_pixels = 0
+        half = max(pixels // 2, 1)
+        self._limit = half if self._limit is None else min(half, self._limit)
+        self._failed_pixels = max(pixels, self._failed_pixels)
+        self._changed_s = now_s
+
+    def limit(self, now_s: float) -> int | None:
+        """Return how many pixels a pass may have now; None for no limit."""
+        while self._limit is not None and now_s - self._changed_s >= self._recovery_s:
+            self._changed_s += self._recovery_s
+            self._limit = None if 2 * self._limit >= self._failed_pixels else 2 * self._limit
+        return self._limit
+
+    def images(self, pixels_each: int, now_s: float) -> int | None:
+        """Return how many images of a size a pass may have now, at least one; None for no limit."""
+        limit = self.limit(now_s)
+        return None if limit is None else max(limit // pixels_each, 1)

@@ -1,0 +1,220 @@
+"""A batch on the device: in one pass, or in several where memory does not suffice for one.
+
+Owns who gets which images of which pass. Must not know adapters, the queue or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from serve_app.core import GenerationRequest, GenerationResult, PixelImage, Timings
+from serve_app.engine.drawing.pipeline import BasePipeline, seeds_of
+from serve_app.engine.drawing.steps import GenerationCancelled
+from serve_app.engine.worker.jobs import Job
+from serve_app.engine.worker.memory import Room
+from serve_app.errors import LoraplexError, OutOfMemory, ReplicaLost
+
+# Called with the jobs of the pass that runs, the steps done and the steps in all.
+OnStep = Callable[[Sequence[Job], int, int], None]
+
+
+@dataclass(slots=True)
+class Share:
+    """What one job has got so far; `largest_pass` is of how many images the largest of its passes was."""
+
+    job: Job
+    images: list[PixelImage] = field(default_factory=list[PixelImage])
+    warnings: tuple[str, ...] = ()
+    largest_pass: int = 0
+    error: LoraplexError | None = None
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether more should be drawn of it."""
+        return self.error is None and not self.job.is_cancelled
+
+    def take(self, images: tuple[PixelImage, ...] | LoraplexError, warnings: tuple[str, ...], pass_images: int) -> None:
+        """Add what came of one pass."""
+        self.warnings = tuple(dict.fromkeys((*self.warnings, *warnings)))
+        self.largest_pass = max(self.largest_pass, pass_images)
+        if isinstance(images, LoraplexError):
+            self.error = images
+        else:
+            self.images.extend(images)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What became of a batch: a share for each job, and the time on the device in all its passes together."""
+
+    shares: tuple[Share, ...]
+    denoise_ms: float
+    decode_ms: float
+
+
+class Passes:
+    """Draws batches. A job whose images did not fit beside others is drawn again, image by image, once."""
+
+    def __init__(self, pipeline: BasePipeline, room: Room, *, on_step: OnStep, is_aborting: Callable[[], bool]) -> None:
+        self._pipeline = pipeline
+        self._room = room
+        self._on_step = on_step
+        self._is_aborting = is_aborting
+        self._denoise_ms = self._decode_ms = 0.0
+
+    def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> Drawn:
+        """Draw jobs that share a batch key, with an adapter's words known; their adapters are applied.
+
+        Raises:
+            GenerationCancelled: the worker is aborting.
+        """
+        self._denoise_ms = self._decode_ms = 0.0
+        shares = tuple(Share(job) for job in jobs)
+        pixels = jobs[0].request.width * jobs[0].request.height
+        for whole in passes_of([job.request.num_images for job in jobs], self._room.images_at_once(pixels)):
+            if not self._room.has_room_for(lambda whole=whole: self._draw(whole, shares, words, is_again=False)):
+                self._room.ran_out(images_in(whole) * pixels)
+                self._draw_again(whole, shares, words)
+        for share in shares:
+            if share.error is None and len(share.images) < share.job.request.num_images:
+                share.error = ReplicaLost(self._pipeline.base_id, attempts=1)  # given up by its caller
+        return Drawn(shares, self._denoise_ms, self._decode_ms)
+
+    def _draw_again(self, whole: Pass, shares: Sequence[Share], words: Mapping[str, Tensor]) -> None:
+        is_recovered = True
+        for single in one_by_one(whole):
+            if not self._room.has_room_for(lambda single=single: self._draw(single, shares, words, is_again=True)):
+                is_recovered = False
+                share = shares[single[0].place]
+                share.error = no_room(share.job)
+                self._room.free()
+        self._room.count(is_recovered=is_recovered)
+
+    def _draw(self, whole: Pass, shares: Sequence[Share], words: Mapping[str, Tensor], *, is_again: bool) -> None:
+        parts = [part for part in whole if shares[part.place].is_wanted]
+        if not parts:
+            return
+        jobs = [shares[part.place].job for part in parts]
+        try:
+            with self._pipeline.knowing(words):
+                outcome = self._pipeline.generate(
+                    [part.of(job.request) for part, job in zip(parts, jobs, strict=True)],
+                    on_step=lambda step, steps: self._on_step(jobs, step, steps),
+                    is_cancelled=lambda: self._is_aborting() or all(job.is_cancelled for job in jobs),
+                    on_preview=None if is_again else lambda images: _show(jobs, images),
+                )
+        except GenerationCancelled:
+            if self._is_aborting():
+                raise
+            return
+        self._denoise_ms += outcome.denoise_ms
+        self._decode_ms += outcome.decode_ms
+        for part, images, warnings in zip(parts, outcome.images, outcome.warnings, strict=True):
+            shares[part.place].take(images, warnings, images_in(tuple(parts)))
+
+
+def no_room(job: Job) -> OutOfMemory:
+    """Return the error of a job whose images do not fit, not even one at a time."""
+    request = job.request
+    size = f"{request.width}x{request.height}"
+    what = f"an image of {size}" if request.num_images == 1 else f"{request.num_images} images of {size}"
+    return OutOfMemory(request.base_id, what, advice="ask for a smaller size or fewer images")
+
+
+def no_room_for_adapters(job: Job) -> OutOfMemory:
+    """Return the error of a job whose adapters cannot be applied for lack of memory."""
+    names = " with ".join(use.spec.id for use in job.request.adapters) or "the base's own weights"
+    return OutOfMemory(job.request.base_id, names, advice="ask for fewer adapters or a smaller one")
+
+
+def _show(jobs: Sequence[Job], shares: Sequence[tuple[PixelImage, ...]]) -> None:
+    for job, images in zip(jobs, shares, strict=True):
+        if images:
+            job.show(images)
+
+
+_SEEDS = 2**64
+
+
+@dataclass(frozen=True, slots=True)
+class Portion:
+    """Images of one request: `count` of them from number `first` on; `place` is the request's in its batch."""
+
+    place: int
+    first: int
+    count: int
+
+    def of(self, request: GenerationRequest) -> GenerationRequest:
+        """Return the request for these images alone, each with the seed that it has in the whole.
+
+        A part of a request asks for no previews, as nobody could tell of which images they are.
+        """
+        if self.count == request.num_images:
+            return request
+        return replace(request, num_images=self.count, seed=(request.seed + self.first) % _SEEDS, num_previews=0)
+
+
+Pass = tuple[Portion, ...]
+
+
+def passes_of(counts: Sequence[int], at_most: int | None) -> tuple[Pass, ...]:
+    """Cut requests with so many images each into passes of at most so many images, in order; None for one pass."""
+    if at_most is None or sum(counts) <= at_most:
+        return (tuple(Portion(place, 0, count) for place, count in enumerate(counts)),)
+    return tuple(_passes(counts, at_most))
+
+
+def one_by_one(whole: Pass) -> tuple[Pass, ...]:
+    """Cut a pass into passes of one image."""
+    return tuple((Portion(part.place, part.first + n, 1),) for part in whole for n in range(part.count))
+
+
+def images_in(whole: Pass) -> int:
+    """Return how many images a pass draws."""
+    return sum(part.count for part in whole)
+
+
+def _passes(counts: Sequence[int], at_most: int) -> Iterator[Pass]:
+    pending: list[Portion] = []
+    room = at_most
+    for place, count in enumerate(counts):
+        first = 0
+        while first < count:
+            taken = min(count - first, room)
+            pending.append(Portion(place, first, taken))
+            first, room = first + taken, room - taken
+            if not room:
+                yield tuple(pending)
+                pending, room = [], at_most
+    if pending:
+        yield tuple(pending)
+
+
+def results_of(drawn: Drawn, *, device: str, started_s: float, applied_s: float) -> list[GenerationResult | Exception]:
+    """Return each job's result or error.
+
+    The times, queueing apart, are those of the whole batch, which began at `started_s` and had its adapters applied
+    at `applied_s`, on the clock of the jobs' submission.
+    """
+    swap_ms = (applied_s - started_s) * 1e3
+    timings = Timings(swap_ms=swap_ms, denoise_ms=drawn.denoise_ms, decode_ms=drawn.decode_ms)
+    return [share.error or _result(share, timings, device, started_s) for share in drawn.shares]
+
+
+def _result(share: Share, timings: Timings, device: str, started_s: float) -> GenerationResult:
+    job = share.job
+    return GenerationResult(
+        request_id=job.request.request_id,
+        base_id=job.request.base_id,
+        images=tuple(share.images),
+        seeds=seeds_of(job.request),
+        adapters=job.applied(),
+        timings=replace(timings, queue_ms=(started_s - job.submitted_at) * 1e3),
+        compute_s=(timings.swap_ms + timings.denoise_ms + timings.decode_ms) / 1e3,
+        device=device,
+        batch_size=share.largest_pass,
+        warnings=share.warnings,
+    )

@@ -1,0 +1,1 @@
+"""Metrics, their labels, and traces. Must not know what is measured."""

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.api.http.limits import KeyAllowance
+from serve_app.config import KeyLimits
+from serve_app.errors import KeyLimitReached, OutOfBounds
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def allowance(clock: Clock, **limits: float) -> KeyAllowance:
+    return KeyAllowance("alice", KeyLimits.model_validate(limits), clock=clock)
+
+
+def waits(allowed: KeyAllowance) -> int:
+    """How long the next request is told to wait: 0 where it is let in."""
+    try:
+        allowed.begin()
+    except KeyLimitReached as refusal:
+        return refusal.retry_after_s
+    allowed.end()
+    return 0
+
+
+def test_a_burst_is_let_in_and_then_the_rate_holds() -> None:
+    clock = Clock()
+    allowed = allowance(clock, requests_per_s=0.5, burst=3)
+    assert [waits(allowed) for _ in range(4)] == [0, 0, 0, 2]
+    clock.now += 2
+    assert [waits(allowed) for _ in range(2)] == [0, 2]
+    clock.now += 1000
+    assert [waits(allowed) for _ in range(4)] == [0, 0, 0, 2]
+
+
+def test_a_key_without_limits_has_none() -> None:
+    allowed = allowance(Clock())
+    allowed.spend_images(10_000)
+    assert [waits(allowed) for _ in range(1000)] == [0] * 1000
+
+
+def test_requests_at_once_are_counted_until_they_are_answered() -> None:
+    allowed = allowance(Clock(), concurrency=2)
+    allowed.begin()
+    allowed.begin()
+    with pytest.raises(KeyLimitReached, match="2 requests at once"):
+        allowed.begin()
+    allowed.end()
+    allowed.begin()
+
+
+def test_a_request_that_is_turned_away_for_concurrency_costs_no_rate() -> None:
+    allowed = allowance(Clock(), concurrency=1, requests_per_s=1, burst=2)
+    allowed.begin()
+    for _ in range(5):
+        with pytest.raises(KeyLimitReached, match="at once"):
+            allowed.begin()
+    allowed.end()
+    assert waits(allowed) == 0
+
+
+def test_images_are_counted_and_come_back_where_none_were_drawn() -> None:
+    clock = Clock()
+    allowed = allowance(clock, images_per_minute=6)
+    allowed.spend_images(4)
+    with pytest.raises(KeyLimitReached, match="6 images per minute") as refusal:
+        allowed.spend_images(3)
+    assert refusal.value.retry_after_s == 10
+    allowed.return_images(4)
+    allowed.spend_images(6)
+
+
+def test_more_images_than_a_minute_holds_are_never_promised() -> None:
+    with pytest.raises(OutOfBounds, match="at most 6"):
+        allowance(Clock(), images_per_minute=6).spend_images(7)
+
+
+@given(
+    rate=st.floats(0.01, 100),
+    burst=st.integers(1, 20),
+    gaps=st.lists(st.floats(0, 30), max_size=30),
+)
+def test_whoever_waits_as_long_as_was_said_is_let_in(rate: float, burst: int, gaps: list[float]) -> None:
+    clock = Clock()
+    allowed = allowance(clock, requests_per_s=rate, burst=burst)
+    for gap in gaps:
+        clock.now += gap
+        wait_s = waits(allowed)
+        if wait_s:
+            clock.now += wait_s
+            assert waits(allowed) == 0
+
+
+@given(
+    rate=st.floats(0.01, 10),
+    burst=st.integers(1, 20),
+    gaps=st.lists(st.floats(0, 5), min_size=1, max_size=60),
+)
+def test_no_more_than_burst_and_rate_allow_are_ever_let_in(rate: float, burst: int, gaps: list[float]) -> None:
+    clock = Clock()
+    allowed = allowance(clock, requests_per_s=rate, burst=burst)
+    let_in = 0
+    for gap in gaps:
+        clock.now += gap
+        let_in += waits(allowed) == 0
+    assert let_in <= burst + rate * sum(gaps) + 1e-6

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from serve_app.catalog.replica_report import HeldBack
+from serve_app.core import AdapterRef
+from serve_app.errors import HubUnavailable, NameTaken, NotReady
+from tests.unit.api.fakes import FakeGateway
+
+SOURCE = {"uri": "acme/sketch"}
+
+
+def test_the_list_says_what_is_known_of_each_adapter(client: TestClient) -> None:
+    assert client.get("/v1/loras").json() == {
+        "object": "list",
+        "data": [
+            {
+                "id": "demo/sketch", "object": "lora", "revision": "0123abcd" * 5, "base_model": "demo/sdxl", "rank": 8,
+                "size_bytes": 4096, "layers_matched": 48, "alias_of": None, "aliases": [],
+                "resident": [{"replica": "r1", "tier": "applied"}], "hits": 3, "last_used": 1000.5,
+                "instance_prompt": "sks", "quarantine": [],
+            }
+        ],
+    }  # fmt: skip
+
+
+def test_one_adapter_says_what_the_list_says_of_it_and_why_it_is_refused_for_now(
+    client: TestClient, gateway: FakeGateway
+) -> None:
+    (listed,) = client.get("/v1/loras").json()["data"]
+    assert client.get("/v1/loras/demo/sketch").json() == listed
+    rows = gateway.registry.rows
+    keys = ("acme/secret@1/f", rows["demo/sketch"].adapter.spec.key)
+    held = HeldBack(keys, (1.0, 8.0), "its last 2 tries failed: the image overflows", 59)
+    rows["demo/sketch"] = replace(rows["demo/sketch"], held_back=(("r1", held),))
+    for row in (client.get("/v1/loras").json()["data"][0], client.get("/v1/loras/demo/sketch").json()):
+        assert row["quarantine"] == [
+            {"replica": "r1", "scale": 8.0, "beside": 1, "reason": held.reason, "retry_after_s": 59}
+        ]
+    missing = client.get("/v1/loras/demo/none")
+    assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_replicas_say_what_they_do_and_hold(client: TestClient) -> None:
+    assert client.get("/v1/replicas").json() == {
+        "object": "list",
+        "data": [
+            {
+                "id": "r1", "base_model": "demo/sdxl", "state": "RUNNING", "device": "cpu", "waiting": 1, "running": 2,
+                "applied": [{"id": "demo/sketch", "scale": {"denoiser": 0.5, "text_encoder": 1.0}}],
+                "adapters": [{"id": "demo/sketch", "tier": "device"}], "backlog_s": 1.235,
+            }
+        ],
+    }  # fmt: skip
+
+
+def test_bases_say_what_a_form_must_know(client: TestClient) -> None:
+    (base,) = client.get("/v1/bases").json()
+    assert (base["id"], base["aliases"], base["is_default"]) == ("demo/sdxl", ["xl"], True)
+    assert base["defaults"] == {"steps": 30, "guidance_scale": 7.5, "width": 512, "height": 512, "strength": 0.8}
+    assert base["limits"]["max_pixels"] == 1024 * 1024
+    assert base["limits"]["side_multiple"] == 8
+    assert "DDIMScheduler" in base["schedulers"]
+
+
+def test_no_reply_names_a_place_on_this_machine(client: TestClient) -> None:
+    for path in ("/v1/loras", "/v1/replicas", "/v1/bases"):
+        assert "secret" not in client.get(path).text
+
+
+def test_an_alias_is_added_and_listed(client: TestClient, gateway: FakeGateway) -> None:
+    source = {"uri": "hf://acme/sketch", "revision": "v1", "filename": "a.safetensors"}
+    reply = client.post("/v1/loras", json={"lora_name": "mine", "source": source})
+    assert reply.status_code == 200
+    assert (reply.json()["id"], reply.json()["alias_of"]) == ("mine", "acme/sketch")
+    ((alias, may_replace, preload),) = gateway.registry.added
+    assert alias.target == AdapterRef("acme/sketch", revision="v1", filename="a.safetensors")
+    assert (alias.name, may_replace, preload) == ("mine", False, 0)
+    assert [row["id"] for row in client.get("/v1/loras").json()["data"]] == ["demo/sketch", "mine"]
+
+
+@pytest.mark.parametrize(("asked", "replicas"), [(None, 0), (False, 0), (True, 1), (0, 0), (3, 3)])
+def test_an_alias_may_be_preloaded_on_so_many_replicas(
+    client: TestClient, gateway: FakeGateway, asked: object, replicas: int
+) -> None:
+    body = {"lora_name": "mine", "source": SOURCE, "preload": asked, "replace": True}
+    assert client.post("/v1/loras", json=body).status_code == 200
+    ((_, may_replace, preload),) = gateway.registry.added
+    assert (may_replace, preload) == (True, replicas)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"source": SOURCE}, "'lora_name' is missing"),
+        ({"lora_name": "mine"}, "'source' is missing"),
+        ({"lora_name": "mine", "source": "acme/sketch"}, "'source' must be an object"),
+        ({"lora_name": "mine", "source": {"url": "x"}}, "unknown parameter 'source.url'; did you mean 'uri'?"),
+        ({"lora_name": "mine", "source": {"uri": "/etc/passwd"}}, "never an address or a path"),
+        ({"lora_name": "mine", "source": {"uri": "../../etc/passwd"}}, "never an address or a path"),
+        ({"lora_name": "mine", "source": {"uri": "~/lora"}}, "never an address or a path"),
+        ({"lora_name": "mine", "source": {"uri": "https://example.org/x.safetensors"}}, "never an address or a path"),
+        ({"lora_name": "mine", "source": {"uri": "hf:///etc/passwd"}}, "never an address or a path"),
+        ({"lora_name": "mine", "source": SOURCE, "preload": -1}, "'preload' is -1"),
+        ({"lora_name": "mine", "source": SOURCE, "preload": "yes"}, "'preload"),
+        ({"lora_name": "", "source": SOURCE}, "'lora_name' is 0 characters long"),
+    ],
+)
+def test_an_alias_that_cannot_be_meant_is_refused(
+    client: TestClient, gateway: FakeGateway, body: dict[str, Any], says: str
+) -> None:
+    reply = client.post("/v1/loras", json=body)
+    assert reply.status_code == 400
+    assert says in reply.json()["error"]["message"]
+    assert gateway.registry.added == []
+
+
+def test_a_preload_asks_for_one_replica_unless_it_says_more(client: TestClient, gateway: FakeGateway) -> None:
+    for body in (None, {}, {"replicas": 4}):
+        reply = client.post("/v1/loras/demo/sketch/preload", json=body)
+        assert reply.status_code == 200
+    assert reply.json() == {"id": "demo/sketch", "object": "lora", "asked": 4, "replicas": ["r1"]}
+    assert gateway.registry.preloads == [("demo/sketch", 1), ("demo/sketch", 1), ("demo/sketch", 4)]
+    assert client.post("/v1/loras/demo/sketch/preload", json={"replicas": 0}).status_code == 400
+
+
+def test_a_removal_says_whether_a_name_is_gone(client: TestClient) -> None:
+    client.post("/v1/loras", json={"lora_name": "me/mine", "source": SOURCE})
+    assert client.delete("/v1/loras/me/mine").json() == {
+        "id": "me/mine", "object": "lora", "deleted": True, "replicas": ["r1"],
+    }  # fmt: skip
+    assert client.delete("/v1/loras/demo/sketch").json()["deleted"] is False
+    assert client.delete("/v1/loras/me/mine").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "retry"),
+    [
+        (NameTaken("mine", "it is a base model"), 409, None),
+        (NotReady("the registry"), 503, "5"),
+        (HubUnavailable("acme/sketch", "the Hub cannot be reached", 7), 503, "7"),
+    ],
+)
+def test_what_goes_wrong_is_told_in_the_shape_of_v1(
+    client: TestClient, gateway: FakeGateway, failure: Exception, status: int, retry: str | None
+) -> None:
+    gateway.registry.failure = failure
+    reply = client.post("/v1/loras", json={"lora_name": "mine", "source": SOURCE})
+    assert reply.status_code == status
+    assert reply.json()["error"]["message"] == str(failure)
+    assert reply.headers.get("retry-after") == retry
+
+
+def test_the_document_knows_the_registry(client: TestClient) -> None:
+    document = client.get("/openapi.json").json()
+    assert {"/v1/loras", "/v1/loras/{name}", "/v1/loras/{name}/preload", "/v1/replicas", "/v1/bases"} <= set(
+        document["paths"]
+    )
+    body = document["paths"]["/v1/loras"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/NewLora"}
+    assert {"NewLora", "LoraSource", "PreloadOrder", "Lora", "Replica", "Base"} <= set(
+        document["components"]["schemas"]
+    )

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.catalog.reading.bases import BaseFacts, BaseFactsReader, BaseNames
+from serve_app.catalog.sources.folder import FolderRepositories
+from serve_app.catalog.sources.hub import HubRepositories
+from serve_app.config import BaseModelConfig, HubSettings
+from serve_app.settings import ModelSource
+from tests.hub_server import Fault, HubServer
+from tests.unit.catalog.builders import SD_TEXT, SD_WIDTHS, Clock, base_files, write_files
+
+FILES = base_files(SD_TEXT, SD_WIDTHS, "StableDiffusionPipeline")
+KNOWN = BaseFacts("sd", "sd1", "unet", SD_TEXT, frozenset(SD_WIDTHS))
+
+
+def base(**source: object) -> BaseModelConfig:
+    return BaseModelConfig(id="sd", source=ModelSource.model_validate(source))
+
+
+async def test_facts_of_a_folder_and_of_an_embedded_base_come_from_its_configuration(tmp_path: Path):
+    folder = write_files(tmp_path / "demo" / "sd", FILES)
+    reader = BaseFactsReader([FolderRepositories((tmp_path,), origin="embedded")], Clock())
+    assert await reader.facts(base(folder=folder)) == KNOWN
+    reader = BaseFactsReader([FolderRepositories((tmp_path,), origin="embedded")], Clock())
+    assert await reader.facts(base(embedded="demo/sd")) == KNOWN
+
+
+async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_failure(hub: HubServer, tmp_path: Path):
+    hub.push("their/sd", FILES)
+    hub.fail("their/sd", Fault(status=503))
+    clock = Clock()
+    settings = HubSettings(endpoint=hub.endpoint, timeout_s=60)
+    reader = BaseFactsReader([HubRepositories(settings, token=None, cache_dir=tmp_path)], clock)
+    config = base(hub="their/sd")
+    assert await reader.facts(config) == BaseFacts("sd")
+    hub.fail("their/sd", None)
+    assert await reader.facts(config) == BaseFacts("sd"), "not asked again at once"
+    clock.now += 60
+    assert await reader.facts(config) == KNOWN
+    asked = hub.count()
+    assert await reader.facts(config) == KNOWN
+    assert hub.count() == asked
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"unet/config.json": b"nonsense"}, {"unet/config.json": b"[1]"}, {"vae/config.json": b"{}"}]
+)
+async def test_a_base_that_cannot_be_read_is_unknown(tmp_path: Path, files: dict[str, bytes]):
+    folder = write_files(tmp_path / "demo" / "sd", files)
+    assert await BaseFactsReader([], Clock()).facts(base(folder=folder)) == BaseFacts("sd")
+
+
+async def test_a_transformer_is_told_by_its_folder_and_pipeline(tmp_path: Path):
+    files = {"transformer/config.json": b"{}", "model_index.json": b'{"_class_name": "FluxPipeline"}'}
+    folder = write_files(tmp_path / "flux", files)
+    facts = await BaseFactsReader([], Clock()).facts(base(folder=folder))
+    assert (facts.denoiser, facts.family, facts.text_width) == ("transformer", "flux", None)
+
+
+def test_a_card_may_name_a_base_by_id_alias_source_or_an_old_name_in_any_case():
+    names = BaseNames(
+        [
+            BaseModelConfig(
+                id="sd15",
+                aliases=("mine/sd",),
+                source=ModelSource(hub="stable-diffusion-v1-5/stable-diffusion-v1-5"),
+            ),
+            BaseModelConfig(id="demo", source=ModelSource(embedded="demo/sd15")),
+        ]
+    )
+    for name in (
+        "sd15", "mine/sd", "Stable-Diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5",
+    ):  # fmt: skip
+        assert names.served_as(name) == ("sd15",)
+    assert names.served_as("demo/sd15") == ("demo",)
+    assert names.served_as("sd") == ()

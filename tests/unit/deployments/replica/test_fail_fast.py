@@ -1,0 +1,91 @@
+"""How a replica ends that will answer nothing more."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+
+from serve_app.deployments.replica.fail_fast import Leaving
+from serve_app.engine.worker.worker import WorkerState
+
+WELL = WorkerState(waiting=0, running=1, applied=(), is_alive=True, failed_batches=0)
+
+
+class Worker:
+    """A worker that is as the test says."""
+
+    def __init__(self) -> None:
+        self.state = WELL
+        self.abandoned: list[str] = []
+
+    def snapshot(self) -> WorkerState:
+        return self.state
+
+    def abandon(self, why: str) -> None:
+        self.abandoned.append(why)
+        self.state = replace(self.state, is_alive=False, still_s=0.0)
+
+
+class Case:
+    """A worker, what watches it, and whether the process has been ended."""
+
+    def __init__(self) -> None:
+        self.worker = Worker()
+        self.ended = asyncio.Event()
+        self.leaving = Leaving(cast(Any, self.worker), "demo/sd15", stall_after_s=10.0, end=self.ended.set)
+
+
+def test_a_hung_device_ends_the_process_once_its_jobs_were_given_up() -> None:
+    async def run() -> None:
+        case = Case()
+        assert case.leaving.look() is None
+        await case.leaving.admit()
+        case.worker.state = replace(WELL, still_s=11.0)
+        assert case.leaving.has_failed
+        found = case.leaving.look()  # and again: what is found first is what is told
+        assert found is not None
+        assert "no headway for 11 s" in found.reason
+        assert case.worker.abandoned == ["stalled"]
+        assert not case.ended.is_set()
+        await asyncio.wait_for(case.ended.wait(), 60.0)
+
+    asyncio.run(run())
+
+
+def test_whoever_comes_meanwhile_waits_for_the_end_that_sends_it_elsewhere() -> None:
+    async def run() -> None:
+        case = Case()
+        case.worker.state = replace(WELL, is_lost=True)
+        assert case.leaving.has_failed
+        comes = asyncio.create_task(case.leaving.admit())
+        await asyncio.wait_for(case.ended.wait(), 60.0)
+        assert not comes.done()
+        comes.cancel()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("state", [replace(WELL, is_corrupt=True, is_alive=False), replace(WELL, failed_batches=3)])
+def test_an_ailment_that_serve_is_to_see_first_does_not_end_the_process(state: WorkerState) -> None:
+    async def run() -> None:
+        case = Case()
+        case.worker.state = state
+        assert case.leaving.look() is not None
+        assert case.leaving.has_failed is state.is_corrupt
+        await case.leaving.admit()
+        assert case.worker.abandoned == []
+
+    asyncio.run(run())
+
+
+def test_a_worker_that_is_closed_in_good_order_is_not_ill() -> None:
+    async def run() -> None:
+        case = Case()
+        case.leaving.stop()
+        case.worker.state = replace(WELL, is_alive=False)
+        assert case.leaving.look() is None
+
+    asyncio.run(run())

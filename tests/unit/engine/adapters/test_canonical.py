@@ -1,0 +1,154 @@
+"""The canonical file gives back what was written, or says that it is damaged."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve_app.engine.adapters.canonical import CHUNK_BYTES, DamagedCanonicalFile, Seal, read_canonical, write_canonical
+from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, LowRank, ParsedAdapter, tensors_of
+from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.base.manifest import manifest_of
+from serve_app.settings import AdapterLimits
+from tests.tiny import tiny_pipeline
+from tests.tiny_adapters import everything, full, loha, lokr, lora
+from tests.tiny_forms import Form, output_projection, put, with_text
+
+FORMS = {
+    "lora": lambda pipe: lora(pipe, chooses=everything),
+    "text": lambda pipe: with_text(pipe, seed=1),
+    "dora": lambda pipe: lora(pipe, dora=True),
+    "bias": lambda pipe: lora(pipe, chooses=output_projection, bias=True),
+    "loha": loha,
+    "lokr": lokr,
+    "full": full,
+}
+
+
+def adapter(folder: Path, form: str, dtype: torch.dtype = torch.bfloat16) -> ParsedAdapter:
+    pipeline = tiny_pipeline("sd15", dtype)
+    return read_adapter(put(folder, form, Form(FORMS[form](pipeline))), form, manifest_of(pipeline), AdapterLimits())
+
+
+def assert_same(first: Delta, second: Delta) -> None:
+    assert type(first) is type(second)
+    for part in fields(first):
+        mine, other = getattr(first, part.name), getattr(second, part.name)
+        if isinstance(mine, torch.Tensor):
+            assert mine.dtype == other.dtype
+            assert torch.equal(mine, other)
+        elif isinstance(mine, LowRank):
+            assert_same(mine, other)
+        else:
+            assert mine == other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_comes_back_to_the_bit(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    written = adapter(tmp_path, form, dtype)
+    write_canonical(written, tmp_path / "canonical")
+    back = read_canonical(tmp_path / "canonical")
+    assert (back.digest, back.coverage, back.size_bytes) == (written.digest, written.coverage, written.size_bytes)
+    assert [place[:2] for place in back.layers()] == [place[:2] for place in written.layers()]
+    for (_, _, mine), (_, _, other) in zip(written.layers(), back.layers(), strict=True):
+        assert_same(mine, other)
+
+
+def test_tensors_share_one_buffer_and_are_aligned(tmp_path: Path) -> None:
+    write_canonical(adapter(tmp_path, "text"), tmp_path / "canonical")
+    tensors = [
+        tensor for _, _, delta in read_canonical(tmp_path / "canonical").layers() for tensor in tensors_of(delta)
+    ]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert all((tensor.storage_offset() * tensor.itemsize) % 64 == 0 for tensor in tensors)
+
+
+def test_reading_twice_gives_two_buffers(tmp_path: Path) -> None:
+    write_canonical(adapter(tmp_path, "lora"), tmp_path / "canonical")
+    first, second = (read_canonical(tmp_path / "canonical") for _ in range(2))
+    for _, _, delta in first.layers():
+        next(tensors_of(delta)).zero_()
+    assert any(next(tensors_of(delta)).any() for _, _, delta in second.layers())
+
+
+@pytest.mark.parametrize("size", [0, 10, 100, 5000, -1])
+def test_a_cut_file_is_said_to_be_damaged(size: int, tmp_path: Path) -> None:
+    path = tmp_path / "canonical"
+    write_canonical(adapter(tmp_path, "lora"), path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DamagedCanonicalFile):
+        read_canonical(path)
+
+
+def test_a_flipped_bit_anywhere_is_said_to_be_damage(tmp_path: Path) -> None:
+    """Magic, sizes, table, padding, tensors and seal alike; never another error, never another adapter."""
+    path, chance = tmp_path / "canonical", random.Random(0)
+    write_canonical(adapter(tmp_path, "text"), path)
+    whole = path.read_bytes()
+    table_bits = range(8 * 4096)
+    places = [*range(8 * 24), *chance.sample(table_bits, 200), *chance.sample(range(8 * len(whole)), 300)]
+    for bit in [*places, 8 * len(whole) - 1]:
+        altered = bytearray(whole)
+        altered[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(altered)
+        with pytest.raises(DamagedCanonicalFile) as damage:
+            read_canonical(path)
+        assert isinstance(damage.value, ValueError)
+
+
+def test_bytes_that_changed_places_are_said_to_be_damage(tmp_path: Path) -> None:
+    path = tmp_path / "canonical"
+    big = {"unet": {"layer": Dense(torch.randn(1024, 1024), None)}}
+    write_canonical(ParsedAdapter("digest", big, Coverage(1, 1)), path)
+    whole = path.read_bytes()
+    middle, end = 4096 + CHUNK_BYTES, 4096 + 2 * CHUNK_BYTES
+    path.write_bytes(whole[:4096] + whole[middle:end] + whole[4096:middle] + whole[end:])
+    with pytest.raises(DamagedCanonicalFile):
+        read_canonical(path)
+    path.write_bytes(whole)
+    assert torch.equal(read_canonical(path).components["unet"]["layer"].weight, big["unet"]["layer"].weight)
+
+
+def test_a_seal_does_not_depend_on_where_its_bytes_were_cut() -> None:
+    chance = random.Random(1)
+    content = chance.randbytes(2 * CHUNK_BYTES + 1234)
+    whole = Seal(b"head")
+    whole.add(content)
+    expected = whole.value()
+    for _ in range(5):
+        cut = Seal(b"head")
+        position = 0
+        while position < len(content):
+            size = chance.choice((1, 7, 8, 4096, CHUNK_BYTES, CHUNK_BYTES + 3))
+            cut.add(content[position : position + size])
+            position += size
+        assert cut.value() == expected
+
+
+def test_a_large_adapter_lies_in_memory_that_can_be_written_and_sent_on(tmp_path: Path) -> None:
+    weight = torch.randn(1500, 1000)
+    write_canonical(ParsedAdapter("digest", {"unet": {"layer": Dense(weight)}}, Coverage(1, 1)), tmp_path / "canonical")
+    back = read_canonical(tmp_path / "canonical").components["unet"]["layer"]
+    assert isinstance(back, Dense)
+    assert torch.equal(back.weight.clone().add_(1), weight + 1)
+    assert torch.equal(back.weight, weight)
+
+
+def test_a_file_of_another_kind_is_said_to_be_damaged(tmp_path: Path) -> None:
+    path = put(tmp_path, "adapter", Form(lora(tiny_pipeline("sd15"))))
+    with pytest.raises(DamagedCanonicalFile):
+        read_canonical(path)
+
+
+def test_nothing_is_left_behind_where_writing_fails(tmp_path: Path) -> None:
+    target = tmp_path / "a-folder"
+    target.mkdir()
+    (target / "occupied").touch()
+    with pytest.raises(OSError, match="directory"):
+        write_canonical(adapter(tmp_path, "lora"), target)
+    assert {path.name for path in tmp_path.iterdir()} == {"a-folder", "lora.safetensors"}

@@ -1,0 +1,123 @@
+"""Loading a base from a Hub: through the real client, against a Hub on loopback, in a process of its own.
+
+The Hub client takes its endpoint from the environment when it is imported, hence the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine_cases import load, one_image, request
+from tests.hub_server import Fault, HubServer
+from tests.tiny import tiny_folder
+
+WAIT_S = 120.0
+LOADER = """
+import hashlib, json, sys
+from pathlib import Path
+import torch
+from serve_app.config import BaseModelConfig
+from serve_app.settings import ModelSource
+from serve_app.engine.base.loading import HubAccess, resolve_source
+from serve_app.engine.drawing.pipeline import BasePipeline
+from serve_app.errors import LoraplexError
+from tests.engine_cases import one_image, request
+
+torch.set_num_threads(1)
+for line in sys.stdin:
+    source = ModelSource(**json.loads(line))
+    config = BaseModelConfig(id="tiny/base", source=source, schedulers=("DDIMScheduler",))
+    try:
+        pipeline = BasePipeline.load(config, resolve_source(source, None), hub=HubAccess(cache_dir=Path(sys.argv[1])))
+        answer = {
+            "fingerprint": pipeline.manifest.fingerprint,
+            "image": hashlib.sha256(one_image(pipeline, request()).pixels).hexdigest(),
+        }
+    except LoraplexError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Loader:
+    """A process that loads bases from the Hub, one per question."""
+
+    def __init__(self, endpoint: str, cache: Path) -> None:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LOADER, str(cache / "hub")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+        )
+
+    def load(self, repository: str, **source: Any) -> dict[str, str]:
+        """Load one base; return what came of it."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"hub": repository, **source}) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate(timeout=WAIT_S)
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def loader(hub: HubServer, tmp_path: Path) -> Iterator[Loader]:
+    made = Loader(hub.endpoint, tmp_path)
+    yield made
+    made.close()
+
+
+def files_of(folder: Path) -> dict[str, bytes | Path]:
+    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_base_comes_from_the_hub_and_then_from_its_cache(hub: HubServer, loader: Loader) -> None:
+    files = files_of(tiny_folder("sd15"))
+    hub.push("me/base", {**files, "unet/diffusion_pytorch_model.bin": b"pickled", "big.ckpt": b"pickled"})
+    expected = hashlib.sha256(one_image(load("sd15"), request()).pixels).hexdigest()
+    first = loader.load("me/base")
+    assert first["image"] == expected
+    assert not [asked for asked in hub.requests if asked.path.endswith((".bin", ".ckpt"))]
+    hub.fail("me/base", Fault(status=503))
+    assert loader.load("me/base") == first
+
+
+def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServer, loader: Loader) -> None:
+    missing = loader.load("me/nothing")
+    assert missing["error"] == "BaseUnusable"
+    assert "does not exist" in missing["message"]
+    files = files_of(tiny_folder("sd15"))
+    hub.push("me/pickled", {name: data for name, data in files.items() if not name.endswith(".safetensors")})
+    assert loader.load("me/pickled")["error"] == "BaseUnusable"
+    own = {**files, "model_index.json": b'{"_class_name": ["pipeline", "Mine"]}', "pipeline.py": b"raise SystemExit"}
+    hub.push("me/own", own)
+    refused = loader.load("me/own")
+    assert (refused["error"], "no code of a base is ever run" in refused["message"]) == ("BaseUnusable", True)
+    assert not [asked for asked in hub.requests if asked.path.endswith(".py")]
+    hub.fail("me/later", Fault(status=503))
+    failing = loader.load("me/later")
+    hub.down()
+    down = loader.load("me/later")
+    for answer in (failing, down):
+        assert answer["error"] == "HubUnavailable"
+        assert "127.0.0.1" not in answer["message"]
