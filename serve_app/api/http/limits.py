@@ -1,7 +1,7 @@
 """How much a key may ask for: requests in a second, requests at once, images in a minute.
 
-Owns the counting, exact within one process, and what auth asks of whoever counts: `deployments.limits.shared_rate_limiter`
-counts for a service of several ingress replicas. Must not know HTTP or which keys there are.
+Owns the counting, exact within one process, and what auth asks of whoever counts; for a service
+of several ingress replicas that is `deployments.limits`. Must not know HTTP or which keys there are.
 """
 
 from __future__ import annotations

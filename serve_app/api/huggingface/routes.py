@@ -35,10 +35,16 @@ from serve_app.api.http.openapi_responses import (
     refusals,
 )
 from serve_app.api.http.replies import Stages, describe
-from serve_app.api.http.scheduling_headers import PRIORITY_PARAMETER, for_queue, priority_of
 from serve_app.api.http.schemas import MAX_NAME_LENGTH, ErrorBody, checked
 from serve_app.api.http.validation import clip
-from serve_app.api.http.waiting import TIMEOUT_PARAMETER, deadline_of, while_connected
+from serve_app.api.http.waiting import (
+    PRIORITY_PARAMETER,
+    TIMEOUT_PARAMETER,
+    deadline_of,
+    for_queue,
+    priority_of,
+    while_connected,
+)
 from serve_app.api.huggingface.schemas import InferenceBody, Parameters
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, GenerationDraft, PixelImage

@@ -14,22 +14,23 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.http.body import parse_json, read_body
+from serve_app.api.http.body import Form, parse_json, read_body, read_form, typed
 from serve_app.api.http.caller import permitted
 from serve_app.api.http.events import EventStream
-from serve_app.api.http.forms import Form, read_form, typed
 from serve_app.api.http.gateway import Gateway
 from serve_app.api.http.images import decode_image, decode_mask, off_loop, pixels_of
 from serve_app.api.http.openapi_responses import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
 from serve_app.api.http.replies import Stages, describe, header_id
-from serve_app.api.http.scheduling_headers import PRIORITY_PARAMETER, for_queue, priority_of
 from serve_app.api.http.schemas import FAULTS, checked
 from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
+    PRIORITY_PARAMETER,
     TIMEOUT_PARAMETER,
     Deadline,
     deadline_of,
     each_while_connected,
+    for_queue,
+    priority_of,
     while_connected,
     with_its_seed,
 )
