@@ -87,7 +87,7 @@ class AdapterSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterUse:
+class ScaledAdapter:
     """A resolved adapter at the scale that one request asks for."""
 
     spec: AdapterSpec
@@ -113,7 +113,7 @@ class PixelMask:
 
 
 @dataclass(frozen=True, slots=True)
-class Due:
+class WallClockDeadline:
     """When a request must be answered: at `at`, in seconds since 1970, `limit_s` after it came in."""
 
     at: float
@@ -121,7 +121,7 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationDraft:
+class UnresolvedRequest:
     """A request as it was asked: whatever is None is for the base's defaults to fill in.
 
     `model` is the id in the route (a base or an adapter), None where the route names none. `mask` goes with `image`
@@ -145,7 +145,7 @@ class GenerationDraft:
     mask: PixelMask | None = None
     num_previews: int = 0
     priority: Priority = "interactive"
-    due: Due | None = None
+    due: WallClockDeadline | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
     key: str | None = None
 
@@ -163,7 +163,7 @@ class GenerationRequest:
     base_id: str
     prompt: str
     negative_prompt: str | None
-    adapters: tuple[AdapterUse, ...]
+    adapters: tuple[ScaledAdapter, ...]
     width: int
     height: int
     steps: int
@@ -176,7 +176,7 @@ class GenerationRequest:
     mask: PixelMask | None = None
     num_previews: int = 0
     priority: Priority = "interactive"
-    due: Due | None = None
+    due: WallClockDeadline | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
     trace: TraceContext | None = field(default=None, repr=False, compare=False)
 

@@ -53,7 +53,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from serve_app.redaction import without_credentials
+from serve_app.redaction import redact_secrets
 
 
 def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
@@ -73,14 +73,14 @@ class LoraplexError(Exception):
 
     def __str__(self) -> str:
         """Return the sentence that the caller reads."""
-        return without_credentials(self.template.format(**self.__dict__))
+        return redact_secrets(self.template.format(**self.__dict__))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Rebuild from fields, so that keyword construction survives pickling."""
         return _rebuild, (type(self), dict(self.__dict__))
 
 
-def without_frames(error: LoraplexError) -> LoraplexError:
+def strip_traceback(error: LoraplexError) -> LoraplexError:
     """Return an error that is to be kept without the frames of it and of its causes: they keep all in them alive."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
@@ -149,7 +149,7 @@ class BaseMismatch(BadRequest):
 
 
 @dataclass(eq=False)
-class Unauthorised(LoraplexError):
+class Unauthorized(LoraplexError):
     """No valid key."""
 
     reason: str

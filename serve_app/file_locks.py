@@ -51,7 +51,7 @@ def open_shared(path: Path) -> BufferedReader | None:
         file.close()
 
 
-def remove_unless_held(path: Path) -> bool:
+def remove_if_unlocked(path: Path) -> bool:
     """Remove a file that nobody holds; tell whether it is gone."""
     try:
         file = path.open("rb")

@@ -8,11 +8,11 @@ import re
 _CREDENTIAL = re.compile(r"\b(hf_|sk-|lpx_)[A-Za-z0-9_-]{15,}")
 
 
-def without_credentials(text: str) -> str:
+def redact_secrets(text: str) -> str:
     """Return a text in which whatever looks like a token or key is cut down to its first letters."""
     return _CREDENTIAL.sub(r"\1***", text)
 
 
-def holds_credentials(text: str) -> bool:
+def contains_secret(text: str) -> bool:
     """Whether anything in a text looks like a token or key."""
     return _CREDENTIAL.search(text) is not None

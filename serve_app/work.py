@@ -15,7 +15,7 @@ NEWEST_WEIGHT = 0.2
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class LatencyModel:
     """How fast a replica works: `fixed_s` for each pass, and `unit_s` for each unit of work in it, both in seconds."""
 
     fixed_s: float
@@ -39,14 +39,14 @@ def image_units(steps: int, guidance_scale: float, width: int, height: int) -> f
     return steps * evaluations * width * height / 1e6
 
 
-class PaceMeter:
+class LatencyEstimator:
     """The pace of one replica, from what its passes took.
 
     Starts at a guess; after that it is the mean of the first passes, and then follows the newest. A first pass is often
     slow (caches, memory, kernels that are chosen once) and should not be believed for long. Not thread-safe.
     """
 
-    def __init__(self, guess: Pace) -> None:
+    def __init__(self, guess: LatencyModel) -> None:
         self.pace = guess
         self._observed = 0
 
@@ -59,7 +59,7 @@ class PaceMeter:
             return
         self._observed += 1
         weight = max(NEWEST_WEIGHT, 1 / self._observed)
-        self.pace = Pace(
+        self.pace = LatencyModel(
             fixed_s=(1 - weight) * self.pace.fixed_s + weight * max(other_s, 0.0),
             unit_s=(1 - weight) * self.pace.unit_s + weight * max(denoise_s, 0.0) / units,
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from serve_app.core import AdapterUse, GenerationDraft
+from serve_app.core import ScaledAdapter, UnresolvedRequest
 from serve_app.deployments.ingress.ingress import deployment_name
 from tests.service import Service, base_settings, ray_cluster
 
@@ -47,18 +47,18 @@ class DirectEngine:
 
         from serve_app.config import BaseModelConfig
         from serve_app.demo.embedded import embedded_root
-        from serve_app.deployments.ingress.resolve_defaults import settle
+        from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
         from serve_app.engine.base.loading import resolve_source
         from serve_app.engine.drawing.pipeline import BasePipeline
-        from serve_app.engine.weights.fused import AdapterWeights
+        from serve_app.engine.weights.fused import FusedWeights
         from serve_app.engine.worker.worker import EngineWorker
 
         base = BaseModelConfig.model_validate(base_settings(BASE))
         pipeline = BasePipeline.load(base, resolve_source(base.source, embedded_root()), device=torch.device("cpu"))
-        self._worker = EngineWorker(pipeline, AdapterWeights(pipeline.components), max_batch_images=4, torch_threads=1)
-        no_adapters: tuple[AdapterUse, ...] = ()
-        self._request = settle(
-            GenerationDraft(PROMPT, seed=0, steps=steps), base, no_adapters, request_id="direct", seed=0
+        self._worker = EngineWorker(pipeline, FusedWeights(pipeline.components), max_batch_images=4, torch_threads=1)
+        no_adapters: tuple[ScaledAdapter, ...] = ()
+        self._request = resolve_defaults(
+            UnresolvedRequest(PROMPT, seed=0, steps=steps), base, no_adapters, request_id="direct", seed=0
         )
 
     def draw(self, seed: int) -> None:

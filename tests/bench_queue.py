@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.engine.worker.pace import WorkState
+from serve_app.engine.worker.pace import LoadStats
 
 REQUESTS = 60
 CALLERS = 12
@@ -40,21 +40,21 @@ class Busy:
         )
 
 
-def between(before: WorkState, after: WorkState, wall_s: float) -> Busy:
+def between(before: LoadStats, after: LoadStats, wall_s: float) -> Busy:
     """Return what happened between two states of the books."""
     return Busy(after.busy_s - before.busy_s, after.predicted_s - before.predicted_s, wall_s, REQUESTS)
 
 
 def run_worker() -> Busy:
     """Run one worker in this process, made as a replica makes it."""
-    from serve_app.engine.weights.fused import AdapterWeights
-    from serve_app.engine.weights.integrity import PacedCheck, SelfCheck
+    from serve_app.engine.weights.fused import FusedWeights
+    from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
     from serve_app.engine.worker.worker import EngineWorker
     from tests.engine_cases import load, parsed_adapter, request, use_of
 
     pipeline = load("sd15")
-    weights = AdapterWeights(pipeline.components)
-    check = PacedCheck(SelfCheck(weights.watched, is_written=weights.is_written))
+    weights = FusedWeights(pipeline.components)
+    check = ThrottledChecker(IntegrityChecker(weights.watched, is_modified=weights.is_modified))
     worker = EngineWorker(pipeline, weights, max_batch_images=1, torch_threads=1, self_check=check)
     adapters = [parsed_adapter(pipeline.manifest, seed=seed) for seed in range(3)]
     worker.submit(request(steps=8), ()).future.result(60)
@@ -93,7 +93,7 @@ def run_service() -> Busy:
         service = Service(f"http://127.0.0.1:{port}")
         replica = serve.get_deployment_handle("base-demo--sd15", "loraplex")
 
-        def books() -> WorkState:
+        def books() -> LoadStats:
             return replica.state.remote().result().work
 
         def ask(index: int) -> None:

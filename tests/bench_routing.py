@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.bench.traffic.workload import TRAFFICS, Arrival, generate
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest
+from serve_app.core import AdapterSpec, GenerationRequest, ScaledAdapter
 from serve_app.engine.worker.scheduling import QueuePolicy
-from serve_app.routing.cost import AdapterNeed, Demand, rank
-from serve_app.routing.ledger import Ledger, Sighting
-from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
-from serve_app.work import Pace, work_units
+from serve_app.routing.cost import RequestLoad, RequiredAdapter, rank
+from serve_app.routing.ledger import ReplicaSnapshot, ReplicaStateCache
+from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
+from serve_app.work import LatencyModel, work_units
 from tests.service import ray_cluster
 from tests.sleeping_replica import LeastLoadedRouter, SleepingReplica, Sleeps, Slept
 
@@ -69,18 +69,18 @@ def decisions(replicas: int, adapters: int, count: int) -> None:
     def told(index: int, at_s: float) -> dict[str, Any]:
         """One request more than before: one adapter came, one went."""
         held[index] = [*held[index][1:], rng.choice(keys)]
-        recorder = Recorder(wall_clock=lambda: at_s, clock=time.monotonic)
-        recorder.queued(Demand((AdapterNeed(held[index][-1], 10**8),), 60.0))
-        load = DeviceLoad(rng.random() * 30, Pace(0.8, 0.12), 0, is_busy=True)
-        return recorder.tell(load, Tiers(held[index], host_free_bytes=0.0))
+        recorder = RoutingStatsCollector(wall_clock=lambda: at_s, clock=time.monotonic)
+        recorder.queued(RequestLoad((RequiredAdapter(held[index][-1], 10**8),), 60.0))
+        load = DeviceLoad(rng.random() * 30, LatencyModel(0.8, 0.12), 0, is_busy=True)
+        return recorder.snapshot(load, Tiers(held[index], host_free_bytes=0.0))
 
-    sightings = [Sighting(f"r{index}", f"n{index // 4}", told(index, now_s)) for index in range(replicas)]
-    ledger = Ledger(disk_bytes=20 * 2**30)
+    sightings = [ReplicaSnapshot(f"r{index}", f"n{index // 4}", told(index, now_s)) for index in range(replicas)]
+    ledger = ReplicaStateCache(disk_bytes=20 * 2**30)
     for sighting in sightings:
-        ledger.sight(sighting, now_s)
+        ledger.update_snapshot(sighting, now_s)
     walls, cpus = [], []
     for number in range(count):
-        needs = tuple(AdapterNeed(key, 10**8) for key in rng.sample(keys, rng.choice((1, 1, 1, 2))))
+        needs = tuple(RequiredAdapter(key, 10**8) for key in rng.sample(keys, rng.choice((1, 1, 1, 2))))
         # A tenth of a second later: what was worked out for the decision before is of no use any more.
         now_s += 0.1
         index = rng.randrange(replicas)
@@ -88,10 +88,10 @@ def decisions(replicas: int, adapters: int, count: int) -> None:
         wall_s, cpu_s = time.perf_counter(), time.thread_time()
         for sighting in sightings:
             if not ledger.has_seen(sighting.id, sighting.told):
-                ledger.sight(sighting, now_s)
-        demand = ledger.tagged(Demand(needs, 60.0))
-        order = rank(demand, ledger.views(now_s), ledger.costs, rng=rng)
-        ledger.book(order[0][0], str(number), demand, now_s)
+                ledger.update_snapshot(sighting, now_s)
+        demand = ledger.with_short_keys(RequestLoad(needs, 60.0))
+        order = rank(demand, ledger.refresh_views(now_s), ledger.costs, rng=rng)
+        ledger.add_in_flight(order[0][0], str(number), demand, now_s)
         cpus.append(time.thread_time() - cpu_s)
         walls.append(time.perf_counter() - wall_s)
         if number >= 200:
@@ -167,7 +167,7 @@ def compressed(seed: int, *, longest_gap_s: float, factor: float) -> Day:
 def request_of(arrival: Arrival, number: int, seed: int = 0) -> GenerationRequest:
     # Every seed has adapters of its own, so that none is warm from the seed before.
     uses = tuple(
-        AdapterUse(
+        ScaledAdapter(
             AdapterSpec(f"seed-{seed}/{ask.key}", "sleeping", "0" * 16, "adapter.bin", "folder", "", FILE_BYTES),
             ask.scale,
         )
@@ -182,7 +182,7 @@ def request_of(arrival: Arrival, number: int, seed: int = 0) -> GenerationReques
 def sleeps_of(factor: float, host_adapters: int) -> Sleeps:
     units = work_units(request_of(Arrival(0.0, "sleeping", ()), 0))
     unit_s = IMAGE_S * (1 - FIXED_SHARE) / units
-    pace = Pace(IMAGE_S * FIXED_SHARE / factor, unit_s / factor)
+    pace = LatencyModel(IMAGE_S * FIXED_SHARE / factor, unit_s / factor)
     policy = QueuePolicy(max_overtakes=4, max_overtaken_s=5.0 / factor)
     return Sleeps(pace, SWAP_S / factor, FETCH_S / factor, host_adapters, FILE_BYTES, 4, policy)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import httpx
 
-from tests.hub_server import CDN, Fault, HubServer
+from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.service import Service, base_settings, ray_cluster
 
 EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
@@ -54,7 +54,7 @@ def slow_download(service: Service, hub: HubServer) -> dict[str, float]:
     for turn in range(ROUNDS):
         name = f"acme/slow-{turn}"
         hub.push_folder(name, EMBEDDED / "demo/sdxl-sepia")
-        hub.fail(name, Fault(bytes_per_s=size_bytes / DOWNLOAD_S, kinds=(CDN,)))
+        hub.fail(name, ErrorDetail(bytes_per_s=size_bytes / DOWNLOAD_S, kinds=(CDN,)))
         alone += others_ms(service)
         with ThreadPoolExecutor(1) as pool:
             slow = pool.submit(service.draw, PROMPT, model=name, seed=1)

@@ -22,7 +22,7 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.local_cluster import ISOLATION
-from serve_app.catalog.sources.download_cache import Originals
+from serve_app.catalog.sources.download_cache import DownloadCache
 from serve_app.deployments.shared.file_index import SharedFile
 from serve_app.deployments.shared.sharing import ObjectStore, get_file, put_file
 from tests.hub_server import HubServer
@@ -44,11 +44,11 @@ class Node:
         return put_file(ObjectStore(), Path(path), "first"), time.perf_counter() - started
 
     def get(self, file: SharedFile, folder: str) -> tuple[str, float]:
-        copies = Originals(Path(folder), 1 << 40, clock=time.time)
+        copies = DownloadCache(Path(folder), 1 << 40, clock=time.time)
         started = time.perf_counter()
         with copies.draft(file.sha256) as draft:
             get_file(ObjectStore(), file, draft)
-            path = str(copies.keep(file.sha256, draft).path)
+            path = str(copies.commit(file.sha256, draft).path)
         return path, time.perf_counter() - started
 
 

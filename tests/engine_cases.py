@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, PixelImage, Progress
+from serve_app.core import AdapterSpec, GenerationRequest, PixelImage, Progress, ScaledAdapter
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.base.loading import LoadedBase, ResolvedSource
 from serve_app.engine.base.manifest import BaseManifest
@@ -97,7 +97,7 @@ def parsed_adapter(manifest: BaseManifest, *, seed: int = 0, strength: float = 0
     return ParsedAdapter(f"digest-{seed}", {manifest.denoiser: layers}, coverage)
 
 
-def use_of(name: str, scale: float = 1.0) -> AdapterUse:
+def use_of(name: str, scale: float = 1.0) -> ScaledAdapter:
     """Return a resolved adapter as a request carries it."""
     spec = AdapterSpec(
         id=name,
@@ -108,7 +108,7 @@ def use_of(name: str, scale: float = 1.0) -> AdapterUse:
         location="nowhere",
         size_bytes=1,
     )
-    return AdapterUse(spec, scale)
+    return ScaledAdapter(spec, scale)
 
 
 def on_steps(listener: Callable[[int, int], object]) -> OnEvent:

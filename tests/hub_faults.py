@@ -10,7 +10,7 @@ INFO, TREE, FILE, CDN = "info", "tree", "file", "cdn"
 
 
 @dataclass(frozen=True)
-class Fault:
+class ErrorDetail:
     """How a repository misbehaves: a status instead of the answer, a delay, a slow body, the whole file for a range, a
     body that ends too early or holds other bytes, a size that is not the file's. After `times` answers it behaves."""
 

@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
-from tests.hub_faults import CDN, FILE, INFO, TREE, Fault
+from tests.hub_faults import CDN, FILE, INFO, TREE, ErrorDetail
 from tests.hub_responses import (
     LFS_SUFFIXES,
     blob_facts,
@@ -56,7 +56,7 @@ class HubRequest:
 # What a test sets while the server reads it is one object, so that nobody sees half of it.
 @dataclass
 class _Trouble:
-    fault: Fault
+    fault: ErrorDetail
     left: int | None
 
 
@@ -192,7 +192,7 @@ class HubServer:
 
     # How it misbehaves
 
-    def fail(self, repo_id: str, fault: Fault | None) -> None:
+    def fail(self, repo_id: str, fault: ErrorDetail | None) -> None:
         """Make a repository misbehave, or behave again; it need not exist."""
         repository = self._repositories.setdefault(repo_id, _Repository())
         repository.trouble = _Trouble(fault, fault.times) if fault else None
@@ -294,7 +294,7 @@ class HubServer:
     def _moved(self, request: Request, old: str) -> Response:
         return RedirectResponse(str(request.url).replace(old, self._renamed[old], 1), status_code=307)
 
-    async def _misbehave(self, repository: _Repository | None, kind: str, *, is_download: bool) -> Fault | None:
+    async def _misbehave(self, repository: _Repository | None, kind: str, *, is_download: bool) -> ErrorDetail | None:
         if repository is None:
             return None
         hold = repository.hold

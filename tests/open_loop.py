@@ -84,7 +84,7 @@ async def _read(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 
 @dataclass
-class Ledger:
+class ReplicaStateCache:
     """What became of the requests."""
 
     statuses: Counter[int] = field(default_factory=Counter)
@@ -142,7 +142,7 @@ class Callers:
         self._parameters = parameters
         self._asked = 0
         self._at_once = 0
-        self.ledger = Ledger()
+        self.ledger = ReplicaStateCache()
         self._last: list[tuple[float, int]] = []
 
     async def ask(self) -> Reply:

@@ -6,22 +6,22 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from serve_app.routing.cost import AdapterNeed, Demand, ReplicaView, TierCosts
-from serve_app.work import Pace
+from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, TierCosts
+from serve_app.work import LatencyModel
 
 MEGABYTE = 10**6
 KEYS = tuple(f"acme/{name}@1/a.safetensors" for name in "abcdef")
 
 seconds = st.floats(0, 300)
-paces = st.builds(Pace, fixed_s=st.floats(0, 2), unit_s=st.floats(0.001, 1))
+paces = st.builds(LatencyModel, fixed_s=st.floats(0, 2), unit_s=st.floats(0.001, 1))
 tiers = st.frozensets(st.sampled_from(KEYS), max_size=4)
-needs = st.builds(AdapterNeed, st.sampled_from(KEYS), st.integers(1, 2000).map(lambda size: size * MEGABYTE))
+needs = st.builds(RequiredAdapter, st.sampled_from(KEYS), st.integers(1, 2000).map(lambda size: size * MEGABYTE))
 demands = st.builds(
-    Demand,
+    RequestLoad,
     st.lists(needs, max_size=3, unique_by=lambda need: need.key).map(tuple),
     st.floats(0.1, 500),
 )
-views = st.builds(
+refresh_views = st.builds(
     ReplicaView,
     id=st.just("r"),
     backlog_s=seconds,
@@ -40,19 +40,19 @@ views = st.builds(
 def fleets(draw: st.DrawFn, least: int = 1) -> list[ReplicaView]:
     """Replicas of one base; like its real ones they work at one pace."""
     pace = draw(paces)
-    drawn = draw(st.lists(views, min_size=least, max_size=6))
+    drawn = draw(st.lists(refresh_views, min_size=least, max_size=6))
     return [replace(view, id=f"r{index}", pace=pace) for index, view in enumerate(drawn)]
 
 
 COSTS = TierCosts()
 
 
-def adapter(name: str = "a", size_bytes: int = 100 * MEGABYTE) -> AdapterNeed:
-    return AdapterNeed(f"acme/{name}@1/a.safetensors", size_bytes)
+def adapter(name: str = "a", size_bytes: int = 100 * MEGABYTE) -> RequiredAdapter:
+    return RequiredAdapter(f"acme/{name}@1/a.safetensors", size_bytes)
 
 
-def demand(*names: str, units: float = 60.0) -> Demand:
-    return Demand(tuple(adapter(name) for name in names), units)
+def demand(*names: str, units: float = 60.0) -> RequestLoad:
+    return RequestLoad(tuple(adapter(name) for name in names), units)
 
 
 def keys(*names: str) -> frozenset[str]:
@@ -60,4 +60,4 @@ def keys(*names: str) -> frozenset[str]:
 
 
 def view(id_: str, backlog_s: float = 0.0, **fields: object) -> ReplicaView:
-    return ReplicaView(id_, backlog_s, Pace(fixed_s=0.5, unit_s=0.1), **fields)  # type: ignore[arg-type]
+    return ReplicaView(id_, backlog_s, LatencyModel(fixed_s=0.5, unit_s=0.1), **fields)  # type: ignore[arg-type]

@@ -8,17 +8,17 @@ import time
 from ray import serve
 
 from serve_app.autoscaling import replica_report
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, GenerationResult, Timings
-from serve_app.deployments.replica.peers import ask_siblings
-from serve_app.deployments.replica.prefetch import Demand, Wanted, WarmUpLimits, make_ready
-from serve_app.engine.worker.pace import WorkBooks
-from serve_app.work import Pace, work_units
+from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, ScaledAdapter, Timings
+from serve_app.deployments.replica.peers import collect_peer_usage
+from serve_app.deployments.replica.prefetch import PopularAdapter, UsageTracker, WarmUpLimits, prefetch_adapters
+from serve_app.engine.worker.pace import LoadTracker
+from serve_app.work import LatencyModel, work_units
 
 UNIT_S = 0.05
 BASE = "sleep/base"
 
 
-def sleeping_request(number: int, *adapters: AdapterUse) -> GenerationRequest:
+def sleeping_request(number: int, *adapters: ScaledAdapter) -> GenerationRequest:
     """Return a request of a quarter of a second: five units of work."""
     return GenerationRequest(
         request_id=f"request-{number}", base_id=BASE, prompt="", negative_prompt=None, adapters=adapters,
@@ -32,11 +32,11 @@ class Sleeper:
 
     async def __init__(self) -> None:
         self._made_ready: list[str] = []
-        self._demand = Demand(time.monotonic)
+        self._demand = UsageTracker(time.monotonic)
         # The way to its siblings is a new process's first use of Serve, which takes long where the machine is busy.
         limits = WarmUpLimits(timeout_s=60.0, max_adapters=8, max_bytes=1000, ask_timeout_s=60.0)
-        await make_ready(ask_siblings, self._bring, limits, clock=time.monotonic)
-        self._books = WorkBooks(Pace(fixed_s=0.0, unit_s=UNIT_S), typical_units=5.0)
+        await prefetch_adapters(collect_peer_usage, self._bring, limits, clock=time.monotonic)
+        self._books = LoadTracker(LatencyModel(fixed_s=0.0, unit_s=UNIT_S), typical_units=5.0)
         self._waiting: list[float] = []
         self._device = asyncio.Lock()
 
@@ -59,7 +59,7 @@ class Sleeper:
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Report as a replica does."""
-        work = self._books.state(self._waiting, time.monotonic())
+        work = self._books.snapshot(self._waiting, time.monotonic())
         return replica_report(
             backlog_s=work.backlog_s,
             request_s=work.request_s,
@@ -68,7 +68,7 @@ class Sleeper:
             start_s=0.1,
         )
 
-    async def demand(self) -> tuple[Wanted, ...]:
+    async def demand(self) -> tuple[PopularAdapter, ...]:
         """Tell a sibling what was asked for."""
         return self._demand.most()
 

@@ -21,28 +21,28 @@ from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serve_app.core import AdapterSpec, GenerationRequest, Timings
-from serve_app.engine.worker.pace import WorkBooks
+from serve_app.engine.worker.pace import LoadTracker
 from serve_app.engine.worker.scheduling import (
+    AdapterSetKey,
     Batch,
-    CompositionKey,
+    QueuedRequest,
     QueuePolicy,
-    Waiting,
     batch_key,
-    left_after,
     next_batch,
+    remaining_after,
 )
 from serve_app.routing.cost import demand_of
-from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
-from serve_app.work import Pace, work_units
+from serve_app.work import LatencyModel, work_units
 
 
 @dataclass(frozen=True)
 class Sleeps:
     """How long things take, in seconds, and what the host tier holds."""
 
-    pace: Pace
+    pace: LatencyModel
     swap_s: float
     fetch_s: float
     host_adapters: int
@@ -67,29 +67,29 @@ class SleepingDevice:
     def __init__(self, sleeps: Sleeps) -> None:
         self._sleeps = sleeps
         self._changed = threading.Condition()
-        self._books = WorkBooks(sleeps.pace)
-        self._waiting: list[Waiting] = []
+        self._books = LoadTracker(sleeps.pace)
+        self._waiting: list[QueuedRequest] = []
         self._futures: dict[int, Future[bool]] = {}
         self._tickets = 0
         self._running = 0
         self._passes = 0
-        self._applied: CompositionKey = ()
+        self._applied: AdapterSetKey = ()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def expect(self, units: float) -> None:
+    def add_pending(self, units: float) -> None:
         with self._changed:
-            self._books.expect(units)
+            self._books.add_pending(units)
 
     def submit(self, request: GenerationRequest) -> Future[bool]:
         """Queue an expected request; the future says whether it needed a swap."""
         composition = tuple((use.spec.key, use.scale) for use in request.adapters)
         with self._changed:
             units = work_units(request)
-            self._books.stop_expecting(units)
+            self._books.remove_pending(units)
             self._books.arrived(units, time.monotonic())
             self._tickets += 1
             self._waiting.append(
-                Waiting(
+                QueuedRequest(
                     self._tickets, batch_key(request, composition), request.num_images,
                     arrived_s=time.monotonic(), units=units,
                 )
@@ -100,16 +100,16 @@ class SleepingDevice:
 
     def load(self) -> DeviceLoad:
         with self._changed:
-            state = self._books.state((item.units for item in self._waiting), time.monotonic())
-            return DeviceLoad(state.backlog_s, state.pace, progress=self._passes, is_busy=self._running > 0)
+            snapshot = self._books.snapshot((item.units for item in self._waiting), time.monotonic())
+            return DeviceLoad(snapshot.backlog_s, snapshot.pace, progress=self._passes, is_busy=self._running > 0)
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 while (batch := self._next(now_s := time.monotonic())) is None:
                     self._changed.wait()
-                units = sum(item.units for item in self._waiting if item.ticket in batch.tickets)
-                self._waiting = left_after(self._waiting, batch, now_s=now_s, policy=self._sleeps.policy)
+                units = sum(item.units for item in self._waiting if item.job_id in batch.tickets)
+                self._waiting = remaining_after(self._waiting, batch, now_s=now_s, policy=self._sleeps.policy)
                 self._books.begun(units, now_s)
                 self._running = len(batch.tickets)
                 is_swapped = batch.key.composition != self._applied
@@ -118,7 +118,7 @@ class SleepingDevice:
             with self._changed:
                 self._books.ended(time.monotonic(), denoise_s=self._sleeps.pace.unit_s * units)
                 self._running, self._passes = 0, self._passes + 1
-                futures = [self._futures.pop(ticket) for ticket in batch.tickets]
+                futures = [self._futures.pop(job_id) for job_id in batch.tickets]
             for future in futures:
                 future.set_result(is_swapped)
 
@@ -145,7 +145,7 @@ class SleepingReplica:
         self._id = serve.get_replica_context().replica_id.unique_id
         self._hold = multiplexer(sleeps.host_adapters)
         self._device = SleepingDevice(self._sleeps)
-        self._recorder = Recorder(wall_clock=time.time, clock=time.monotonic)
+        self._recorder = RoutingStatsCollector(wall_clock=time.time, clock=time.monotonic)
         self._turn = asyncio.Lock() if sleeps.is_fetching_late else nullcontext()
         self._store: AdapterStore[bytes] = AdapterStore(
             admitted=AdmittedFiles(
@@ -165,7 +165,7 @@ class SleepingReplica:
 
     async def generate(self, request: GenerationRequest) -> Slept:
         demand = demand_of(request)
-        self._device.expect(demand.units)
+        self._device.add_pending(demand.units)
         async with self._turn, AsyncExitStack() as pins:
             with self._recorder.fetching(demand):
                 leases = await asyncio.gather(
@@ -180,9 +180,9 @@ class SleepingReplica:
         return Slept(self._id, sum(lease.tier == "remote" for lease in leases), is_swapped)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        host = self._store.state()
+        host = self._store.snapshot()
         free_bytes = host.budget_bytes - host.used_bytes
-        return self._recorder.tell(self._device.load(), Tiers(self._store.resident(), host_free_bytes=free_bytes))
+        return self._recorder.snapshot(self._device.load(), Tiers(self._store.resident(), host_free_bytes=free_bytes))
 
     async def _fetch(self, spec: AdapterSpec) -> Path:
         await asyncio.sleep(self._sleeps.fetch_s)

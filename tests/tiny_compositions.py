@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter, bytes_of
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, full, loha, lokr, lora
@@ -45,7 +45,7 @@ def adapter(name: str, dtype: torch.dtype) -> ParsedAdapter:
     pipeline = tiny_pipeline("sd15", dtype)
     with tempfile.TemporaryDirectory() as folder:
         path = put(Path(folder), name, Form(ADAPTERS[name](pipeline)))
-        return read_adapter(path, name, manifest_of(pipeline), AdapterLimits())
+        return parse_adapter(path, name, manifest_of(pipeline), AdapterLimits())
 
 
 def composition(members: Members, dtype: torch.dtype) -> list[tuple[ParsedAdapter, float]]:
@@ -66,5 +66,5 @@ def digest_of(components: Mapping[str, torch.nn.Module]) -> str:
 def freshly_bound(members: Members, dtype: torch.dtype) -> str:
     """Return the digest of what a base that has seen nothing else holds with this composition."""
     components = adaptable_components(tiny_pipeline("sd15", dtype))
-    AdapterWeights(components).apply(composition(members, dtype))
+    FusedWeights(components).apply(composition(members, dtype))
     return digest_of(components)

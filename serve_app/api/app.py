@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from serve_app.api.document import add_document_routes, build_document
 from serve_app.api.http import error_responses
 from serve_app.api.http.auth import Access, Authentication
-from serve_app.api.http.boundary import Boundary, new_uuid
+from serve_app.api.http.boundary import RequestIdMiddleware, new_uuid
 from serve_app.api.http.gateway import Gateway
 from serve_app.api.huggingface.routes import add_inference_routes
 from serve_app.api.openai.models import add_model_routes
@@ -53,7 +53,7 @@ def create_app(
     app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
     error_responses.install(app)
     app.add_middleware(Authentication, access=access or Access(), clock=clock)
-    app.add_middleware(Boundary, new_request_id=new_request_id, echo_request_id=echo_request_id)
+    app.add_middleware(RequestIdMiddleware, new_request_id=new_request_id, echo_request_id=echo_request_id)
     if settings.cors_origins:
         # Added last, so outermost: a page must be able to read our own failures too.
         app.add_middleware(

@@ -13,18 +13,18 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.catalog.reading.bases import BaseFactsReader
+from serve_app.catalog.reading.bases import BaseArchitectureReader
 from serve_app.catalog.reading.card import Card
-from serve_app.catalog.reading.inspector import Examiner, Finding
-from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, Repositories
+from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
+from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource
 from serve_app.catalog.replica_report import KnownAdapter
 from serve_app.catalog.resolving.access import CallerAccess
 from serve_app.catalog.resolving.compatibility import check_named, check_words, common_base, spec_on
-from serve_app.catalog.resolving.lookups import SharedLookups
-from serve_app.catalog.sources.folder import FolderRepositories
-from serve_app.catalog.sources.hub import HubRepositories
+from serve_app.catalog.resolving.lookups import SingleFlightCache
+from serve_app.catalog.sources.folder import FolderSource
+from serve_app.catalog.sources.hub import HubSource
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterRef, AdapterSpec, AdapterUse, HubToken
+from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
 from serve_app.refusals import NotAnAdapter
 from serve_app.settings import nearest
@@ -42,7 +42,7 @@ class Resolution:
     """
 
     base: BaseModelConfig
-    adapters: tuple[AdapterUse, ...]
+    adapters: tuple[ScaledAdapter, ...]
     is_private: bool = False
 
 
@@ -54,8 +54,8 @@ class _Key:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
-    finding: Finding
+class _ResolvedAdapter:
+    finding: AdapterInfo
     is_private: bool = False
 
 
@@ -68,10 +68,10 @@ class Catalog:
     def __init__(
         self,
         config: AppConfig,
-        repositories: Sequence[Repositories],
+        repositories: Sequence[AdapterSource],
         *,
         clock: Callable[[], float],
-        meant: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
+        resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
         on_access_check: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Know nothing yet.
@@ -80,31 +80,31 @@ class Catalog:
             config: The bases, and for how long answers are kept.
             repositories: Where adapters lie, in the order in which they are asked.
             clock: Monotonic seconds.
-            meant: What an alias stands for; any other name is itself.
+            resolve_alias: Replaces an alias by what it stands for; any other name is itself.
             on_access_check: Told how each check of a caller's access ended.
         """
         self._config = config
-        self._meant = meant
+        self._resolve_alias = resolve_alias
         self._local_ttl_s = min(LOCAL_TTL_S, config.adapters.resolution_ttl_s)
-        self._places = [place for place in repositories if place.origin != EMBEDDED or config.adapters.embedded]
+        self._sources = [source for source in repositories if source.origin != EMBEDDED or config.adapters.embedded]
         failure_ttl_s = config.adapters.failure_ttl_s
-        self._cards: SharedLookups[str, Card | None] = SharedLookups(
+        self._cards: SingleFlightCache[str, Card | None] = SingleFlightCache(
             self._look_up_card,
             ttl_s_of=lambda _: config.adapters.resolution_ttl_s,
             failure_ttl_s=failure_ttl_s,
             clock=clock,
         )
-        self._findings: SharedLookups[_Key, Finding] = SharedLookups(
+        self._findings: SingleFlightCache[_Key, AdapterInfo] = SingleFlightCache(
             self._look_up, ttl_s_of=self._ttl_s, failure_ttl_s=failure_ttl_s, clock=clock
         )
-        facts = BaseFactsReader(repositories, clock)
-        self._access: CallerAccess[_Key, Finding] | None = None
-        hub = next((place for place in self._places if isinstance(place, HubRepositories)), None)
+        facts = BaseArchitectureReader(repositories, clock)
+        self._access: CallerAccess[_Key, AdapterInfo] | None = None
+        hub = next((source for source in self._sources if isinstance(source, HubSource)), None)
         if config.adapters.hub.forward_tokens and hub is not None:
-            self._places = [hub.read_as(None) if place is hub else place for place in self._places]
+            self._sources = [hub.read_as(None) if source is hub else source for source in self._sources]
 
-            async def examine_as(key: _Key, token: HubToken) -> Finding:
-                examiner = Examiner(config.bases, (hub.read_as(token),), facts, self._cards.get)
+            async def examine_as(key: _Key, token: HubToken) -> AdapterInfo:
+                examiner = AdapterInspector(config.bases, (hub.read_as(token),), facts, self._cards.get)
                 return await examiner.examine(key.id, key.revision, key.filename)
 
             self._access = CallerAccess(
@@ -114,7 +114,7 @@ class Catalog:
                 clock=clock,
                 on_check=on_access_check,
             )
-        self._examiner = Examiner(config.bases, self._places, facts, self._cards.get)
+        self._examiner = AdapterInspector(config.bases, self._sources, facts, self._cards.get)
 
     def served(self) -> tuple[BaseModelConfig, ...]:
         """Return every configured base."""
@@ -140,11 +140,11 @@ class Catalog:
         """
         named = self._config.base(model) if model is not None else None
         asked = (AdapterRef(model), *adapters) if model is not None and named is None else adapters
-        refs = tuple(ref if self._config.base(ref.id) is not None else self._meant(ref) for ref in asked)
+        refs = tuple(ref if self._config.base(ref.id) is not None else self._resolve_alias(ref) for ref in asked)
         check_named(refs, self._config)
         # Each look-up is shared and goes on by itself; the first fault in the request's order is reported.
         outcomes = await asyncio.gather(*(self._found(ref, token) for ref in refs), return_exceptions=True)
-        findings: list[Finding] = []
+        findings: list[AdapterInfo] = []
         is_private = False
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -154,7 +154,7 @@ class Catalog:
         base = named or common_base(findings, self._config)
         specs = [spec_on(finding, base, self._config) for finding in findings]
         check_words(specs)
-        uses = [AdapterUse(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
+        uses = [ScaledAdapter(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
         return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)), is_private)
 
     async def adapter(self, ref: AdapterRef, *, named_base: BaseModelConfig | None = None) -> AdapterSpec:
@@ -168,7 +168,7 @@ class Catalog:
         finding = await self._finding(ref)
         return spec_on(finding, named_base or common_base([finding], self._config), self._config)
 
-    async def examined(self, ref: AdapterRef, *, token: HubToken | None = None) -> KnownAdapter:
+    async def lookup_adapter(self, ref: AdapterRef, *, token: HubToken | None = None) -> KnownAdapter:
         """Return one adapter on its own base, with what lists say of it; `token` is the caller's own.
 
         Raises:
@@ -178,7 +178,7 @@ class Catalog:
         spec = spec_on(finding, common_base([finding], self._config), self._config)
         return KnownAdapter(spec, finding.header.max_rank)
 
-    async def is_taken(self, name: str) -> bool:
+    async def name_exists(self, name: str) -> bool:
         """Whether a name means an adapter or repository that anybody may know of."""
         try:
             await self._finding(AdapterRef(name))
@@ -204,7 +204,7 @@ class Catalog:
                 except LoraplexError:
                     return  # what cannot be served is not listed
 
-        ids = {model for place in self._places for model in await place.ids()}
+        ids = {model for source in self._sources for model in await source.ids()}
         await asyncio.gather(*(look(model) for model in ids if self._config.base(model) is None))
         found: dict[str, KnownAdapter] = {}
         for finding in self._findings.values():
@@ -234,10 +234,10 @@ class Catalog:
         seen = await asyncio.gather(*(is_visible(model) for model in names))
         return frozenset(model for model, is_so in zip(names, seen, strict=True) if is_so)
 
-    async def _found(self, ref: AdapterRef, token: HubToken | None) -> _Found:
+    async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter as anybody sees it, else as the caller does."""
         try:
-            return _Found(await self._finding(ref))
+            return _ResolvedAdapter(await self._finding(ref))
         except (ModelNotFound, AccessDenied) as error:
             if self._access is None:
                 raise
@@ -245,17 +245,19 @@ class Catalog:
         try:
             if token is None:
                 raise refusal
-            return _Found(await self._access.get(_Key(ref.id, ref.revision, ref.filename), token), is_private=True)
+            return _ResolvedAdapter(
+                await self._access.get(_Key(ref.id, ref.revision, ref.filename), token), is_private=True
+            )
         except AccessDenied as error:
             # Here it is not the service's own token that counts.
             raise AccessDenied(error.model, "the Hub token sent with the request") from None
 
-    async def _finding(self, ref: AdapterRef) -> Finding:
+    async def _finding(self, ref: AdapterRef) -> AdapterInfo:
         if self._config.base(ref.id) is not None:
             raise NotAnAdapter(ref.id, "it is a base model")
         return await self._findings.get(_Key(ref.id, ref.revision, ref.filename))
 
-    async def _look_up(self, key: _Key) -> Finding:
+    async def _look_up(self, key: _Key) -> AdapterInfo:
         try:
             return await self._examiner.examine(key.id, key.revision, key.filename)
         except ModelNotFound as error:
@@ -266,25 +268,25 @@ class Catalog:
         found = await self._examiner.find(model, None)
         return found[1].card if found is not None else None
 
-    def _ttl_s(self, finding: Finding) -> float:
+    def _ttl_s(self, finding: AdapterInfo) -> float:
         return self._config.adapters.resolution_ttl_s if finding.origin == HUB else self._local_ttl_s
 
 
-def build_repositories(
+def build_sources(
     config: AppConfig, environment: Environment, *, embedded_root: Path | None
-) -> tuple[Repositories, ...]:
-    """Return the places that a configuration names, in the order in which they are asked.
+) -> tuple[AdapterSource, ...]:
+    """Return the sources that a configuration names, in the order in which they are asked.
 
-    The embedded place is there for the embedded bases even where its adapters are not served.
+    The embedded source is there for the embedded bases even where its adapters are not served.
     """
-    sources = config.adapters
-    places: list[Repositories] = []
+    settings = config.adapters
+    sources: list[AdapterSource] = []
     if embedded_root is not None:
-        places.append(FolderRepositories((embedded_root,), origin=EMBEDDED))
-    if sources.folders:
-        places.append(FolderRepositories(sources.folders, origin=FOLDER))
-    if sources.hub.enabled:
-        endpoint = sources.hub.endpoint or environment.hub_endpoint
+        sources.append(FolderSource((embedded_root,), origin=EMBEDDED))
+    if settings.folders:
+        sources.append(FolderSource(settings.folders, origin=FOLDER))
+    if settings.hub.enabled:
+        endpoint = settings.hub.endpoint or environment.hub_endpoint
         token, cache_dir = environment.token, environment.cache_dir
-        places.append(HubRepositories(sources.hub, token=token, cache_dir=cache_dir, endpoint=endpoint))
-    return tuple(places)
+        sources.append(HubSource(settings.hub, token=token, cache_dir=cache_dir, endpoint=endpoint))
+    return tuple(sources)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve_app.catalog.reading.repository import Repositories
+from serve_app.catalog.reading.repository import AdapterSource
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 
@@ -13,8 +13,8 @@ from serve_app.errors import ModelNotFound
 class AdapterFiles:
     """The files of adapters that some catalog resolved, perhaps on another node."""
 
-    def __init__(self, repositories: Sequence[Repositories]) -> None:
-        self._places = {place.origin: place for place in repositories}
+    def __init__(self, repositories: Sequence[AdapterSource]) -> None:
+        self._sources = {source.origin: source for source in repositories}
 
     async def path(self, spec: AdapterSpec) -> Path:
         """Return a local file with exactly the bytes of the spec.
@@ -29,23 +29,23 @@ class AdapterFiles:
         """Return the file with the adapter's own words, alike; None where it has none."""
         return None if spec.embeddings is None else await self._path(spec, spec.embeddings)
 
-    def arriving_bytes(self, spec: AdapterSpec) -> int:
+    def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how much has arrived of an adapter's file that is being fetched."""
-        place = self._places.get(spec.origin)
-        return 0 if place is None else place.arriving_bytes(spec)
+        source = self._sources.get(spec.origin)
+        return 0 if source is None else source.downloaded_bytes(spec)
 
     def release(self, spec: AdapterSpec) -> None:
         """Let go of the adapter's files: from now on they may be removed to make room."""
-        place = self._places.get(spec.origin)
-        if place is not None:
-            place.release(spec)
+        source = self._sources.get(spec.origin)
+        if source is not None:
+            source.release(spec)
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove files that can be fetched again, until so many bytes are free; return how many became so. Blocks."""
-        return sum(place.make_room(needed_bytes) for place in self._places.values())
+        return sum(source.free_space(needed_bytes) for source in self._sources.values())
 
     async def _path(self, spec: AdapterSpec, filename: str) -> Path:
-        place = self._places.get(spec.origin)
-        if place is None:
+        source = self._sources.get(spec.origin)
+        if source is None:
             raise ModelNotFound(spec.id, "the place it was found in is not configured for this replica")
-        return await place.download(spec, filename)
+        return await source.download(spec, filename)

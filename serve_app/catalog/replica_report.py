@@ -16,7 +16,7 @@ FASTEST_FIRST: tuple[HeldIn, ...] = ("applied", "device", "host")
 
 
 @dataclass(frozen=True, slots=True)
-class Holding:
+class ResidentAdapter:
     """An adapter that a replica holds, and the fastest of the tiers it is on; `key` names the very bytes."""
 
     key: str
@@ -25,7 +25,7 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
-class Use:
+class AdapterUsage:
     """How often a replica was asked for an adapter since it started, and when last, in seconds since 1970.
 
     `layers_matched` is how many layers of the base its file changes.
@@ -38,7 +38,7 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldBack:
+class QuarantinedAdapters:
     """Adapters that a replica refuses for now, together and at these scales, why, and for how long."""
 
     keys: tuple[str, ...]
@@ -48,7 +48,7 @@ class HeldBack:
 
 
 @dataclass(frozen=True, slots=True)
-class InWeights:
+class ActiveAdapter:
     """An adapter that is in the live weights, at a scale."""
 
     id: str
@@ -69,10 +69,10 @@ class ReplicaReport:
     waiting: int = 0
     running: int = 0
     backlog_s: float = 0.0
-    applied: tuple[InWeights, ...] = ()
-    holdings: tuple[Holding, ...] = ()
-    uses: tuple[Use, ...] = ()
-    held_back: tuple[HeldBack, ...] = ()
+    applied: tuple[ActiveAdapter, ...] = ()
+    holdings: tuple[ResidentAdapter, ...] = ()
+    uses: tuple[AdapterUsage, ...] = ()
+    held_back: tuple[QuarantinedAdapters, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ class LoraReport:
     hits: int = 0
     last_used_s: float | None = None
     layers_matched: int | None = None
-    held_back: tuple[tuple[str, HeldBack], ...] = ()
+    held_back: tuple[tuple[str, QuarantinedAdapters], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

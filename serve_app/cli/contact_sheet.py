@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from serve_app.cli.service import Drawing, Pictures, ServiceClient
 from serve_app.cli.terminal import CommandFailed
-from serve_app.core import AdapterRef, GenerationDraft
+from serve_app.core import AdapterRef, UnresolvedRequest
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -36,7 +36,7 @@ class Tile:
 
 
 def draw_tiles(
-    service: ServiceClient, draft: GenerationDraft, pictures: Pictures | None, *, say: Callable[[str], object]
+    service: ServiceClient, draft: UnresolvedRequest, pictures: Pictures | None, *, say: Callable[[str], object]
 ) -> list[Tile]:
     """Draw a draft through each of its adapters, or all that the service knows, and through each base alone.
 
@@ -94,7 +94,7 @@ def _all_adapters(service: ServiceClient, model: str | None) -> tuple[AdapterRef
     )
 
 
-def _tile(service: ServiceClient, draft: GenerationDraft, pictures: Pictures | None, label: str) -> Tile:
+def _tile(service: ServiceClient, draft: UnresolvedRequest, pictures: Pictures | None, label: str) -> Tile:
     try:
         drawing = service.draw(draft, form="png", pictures=pictures)
     except CommandFailed as failure:

@@ -31,7 +31,7 @@ from serve_app.cli.terminal import (
     print_line,
     reporting,
 )
-from serve_app.core import AdapterRef, AppliedAdapter, GenerationDraft, Scales
+from serve_app.core import AdapterRef, AppliedAdapter, Scales, UnresolvedRequest
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -109,7 +109,7 @@ def generate(
     if sheet and count != 1:
         raise typer.BadParameter("--sheet draws one image of each; leave --count out")
     width, height = _pixels(size)
-    draft = GenerationDraft(
+    draft = UnresolvedRequest(
         prompt=prompt, model=model, adapters=tuple(_adapter(text) for text in lora or []), negative_prompt=negative,
         width=width, height=height, steps=steps, guidance_scale=guidance, scheduler=scheduler, seed=seed,
         num_images=count, strength=strength,
@@ -123,7 +123,7 @@ def generate(
 
 
 def _draw_images(
-    service: ServiceClient, draft: GenerationDraft, pictures: Pictures | None, output: Path, *, as_json: bool
+    service: ServiceClient, draft: UnresolvedRequest, pictures: Pictures | None, output: Path, *, as_json: bool
 ) -> None:
     form = FORMATS[output.suffix.lower()]
     with _busy("drawing", is_quiet=as_json) as say:
@@ -141,7 +141,7 @@ def _draw_images(
 
 
 def _draw_sheet(
-    service: ServiceClient, draft: GenerationDraft, pictures: Pictures | None, output: Path, *, as_json: bool
+    service: ServiceClient, draft: UnresolvedRequest, pictures: Pictures | None, output: Path, *, as_json: bool
 ) -> None:
     from serve_app.cli.contact_sheet import compose, draw_tiles
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import HeaderFacts, MalformedHeader, describe, read_header
-from serve_app.catalog.reading.repository import Repositories, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
 from serve_app.catalog.reading.selection import SAFE_SUFFIX, candidates
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
@@ -138,7 +138,7 @@ def _outside_of(path: Path) -> Inspection:
 
 
 async def _with_header(
-    seen: Inspection, place: Repositories, listing: RepositoryListing, filename: str | None
+    seen: Inspection, place: AdapterSource, listing: RepositoryListing, filename: str | None
 ) -> Inspection:
     """Add what the header of the one candidate file says, for an adapter that is refused anyway."""
     try:
@@ -159,13 +159,13 @@ async def _judge(
 
 
 async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None) -> Verdict:
-    from serve_app.engine.adapters.parser import read_adapter
+    from serve_app.engine.adapters.parser import parse_adapter
     from serve_app.engine.base.manifest import structure_of
 
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
-        coverage = read_adapter(path, name, manifest, base.adapter_limits, words).coverage
+        coverage = parse_adapter(path, name, manifest, base.adapter_limits, words).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))
     return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)

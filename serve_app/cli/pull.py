@@ -70,7 +70,7 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
         fetching = asyncio.ensure_future(files.path(spec))
         with _bar(spec, is_quiet=is_quiet) as advance:
             while not fetching.done():
-                advance(files.arriving_bytes(spec))
+                advance(files.downloaded_bytes(spec))
                 await asyncio.wait({fetching}, timeout=POLL_S)
         path = fetching.result()
         pulled.append(Pulled(spec.id, spec.base_id, spec.revision, path, path.stat().st_size))

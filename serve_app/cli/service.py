@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from serve_app.cli.terminal import CommandFailed
-from serve_app.core import AdapterRef, AppliedAdapter, GenerationDraft, Scale, Scales
+from serve_app.core import AdapterRef, AppliedAdapter, Scale, Scales, UnresolvedRequest
 
 if TYPE_CHECKING:
     import httpx
@@ -105,7 +105,7 @@ class ServiceClient:
 
     def draw(
         self,
-        draft: GenerationDraft,
+        draft: UnresolvedRequest,
         *,
         form: str,
         pictures: Pictures | None = None,
@@ -183,7 +183,7 @@ class ServiceClient:
         return CommandFailed(f"what answers at {self._url} is no Loraplex service", "no_service")
 
 
-def _request(draft: GenerationDraft, form: str, pictures: Pictures | None, *, is_stream: bool) -> dict[str, Any]:
+def _request(draft: UnresolvedRequest, form: str, pictures: Pictures | None, *, is_stream: bool) -> dict[str, Any]:
     """Return the body as httpx takes it: JSON, or a form where there are pictures."""
     asked = _asked(draft, form) | ({"stream": True} if is_stream else {})
     if pictures is None:
@@ -195,7 +195,7 @@ def _request(draft: GenerationDraft, form: str, pictures: Pictures | None, *, is
     }
 
 
-def _asked(draft: GenerationDraft, form: str) -> dict[str, Any]:
+def _asked(draft: UnresolvedRequest, form: str) -> dict[str, Any]:
     """Return the body of the OpenAI shape, whatever the draft leaves open left out."""
     size = f"{draft.width}x{draft.height}" if draft.width and draft.height else None
     fields: dict[str, Any] = {

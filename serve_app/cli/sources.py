@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.catalog.catalog import build_repositories
-from serve_app.catalog.reading.bases import BaseFactsReader
+from serve_app.catalog.catalog import build_sources
+from serve_app.catalog.reading.bases import BaseArchitectureReader
 from serve_app.catalog.reading.card import Card
-from serve_app.catalog.reading.inspector import Examiner
-from serve_app.catalog.reading.repository import HUB, Repositories
+from serve_app.catalog.reading.inspector import AdapterInspector
+from serve_app.catalog.reading.repository import HUB, AdapterSource
 from serve_app.cli.serve_file import ServeFileInvalid, applications_of
 from serve_app.cli.terminal import CommandFailed
 from serve_app.config import AppConfig, BaseModelConfig, Environment
@@ -35,7 +35,7 @@ class Sources:
 
     config: AppConfig
     environment: Environment
-    places: tuple[Repositories, ...]
+    places: tuple[AdapterSource, ...]
 
     def base(self, name: str) -> BaseModelConfig:
         """Return the configured base of that id or alias.
@@ -49,11 +49,11 @@ class Sources:
             raise CommandFailed(f"base {name} is not configured; there are {served}", "base_not_served")
         return found
 
-    def place(self, origin: str) -> Repositories:
+    def place(self, origin: str) -> AdapterSource:
         """Return the place of a kind that something was found in."""
         return next(place for place in self.places if place.origin == origin)
 
-    def examiner(self) -> Examiner:
+    def examiner(self) -> AdapterInspector:
         """Return what finds adapters out, in the order in which the service asks."""
 
         async def card_of(model: str) -> Card | None:
@@ -61,7 +61,9 @@ class Sources:
             return found[1].card if found is not None else None
 
         places = [place for place in self.places if place.origin != "embedded" or self.config.adapters.embedded]
-        examiner = Examiner(self.config.bases, places, BaseFactsReader(self.places, time.monotonic), card_of)
+        examiner = AdapterInspector(
+            self.config.bases, places, BaseArchitectureReader(self.places, time.monotonic), card_of
+        )
         return examiner
 
     @contextlib.asynccontextmanager
@@ -109,7 +111,7 @@ def open_sources(path: Path | None) -> Sources:
         path = DEFAULT_FILE
     config = _embedded_config() if path is None else _config_of(path)
     environment = read_environment(config)
-    places = build_repositories(config, environment, embedded_root=embedded_root())
+    places = build_sources(config, environment, embedded_root=embedded_root())
     return Sources(config, environment, places)
 
 

@@ -23,7 +23,7 @@ _LEAST_PIXELS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class DetectedScene:
     """What a picture shows; None where there is nothing to see."""
 
     background: str
@@ -32,21 +32,23 @@ class Seen:
     size: str | None = None
 
 
-def read_picture(picture: Tensor) -> Seen:
+def read_picture(picture: Tensor) -> DetectedScene:
     """Name what one picture, (3, h, w) in [0, 1], shows."""
     rim = _rim_colour(picture)
     background = _colour_name(rim)
     distance = (picture - rim.view(3, 1, 1)).norm(dim=0)
     if float(distance.max()) < _LEAST_CONTRAST:
-        return Seen(background)
+        return DetectedScene(background)
     mask = _foreground(distance)
     if int(mask.sum()) < _LEAST_PIXELS:
-        return Seen(background)
+        return DetectedScene(background)
     core = mask & (distance > 0.8 * distance[mask].median())
     cut, radius = _cut_out(mask)
     overlap = torch.minimum(cut, _OUTLINES).sum((1, 2)) / torch.maximum(cut, _OUTLINES).sum((1, 2))
     size = min(SIZES, key=lambda name: abs(RADII[name] - radius))
-    return Seen(background, _colour_name(picture[:, core].median(1).values), SHAPES[int(overlap.argmax())], size)
+    return DetectedScene(
+        background, _colour_name(picture[:, core].median(1).values), SHAPES[int(overlap.argmax())], size
+    )
 
 
 def shows(picture: Tensor, wanted: Wanted) -> bool:

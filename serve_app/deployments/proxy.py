@@ -13,11 +13,11 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.http.waiting import PROXY_HEADERS
-from serve_app.deployments.front.load_shedding import Shedding
-from serve_app.deployments.front.retry import Resending
+from serve_app.deployments.front.load_shedding import LoadSheddingMiddleware
+from serve_app.deployments.front.retry import RetryMiddleware
 from serve_app.deployments.shared.logs import keep_credentials_out
 from serve_app.observability.metrics import ProxyMetrics
-from serve_app.redaction import holds_credentials
+from serve_app.redaction import contains_secret
 
 # Which replica, how long the proxy waits, whether it notices a caller who leaves, and what became of a request before:
 # not for callers to say.
@@ -39,10 +39,14 @@ def guards() -> list[Middleware]:
     # It logs paths, and callers put tokens and keys into those too.
     keep_credentials_out()
     metrics = ProxyMetrics()
-    return [Middleware(Resending, metrics.lost), Middleware(Shedding, metrics.shed), Middleware(SteeringGuard)]
+    return [
+        Middleware(RetryMiddleware, metrics.lost),
+        Middleware(LoadSheddingMiddleware, metrics.shed),
+        Middleware(ServeHeaderFilter),
+    ]
 
 
-class SteeringGuard:
+class ServeHeaderFilter:
     """Takes away headers that steer Serve, and ids that are unfit for a log; Serve makes an id where there is none."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -59,5 +63,5 @@ def _is_fit(name: bytes, value: bytes) -> bool:
     # Serve reads hyphens and underscores alike.
     name = name.lower().replace(b"_", b"-")
     if name == _REQUEST_ID:
-        return _SANE_ID.fullmatch(value) is not None and not holds_credentials(value.decode("latin-1"))
+        return _SANE_ID.fullmatch(value) is not None and not contains_secret(value.decode("latin-1"))
     return name not in _STEERING

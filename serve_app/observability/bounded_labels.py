@@ -32,7 +32,7 @@ class _Uses:
         return self.score * 0.5 ** ((now_s - self.at_s) / HALF_LIFE_S)
 
 
-class TopAdapters:
+class BoundedLabels:
     """The adapters that are told by their names, of all that are asked for.
 
     Invariants: at most `places` are named at a time, at most `NAMES_PER_PLACE * places` in the life of the object, and
@@ -56,7 +56,7 @@ class TopAdapters:
         known = self._uses.get(adapter)
         score = 1.0 + (known.now(now_s) if known is not None else 0.0)
         self._uses[adapter] = _Uses(score, now_s)
-        if adapter not in self._named and self._may_be_named(adapter) and self._has_place(score, now_s):
+        if adapter not in self._named and self._may_be_named(adapter) and self._claim_slot(score, now_s):
             self._named.add(adapter)
             self._ever_named.add(adapter)
         self._forget_one(now_s)
@@ -65,7 +65,7 @@ class TopAdapters:
     def _may_be_named(self, adapter: str) -> bool:
         return adapter in self._ever_named or len(self._ever_named) < self._places * NAMES_PER_PLACE
 
-    def _has_place(self, score: float, now_s: float) -> bool:
+    def _claim_slot(self, score: float, now_s: float) -> bool:
         """Find a place for someone with a score, and free it where that is possible."""
         if len(self._named) < self._places:
             return True

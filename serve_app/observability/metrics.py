@@ -15,7 +15,7 @@ from typing import Any
 from ray.serve import metrics
 
 from serve_app.core import GenerationRequest, GenerationResult, Timings
-from serve_app.observability.bounded_labels import PRIVATE, TopAdapters
+from serve_app.observability.bounded_labels import PRIVATE, BoundedLabels
 
 # From a swap of a millisecond to a download of minutes.
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
@@ -23,7 +23,7 @@ IMAGES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
 
 
 @dataclass(frozen=True, slots=True)
-class Declaration:
+class MetricSpec:
     """One metric, before Ray's prefix `ray_` and, for counters, suffix `_total`."""
 
     name: str
@@ -37,57 +37,57 @@ class Declaration:
         return self.labels
 
 
-REQUESTS = Declaration("loraplex_requests", "Requests answered.", ("route", "status", "base"))
-REFUSALS = Declaration("loraplex_refusals", "Requests answered with an error, by its code.", ("code",))
-RETRIES = Declaration("loraplex_retries", "Requests sent again as their replica was lost, by why.", ("base", "why"))
-LOST = Declaration(
+REQUESTS = MetricSpec("loraplex_requests", "Requests answered.", ("route", "status", "base"))
+REFUSALS = MetricSpec("loraplex_refusals", "Requests answered with an error, by its code.", ("code",))
+RETRIES = MetricSpec("loraplex_retries", "Requests sent again as their replica was lost, by why.", ("base", "why"))
+LOST = MetricSpec(
     "loraplex_ingress_losses", "Requests that lost their ingress replica, by what became of them.", ("result",)
 )
-QUEUE = Declaration("loraplex_queue_seconds", "Wait in a replica for the device.", ("base",), SECONDS)
-FETCH = Declaration("loraplex_fetch_seconds", "Wait for the request's adapters.", ("base",), SECONDS)
-SWAP = Declaration("loraplex_swap_seconds", "Applying the request's adapters.", ("base",), SECONDS)
-DENOISE = Declaration("loraplex_denoise_seconds", "Denoising steps.", ("base",), SECONDS)
-DECODE = Declaration("loraplex_decode_seconds", "Decoding latents to pixels.", ("base",), SECONDS)
-BATCH = Declaration("loraplex_batch_images", "Images that shared the device pass.", ("base",), IMAGES)
-ADAPTERS = Declaration("loraplex_adapters", "Adapters asked for, by where they were found.", ("base", "tier"))
-FILES = Declaration("loraplex_file_fetches", "Adapter files brought to a node, by where from.", ("base", "tier"))
-EVICTIONS = Declaration("loraplex_evictions", "Adapters that left host memory.", ("base",))
-RESIDENT = Declaration("loraplex_resident_bytes", "Adapters in host memory.", ("base",))
+QUEUE = MetricSpec("loraplex_queue_seconds", "Wait in a replica for the device.", ("base",), SECONDS)
+FETCH = MetricSpec("loraplex_fetch_seconds", "Wait for the request's adapters.", ("base",), SECONDS)
+SWAP = MetricSpec("loraplex_swap_seconds", "Applying the request's adapters.", ("base",), SECONDS)
+DENOISE = MetricSpec("loraplex_denoise_seconds", "Denoising steps.", ("base",), SECONDS)
+DECODE = MetricSpec("loraplex_decode_seconds", "Decoding latents to pixels.", ("base",), SECONDS)
+BATCH = MetricSpec("loraplex_batch_images", "Images that shared the device pass.", ("base",), IMAGES)
+ADAPTERS = MetricSpec("loraplex_adapters", "Adapters asked for, by where they were found.", ("base", "tier"))
+FILES = MetricSpec("loraplex_file_fetches", "Adapter files brought to a node, by where from.", ("base", "tier"))
+EVICTIONS = MetricSpec("loraplex_evictions", "Adapters that left host memory.", ("base",))
+RESIDENT = MetricSpec("loraplex_resident_bytes", "Adapters in host memory.", ("base",))
 # Few tell much: a label's value stays for as long as its process lives.
-BY_ADAPTER = Declaration(
+BY_ADAPTER = MetricSpec(
     "loraplex_adapter_requests", "Requests answered with images, by the adapters asked for most.", ("base", "adapter")
 )
-DEVICE_BY_ADAPTER = Declaration(
+DEVICE_BY_ADAPTER = MetricSpec(
     "loraplex_adapter_device_seconds", "Device time of those requests' images.", ("base", "adapter")
 )
-SPANS = Declaration("loraplex_spans", "Spans of traces, by whether the collector took them.", ("result",))
-CANCELLED = Declaration(
+SPANS = MetricSpec("loraplex_spans", "Spans of traces, by whether the collector took them.", ("result",))
+CANCELLED = MetricSpec(
     "loraplex_cancelled", "Requests given up by their caller or deadline, by how far they were.", ("base", "stage")
 )
-SELF_CHECKS = Declaration(
+SELF_CHECKS = MetricSpec(
     "loraplex_self_checks", "Times that a base's loaded weights were checked bit by bit.", ("base", "result")
 )
 
-QUARANTINED = Declaration(
+QUARANTINED = MetricSpec(
     "loraplex_quarantined", "Adapters, by scale, refused for now because they failed on the device.", ("base",)
 )
 
-SHORTAGES = Declaration(
+SHORTAGES = MetricSpec(
     "loraplex_memory_shortages", "Times that a device had no room, by what came of the second try.", ("base", "outcome")
 )
-BACKLOG = Declaration("loraplex_backlog_seconds", "Predicted work that runs, waits or fetches.", ("base",))
-PREDICTED = Declaration("loraplex_predicted_seconds", "What finished passes were predicted to take.", ("base",))
-BUSY = Declaration("loraplex_busy_seconds", "What finished passes took.", ("base",))
-START = Declaration("loraplex_start_seconds", "From the start of a replica to its first request.", ("base",))
-WARMED = Declaration("loraplex_warmed_adapters", "Adapters made ready before a replica's first request.", ("base",))
-ROUTED = Declaration(
+BACKLOG = MetricSpec("loraplex_backlog_seconds", "Predicted work that runs, waits or fetches.", ("base",))
+PREDICTED = MetricSpec("loraplex_predicted_seconds", "What finished passes were predicted to take.", ("base",))
+BUSY = MetricSpec("loraplex_busy_seconds", "What finished passes took.", ("base",))
+START = MetricSpec("loraplex_start_seconds", "From the start of a replica to its first request.", ("base",))
+WARMED = MetricSpec("loraplex_warmed_adapters", "Adapters made ready before a replica's first request.", ("base",))
+ROUTED = MetricSpec(
     "loraplex_routed",
     "Requests sent to a replica, by where there the farthest of their adapters was.",
     ("base", "place"),
 )
-ALIASES = Declaration("loraplex_aliases", "Further names of adapters that an ingress replica knows.", ())
-ACCESS = Declaration("loraplex_access_checks", "Checks of a caller's access with its own Hub token.", ("result",))
-GRANTS = Declaration("loraplex_key_grants", "Requests of keys with limits that were let in, by whose count.", ("by",))
+ALIASES = MetricSpec("loraplex_aliases", "Further names of adapters that an ingress replica knows.", ())
+ACCESS = MetricSpec("loraplex_access_checks", "Checks of a caller's access with its own Hub token.", ("result",))
+GRANTS = MetricSpec("loraplex_key_grants", "Requests of keys with limits that were let in, by whose count.", ("by",))
 
 DECLARED = (
     ALIASES, ACCESS, GRANTS,
@@ -98,33 +98,33 @@ DECLARED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Meters:
+class MetricFactory:
     """The kinds of metric; tests hand in ones that also remember."""
 
-    counter: type[metrics.Counter] = metrics.Counter
-    gauge: type[metrics.Gauge] = metrics.Gauge
-    histogram: type[metrics.Histogram] = metrics.Histogram
+    counter_type: type[metrics.Counter] = metrics.Counter
+    gauge_type: type[metrics.Gauge] = metrics.Gauge
+    histogram_type: type[metrics.Histogram] = metrics.Histogram
 
-    def count(self, declared: Declaration) -> metrics.Counter:
+    def counter(self, declared: MetricSpec) -> metrics.Counter:
         """Make a declared counter."""
-        return self.counter(declared.name, declared.description, declared.tag_keys)
+        return self.counter_type(declared.name, declared.description, declared.tag_keys)
 
-    def level(self, declared: Declaration) -> metrics.Gauge:
+    def gauge(self, declared: MetricSpec) -> metrics.Gauge:
         """Make a declared gauge."""
-        return self.gauge(declared.name, declared.description, declared.tag_keys)
+        return self.gauge_type(declared.name, declared.description, declared.tag_keys)
 
-    def spread(self, declared: Declaration) -> metrics.Histogram:
+    def histogram(self, declared: MetricSpec) -> metrics.Histogram:
         """Make a declared histogram."""
-        return self.histogram(declared.name, declared.description, list(declared.buckets), declared.tag_keys)
+        return self.histogram_type(declared.name, declared.description, list(declared.buckets), declared.tag_keys)
 
 
 class ProxyMetrics:
     """What the layers around one of Serve's proxies report."""
 
-    def __init__(self, meters: Meters | None = None) -> None:
-        meters = meters or Meters()
-        self._lost = meters.count(LOST)
-        self._refusals = meters.count(REFUSALS)
+    def __init__(self, meters: MetricFactory | None = None) -> None:
+        meters = meters or MetricFactory()
+        self._lost = meters.counter(LOST)
+        self._refusals = meters.counter(REFUSALS)
 
     def lost(self, result: str) -> None:
         """Count a request that lost its ingress replica: it was sent again, refused, or its answer cut off."""
@@ -138,8 +138,8 @@ class ProxyMetrics:
 class TracingMetrics:
     """What one process reports of its traces."""
 
-    def __init__(self, meters: Meters | None = None) -> None:
-        self._spans = (meters or Meters()).count(SPANS)
+    def __init__(self, meters: MetricFactory | None = None) -> None:
+        self._spans = (meters or MetricFactory()).counter(SPANS)
 
     def sent(self, spans: int, is_sent: bool) -> None:
         """Count spans that the collector took, or that are lost."""
@@ -150,11 +150,11 @@ class AdapterMetrics:
     """What one ingress replica reports by adapter: of the `top` asked for most of late each by its id, the rest
     together, and together those that not everybody may read."""
 
-    def __init__(self, top: int, *, clock: Callable[[], float], meters: Meters | None = None) -> None:
-        meters = meters or Meters()
-        self._names = TopAdapters(top, clock=clock)
-        self._requests = meters.count(BY_ADAPTER)
-        self._device_s = meters.count(DEVICE_BY_ADAPTER)
+    def __init__(self, top: int, *, clock: Callable[[], float], meters: MetricFactory | None = None) -> None:
+        meters = meters or MetricFactory()
+        self._names = BoundedLabels(top, clock=clock)
+        self._requests = meters.counter(BY_ADAPTER)
+        self._device_s = meters.counter(DEVICE_BY_ADAPTER)
 
     def drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
         """Count a request that got its images; one with several adapters counts for each of them."""
@@ -171,14 +171,14 @@ class AdapterMetrics:
 class IngressMetrics:
     """What one ingress replica reports."""
 
-    def __init__(self, meters: Meters | None = None) -> None:
-        meters = meters or Meters()
-        self._requests = meters.count(REQUESTS)
-        self._refusals = meters.count(REFUSALS)
-        self._retries = meters.count(RETRIES)
-        self._aliases = meters.level(ALIASES)
-        self._access = meters.count(ACCESS)
-        self._grants = meters.count(GRANTS)
+    def __init__(self, meters: MetricFactory | None = None) -> None:
+        meters = meters or MetricFactory()
+        self._requests = meters.counter(REQUESTS)
+        self._refusals = meters.counter(REFUSALS)
+        self._retries = meters.counter(RETRIES)
+        self._aliases = meters.gauge(ALIASES)
+        self._access = meters.counter(ACCESS)
+        self._grants = meters.counter(GRANTS)
 
     def answered(self, *, route: str, status: int, base_id: str | None) -> None:
         """Count an answer; `route` is the template, not the path, and the base is None while unknown."""
@@ -208,9 +208,9 @@ class IngressMetrics:
 class RouterMetrics:
     """What the router of one base reports, in each process that routes."""
 
-    def __init__(self, base_id: str, meters: Meters | None = None) -> None:
+    def __init__(self, base_id: str, meters: MetricFactory | None = None) -> None:
         self._base = {"base": base_id}
-        self._routed = (meters or Meters()).count(ROUTED)
+        self._routed = (meters or MetricFactory()).counter(ROUTED)
 
     def routed(self, place: str) -> None:
         """Count a request that a replica has taken, by where its adapters were said to be there."""
@@ -220,33 +220,33 @@ class RouterMetrics:
 class ReplicaMetrics:
     """What one replica of a base reports."""
 
-    def __init__(self, base_id: str, meters: Meters | None = None) -> None:
-        meters = meters or Meters()
+    def __init__(self, base_id: str, meters: MetricFactory | None = None) -> None:
+        meters = meters or MetricFactory()
         self._base = {"base": base_id}
-        self._queue = meters.spread(QUEUE)
-        self._fetch = meters.spread(FETCH)
-        self._swap = meters.spread(SWAP)
-        self._denoise = meters.spread(DENOISE)
-        self._decode = meters.spread(DECODE)
-        self._batch = meters.spread(BATCH)
-        self._adapters = meters.count(ADAPTERS)
-        self._files = meters.count(FILES)
-        self._evictions = meters.count(EVICTIONS)
-        self._resident = meters.level(RESIDENT)
-        self._cancelled = meters.count(CANCELLED)
+        self._queue = meters.histogram(QUEUE)
+        self._fetch = meters.histogram(FETCH)
+        self._swap = meters.histogram(SWAP)
+        self._denoise = meters.histogram(DENOISE)
+        self._decode = meters.histogram(DECODE)
+        self._batch = meters.histogram(BATCH)
+        self._adapters = meters.counter(ADAPTERS)
+        self._files = meters.counter(FILES)
+        self._evictions = meters.counter(EVICTIONS)
+        self._resident = meters.gauge(RESIDENT)
+        self._cancelled = meters.counter(CANCELLED)
         self._evictions_reported = 0
-        self._self_checks = meters.count(SELF_CHECKS)
-        self._quarantined = meters.level(QUARANTINED)
-        self._shortages = meters.count(SHORTAGES)
+        self._self_checks = meters.counter(SELF_CHECKS)
+        self._quarantined = meters.gauge(QUARANTINED)
+        self._shortages = meters.counter(SHORTAGES)
         self._shortages_reported = {"recovered": 0, "refused": 0}
         self._sound_reported = 0
         self._is_mismatch_reported = False
-        self._backlog = meters.level(BACKLOG)
-        self._predicted = meters.count(PREDICTED)
-        self._busy = meters.count(BUSY)
+        self._backlog = meters.gauge(BACKLOG)
+        self._predicted = meters.counter(PREDICTED)
+        self._busy = meters.counter(BUSY)
         self._predicted_reported = self._busy_reported = 0.0
-        self._start = meters.level(START)
-        self._warmed = meters.count(WARMED)
+        self._start = meters.gauge(START)
+        self._warmed = meters.counter(WARMED)
 
     def served(self, timings: Timings, *, batch_size: int) -> None:
         """Report where the time of one finished request went."""

@@ -12,17 +12,17 @@ from random import Random
 from typing import Literal, get_args
 
 from serve_app.core import GenerationRequest
-from serve_app.work import Pace, work_units
+from serve_app.work import LatencyModel, work_units
 
 NO_KEYS: frozenset[str] = frozenset()
 
 # Where a request's adapters are, by the one that is farthest; "base" for a request without any.
-Place = Literal["base", "applied", "device", "host", "disk", "arriving", "remote"]
-PLACES: tuple[Place, ...] = get_args(Place)
+Location = Literal["base", "applied", "device", "host", "disk", "arriving", "remote"]
+PLACES: tuple[Location, ...] = get_args(Location)
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterNeed:
+class RequiredAdapter:
     """An adapter that a request needs: its key, and the size of its file."""
 
     key: str
@@ -30,10 +30,10 @@ class AdapterNeed:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class RequestLoad:
     """What a request asks of whoever runs it: its adapters, none for the base alone, and its work in units."""
 
-    adapters: tuple[AdapterNeed, ...]
+    adapters: tuple[RequiredAdapter, ...]
     units: float
 
     @property
@@ -56,7 +56,7 @@ class ReplicaView:
 
     id: str
     backlog_s: float
-    pace: Pace
+    pace: LatencyModel
     applied: Set[str] = NO_KEYS
     device: Container[str] = NO_KEYS
     host: Container[str] = NO_KEYS
@@ -68,7 +68,7 @@ class ReplicaView:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class LinearCost:
     """How long one step on an adapter's way takes: a fixed time, and a time for its bytes."""
 
     fixed_s: float
@@ -78,9 +78,9 @@ class Step:
         """Return the predicted time for a file of this size."""
         return self.fixed_s + self.byte_s * size_bytes
 
-    def times(self, factor: float) -> Step:
+    def times(self, factor: float) -> LinearCost:
         """Return the step as it is where everything takes `factor` times as long."""
-        return Step(self.fixed_s * factor, self.byte_s * factor)
+        return LinearCost(self.fixed_s * factor, self.byte_s * factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +96,10 @@ class TierCosts:
     is evicted is asked for again.
     """
 
-    swap: Step = Step(0.03, 0.0)
-    to_device: Step = Step(0.001, 1 / 12e9)
-    to_host: Step = Step(0.01, 1 / 3e9)
-    fetch: Step = Step(0.5, 1 / 100e6)
+    swap: LinearCost = LinearCost(0.03, 0.0)
+    to_device: LinearCost = LinearCost(0.001, 1 / 12e9)
+    to_host: LinearCost = LinearCost(0.01, 1 / 3e9)
+    fetch: LinearCost = LinearCost(0.5, 1 / 100e6)
     fetch_share: float = 0.25
     evict_share: float = 0.25
 
@@ -115,13 +115,13 @@ class Prediction:
     """How a request would fare on a replica, in seconds from now.
 
     It waits `wait_s` for the device or for its adapters, whichever takes longer, then `swap_s` and `work_s` on the
-    device. `burden_s` is what that costs others.
+    device. `displacement_cost_s` is what that costs others.
     """
 
     wait_s: float
     swap_s: float
     work_s: float
-    burden_s: float
+    displacement_cost_s: float
 
     @property
     def finish_s(self) -> float:
@@ -131,38 +131,38 @@ class Prediction:
     @property
     def cost_s(self) -> float:
         """What ranks it: when it is done, and what that costs others."""
-        return self.finish_s + self.burden_s
+        return self.finish_s + self.displacement_cost_s
 
 
-def demand_of(request: GenerationRequest) -> Demand:
+def demand_of(request: GenerationRequest) -> RequestLoad:
     """Return what a request asks for."""
-    needs = tuple(AdapterNeed(use.spec.key, use.spec.size_bytes) for use in request.adapters)
-    return Demand(needs, work_units(request))
+    needs = tuple(RequiredAdapter(use.spec.key, use.spec.size_bytes) for use in request.adapters)
+    return RequestLoad(needs, work_units(request))
 
 
-def predict(demand: Demand, view: ReplicaView, costs: TierCosts) -> Prediction:
+def predict(demand: RequestLoad, view: ReplicaView, costs: TierCosts) -> Prediction:
     """Predict how a request would fare on a replica.
 
     Its adapters are fetched together and while it waits for the device. Where they are in the weights when its turn
     comes, there is no swap; a request for the base alone swaps where an adapter is.
     """
-    fetch_s, swap_s, burden_s = _bringing(_price(demand, costs), view, costs)
-    return Prediction(max(view.backlog_s, fetch_s), swap_s, view.pace.seconds(demand.units), burden_s)
+    fetch_s, swap_s, displacement_cost_s = _bringing(_price(demand, costs), view, costs)
+    return Prediction(max(view.backlog_s, fetch_s), swap_s, view.pace.seconds(demand.units), displacement_cost_s)
 
 
-def finish_s(demand: Demand, view: ReplicaView, costs: TierCosts) -> float:
+def finish_s(demand: RequestLoad, view: ReplicaView, costs: TierCosts) -> float:
     """Return when the request would be done on a replica, in seconds from now."""
     return predict(demand, view, costs).finish_s
 
 
-def cost_s(demand: Demand, view: ReplicaView, costs: TierCosts) -> float:
+def cost_s(demand: RequestLoad, view: ReplicaView, costs: TierCosts) -> float:
     """Return what ranks a replica: `finish_s`, and what the placement costs others."""
     return predict(demand, view, costs).cost_s
 
 
-def place_of(demand: Demand, view: ReplicaView) -> Place:
+def location_of(demand: RequestLoad, view: ReplicaView) -> Location:
     """Return where the farthest of the request's adapters is."""
-    places: list[Place] = ["base"]
+    places: list[Location] = ["base"]
     for need in demand.adapters:
         key = need.key
         if key in view.applied:
@@ -179,7 +179,7 @@ def place_of(demand: Demand, view: ReplicaView) -> Place:
 
 
 def rank(
-    demand: Demand, views: Sequence[ReplicaView], costs: TierCosts, *, rng: Random, tie_s: float = 0.01
+    demand: RequestLoad, refresh_views: Sequence[ReplicaView], costs: TierCosts, *, rng: Random, tie_s: float = 0.01
 ) -> list[list[str]]:
     """Return the ids of all replicas, best first: those of one rank cost the same to within `tie_s`, in random order.
 
@@ -189,12 +189,12 @@ def rank(
     """
     price, units = _price(demand, costs), demand.units
     costed: list[tuple[bool, float, str]] = []
-    for view in views:  # without `predict`: this runs for every replica at every request
-        fetch_s, swap_s, burden_s = _bringing(price, view, costs)
+    for view in refresh_views:  # without `predict`: this runs for every replica at every request
+        fetch_s, swap_s, displacement_cost_s = _bringing(price, view, costs)
         backlog_s, pace = view.backlog_s, view.pace
         wait_s = backlog_s if backlog_s > fetch_s else fetch_s
         work_s = pace.fixed_s + pace.unit_s * units
-        costed.append((view.is_suspect, wait_s + swap_s + work_s + burden_s, view.id))
+        costed.append((view.is_suspect, wait_s + swap_s + work_s + displacement_cost_s, view.id))
     costed.sort()
     ranks: list[list[str]] = []
     best_suspect, best_cost = False, float("-inf")
@@ -217,7 +217,7 @@ class _Price:
     swap_s: float
 
 
-def _price(demand: Demand, costs: TierCosts) -> _Price:
+def _price(demand: RequestLoad, costs: TierCosts) -> _Price:
     needs = tuple(
         (
             need.key,

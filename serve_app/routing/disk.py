@@ -9,7 +9,7 @@ from __future__ import annotations
 MAX_TAGS = 16_384
 
 
-class GuessedDisk:
+class DiskCacheEstimate:
     """The adapters on one node's disk, first in first out within a byte budget."""
 
     def __init__(self, budget_bytes: int) -> None:

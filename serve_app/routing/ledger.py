@@ -12,18 +12,18 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from serve_app.routing.cost import NO_KEYS, AdapterNeed, Demand, Place, ReplicaView, TierCosts, place_of
-from serve_app.routing.disk import GuessedDisk
+from serve_app.routing.cost import NO_KEYS, Location, ReplicaView, RequestLoad, RequiredAdapter, TierCosts, location_of
+from serve_app.routing.disk import DiskCacheEstimate
 from serve_app.routing.stats import ReplicaStats, decode, tag_of
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 
 # A replica that tells its state counts a request at the latest so long after it was accepted there.
-SETTLE_S = 0.05
+REPORT_LAG_S = 0.05
 # A choice that did not lead to an acceptance so soon did not lead to one.
-CHOICE_HOLDS_S = 2.0
+RESERVATION_TTL_S = 2.0
 # A replica's backlog is worked off while no news of it comes, but no further than this: it may have stopped.
 MAX_DECAY_S = 2.0
-VIEW_HOLDS_S = 0.05
+VIEW_TTL_S = 0.05
 # What an adapter weighs that no request through this router has asked for.
 TYPICAL_BYTES = 100_000_000
 MAX_SIZES = 16_384
@@ -32,7 +32,7 @@ MAX_DISKS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
+class ReplicaSnapshot:
     """A replica as Serve presents it: what it told last, and the adapters that Serve's multiplexer says it holds."""
 
     id: str
@@ -42,30 +42,30 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
-class _Booking:
-    """A request sent and not finished; once `is_told`, what the replica tells counts it."""
+class _InFlight:
+    """A request sent and not finished; once `is_reported`, what the replica tells counts it."""
 
-    demand: Demand
+    demand: RequestLoad
     seconds: float
     at_s: float
-    place: Place
+    place: Location
     is_accepted: bool = False
-    is_told: bool = False
+    is_reported: bool = False
 
 
 @dataclass(slots=True)
 class _Known:
-    sighting: Sighting
+    sighting: ReplicaSnapshot
     first_seen_s: float
     stats: ReplicaStats | None = None
-    bookings: dict[str, _Booking] = field(default_factory=dict[str, _Booking])
+    bookings: dict[str, _InFlight] = field(default_factory=dict[str, _InFlight])
     view: ReplicaView | None = None
     viewed_s: float = 0.0
     # Of what it told last, the work that has ended since.
     ended_s: float = 0.0
 
 
-class Ledger:
+class ReplicaStateCache:
     """One router's books. Not thread-safe."""
 
     def __init__(
@@ -74,7 +74,7 @@ class Ledger:
         disk_bytes: int,
         stale_after_s: float = 15.0,
         costs: TierCosts | None = None,
-        pace: Pace | None = None,
+        pace: LatencyModel | None = None,
     ) -> None:
         """Start with no replica known.
 
@@ -87,25 +87,25 @@ class Ledger:
         self._disk_bytes = disk_bytes
         self._stale_after_s = stale_after_s
         self._default_costs = costs or TierCosts()
-        self._default_pace = pace or Pace(fixed_s=0.5, unit_s=0.1)
+        self._default_pace = pace or LatencyModel(fixed_s=0.5, unit_s=0.1)
         self.costs = self._default_costs
         self._known: dict[str, _Known] = {}
         self._booked_at: dict[str, str] = {}
-        self._disks: dict[str, GuessedDisk] = {}
+        self._disks: dict[str, DiskCacheEstimate] = {}
         self._sizes: dict[str, int] = {}
         self._newest_s = float("-inf")
         self._has_news = False
 
-    def tagged(self, demand: Demand) -> Demand:
+    def with_short_keys(self, demand: RequestLoad) -> RequestLoad:
         """Return the demand with the names under which adapters are known here, and remember their sizes."""
         if len(self._sizes) > MAX_SIZES:
             self._sizes.clear()
-        needs = tuple(AdapterNeed(tag_of(need.key), need.size_bytes) for need in demand.adapters)
+        needs = tuple(RequiredAdapter(tag_of(need.key), need.size_bytes) for need in demand.adapters)
         for need in needs:
             self._sizes[need.key] = need.size_bytes
-        return Demand(needs, demand.units)
+        return RequestLoad(needs, demand.units)
 
-    def sight(self, sighting: Sighting, now_s: float) -> None:
+    def update_snapshot(self, sighting: ReplicaSnapshot, now_s: float) -> None:
         """Take in a replica that is new or has news."""
         known = self._known.get(sighting.id)
         if known is None:
@@ -120,7 +120,7 @@ class Ledger:
         known.stats, known.view, known.ended_s = stats, None, 0.0
         self._has_news = True
 
-    def keep(self, ids: Set[str]) -> None:
+    def retain(self, ids: Set[str]) -> None:
         """Forget every replica that is not among these."""
         for id_ in [id_ for id_ in self._known if id_ not in ids]:
             for request_id in self._known.pop(id_).bookings:
@@ -135,24 +135,26 @@ class Ledger:
         """How many replicas are known."""
         return len(self._known)
 
-    def views(self, now_s: float) -> list[ReplicaView]:
+    def refresh_views(self, now_s: float) -> list[ReplicaView]:
         """Return what is known of every replica at this moment."""
         if self._has_news:
-            self._settle()
+            self._update_from_reports()
         return [self._view(known, now_s) for known in self._known.values()]
 
-    def book(self, id_: str, request_id: str, demand: Demand, now_s: float) -> None:
+    def add_in_flight(self, id_: str, request_id: str, demand: RequestLoad, now_s: float) -> None:
         """Count a request as sent to a replica, and no longer as sent to any other; `demand` is a tagged one."""
-        self._unbook(request_id)
+        self._remove_in_flight(request_id)
         known = self._known.get(id_)
         if known is None or demand.units <= 0:
             return
         view = self._view(known, now_s)
-        known.bookings[request_id] = _Booking(demand, view.pace.seconds(demand.units), now_s, place_of(demand, view))
+        known.bookings[request_id] = _InFlight(
+            demand, view.pace.seconds(demand.units), now_s, location_of(demand, view)
+        )
         self._booked_at[request_id] = id_
         known.view = None
 
-    def accepted(self, id_: str, request_id: str, now_s: float) -> Place | None:
+    def accepted(self, id_: str, request_id: str, now_s: float) -> Location | None:
         """Note that a replica has taken the request; return where its adapters were said to be, None if unknown."""
         known = self._known.get(id_)
         booking = known.bookings.get(request_id) if known else None
@@ -164,11 +166,11 @@ class Ledger:
     def finished(self, id_: str, request_id: str) -> None:
         """Count a request no more: it ended, or the replica refused it. One that is elsewhere by now stays there."""
         if self._booked_at.get(request_id) == id_:
-            booking = self._unbook(request_id)
-            if booking is not None and booking.is_told:
+            booking = self._remove_in_flight(request_id)
+            if booking is not None and booking.is_reported:
                 self._known[id_].ended_s += booking.seconds
 
-    def _unbook(self, request_id: str) -> _Booking | None:
+    def _remove_in_flight(self, request_id: str) -> _InFlight | None:
         known = self._known.get(self._booked_at.pop(request_id, ""))
         if known is None:
             return None
@@ -179,13 +181,13 @@ class Ledger:
         """An adapter comes to host memory through the node's disk, and stays on it when it leaves memory."""
         if not self._disk_bytes:
             return
-        disk = self._disks[node_id] = self._disks.pop(node_id, None) or GuessedDisk(self._disk_bytes)
+        disk = self._disks[node_id] = self._disks.pop(node_id, None) or DiskCacheEstimate(self._disk_bytes)
         if len(self._disks) > MAX_DISKS:
             del self._disks[next(iter(self._disks))]
         for tag in new:
             disk.put(tag, self._sizes.get(tag, TYPICAL_BYTES))
 
-    def _settle(self) -> None:
+    def _update_from_reports(self) -> None:
         """Draw what follows from the news of all replicas together."""
         self._has_news = False
         told = [known.stats for known in self._known.values() if known.stats is not None]
@@ -205,14 +207,14 @@ class Ledger:
         is_suspect = heard_s < self._newest_s - self._stale_after_s or (stats is not None and stats.is_stalled)
         if view is not None and view.is_suspect == is_suspect:
             is_steady = not known.bookings and (stats is None or not stats.backlog_s)
-            if is_steady or now_s - known.viewed_s < VIEW_HOLDS_S:
+            if is_steady or now_s - known.viewed_s < VIEW_TTL_S:
                 return view
         known.view = view = self._make_view(known, now_s, is_suspect=is_suspect)
         known.viewed_s = now_s
         return view
 
     def _make_view(self, known: _Known, now_s: float, *, is_suspect: bool) -> ReplicaView:
-        stats, untold = known.stats, self._untold(known, now_s) if known.bookings else []
+        stats, untold = known.stats, self._expire_and_list_unreported(known, now_s) if known.bookings else []
         backlog_s, applied, arriving = 0.0, NO_KEYS, NO_KEYS
         if stats is not None:
             done_s = max(min(now_s - stats.at_s, MAX_DECAY_S), known.ended_s, 0.0)
@@ -236,16 +238,16 @@ class Ledger:
             is_suspect=is_suspect,
         )
 
-    def _untold(self, known: _Known, now_s: float) -> list[_Booking]:
+    def _expire_and_list_unreported(self, known: _Known, now_s: float) -> list[_InFlight]:
         """Return what a replica was sent and has not told of, oldest first; drop what never came to it."""
         told_s = known.stats.at_s if known.stats is not None else float("-inf")
-        untold: list[_Booking] = []
+        untold: list[_InFlight] = []
         for request_id, booking in list(known.bookings.items()):
-            if booking.is_told:
+            if booking.is_reported:
                 continue
-            if booking.is_accepted and told_s > booking.at_s + SETTLE_S:
-                known.bookings[request_id] = replace(booking, is_told=True)
-            elif not booking.is_accepted and now_s > booking.at_s + CHOICE_HOLDS_S:
+            if booking.is_accepted and told_s > booking.at_s + REPORT_LAG_S:
+                known.bookings[request_id] = replace(booking, is_reported=True)
+            elif not booking.is_accepted and now_s > booking.at_s + RESERVATION_TTL_S:
                 del known.bookings[request_id], self._booked_at[request_id]
             else:
                 untold.append(booking)

@@ -15,9 +15,9 @@ from itertools import islice
 from typing import Any, Protocol
 
 from serve_app.core import AdapterSpec, Timings
-from serve_app.routing.cost import AdapterNeed, Demand, Step, TierCosts
-from serve_app.routing.stats import BEAT_S, MAX_TOLD, MeasuredCosts, ReplicaStats, encode, tag_of
-from serve_app.work import Pace
+from serve_app.routing.cost import LinearCost, RequestLoad, RequiredAdapter, TierCosts
+from serve_app.routing.stats import HEARTBEAT_S, MAX_REPORTED, MeasuredCosts, ReplicaStats, encode, tag_of
+from serve_app.work import LatencyModel
 
 NEWEST_WEIGHT = 0.2
 # One measurement moves a cost no further than this many times from its default, either way.
@@ -26,7 +26,7 @@ MAX_FACTOR = 50.0
 MIN_SWAP_MS = 0.3
 
 
-class Found(Protocol):
+class LeasedAdapter(Protocol):
     """An adapter that a request was given, and on which tier it was found: a `Lease` of the store."""
 
     @property
@@ -55,7 +55,7 @@ class DeviceLoad:
     """
 
     backlog_s: float
-    pace: Pace
+    pace: LatencyModel
     progress: float
     is_busy: bool
     has_failed: bool = False
@@ -73,7 +73,7 @@ class Tiers:
 class _Factor:
     """How many times its default a step takes here, smoothed."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: LinearCost) -> None:
         self._step = step
         self.value = 1.0
         self._has_observed = False
@@ -88,7 +88,7 @@ class _Factor:
         self.value = (1 - weight) * self.value + weight * factor
 
 
-class Recorder:
+class RoutingStatsCollector:
     """One replica's notes for the routers."""
 
     def __init__(
@@ -113,12 +113,12 @@ class Recorder:
         costs = costs or TierCosts()
         self._swap, self._to_host, self._fetch = _Factor(costs.swap), _Factor(costs.to_host), _Factor(costs.fetch)
         self._arriving: Counter[str] = Counter()
-        self._last: tuple[AdapterNeed, ...] = ()
+        self._last: tuple[RequiredAdapter, ...] = ()
         self._progress: tuple[float, float] = (0.0, clock())
         self._told: dict[str, Any] = {}
 
     @contextmanager
-    def fetching(self, demand: Demand) -> Generator[None]:
+    def fetching(self, demand: RequestLoad) -> Generator[None]:
         """Note that a request's adapters are on their way here, those that are not here yet."""
         self._arriving.update(need.key for need in demand.adapters)
         try:
@@ -127,11 +127,11 @@ class Recorder:
             self._arriving.subtract(need.key for need in demand.adapters)
             self._arriving = +self._arriving
 
-    def queued(self, demand: Demand) -> None:
+    def queued(self, demand: RequestLoad) -> None:
         """Note a request that now waits for the device: its adapters will be in the weights after all others'."""
         self._last = demand.adapters
 
-    def served(self, found: Iterable[Found], timings: Timings) -> None:
+    def served(self, found: Iterable[LeasedAdapter], timings: Timings) -> None:
         """Take in what bringing and applying a request's adapters took; `found` are its leases."""
         size_bytes = 0
         for lease in found:
@@ -142,7 +142,7 @@ class Recorder:
         if size_bytes and timings.swap_ms >= MIN_SWAP_MS:
             self._swap.observe(timings.swap_ms / 1000, size_bytes)
 
-    def tell(self, load: DeviceLoad, tiers: Tiers) -> dict[str, Any]:
+    def snapshot(self, load: DeviceLoad, tiers: Tiers) -> dict[str, Any]:
         """Return what routers are to know, the same object as long as there is no news."""
         now_s = self._wall_clock()
         resident = set(tiers.host)
@@ -156,15 +156,15 @@ class Recorder:
             arriving=frozenset(tag_of(key) for key in self._arriving if key not in resident),
             host_free_bytes=tiers.host_free_bytes,
             measured=MeasuredCosts(self._swap.value, self._to_host.value, self._fetch.value),
-            is_stalled=self._is_stalled(load),
+            is_stalled=self._update_stall_state(load),
         )
-        news = {**encode(stats), "beat": int(now_s // BEAT_S)}
+        news = {**encode(stats), "beat": int(now_s // HEARTBEAT_S)}
         if any(self._told.get(name) != value for name, value in news.items()):
             # The time of the last change, not of the last telling: that alone would be news at every asking.
             self._told = {**news, "at": now_s}
         return self._told
 
-    def _is_stalled(self, load: DeviceLoad) -> bool:
+    def _update_stall_state(self, load: DeviceLoad) -> bool:
         if load.has_failed:
             return True
         progress, since_s = self._progress
@@ -175,5 +175,5 @@ class Recorder:
 
 
 def _told(keys: Sequence[str]) -> frozenset[str]:
-    latest: Iterable[str] = islice(reversed(keys), MAX_TOLD)
+    latest: Iterable[str] = islice(reversed(keys), MAX_REPORTED)
     return frozenset(map(tag_of, latest))

@@ -19,8 +19,8 @@ from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
-from serve_app.routing.cost import AdapterNeed, Demand, demand_of, rank
-from serve_app.routing.ledger import TYPICAL_BYTES, Ledger, Sighting
+from serve_app.routing.cost import RequestLoad, RequiredAdapter, demand_of, rank
+from serve_app.routing.ledger import TYPICAL_BYTES, ReplicaSnapshot, ReplicaStateCache
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,9 @@ class PredictedFinishRouter(FIFOMixin, RequestRouter):
         """Start with what the deployment's `request_router_kwargs` say: `base_id`, `disk_bytes`, `stale_after_s`."""
         self._rng = Random()  # spreads ties; nothing else is left to chance
         self._base_id: str = kwargs["base_id"]
-        self._ledger = Ledger(disk_bytes=int(kwargs["disk_bytes"]), stale_after_s=float(kwargs["stale_after_s"]))
+        self._ledger = ReplicaStateCache(
+            disk_bytes=int(kwargs["disk_bytes"]), stale_after_s=float(kwargs["stale_after_s"])
+        )
         self._metrics = RouterMetrics(self._base_id)
 
     async def choose_replicas(
@@ -67,15 +69,15 @@ class PredictedFinishRouter(FIFOMixin, RequestRouter):
         """Return one replica per rank, best first: Serve takes the first that is not full."""
         now_s = time.time()
         self._sight(candidate_replicas, now_s)
-        demand = self._ledger.tagged(_demanded(pending_request))
-        ranks = rank(demand, self._ledger.views(now_s), self._ledger.costs, rng=self._rng)
+        demand = self._ledger.with_short_keys(_demanded(pending_request))
+        ranks = rank(demand, self._ledger.refresh_views(now_s), self._ledger.costs, rng=self._rng)
         by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         order = [id_ for members in ranks for id_ in members]
         if pending_request is not None and order:
             # Without it Serve asks again and again without a pause while all replicas are full.
             pending_request.routing_context.should_backoff = True
             # Booked at the choice, not at the acceptance: others choose in between.
-            self._ledger.book(order[0], pending_request.metadata.internal_request_id, demand, now_s)
+            self._ledger.add_in_flight(order[0], pending_request.metadata.internal_request_id, demand, now_s)
         return [[by_id[id_]] for id_ in order]
 
     def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
@@ -92,7 +94,7 @@ class PredictedFinishRouter(FIFOMixin, RequestRouter):
         id_, request_id = replica_id.unique_id, pending_request.metadata.internal_request_id
         place = self._ledger.accepted(id_, request_id, now_s)
         if place is None:
-            self._ledger.book(id_, request_id, self._ledger.tagged(_demanded(pending_request)), now_s)
+            self._ledger.add_in_flight(id_, request_id, self._ledger.with_short_keys(_demanded(pending_request)), now_s)
             place = self._ledger.accepted(id_, request_id, now_s)
         if place is not None:
             self._metrics.routed(place)
@@ -106,12 +108,12 @@ class PredictedFinishRouter(FIFOMixin, RequestRouter):
         """Take in which replicas there are, and what those have told that have told anything new."""
         ledger = self._ledger
         for replica in replicas:
-            id_, told = replica.replica_id.unique_id, replica.routing_stats
-            if not ledger.has_seen(id_, told):
+            id_, stats = replica.replica_id.unique_id, replica.routing_stats
+            if not ledger.has_seen(id_, stats):
                 held = frozenset(replica.multiplexed_model_ids)
-                ledger.sight(Sighting(id_, replica.node_id, told, held), now_s)
+                ledger.update_snapshot(ReplicaSnapshot(id_, replica.node_id, stats, held), now_s)
         if ledger.count() != len(replicas):
-            ledger.keep({replica.replica_id.unique_id for replica in replicas})
+            ledger.retain({replica.replica_id.unique_id for replica in replicas})
 
 
 def _tell(pending: PendingRequest, replica_id: str, place: str, now_s: float) -> None:
@@ -133,12 +135,12 @@ def _generation(pending: PendingRequest) -> GenerationRequest | None:
     return next((argument for argument in arguments if isinstance(argument, GenerationRequest)), None)
 
 
-def _demanded(pending: PendingRequest | None) -> Demand:
+def _demanded(pending: PendingRequest | None) -> RequestLoad:
     """Return what a call asks for; a call that is no generation asks for nothing but an answer."""
     if pending is None:
-        return Demand((), 0.0)
+        return RequestLoad((), 0.0)
     request = _generation(pending)
     if request is not None:
         return demand_of(request)
     model_id = pending.metadata.multiplexed_model_id
-    return Demand((AdapterNeed(model_id, TYPICAL_BYTES),) if model_id else (), 0.0)
+    return RequestLoad((RequiredAdapter(model_id, TYPICAL_BYTES),) if model_id else (), 0.0)

@@ -14,16 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 
 # Eight characters for a key: among a million adapters two have the same with a chance of one in five hundred.
 _DIGEST_BYTES = 6
 _TAG_LENGTH = 8
 # The most adapters of one tier that are told, the last used ones; the others count as fetched anew.
-MAX_TOLD = 512
+MAX_REPORTED = 512
 # A replica tells that it lives at least this often, all of them at the same moment, so that a fleet at rest is one
 # message in a while.
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 _BACKLOG_GRAIN_S = 0.1
 
 
@@ -52,7 +52,7 @@ class ReplicaStats:
 
     at_s: float
     backlog_s: float
-    pace: Pace
+    pace: LatencyModel
     applied: frozenset[str]
     device: frozenset[str]
     host: frozenset[str]
@@ -84,7 +84,7 @@ def decode(wire: Mapping[str, Any]) -> ReplicaStats | None:
         return ReplicaStats(
             at_s=float(wire["at"]),
             backlog_s=float(wire["backlog"]),
-            pace=Pace(*map(float, wire["pace"])),
+            pace=LatencyModel(*map(float, wire["pace"])),
             applied=_tags(wire["applied"]),
             device=_tags(wire["device"]),
             host=_tags(wire["host"]),

@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from serve_app.file_locks import exclusive, is_disk_full, open_shared, remove_unless_held, unlocking
+from serve_app.file_locks import exclusive, is_disk_full, open_shared, remove_if_unlocked, unlocking
 from serve_app.store.budget import Entry, plan_eviction
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class AdmittedFiles:
                 with self._exclusive():
                     self._evict()
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Evict the files read longest ago until so many bytes are free, and return how many became so."""
         with self._exclusive():
             return self._drop(needed_bytes)
@@ -148,7 +148,7 @@ class AdmittedFiles:
         for name, entry in self._entries().items():
             if freed >= needed_bytes:
                 break
-            if remove_unless_held(Path(name)):
+            if remove_if_unlocked(Path(name)):
                 log.info("evicted %s (%d bytes) from a full disk", Path(name).name, entry.size_bytes)
                 freed += entry.size_bytes
         return freed
@@ -167,7 +167,7 @@ class AdmittedFiles:
             if not plan.evict:
                 return plan.excess_bytes
             for name in plan.evict:
-                if remove_unless_held(Path(name)):
+                if remove_if_unlocked(Path(name)):
                     log.info("evicted %s (%d bytes) from disk", Path(name).name, entries[name].size_bytes)
                     del entries[name]
                 else:
@@ -186,7 +186,7 @@ class AdmittedFiles:
     def _clear_abandoned_drafts(self) -> None:
         for folder in self._folder.glob(f"{_DRAFTS}*"):
             lock = folder / ".lock"
-            if not lock.exists() or remove_unless_held(lock):
+            if not lock.exists() or remove_if_unlocked(lock):
                 log.warning("removing unfinished files of a process that died")
                 shutil.rmtree(folder, ignore_errors=True)
 

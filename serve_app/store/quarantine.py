@@ -24,11 +24,11 @@ SAME_PASS_S = 0.25
 MAX_REMEMBERED = 1024
 
 # The scales count: what overflows at eight times its strength does not at its own.
-Composition = tuple[tuple[str, Scale], ...]
+KeyedAdapterSet = tuple[tuple[str, Scale], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Hold:
+class QuarantineEntry:
     """A composition that is refused now: the keys and scales of its adapters, why, and for how long."""
 
     keys: tuple[str, ...]
@@ -56,7 +56,7 @@ class Quarantine:
         """`clock` gives seconds that only grow; `on_change` hears how many compositions are refused now."""
         self._clock = clock
         self._on_change = on_change
-        self._records: OrderedDict[Composition, _Record] = OrderedDict()
+        self._records: OrderedDict[KeyedAdapterSet, _Record] = OrderedDict()
 
     @contextmanager
     def watched(self, request: GenerationRequest) -> Generator[None]:
@@ -84,11 +84,11 @@ class Quarantine:
         now = self._clock()
         return sum(record.held_until > now for record in self._records.values())
 
-    def holds(self) -> tuple[Hold, ...]:
+    def holds(self) -> tuple[QuarantineEntry, ...]:
         """Return every composition that is refused now."""
         now = self._clock()
         return tuple(
-            Hold(
+            QuarantineEntry(
                 keys=tuple(key for key, _ in composition),
                 scales=tuple(scale for _, scale in composition),
                 reason=record.why,
@@ -121,7 +121,7 @@ class Quarantine:
         self._on_change(self.held)
 
 
-def _composition(request: GenerationRequest) -> Composition:
+def _composition(request: GenerationRequest) -> KeyedAdapterSet:
     return tuple((use.spec.key, use.scale) for use in request.adapters)
 
 

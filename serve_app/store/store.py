@@ -70,7 +70,7 @@ class StoreState:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found(Generic[T]):
+class _Loaded(Generic[T]):
     adapter: T
     tier: Tier
 
@@ -96,7 +96,7 @@ class AdapterStore(Generic[T]):
         clock: Callable[[], float],
         failure_ttl_s: float = 0.0,
         release: Callable[[AdapterSpec], None] = lambda _: None,
-        make_room: Callable[[int], int] = lambda _: 0,
+        free_space: Callable[[int], int] = lambda _: 0,
     ) -> None:
         """Start with an empty host tier over what is already on disk.
 
@@ -111,7 +111,7 @@ class AdapterStore(Generic[T]):
             clock: Monotonic seconds.
             failure_ttl_s: How long a file's refusal is repeated without another look at it.
             release: Told when nobody here reads the adapter's original any more.
-            make_room: Remove at least so many bytes of originals from a full disk, and tell how many went; runs in
+            free_space: Remove at least so many bytes of originals from a full disk, and tell how many went; runs in
                 a thread.
         """
         self._admitted = admitted
@@ -122,11 +122,11 @@ class AdapterStore(Generic[T]):
         self._clock = clock
         self._budget = ByteBudget(host_budget_bytes)
         self._adapters: dict[str, T] = {}
-        self._flights: dict[str, asyncio.Task[_Found[T]]] = {}
+        self._flights: dict[str, asyncio.Task[_Loaded[T]]] = {}
         self._evictions = 0
         self._failure_ttl_s = failure_ttl_s
         self._release = release
-        self._make_room = make_room
+        self._make_room = free_space
         self._refused: dict[str, tuple[RefusedAdapter, float]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapter-store")
 
@@ -145,7 +145,7 @@ class AdapterStore(Generic[T]):
             found = await self._find(spec)
             yield Lease(spec, found.adapter, found.tier, (self._clock() - asked_at) * 1000)
         finally:
-            self._carry_out(self._budget.unpin(spec.key))
+            self._evict(self._budget.unpin(spec.key))
 
     def resident(self) -> tuple[str, ...]:
         """The keys in host memory, least recently used first."""
@@ -157,7 +157,7 @@ class AdapterStore(Generic[T]):
 
     def forget(self, key: str) -> None:
         """Drop the adapter from host memory, if leased then once it is not; its file on disk stays."""
-        self._carry_out(self._budget.forget(key))
+        self._evict(self._budget.forget(key))
 
     def state(self) -> StoreState:
         """What the host tier holds now."""
@@ -180,9 +180,9 @@ class AdapterStore(Generic[T]):
         self._threads.shutdown(wait=False)
         self._admitted.close()
 
-    async def _find(self, spec: AdapterSpec) -> _Found[T]:
+    async def _find(self, spec: AdapterSpec) -> _Loaded[T]:
         if spec.key in self._adapters:
-            return _Found(self._adapters[spec.key], "host")
+            return _Loaded(self._adapters[spec.key], "host")
         flight = self._flights.get(spec.key)
         if flight is None:
             flight = asyncio.create_task(self._bring(spec), name=f"adapter {spec.key}")
@@ -198,28 +198,28 @@ class AdapterStore(Generic[T]):
             raise copy.copy(error) from error
         return flight.result()
 
-    async def _bring(self, spec: AdapterSpec) -> _Found[T]:
+    async def _bring(self, spec: AdapterSpec) -> _Loaded[T]:
         try:
             found = await self._in_thread(self._load_admitted, spec)
             if found is None:
-                found = await self._bring_remote(spec)
+                found = await self._load_remote(spec)
             self._adapters[spec.key] = found.adapter
-            self._carry_out(self._budget.add(spec.key, self._size_of(found.adapter)))
+            self._evict(self._budget.add(spec.key, self._size_of(found.adapter)))
             return found
         finally:
             del self._flights[spec.key]
 
-    def _load_admitted(self, spec: AdapterSpec) -> _Found[T] | None:
+    def _load_admitted(self, spec: AdapterSpec) -> _Loaded[T] | None:
         with self._admitted.reading(spec.key) as path:
             if path is None:
                 return None
             try:
-                return _Found(self._load(spec, path), "disk")
+                return _Loaded(self._load(spec, path), "disk")
             except _DAMAGED:
                 log.warning("the admitted file of %s is damaged; making it anew", spec.key, exc_info=True)
                 return None
 
-    async def _bring_remote(self, spec: AdapterSpec) -> _Found[T]:
+    async def _load_remote(self, spec: AdapterSpec) -> _Loaded[T]:
         self._check_refused(spec)
         try:
             try:
@@ -232,7 +232,7 @@ class AdapterStore(Generic[T]):
         finally:
             self._release(spec)
 
-    async def _make_ready(self, spec: AdapterSpec) -> _Found[T]:
+    async def _make_ready(self, spec: AdapterSpec) -> _Loaded[T]:
         source = await self._fetch(spec)
         with _naming_full_disk(spec):
             draft = await self._in_thread(self._admitted.new_draft)
@@ -249,7 +249,7 @@ class AdapterStore(Generic[T]):
     def _free(self, needed_bytes: int) -> int:
         """Drop what can be had again, the originals first, since what is admitted is read from disk."""
         freed = self._make_room(needed_bytes)
-        return freed + (self._admitted.make_room(needed_bytes - freed) if freed < needed_bytes else 0)
+        return freed + (self._admitted.free_space(needed_bytes - freed) if freed < needed_bytes else 0)
 
     def _check_refused(self, spec: AdapterSpec) -> None:
         error, until = self._refused.get(spec.key, (None, 0.0))
@@ -262,15 +262,15 @@ class AdapterStore(Generic[T]):
             del self._refused[next(iter(self._refused))]
         self._refused[spec.key] = (copy.copy(error), self._clock() + self._failure_ttl_s)
 
-    def _publish(self, spec: AdapterSpec, draft: Path) -> _Found[T]:
+    def _publish(self, spec: AdapterSpec, draft: Path) -> _Loaded[T]:
         with self._admitted.publish(spec.key, draft) as path:
-            return _Found(self._load(spec, path), "remote")
+            return _Loaded(self._load(spec, path), "remote")
 
     async def _in_thread(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         call = functools.partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-    def _carry_out(self, plan: EvictionPlan) -> None:
+    def _evict(self, plan: EvictionPlan) -> None:
         for key in plan.evict:
             del self._adapters[key]
             log.info("evicted %s from host memory", key)
@@ -287,7 +287,7 @@ def _naming_full_disk(spec: AdapterSpec) -> Generator[None]:
         raise
 
 
-def _note_failure(flight: asyncio.Task[_Found[T]]) -> None:
+def _note_failure(flight: asyncio.Task[_Loaded[T]]) -> None:
     # Asking for the error also keeps asyncio quiet where no asker is left to hear of it.
     if not flight.cancelled() and (error := flight.exception()) is not None:
         log.info("%s could not be made ready: %s", flight.get_name(), error)

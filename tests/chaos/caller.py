@@ -36,7 +36,7 @@ Pixels = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class BatchOutput:
     """Images as they came; `batch_size` None where the reply does not say with how many others they were drawn."""
 
     images: tuple[Pixels, ...]
@@ -63,7 +63,7 @@ class Caller:
         self.turned_away = 0
         self.sent_again = 0
 
-    async def draw(self, picture: Picture, shape: str, adapter: str | None) -> Drawn:
+    async def draw(self, picture: Picture, shape: str, adapter: str | None) -> BatchOutput:
         """Return the images of one picture.
 
         Raises:
@@ -100,21 +100,21 @@ class Caller:
         finally:
             await reply.aclose()
 
-    async def _raw(self, picture: Picture, adapter: str | None) -> Drawn:
+    async def _raw(self, picture: Picture, adapter: str | None) -> BatchOutput:
         asked = inference_body(picture, adapter)
         async with self._answer(url=f"/models/{picture.base}", json=asked, headers={"accept": "image/png"}) as reply:
             content = await reply.aread()
         _check(reply.status_code, content)
-        return Drawn((_pixels(content),), int(reply.headers["x-batch-size"]))
+        return BatchOutput((_pixels(content),), int(reply.headers["x-batch-size"]))
 
-    async def _openai(self, picture: Picture, adapter: str | None) -> Drawn:
+    async def _openai(self, picture: Picture, adapter: str | None) -> BatchOutput:
         async with self._answer(**self._generation(picture, adapter, is_stream=False)) as reply:
             content = await reply.aread()
         _check(reply.status_code, content)
         images = tuple(_decoded(image["b64_json"]) for image in json.loads(content)["data"])
-        return Drawn(images, int(reply.headers["x-batch-size"]))
+        return BatchOutput(images, int(reply.headers["x-batch-size"]))
 
-    async def _stream(self, picture: Picture, adapter: str | None) -> Drawn:
+    async def _stream(self, picture: Picture, adapter: str | None) -> BatchOutput:
         images: list[Pixels] = []
         async with self._answer(**self._generation(picture, adapter, is_stream=True)) as reply:
             if reply.status_code != 200:
@@ -130,7 +130,7 @@ class Caller:
                     images.append(_decoded(event["b64_json"]))
         if len(images) < picture.count:
             raise Refused("stream ended early", is_retryable=True)
-        return Drawn(tuple(images), None)
+        return BatchOutput(tuple(images), None)
 
     def _generation(self, picture: Picture, adapter: str | None, *, is_stream: bool) -> dict[str, Any]:
         body = generation_body(picture, adapter, is_stream=is_stream)

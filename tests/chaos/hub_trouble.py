@@ -11,19 +11,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tests.hub_server import CDN, Fault, HubServer
+from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.service import BASES, EMBEDDED, STYLES
 
 HANG = "hangs"
 # Name, what happens, and for how long at most.
-TROUBLES: tuple[tuple[str, Fault | None, float], ...] = (
-    ("503", Fault(status=503), 0.5),
-    ("500", Fault(status=500), 0.5),
-    ("429", Fault(status=429, headers={"retry-after": "1"}), 0.5),
-    ("slow answers", Fault(delay_s=0.5), 3.0),
-    ("slow bodies", Fault(bytes_per_s=200_000), 3.0),
-    ("breaks off", Fault(cut_after_bytes=100_000, kinds=(CDN,)), 1.0),
-    ("other bytes", Fault(alters_bytes=True, kinds=(CDN,)), 0.5),
+TROUBLES: tuple[tuple[str, ErrorDetail | None, float], ...] = (
+    ("503", ErrorDetail(status=503), 0.5),
+    ("500", ErrorDetail(status=500), 0.5),
+    ("429", ErrorDetail(status=429, headers={"retry-after": "1"}), 0.5),
+    ("slow answers", ErrorDetail(delay_s=0.5), 3.0),
+    ("slow bodies", ErrorDetail(bytes_per_s=200_000), 3.0),
+    ("breaks off", ErrorDetail(cut_after_bytes=100_000, kinds=(CDN,)), 1.0),
+    ("other bytes", ErrorDetail(alters_bytes=True, kinds=(CDN,)), 0.5),
     (HANG, None, 1.5),
 )
 # Seconds between one trouble and the next.
@@ -70,7 +70,7 @@ class HubTrouble:
             self.is_over.wait(self.rng.uniform(0.1, longest_s))
             end()
 
-    def _ways(self, repo_id: str, fault: Fault | None) -> tuple[Callable[[], None], Callable[[], None]]:
+    def _ways(self, repo_id: str, fault: ErrorDetail | None) -> tuple[Callable[[], None], Callable[[], None]]:
         if fault is None:
             return lambda: self.hub.hold(repo_id), lambda: self.hub.release(repo_id)
         return lambda: self.hub.fail(repo_id, fault), lambda: self.hub.fail(repo_id, None)

@@ -24,7 +24,7 @@ from ray import serve
 from cluster.local_cluster import LocalCluster, NodeShape, local_cluster
 from serve_app.environment import launch_environment
 from tests.chaos.blows import APP, INGRESS_DEPLOYMENT, Blow, Breaker
-from tests.chaos.caller import OPENAI, RAW, STREAM, Caller, Drawn, Pixels, Refused, new_caller
+from tests.chaos.caller import OPENAI, RAW, STREAM, BatchOutput, Caller, Pixels, Refused, new_caller
 from tests.chaos.hub_trouble import HubTrouble, known_id
 from tests.chaos.pictures import Picture, all_pictures
 from tests.chaos.report import ANSWERED, FAILED, HUNG, RETRYABLE, WRONG, Report, Told
@@ -40,7 +40,7 @@ SHAPE_WEIGHTS = {RAW: 45, OPENAI: 35, STREAM: 20}
 # Where an adapter comes from.
 EMBEDDED_SHARE, NEW_SHARE = 0.4, 0.03
 ASK_AGAIN_TIMES, ASK_AGAIN_PAUSE_S = 10, 1.0
-SETTLE_S = 300.0
+REPORT_LAG_S = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +130,7 @@ class Callers:
 
     async def _once(
         self, caller: Caller, picture: Picture, shape: str, adapter: str | None
-    ) -> tuple[str, str, Drawn | None]:
+    ) -> tuple[str, str, BatchOutput | None]:
         try:
             drawn = await caller.draw(picture, shape, adapter)
         except Refused as refused:
@@ -153,7 +153,7 @@ class Callers:
                 break
         return -1
 
-    def _difference(self, picture: Picture, drawn: Drawn) -> int:
+    def _difference(self, picture: Picture, drawn: BatchOutput) -> int:
         pairs = zip(drawn.images, self.references[picture], strict=False)
         return max(int(np.abs(image.astype(int) - reference).max()) for image, reference in pairs)
 
@@ -188,7 +188,7 @@ def chaos(minutes: float, seed: int, *, say: Callable[[str], None], cache: Path,
         _deploy(config(hub.endpoint, cache))
         wanted = {f"base-{base.replace('/', '--')}": REPLICAS for base in BASES} | {INGRESS_DEPLOYMENT: INGRESSES}
         breaker = Breaker(cluster, SHAPE, NODES, wanted, random.Random(seed + 1))
-        assert breaker.settle(SETTLE_S), "the service did not start whole"
+        assert breaker.settle(REPORT_LAG_S), "the service did not start whole"
         began = time.monotonic()
         references = asyncio.run(draw_references(cluster.url, all_pictures(seed)))
         say(f"{len(references)} references drawn in {time.monotonic() - began:.0f} s; it begins")
@@ -220,7 +220,7 @@ def _run(seed: int, callers: Callers, breaker: Breaker, trouble: HubTrouble) -> 
         seed=seed,
         told=tuple(told),
         blows=tuple(breaker.blows),
-        is_whole=breaker.settle(SETTLE_S),
+        is_whole=breaker.settle(REPORT_LAG_S),
         turned_away=turned_away,
         sent_again=sent_again,
         hub=dict(trouble.troubles),

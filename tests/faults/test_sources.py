@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from serve_app.catalog.catalog import Catalog, build_repositories
+from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.config import AdapterSources, AppConfig, Environment, HubSettings
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.deployments.replica.parts import make_store
@@ -29,7 +29,7 @@ from serve_app.refusals import RefusedAdapter
 from serve_app.settings import AdapterLimits
 from serve_app.store.store import AdapterStore, Tier
 from tests.engine_cases import BASE, base_config, wrap
-from tests.hub_server import CDN, FILE, Fault, HubServer
+from tests.hub_server import CDN, FILE, ErrorDetail, HubServer
 from tests.small_disk import leave_room
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import lora
@@ -77,7 +77,7 @@ class Node:
     def __post_init__(self) -> None:
         hub = HubSettings.model_validate({"endpoint": self.hub.endpoint, "timeout_s": 20, **self.settings})
         self.config = AppConfig(bases=(base_config("sd15"),), adapters=AdapterSources(hub=hub, failure_ttl_s=600))
-        places = build_repositories(self.config, Environment(cache_dir=self.elsewhere), embedded_root=None)
+        places = build_sources(self.config, Environment(cache_dir=self.elsewhere), embedded_root=None)
         self.catalog = Catalog(self.config, places, clock=time.monotonic)
         self.store = self._store()
 
@@ -133,7 +133,7 @@ def says_nothing_of(error: LoraplexError, node: Node) -> bool:
 
 async def test_a_hub_that_breaks_off_mid_file_is_asked_for_the_rest_alone(node: Node, weights: bytes) -> None:
     third = len(weights) // 3
-    node.hub.fail("me/sketch", Fault(cut_after_bytes=third, times=2, kinds=(CDN,)))
+    node.hub.fail("me/sketch", ErrorDetail(cut_after_bytes=third, times=2, kinds=(CDN,)))
     assert await node.bring("me/sketch") == (sha256(weights), "remote")
     ranges = [request.range for request in node.hub.requests if request.kind == CDN][-3:]
     assert ranges == [None, f"bytes={third}-", f"bytes={2 * third}-"]
@@ -142,16 +142,16 @@ async def test_a_hub_that_breaks_off_mid_file_is_asked_for_the_rest_alone(node: 
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
-        (Fault(cut_after_bytes=0, kinds=(CDN,)), "broke off"),
-        (Fault(alters_bytes=True, kinds=(CDN,)), "not the file that the Hub names"),
-        (Fault(claimed_bytes=10, kinds=(FILE,)), "10 bytes"),
-        (Fault(claimed_bytes=10**9, kinds=(FILE,)), "1000000000"),
-        (Fault(status=503), "status 503"),
+        (ErrorDetail(cut_after_bytes=0, kinds=(CDN,)), "broke off"),
+        (ErrorDetail(alters_bytes=True, kinds=(CDN,)), "not the file that the Hub names"),
+        (ErrorDetail(claimed_bytes=10, kinds=(FILE,)), "10 bytes"),
+        (ErrorDetail(claimed_bytes=10**9, kinds=(FILE,)), "1000000000"),
+        (ErrorDetail(status=503), "status 503"),
     ],
     ids=["breaks off", "other bytes", "claims less", "claims more", "fails"],
 )
 async def test_nothing_that_came_in_part_or_altered_is_kept_and_a_hub_that_recovers_is_used_at_once(
-    node: Node, weights: bytes, fault: Fault, reason: str
+    node: Node, weights: bytes, fault: ErrorDetail, reason: str
 ) -> None:
     node.hub.fail("me/sketch", fault)
     with pytest.raises(HubUnavailable, match=reason) as failure:
@@ -163,12 +163,12 @@ async def test_nothing_that_came_in_part_or_altered_is_kept_and_a_hub_that_recov
 
 
 async def test_a_hub_that_fails_for_a_moment_costs_a_pause_and_no_request(node: Node, weights: bytes) -> None:
-    node.hub.fail("me/sketch", Fault(status=500, times=2, kinds=(FILE,)))
+    node.hub.fail("me/sketch", ErrorDetail(status=500, times=2, kinds=(FILE,)))
     assert await node.bring("me/sketch") == (sha256(weights), "remote")
 
 
 async def test_a_hub_that_says_when_to_come_back_is_not_asked_sooner(node: Node, weights: bytes) -> None:
-    node.hub.fail("me/sketch", Fault(status=429, headers={"retry-after": "1"}, times=1, kinds=(FILE,)))
+    node.hub.fail("me/sketch", ErrorDetail(status=429, headers={"retry-after": "1"}, times=1, kinds=(FILE,)))
     began = time.monotonic()
     assert (await node.bring("me/sketch"))[0] == sha256(weights)
     assert time.monotonic() - began >= 1.0
@@ -177,7 +177,7 @@ async def test_a_hub_that_says_when_to_come_back_is_not_asked_sooner(node: Node,
 async def test_a_hub_that_limits_requests_for_long_is_asked_nothing_more_whatever_is_wanted(node: Node) -> None:
     node.hub.push("me/other", {"README.md": CARD, WEIGHTS: save(lora(tiny_pipeline("sd15"), seed=2))})
     await node.spec("me/other")
-    node.hub.fail("me/sketch", Fault(status=429, headers={"retry-after": "60"}, kinds=(FILE,)))
+    node.hub.fail("me/sketch", ErrorDetail(status=429, headers={"retry-after": "60"}, kinds=(FILE,)))
     with pytest.raises(HubUnavailable, match="limiting requests; try again in 60 s"):
         await node.bring("me/sketch")
     before = node.hub.count()

@@ -24,7 +24,7 @@ from serve_app.config import AppConfig, digest_of
 from tests.access_matrix import KEYED, LISTED, MATRIX, NAMED, NOTHING, OPEN, request_of
 from tests.faults.breaking import until
 from tests.held_streams import LET_IN, HeldStreams
-from tests.hub_server import Fault, HubServer
+from tests.hub_server import ErrorDetail, HubServer
 from tests.service import base_settings, process_of
 from tests.written_files import contents, logs
 
@@ -255,7 +255,7 @@ def failures(guarded: Guarded, hub: HubServer) -> Iterator[tuple[str, Any]]:
     yield "a file that is refused", guarded.draw("acme/planted-pickle", PLANTED_TOKEN)
     hub.push_folder("acme/planted-broken", EMBEDDED / "sd15-night")
     hub.hide("acme/planted-broken", tokens=frozenset({PLANTED_TOKEN}))
-    hub.fail("acme/planted-broken", Fault(status=500))
+    hub.fail("acme/planted-broken", ErrorDetail(status=500))
     yield "a Hub that fails", guarded.draw("acme/planted-broken", PLANTED_TOKEN)
 
 

@@ -21,7 +21,7 @@ from serve_app.deployments.ingress.ingress import Dispatcher
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.errors import QueueFull
 from serve_app.routing.router import router_config
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 from tests.engine_cases import use_of
 from tests.service import Service
 from tests.sleeper import BASE, Sleeper, sleeping_request
@@ -115,7 +115,7 @@ def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("adapters")
     (folder / use_of("me/hot").spec.filename).write_bytes(b"0" * 100)
     sleeps = Sleeps(
-        Pace(PASS_S, 0.0), swap_s=0.005, fetch_s=0.0, host_adapters=16, file_bytes=100, max_batch_images=1,
+        LatencyModel(PASS_S, 0.0), swap_s=0.005, fetch_s=0.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
     )  # fmt: skip
     config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": BASE}}], "cache_size": 0})

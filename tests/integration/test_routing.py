@@ -15,7 +15,7 @@ from serve_app.config import AppConfig
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.routing.router import router_config
 from serve_app.routing.stats import decode, tag_of
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 from tests.engine_cases import use_of
 from tests.faults.breaking import until
 from tests.service import Service, base_settings
@@ -82,7 +82,7 @@ def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
     """
     (tmp_path / use_of("me/any").spec.filename).write_bytes(b"0" * 100)
     sleeps = Sleeps(
-        Pace(0.05, 0.0), swap_s=0.0, fetch_s=8.0, host_adapters=16, file_bytes=100, max_batch_images=1,
+        LatencyModel(0.05, 0.0), swap_s=0.0, fetch_s=8.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
     )  # fmt: skip
     config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "cache_size": 0})

@@ -5,7 +5,7 @@ import pytest
 
 from serve_app import errors, refusals
 from serve_app.errors import LoraplexError, OutOfBounds, QueueFull
-from serve_app.redaction import without_credentials
+from serve_app.redaction import redact_secrets
 from serve_app.refusals import RefusedAdapter
 
 MEMBERS = [*inspect.getmembers(errors, inspect.isclass), *inspect.getmembers(refusals, inspect.isclass)]
@@ -60,6 +60,6 @@ def test_codes_are_distinct() -> None:
 
 @pytest.mark.parametrize("secret", ["hf_abcdefghijklmnopqrst", "lpx_-cdefgh_jklmnopqrstuv", "sk-proj-abcdefghijklmnop"])
 def test_what_looks_like_a_credential_is_cut_down(secret: str) -> None:
-    text = without_credentials(f"model 'acme/{secret}' is not known")
+    text = redact_secrets(f"model 'acme/{secret}' is not known")
     assert secret not in text
     assert "acme/" in text

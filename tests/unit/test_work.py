@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.work import NEWEST_WEIGHT, Pace, PaceMeter, work_units
+from serve_app.work import NEWEST_WEIGHT, LatencyEstimator, LatencyModel, work_units
 
 REQUEST = GenerationRequest(
     request_id="r", base_id="b", prompt="p", negative_prompt=None, adapters=(), width=1000, height=500, steps=20,
@@ -27,9 +27,9 @@ def test_work_of_image_to_image_counts_only_the_steps_that_run() -> None:
 
 
 def test_the_first_passes_replace_the_guess_by_their_mean_and_later_ones_move_it() -> None:
-    meter = PaceMeter(Pace(fixed_s=9.0, unit_s=9.0))
+    meter = LatencyEstimator(LatencyModel(fixed_s=9.0, unit_s=9.0))
     meter.observe(units=10, denoise_s=5.0, other_s=0.1)
-    assert meter.pace == Pace(fixed_s=0.1, unit_s=0.5)
+    assert meter.pace == LatencyModel(fixed_s=0.1, unit_s=0.5)
     for _ in range(4):
         meter.observe(units=10, denoise_s=15.0, other_s=0.1)
     assert meter.pace.unit_s == pytest.approx((0.5 + 4 * 1.5) / 5)
@@ -41,6 +41,6 @@ def test_the_first_passes_replace_the_guess_by_their_mean_and_later_ones_move_it
 
 @pytest.mark.parametrize(("units", "denoise_s", "other_s"), [(0, 1, 1), (1, float("nan"), 1), (1, 1, float("inf"))])
 def test_a_pass_that_says_nothing_changes_nothing(units: float, denoise_s: float, other_s: float) -> None:
-    meter = PaceMeter(Pace(1.0, 2.0))
+    meter = LatencyEstimator(LatencyModel(1.0, 2.0))
     meter.observe(units=units, denoise_s=denoise_s, other_s=other_s)
-    assert meter.pace == Pace(1.0, 2.0)
+    assert meter.pace == LatencyModel(1.0, 2.0)

@@ -15,10 +15,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.http.caller import Caller, read_hub_token
-from serve_app.api.http.error_responses import fault_response
-from serve_app.api.http.limits import UNLIMITED, LocalMeter, Meter
+from serve_app.api.http.error_responses import error_response
+from serve_app.api.http.limits import UNLIMITED, LocalRateLimiter, RateLimiter
 from serve_app.config import ApiKey, digest_of
-from serve_app.errors import AdminRequired, LoraplexError, Unauthorised
+from serve_app.errors import AdminRequired, LoraplexError, Unauthorized
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Access:
 
     keys: Callable[[], tuple[ApiKey, ...]] = tuple
     takes_hub_tokens: bool = False
-    meter: Meter | None = None
+    meter: RateLimiter | None = None
     on_refusal: Callable[[str], None] = field(default=lambda _: None)
 
 
@@ -61,7 +61,7 @@ class Authentication:
         """Guard an application; `clock` is in monotonic seconds."""
         self._app = app
         self._access = access
-        self._meter = access.meter or LocalMeter(clock=clock)
+        self._meter = access.meter or LocalRateLimiter(clock=clock)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -123,8 +123,8 @@ class Authentication:
     async def _refuse(self, error: LoraplexError, scope: Scope, receive: Receive, send: Send) -> None:
         log.info("request %s: %s: %s", scope["state"]["request_id"], error.code, error)
         self._access.on_refusal(error.code)
-        response = fault_response(scope, error)
-        if isinstance(error, Unauthorised):
+        response = error_response(scope, error)
+        if isinstance(error, Unauthorized):
             response.headers["www-authenticate"] = "Bearer"
         await response(scope, receive, send)
 
@@ -132,7 +132,7 @@ class Authentication:
 def _presented(headers: Headers, keys: tuple[ApiKey, ...]) -> ApiKey:
     scheme, _, value = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not value.strip():
-        raise Unauthorised("a key is needed; send it as 'Authorization: Bearer <key>'")
+        raise Unauthorized("a key is needed; send it as 'Authorization: Bearer <key>'")
     digest = digest_of(value.strip()).encode()
     found: ApiKey | None = None
     for key in keys:
@@ -140,7 +140,7 @@ def _presented(headers: Headers, keys: tuple[ApiKey, ...]) -> ApiKey:
         if hmac.compare_digest(key.sha256.encode(), digest):
             found = key
     if found is None:
-        raise Unauthorised("the key is not known here")
+        raise Unauthorized("the key is not known here")
     return found
 
 

@@ -18,7 +18,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
-from serve_app.api.http.waiting import CallerGone
+from serve_app.api.http.waiting import ClientDisconnected
 from serve_app.errors import BodyTimeout, MalformedRequest, TooLarge
 
 MAX_DEPTH = 16
@@ -31,7 +31,7 @@ async def read_body(request: Request, max_bytes: int, *, timeout_s: float = BODY
     Raises:
         TooLarge: the body is over `max_bytes`.
         BodyTimeout: it was not there after `timeout_s`.
-        CallerGone: the caller hung up.
+        ClientDisconnected: the caller hung up.
     """
     too_large = TooLarge("the body", ByteSize(max_bytes).human_readable())
     declared = request.headers.get("content-length", "")
@@ -49,7 +49,7 @@ async def read_body(request: Request, max_bytes: int, *, timeout_s: float = BODY
     except TimeoutError:
         raise BodyTimeout(timeout_s) from None
     except ClientDisconnect:
-        raise CallerGone from None
+        raise ClientDisconnected from None
     return b"".join(chunks)
 
 

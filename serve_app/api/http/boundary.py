@@ -14,10 +14,10 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.http.error_responses import fault_response, internal_error
+from serve_app.api.http.error_responses import error_response, internal_error
 from serve_app.api.http.replies import EXPOSED_HEADERS, Stages
 from serve_app.errors import HeadersTooLarge
-from serve_app.redaction import holds_credentials
+from serve_app.redaction import contains_secret
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def new_uuid() -> str:
     return str(uuid.uuid4())
 
 
-class Boundary:
+class RequestIdMiddleware:
     """Gives each request its id and turns an unexpected exception into a 500 that leaks nothing.
 
     `echo_request_id` is off where the server in front already adds the header to every reply.
@@ -48,7 +48,7 @@ class Boundary:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        is_fit = _SANE_ID.fullmatch(given) and not holds_credentials(given)
+        is_fit = _SANE_ID.fullmatch(given) and not contains_secret(given)
         request_id = given if is_fit else self._new_request_id()
         scope.setdefault("state", {}).update(request_id=request_id, stages=Stages())
         has_started = False
@@ -78,4 +78,4 @@ def _refusal(scope: Scope) -> ASGIApp | None:
     size_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
     if size_bytes <= MAX_HEAD_BYTES:
         return None
-    return fault_response(scope, HeadersTooLarge(size_bytes, MAX_HEAD_BYTES))
+    return error_response(scope, HeadersTooLarge(size_bytes, MAX_HEAD_BYTES))

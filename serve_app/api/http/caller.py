@@ -13,14 +13,14 @@ from typing import Any, Protocol
 from starlette.datastructures import Headers
 from starlette.requests import Request
 
-from serve_app.core import GenerationDraft, HubToken
+from serve_app.core import HubToken, UnresolvedRequest
 from serve_app.errors import MalformedRequest
 
 HUB_TOKEN_HEADER = "x-hf-token"
 _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{1,250}")
 
 
-class Allowance(Protocol):
+class ImageQuota(Protocol):
     """What a key may still draw."""
 
     async def spend_images(self, count: int) -> None:
@@ -38,7 +38,7 @@ class Caller:
     """Whoever sent a request; `key` is the name of its key, None where none are configured."""
 
     key: str | None = None
-    allowance: Allowance | None = None
+    allowance: ImageQuota | None = None
     hub_token: HubToken | None = None
 
 
@@ -57,7 +57,7 @@ def hub_token_of(request: Request) -> HubToken | None:
     return caller_of(request).hub_token
 
 
-async def permitted(request: Request, draft: GenerationDraft) -> GenerationDraft:
+async def charge_quota(request: Request, draft: UnresolvedRequest) -> UnresolvedRequest:
     """Take a draft off what its caller may draw, and return it with what the caller may see.
 
     Raises:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from serve_app.api.http.waiting import CallerGone
+from serve_app.api.http.waiting import ClientDisconnected
 from serve_app.errors import InternalError, LoraplexError, OutOfBounds, QueueFull, UnknownParameter
 
 log = logging.getLogger(__name__)
@@ -29,10 +29,10 @@ def install(app: FastAPI) -> None:
     """Answer every error of the product, of routing and of a vanished caller in JSON."""
     app.add_exception_handler(LoraplexError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
-    app.add_exception_handler(CallerGone, _gone)
+    app.add_exception_handler(ClientDisconnected, _gone)
 
 
-def fault_response(scope: Scope, error: LoraplexError) -> Response:
+def error_response(scope: Scope, error: LoraplexError) -> Response:
     """Return the reply that tells a caller about an error."""
     headers: dict[str, str] = {}
     if error.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
@@ -44,7 +44,7 @@ def fault_response(scope: Scope, error: LoraplexError) -> Response:
     return _reply(scope, error.status, error.code, str(error), headers, parameter=_parameter(error))
 
 
-def fault_content(error: LoraplexError) -> dict[str, object]:
+def error_content(error: LoraplexError) -> dict[str, object]:
     """Return what the OpenAI shape says about an error."""
     return _fault(error.status, error.code, str(error), _parameter(error))
 
@@ -88,7 +88,7 @@ async def _refused(request: Request, error: Exception) -> Response:
         log.warning("request %s: %s: %s", request.state.request_id, error.code, error)
     else:
         log.info("request %s: %s: %s", request.state.request_id, error.code, error)
-    return fault_response(request.scope, error)
+    return error_response(request.scope, error)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
@@ -117,4 +117,4 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 def internal_error(scope: Scope, request_id: str) -> Response:
     """Return the reply to a failure of our own, which names nothing but the request."""
-    return fault_response(scope, InternalError(request_id))
+    return error_response(scope, InternalError(request_id))

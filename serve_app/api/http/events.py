@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serve_app.api.http.error_responses import fault_content
-from serve_app.api.http.waiting import CallerGone
+from serve_app.api.http.error_responses import error_content
+from serve_app.api.http.waiting import ClientDisconnected
 from serve_app.errors import InternalError, LoraplexError
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class EventStream(Response):
             async with aclosing(_chunks(self._events, self._keep_alive_s)) as chunks:
                 async for chunk in chunks:
                     await _write(send, chunk)
-        except CallerGone:
+        except ClientDisconnected:
             log.info("request %s: the caller left its stream", self._request_id)
         except LoraplexError as error:
             log.warning("request %s: its stream ended in %s: %s", self._request_id, error.code, error)
@@ -97,7 +97,7 @@ async def _chunks(events: AsyncGenerator[ServerEvent], keep_alive_s: float) -> A
 
 def failure_event(error: LoraplexError) -> bytes:
     """Return the last event of a stream that failed, as it is written."""
-    return ServerEvent("error", json.dumps({"error": fault_content(error)})).encode()
+    return ServerEvent("error", json.dumps({"error": error_content(error)})).encode()
 
 
 def refusal_event(reply: bytes) -> bytes:

@@ -11,7 +11,7 @@ from typing import Protocol
 from serve_app.catalog.replica_report import LoraReport, Preloaded, Removal, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
-from serve_app.core import GenerationDraft, GenerationEvent, GenerationResult, HubToken, ModelInfo
+from serve_app.core import GenerationEvent, GenerationResult, HubToken, ModelInfo, UnresolvedRequest
 
 
 class Registry(Protocol):
@@ -75,7 +75,7 @@ class Registry(Protocol):
 class Gateway(Protocol):
     """The service behind the HTTP layer; a call that is cancelled, or closed early, must free whatever it held."""
 
-    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+    async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         """Return the images of a draft.
 
         Raises:
@@ -83,7 +83,7 @@ class Gateway(Protocol):
         """
         ...
 
-    def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+    def stream(self, draft: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
         """Yield what becomes of a draft: first `Accepted`, soon after all that can be checked early has been, last
         the result.
 

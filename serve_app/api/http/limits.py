@@ -33,7 +33,7 @@ class Grant(Protocol):
         ...
 
 
-class Meter(Protocol):
+class RateLimiter(Protocol):
     """Whoever counts what keys ask for."""
 
     async def begin(self, key: str, limits: KeyLimits) -> Grant:
@@ -83,7 +83,7 @@ class TokenBucket:
         self._filled_at = now
 
 
-class KeyAllowance:
+class KeyQuota:
     """What one key may still do. Times are promises: whoever waits as long as `retry_after_s` says and is alone with
     its key is let in, but for a limit of concurrency, where nobody knows.
 
@@ -160,29 +160,29 @@ class KeyAllowance:
             self._images.take(-count)
 
 
-class Allowances:
+class KeyQuotas:
     """The allowances of all keys that asked of late."""
 
     def __init__(self, *, clock: Callable[[], float], share: float = 1.0) -> None:
         self._clock = clock
         self._share = share
-        self._known: dict[tuple[str, KeyLimits], KeyAllowance] = {}
+        self._known: dict[tuple[str, KeyLimits], KeyQuota] = {}
 
-    def of(self, key: str, limits: KeyLimits) -> KeyAllowance:
+    def of(self, key: str, limits: KeyLimits) -> KeyQuota:
         """Return what a key may still do; limits that have changed begin anew."""
         if (key, limits) not in self._known:
             # Keys come and go; whatever has nothing to remember can be forgotten.
             self._known = {one: known for one, known in self._known.items() if not known.is_untouched}
-            self._known[key, limits] = KeyAllowance(key, limits, clock=self._clock, share=self._share)
+            self._known[key, limits] = KeyQuota(key, limits, clock=self._clock, share=self._share)
         return self._known[key, limits]
 
 
-class LocalMeter:
+class LocalRateLimiter:
     """Counts within this process."""
 
     def __init__(self, *, clock: Callable[[], float]) -> None:
         """Know no key yet; `clock` is in monotonic seconds."""
-        self._allowances = Allowances(clock=clock)
+        self._allowances = KeyQuotas(clock=clock)
 
     async def begin(self, key: str, limits: KeyLimits) -> Grant:
         """Let a request in.
@@ -198,7 +198,7 @@ class LocalMeter:
 class _LocalGrant:
     """One request, and the images that it took off its key's allowance."""
 
-    def __init__(self, allowance: KeyAllowance) -> None:
+    def __init__(self, allowance: KeyQuota) -> None:
         self._allowance = allowance
         self._spent = 0
 

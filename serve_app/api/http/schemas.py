@@ -31,13 +31,13 @@ MAX_SCALE_READ = 1e6
 M = TypeVar("M", bound=BaseModel)
 
 
-class Wire(BaseModel):
+class RequestModel(BaseModel):
     """A strict model: unknown fields are refused, nothing is converted, numbers are finite."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def checked(model: type[M], data: JsonValue | dict[str, Any]) -> M:
+def validate_model(model: type[M], data: JsonValue | dict[str, Any]) -> M:
     """Return JSON data as a model.
 
     Raises:
@@ -80,7 +80,7 @@ Seed = Annotated[
 ]
 
 
-class ScalesEntry(Wire):
+class ScalesEntry(RequestModel):
     """Scales of their own for denoiser and text encoders; `unet` and `transformer` are other names for the denoiser.
 
     Whichever is absent is 1.
@@ -110,7 +110,7 @@ ScaleEntry = Annotated[
 ]
 
 
-class LoraEntry(Wire):
+class LoraEntry(RequestModel):
     """One adapter: exactly one of `id`, `name` and `path` (an id, never a file), and at most one scale."""
 
     id: Name | None = None
@@ -151,7 +151,7 @@ class ErrorBody(BaseModel):
     code: str = Field(description="the stable name of the error")
 
 
-class Fault(BaseModel):
+class ErrorDetail(BaseModel):
     """What went wrong."""
 
     message: str
@@ -160,11 +160,11 @@ class Fault(BaseModel):
     code: str
 
 
-class FaultBody(BaseModel):
+class ErrorEnvelope(BaseModel):
     """What every error of this family says."""
 
-    error: Fault
+    error: ErrorDetail
 
 
-FAULTS = refusals(FaultBody, 400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503, 504)
+ERROR_REPLIES = refusals(ErrorEnvelope, 400, 401, 403, 404, 408, 413, 422, 429, 431, 500, 503, 504)
 """The replies to refused requests in the OpenAI shape and the registry's, for the OpenAPI document."""

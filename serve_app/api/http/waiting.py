@@ -17,7 +17,7 @@ from starlette.requests import Request
 
 from serve_app.api.http.openapi_responses import header_parameter
 from serve_app.api.http.validation import clip
-from serve_app.core import Due, GenerationDraft, Priority
+from serve_app.core import Priority, UnresolvedRequest, WallClockDeadline
 from serve_app.errors import DeadlineExceeded, MalformedRequest, OutOfBounds
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ TIMEOUT_PARAMETER = header_parameter(
 )
 
 
-class CallerGone(Exception):
+class ClientDisconnected(Exception):
     """The caller hung up: nobody will read a reply."""
 
 
@@ -64,16 +64,16 @@ def deadline_of(request: Request, max_s: float) -> Deadline:
     if not 0 < limit_s <= max_s:
         shown = limit_s if math.isfinite(limit_s) else asked[:20]
         raise OutOfBounds(TIMEOUT_HEADER, shown, f"over 0 and at most {max_s:g}")
-    return Deadline(limit_s, time.monotonic() + limit_s - age_of(request))
+    return Deadline(limit_s, time.monotonic() + limit_s - request_age_s(request))
 
 
-async def while_connected(request: Request, call: Coroutine[Any, Any, T], *, deadline: Deadline) -> T:
+async def run_until_disconnect(request: Request, call: Coroutine[Any, Any, T], *, deadline: Deadline) -> T:
     """Return what a call returns; cancel it, and wait until it lets go, if the caller leaves or time is out.
 
     The request's body must have been read.
 
     Raises:
-        CallerGone: the caller hung up.
+        ClientDisconnected: the caller hung up.
         DeadlineExceeded: the deadline passed.
     """
     gone = asyncio.ensure_future(_hung_up(request))
@@ -89,7 +89,7 @@ async def each_while_connected(request: Request, events: AsyncGenerator[T], *, d
     The request's body must have been read.
 
     Raises:
-        CallerGone: the caller hung up.
+        ClientDisconnected: the caller hung up.
         DeadlineExceeded: the deadline passed.
     """
     gone = asyncio.ensure_future(_hung_up(request))
@@ -114,7 +114,7 @@ async def _unless(gone: asyncio.Future[None], work: asyncio.Future[T], deadline:
         if work.done():
             return work.result()
         if gone.done():
-            raise CallerGone
+            raise ClientDisconnected
         raise DeadlineExceeded(deadline.limit_s)
     finally:
         await _let_go(work)
@@ -137,7 +137,7 @@ SEED_HEADER = "x-request-seed"
 PROXY_HEADERS = (AGE_HEADER, SEED_HEADER)
 
 
-def age_of(request: Request) -> float:
+def request_age_s(request: Request) -> float:
     """Return how many seconds ago a request came for the first time; 0 for one that is sent once."""
     try:
         age_s = float(request.headers.get(AGE_HEADER, 0))
@@ -146,7 +146,7 @@ def age_of(request: Request) -> float:
     return age_s if 0 < age_s < math.inf else 0.0
 
 
-def with_its_seed(draft: GenerationDraft, request: Request) -> GenerationDraft:
+def with_retry_seed(draft: UnresolvedRequest, request: Request) -> UnresolvedRequest:
     """Return the draft with the seed that it had when it was sent before, if it was and had one."""
     seed = request.headers.get(SEED_HEADER, "")
     return replace(draft, seed=int(seed)) if seed.isdecimal() else draft
@@ -175,6 +175,8 @@ def priority_of(request: Request) -> Priority:
     raise OutOfBounds(PRIORITY_HEADER, clip(asked), " or ".join(_PRIORITIES))
 
 
-def for_queue(draft: GenerationDraft, *, priority: Priority, deadline: Deadline) -> GenerationDraft:
+def with_scheduling(draft: UnresolvedRequest, *, priority: Priority, deadline: Deadline) -> UnresolvedRequest:
     """Return the draft with its place in the queue; its deadline is put in the time that all nodes share."""
-    return replace(draft, priority=priority, due=Due(at=time.time() + deadline.left_s, limit_s=deadline.limit_s))
+    return replace(
+        draft, priority=priority, due=WallClockDeadline(at=time.time() + deadline.left_s, limit_s=deadline.limit_s)
+    )

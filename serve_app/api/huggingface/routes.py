@@ -1,6 +1,6 @@
 """The Hugging Face inference shape: `POST /` and `POST /models/{id}`.
 
-Owns the turn from that wire shape to a `GenerationDraft`, and from a result to one raw image. Must not know
+Owns the turn from that wire shape to a `UnresolvedRequest`, and from a result to one raw image. Must not know
 the limits of any base.
 """
 
@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.body import parse_json, read_body
-from serve_app.api.http.caller import permitted
+from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.gateway import Gateway
 from serve_app.api.http.images import (
     decode_base64,
@@ -35,19 +35,19 @@ from serve_app.api.http.openapi_responses import (
     refusals,
 )
 from serve_app.api.http.replies import Stages, describe
-from serve_app.api.http.schemas import MAX_NAME_LENGTH, ErrorBody, checked
+from serve_app.api.http.schemas import MAX_NAME_LENGTH, ErrorBody, validate_model
 from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
     PRIORITY_PARAMETER,
     TIMEOUT_PARAMETER,
     deadline_of,
-    for_queue,
     priority_of,
-    while_connected,
+    run_until_disconnect,
+    with_scheduling,
 )
 from serve_app.api.huggingface.schemas import InferenceBody, Parameters
 from serve_app.config import IngressSettings
-from serve_app.core import AdapterRef, GenerationDraft, PixelImage
+from serve_app.core import AdapterRef, PixelImage, UnresolvedRequest
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 
 _REPLIES: Replies = {
@@ -89,9 +89,9 @@ def add_inference_routes(app: FastAPI, gateway: Gateway, settings: IngressSettin
         priority = priority_of(request)
         form = choose_format(",".join(request.headers.getlist("accept")))
         read = await _read_draft(request, model, settings)
-        draft = await permitted(request, for_queue(read, priority=priority, deadline=deadline))
+        draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
         stages.end("parse")
-        result = await while_connected(
+        result = await run_until_disconnect(
             request,
             gateway.generate(draft, request_id=request.state.request_id),
             deadline=deadline,
@@ -128,13 +128,13 @@ def _model_id(path: str) -> str:
     return model
 
 
-async def _read_draft(request: Request, model: str | None, settings: IngressSettings) -> GenerationDraft:
+async def _read_draft(request: Request, model: str | None, settings: IngressSettings) -> UnresolvedRequest:
     body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     lora = _lora_header(request.headers)
     if is_image(body) or (_says_image(request.headers) and not body.lstrip().startswith(b"{")):
         image = await asyncio.to_thread(decode_image, body, "body", max_pixels=settings.max_image_pixels)
-        return GenerationDraft(prompt="", model=model, adapters=_adapters(lora, Parameters()), image=image)
-    asked = checked(InferenceBody, parse_json(body))
+        return UnresolvedRequest(prompt="", model=model, adapters=_adapters(lora, Parameters()), image=image)
+    asked = validate_model(InferenceBody, parse_json(body))
     parameters = asked.parameters or Parameters()
     adapters = _adapters(lora, parameters)
     prompt, encoded = _prompt_and_image(asked, parameters)
@@ -200,9 +200,9 @@ def _draft(
     model: str | None,
     adapters: tuple[AdapterRef, ...],
     image: PixelImage | None,
-) -> GenerationDraft:
+) -> UnresolvedRequest:
     width, height = _size(parameters, image)
-    return GenerationDraft(
+    return UnresolvedRequest(
         prompt=prompt,
         model=model,
         adapters=adapters,

@@ -9,17 +9,17 @@ from typing import Any
 
 from pydantic import Field
 
-from serve_app.api.http.schemas import MAX_NAME_LENGTH, Int, LoraEntries, Name, Seed, Wire
+from serve_app.api.http.schemas import MAX_NAME_LENGTH, Int, LoraEntries, Name, RequestModel, Seed
 
 
-class TargetSize(Wire):
+class TargetSize(RequestModel):
     """The output's size in pixels, for image-to-image."""
 
     width: Int
     height: Int
 
 
-class Parameters(Wire):
+class Parameters(RequestModel):
     """How to draw; whatever is absent or null is the base's default."""
 
     prompt: str | None = Field(default=None, description="the prompt, where `inputs` is a picture")
@@ -41,7 +41,7 @@ class Parameters(Wire):
     loras: LoraEntries | None = Field(default=None, description="several adapters: ids, or objects with id and scale")
 
 
-class InferenceBody(Wire):
+class InferenceBody(RequestModel):
     """A request of the Hugging Face shape."""
 
     inputs: str | None = Field(default=None, description="the prompt; or a picture in base64 for image-to-image")

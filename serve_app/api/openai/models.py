@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.gateway import Gateway
-from serve_app.api.http.schemas import FAULTS
+from serve_app.api.http.schemas import ERROR_REPLIES
 from serve_app.api.http.validation import clip
 from serve_app.api.openai.schemas import Model, ModelList
 from serve_app.core import ModelInfo
@@ -28,7 +28,7 @@ def add_model_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get(
         "/v1/models",
         operation_id="list_models",
-        responses={200: {"model": ModelList}, **FAULTS},
+        responses={200: {"model": ModelList}, **ERROR_REPLIES},
         openapi_extra={
             "parameters": [
                 _query("limit", "how many at most", type="integer", minimum=1, maximum=MAX_PAGE),
@@ -45,7 +45,7 @@ def add_model_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get(
         "/v1/models/{id:path}",
         operation_id="describe_model",
-        responses={200: {"model": Model}, **FAULTS},
+        responses={200: {"model": Model}, **ERROR_REPLIES},
         **documented,
     )
     async def model(id: str) -> Response:

@@ -1,6 +1,6 @@
 """The OpenAI images shape: `/v1/images/generations` and `/v1/images/edits`.
 
-Owns the turn from that wire shape to a `GenerationDraft`; `serve_app.api.openai.replies` owns the way back. Must not
+Owns the turn from that wire shape to a `UnresolvedRequest`; `serve_app.api.openai.replies` owns the way back. Must not
 know the limits of any base.
 """
 
@@ -15,13 +15,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.body import Form, parse_json, read_body, read_form, typed
-from serve_app.api.http.caller import permitted
+from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.events import EventStream
 from serve_app.api.http.gateway import Gateway
 from serve_app.api.http.images import decode_image, decode_mask, off_loop, pixels_of
 from serve_app.api.http.openapi_responses import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
 from serve_app.api.http.replies import Stages, describe, header_id
-from serve_app.api.http.schemas import FAULTS, checked
+from serve_app.api.http.schemas import ERROR_REPLIES, validate_model
 from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
     PRIORITY_PARAMETER,
@@ -29,15 +29,15 @@ from serve_app.api.http.waiting import (
     Deadline,
     deadline_of,
     each_while_connected,
-    for_queue,
     priority_of,
-    while_connected,
-    with_its_seed,
+    run_until_disconnect,
+    with_retry_seed,
+    with_scheduling,
 )
 from serve_app.api.openai.replies import event_replies, images_reply, own_names
 from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
 from serve_app.config import IngressSettings
-from serve_app.core import Accepted, AdapterRef, GenerationDraft, PixelImage, PixelMask
+from serve_app.core import Accepted, AdapterRef, PixelImage, PixelMask, UnresolvedRequest
 from serve_app.errors import MalformedRequest
 
 _REPLIES: Replies = {
@@ -47,7 +47,7 @@ _REPLIES: Replies = {
         "headers": IMAGE_HEADERS,
         "content": {EventStream.media_type: {"schema": EVENTS_SCHEMA}},
     },
-    **FAULTS,
+    **ERROR_REPLIES,
 }
 
 
@@ -56,18 +56,18 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     documented: dict[str, Any] = {"tags": ["OpenAI shape"], "response_class": Response}
 
     async def answer(
-        request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
+        request: Request, asked: ImageGeneration, draft: UnresolvedRequest, kind: EventKind, deadline: Deadline
     ) -> Response:
-        draft = for_queue(draft, priority=priority_of(request), deadline=deadline)
+        draft = with_scheduling(draft, priority=priority_of(request), deadline=deadline)
         with own_names():
-            draft = await permitted(request, draft)
+            draft = await charge_quota(request, draft)
             return await (stream if asked.stream else draw)(request, asked, draft, kind, deadline)
 
     async def stream(
-        request: Request, asked: ImageGeneration, draft: GenerationDraft, kind: EventKind, deadline: Deadline
+        request: Request, asked: ImageGeneration, draft: UnresolvedRequest, kind: EventKind, deadline: Deadline
     ) -> Response:
         request_id = request.state.request_id
-        accepting = gateway.stream(with_its_seed(draft, request), request_id=request_id)
+        accepting = gateway.stream(with_retry_seed(draft, request), request_id=request_id)
         events = each_while_connected(request, accepting, deadline=deadline)
         # What is refused before the first event still has a status of its own.
         accepted = await anext(events)
@@ -82,12 +82,12 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
         return response
 
     async def draw(
-        request: Request, asked: ImageGeneration, draft: GenerationDraft, _: EventKind, deadline: Deadline
+        request: Request, asked: ImageGeneration, draft: UnresolvedRequest, _: EventKind, deadline: Deadline
     ) -> Response:
         stages: Stages = request.state.stages
         stages.end("parse")
         call = gateway.generate(draft, request_id=request.state.request_id)
-        result = await while_connected(request, call, deadline=deadline)
+        result = await run_until_disconnect(request, call, deadline=deadline)
         stages.end("service")
         content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(now()))
         stages.end("encode")
@@ -108,7 +108,7 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
     async def generations(request: Request) -> Response:
         """Draw images from a prompt."""
         deadline = deadline_of(request, settings.request_timeout_s)
-        asked = checked(ImageGeneration, parse_json(await body_of(request)))
+        asked = validate_model(ImageGeneration, parse_json(await body_of(request)))
         return await answer(request, asked, _draft(asked), "image_generation", deadline)
 
     @app.post(
@@ -122,7 +122,7 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
         """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
         deadline = deadline_of(request, settings.request_timeout_s)
         form = await read_form(request.headers, await body_of(request))
-        asked = checked(ImageEdit, typed(ImageEdit, form.fields))
+        asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
         image, mask = await asyncio.to_thread(_pictures, form, settings.max_image_pixels)
         return await answer(request, asked, _draft(asked, image, mask), "image_edit", deadline)
 
@@ -155,14 +155,14 @@ def _file(form: Form, name: str) -> bytes:
     return files[0]
 
 
-def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelMask | None = None) -> GenerationDraft:
+def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelMask | None = None) -> UnresolvedRequest:
     if asked.output_format in (None, "png") and asked.output_compression not in (None, 100):
         raise MalformedRequest("'output_compression' is for jpeg and webp; png keeps every pixel")
     if asked.partial_images and not asked.stream:
         raise MalformedRequest("'partial_images' goes with 'stream': true; a reply in one piece carries no previews")
     model, adapters = _model_and_adapters(asked)
     width, height = asked.pixels()
-    return GenerationDraft(
+    return UnresolvedRequest(
         prompt=asked.prompt,
         model=model,
         adapters=adapters,

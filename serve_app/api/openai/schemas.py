@@ -12,7 +12,16 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValu
 from pydantic_core import PydanticCustomError, from_json
 
 from serve_app.api.http.negotiation import ImageFormat
-from serve_app.api.http.schemas import MAX_ADAPTERS_NAMED, FaultBody, Int, LoraEntry, LoraEntryOrId, Name, Seed, Wire
+from serve_app.api.http.schemas import (
+    MAX_ADAPTERS_NAMED,
+    ErrorEnvelope,
+    Int,
+    LoraEntry,
+    LoraEntryOrId,
+    Name,
+    RequestModel,
+    Seed,
+)
 
 MAX_PARTIAL_IMAGES = 3
 EventKind = Literal["image_generation", "image_edit"]
@@ -47,7 +56,7 @@ LoraInput = Annotated[
 Size = Annotated[str, AfterValidator(_known_size)]
 
 
-class ImageGeneration(Wire):
+class ImageGeneration(RequestModel):
     """A request for images; whatever is absent or null is the base's default."""
 
     prompt: str
@@ -213,7 +222,7 @@ class ModelList(BaseModel):
 
 
 EVENTS = (ProgressEvent, PartialImageEvent, CompletedEvent)
-"""What the data of a stream's events may be, beside a `FaultBody`, which is the last of a stream that failed."""
+"""What the data of a stream's events may be, beside a `ErrorEnvelope`, which is the last of a stream that failed."""
 
 
 def _event_schema(names: JsonValue, data: type[BaseModel]) -> dict[str, Any]:
@@ -232,6 +241,6 @@ EVENTS_SCHEMA: dict[str, Any] = {
         _event_schema(_event_types("progress"), ProgressEvent),
         _event_schema(_event_types("partial_image"), PartialImageEvent),
         _event_schema(_event_types("completed"), CompletedEvent),
-        _event_schema(["error"], FaultBody),
+        _event_schema(["error"], ErrorEnvelope),
     ],
 }

@@ -15,21 +15,21 @@ from starlette.responses import Response
 from serve_app.api.http.body import parse_json, read_body
 from serve_app.api.http.caller import hub_token_of
 from serve_app.api.http.gateway import Registry
-from serve_app.api.http.schemas import FAULTS, FaultBody, checked
-from serve_app.api.http.waiting import TIMEOUT_PARAMETER, deadline_of, while_connected
+from serve_app.api.http.schemas import ERROR_REPLIES, ErrorEnvelope, validate_model
+from serve_app.api.http.waiting import TIMEOUT_PARAMETER, deadline_of, run_until_disconnect
 from serve_app.api.registry.schemas import (
     AppliedLora,
     Base,
     BaseDefaults,
     BaseLimits,
     DeletedLora,
-    HeldBackLora,
     HeldLora,
     Lora,
     LoraList,
     NewLora,
     PreloadedLora,
     PreloadOrder,
+    QuarantinedLora,
     Replica,
     ReplicaList,
     Residence,
@@ -44,8 +44,8 @@ from serve_app.errors import MalformedRequest, OutOfBounds
 MAX_BODY_BYTES = 64 * 1024
 _SCHEMES = ("hf://", "lora://")
 _CHANGES: dict[int | str, dict[str, Any]] = {
-    **FAULTS,
-    409: {"model": FaultBody, "description": "the name is taken"},
+    **ERROR_REPLIES,
+    409: {"model": ErrorEnvelope, "description": "the name is taken"},
 }
 _BASES = TypeAdapter(list[Base])
 
@@ -54,24 +54,28 @@ def add_registry_routes(app: FastAPI, registry: Registry, settings: IngressSetti
     """Add the routes over a registry."""
     listed: dict[str, Any] = {"tags": ["Registry"], "response_class": Response}
 
-    @app.get("/v1/loras", operation_id="list_loras", responses={200: {"model": LoraList}, **FAULTS}, **listed)
+    @app.get("/v1/loras", operation_id="list_loras", responses={200: {"model": LoraList}, **ERROR_REPLIES}, **listed)
     async def loras(request: Request) -> Response:
         """List the adapters and aliases known so far, where each is resident, and how much it is used."""
         rows = await registry.loras(token=hub_token_of(request))
         return _json(LoraList(data=[_lora(row) for row in rows]))
 
-    @app.get("/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **FAULTS}, **listed)
+    @app.get(
+        "/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **ERROR_REPLIES}, **listed
+    )
     async def lora(name: str, request: Request) -> Response:
         """Say of one adapter or alias what the list would."""
         return _json(_lora(await registry.lora(name, token=hub_token_of(request))))
 
-    @app.get("/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **FAULTS}, **listed)
+    @app.get(
+        "/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **ERROR_REPLIES}, **listed
+    )
     async def replicas(request: Request) -> Response:
         """List the replicas of every base: what each is doing, and which adapters it holds."""
         reports = await registry.replicas(token=hub_token_of(request))
         return _json(ReplicaList(data=[_replica(report) for report in reports]))
 
-    @app.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **FAULTS}, **listed)
+    @app.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **ERROR_REPLIES}, **listed)
     async def bases() -> Response:
         """List the bases, with the defaults and limits of each."""
         default, served = registry.default_base(), registry.bases()
@@ -94,7 +98,7 @@ def _add_changes(app: FastAPI, registry: Registry, settings: IngressSettings) ->
     async def add(request: Request) -> Response:
         """Give an adapter a further name, once it is known that it can be served."""
         deadline = deadline_of(request, settings.request_timeout_s)
-        asked = checked(NewLora, parse_json(await read_body(request, MAX_BODY_BYTES)))
+        asked = validate_model(NewLora, parse_json(await read_body(request, MAX_BODY_BYTES)))
         alias = Alias(asked.lora_name, _target(asked))
         call = registry.add_alias(
             alias,
@@ -102,13 +106,13 @@ def _add_changes(app: FastAPI, registry: Registry, settings: IngressSettings) ->
             preload=_preload_of(asked),
             token=hub_token_of(request),
         )
-        return _json(_lora(await while_connected(request, call, deadline=deadline)))
+        return _json(_lora(await run_until_disconnect(request, call, deadline=deadline)))
 
     # Before the route of a removal: the names of both may hold slashes.
     @app.post(
         "/v1/loras/{name:path}/preload",
         operation_id="preload_lora",
-        responses={200: {"model": PreloadedLora}, **FAULTS},
+        responses={200: {"model": PreloadedLora}, **ERROR_REPLIES},
         openapi_extra=_body("PreloadOrder", is_required=False),
         **changing,
     )
@@ -116,15 +120,15 @@ def _add_changes(app: FastAPI, registry: Registry, settings: IngressSettings) ->
         """Have some replicas fetch an adapter into memory; the reply comes once they hold it."""
         deadline = deadline_of(request, settings.request_timeout_s)
         body = await read_body(request, MAX_BODY_BYTES)
-        asked = checked(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
+        asked = validate_model(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
         call = registry.preload(name, asked.replicas or 1, token=hub_token_of(request))
-        done = await while_connected(request, call, deadline=deadline)
+        done = await run_until_disconnect(request, call, deadline=deadline)
         return _json(PreloadedLora(id=name, asked=done.asked, replicas=list(done.replicas)))
 
     @app.delete(
         "/v1/loras/{name:path}",
         operation_id="delete_lora",
-        responses={200: {"model": DeletedLora}, **FAULTS},
+        responses={200: {"model": DeletedLora}, **ERROR_REPLIES},
         openapi_extra={"parameters": [TIMEOUT_PARAMETER]},
         **changing,
     )
@@ -132,7 +136,9 @@ def _add_changes(app: FastAPI, registry: Registry, settings: IngressSettings) ->
         """Remove an alias, and have every replica forget the adapter once no request uses it."""
         deadline = deadline_of(request, settings.request_timeout_s)
         await read_body(request, MAX_BODY_BYTES)
-        done = await while_connected(request, registry.remove(name, token=hub_token_of(request)), deadline=deadline)
+        done = await run_until_disconnect(
+            request, registry.remove(name, token=hub_token_of(request)), deadline=deadline
+        )
         return _json(DeletedLora(id=done.id, deleted=done.was_alias, replicas=list(done.replicas)))
 
 
@@ -178,7 +184,7 @@ def _lora(row: LoraReport) -> Lora:
         last_used=row.last_used_s,
         instance_prompt=spec.instance_prompt,
         quarantine=[
-            HeldBackLora(
+            QuarantinedLora(
                 replica=replica,
                 scale=_scale(held.scales[held.keys.index(spec.key)]),
                 beside=len(held.keys) - 1,  # not which: not everybody may know of them

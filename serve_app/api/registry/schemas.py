@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from serve_app.api.http.schemas import Int, Name, Wire
+from serve_app.api.http.schemas import Int, Name, RequestModel
 
 MAX_REPLICAS_ASKED = 1000
 
@@ -21,7 +21,7 @@ class ScalesReply(BaseModel):
     text_encoder: float
 
 
-class LoraSource(Wire):
+class LoraSource(RequestModel):
     """Which adapter an alias stands for: an id, never a path or an address."""
 
     uri: Name = Field(description="a Hub id, or the id of an adapter in a configured folder; also as 'hf://<id>'")
@@ -29,7 +29,7 @@ class LoraSource(Wire):
     filename: Name | None = Field(default=None, description="the file, where the repository holds several adapters")
 
 
-class NewLora(Wire):
+class NewLora(RequestModel):
     """An alias to be made; the adapter is resolved before the reply."""
 
     lora_name: Name = Field(description="the new name; letters, digits, '.', '_' and '-', with at most one '/'")
@@ -40,7 +40,7 @@ class NewLora(Wire):
     replace: bool | None = Field(default=None, description="true: move the alias where it already names another")
 
 
-class PreloadOrder(Wire):
+class PreloadOrder(RequestModel):
     """How many replicas should hold an adapter."""
 
     replicas: Int | None = Field(default=None, ge=1, le=MAX_REPLICAS_ASKED, description="1 where absent")
@@ -53,7 +53,7 @@ class Residence(BaseModel):
     tier: Literal["applied", "device", "host"]
 
 
-class HeldBackLora(BaseModel):
+class QuarantinedLora(BaseModel):
     """That a replica refuses an adapter for now, because its images failed on the device again and again."""
 
     replica: str
@@ -79,7 +79,7 @@ class Lora(BaseModel):
     hits: int = Field(description="requests for it, on the replicas that run now")
     last_used: float | None = Field(description="seconds since 1970")
     instance_prompt: str | None = Field(description="the words that its card says to use")
-    quarantine: list[HeldBackLora] = Field(description="what replicas refuse of it, the longest first")
+    quarantine: list[QuarantinedLora] = Field(description="what replicas refuse of it, the longest first")
 
 
 class LoraList(BaseModel):

@@ -29,7 +29,7 @@ import torch
 from serve_app.bench.machine.stream import ImageSteps
 from serve_app.bench.measuring.hardware import describe_machine
 from serve_app.bench.measuring.options import AdmissionOptions
-from serve_app.bench.measuring.report import AdmissionReport, AdmissionRow, Beside
+from serve_app.bench.measuring.report import AdmissionReport, AdmissionRow, InterferenceReport
 from serve_app.bench.measuring.torch_setup import quiet, threads
 from serve_app.bench.models.adapter_files import AdapterFiles, write_adapter_files
 from serve_app.bench.models.denoisers import fill_outline, outline_of, pipeline_of
@@ -92,7 +92,7 @@ class _Times:
 
 async def _measure(
     options: AdmissionOptions, files: AdapterFiles, child: AdmissionProcess
-) -> tuple[tuple[AdmissionRow, ...], Beside]:
+) -> tuple[tuple[AdmissionRow, ...], InterferenceReport]:
     paths = {"diffusers": files.first} | ({"kohya": files.kohya} if files.kohya is not None else {})
     times = {spelling: _Times() for spelling in paths}
     for path in paths.values():  # the child's imports and first memory
@@ -127,7 +127,7 @@ def _child_ms(child: AdmissionProcess) -> float:
     return (used.user + used.system) * 1e3
 
 
-def _beside(options: AdmissionOptions, path: Path, child: AdmissionProcess) -> Beside:
+def _beside(options: AdmissionOptions, path: Path, child: AdmissionProcess) -> InterferenceReport:
     """Run the same steps alone, beside admissions, and beside a process that only counts, in turn."""
     torch.set_num_threads(1)  # torch counts them for each thread
     images = ImageSteps(fill_outline(outline_of(options.running()), options.running()), options.running())
@@ -143,7 +143,7 @@ def _beside(options: AdmissionOptions, path: Path, child: AdmissionProcess) -> B
         rounds.append((alone, beside, busy))
         admitted += admitting.count
     slowdowns = tuple(beside.wall_ms / alone.wall_ms for alone, beside, _ in rounds)
-    return Beside(
+    return InterferenceReport(
         steps=options.steps,
         alone_ms=median(alone.wall_ms for alone, _, _ in rounds),
         beside_ms=median(beside.wall_ms for _, beside, _ in rounds),

@@ -20,7 +20,7 @@ from serve_app.bench.machine.stream import ImageSteps
 from serve_app.bench.measuring.options import Device, PipelineOptions
 from serve_app.bench.models.denoisers import Denoiser, fill_outline, outline_of
 from serve_app.engine.adapters.deltas import dtype_named
-from serve_app.engine.drawing.texts import encoded_apart, text_encoders_of
+from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
 
 PROMPTS = ("a small red circle", "two blue squares on a green background", "a star", "a large yellow triangle")
 
@@ -145,7 +145,7 @@ def _either(
 
 
 def _encoded(pipeline: Any, texts: tuple[str, ...], *, apart: bool) -> Tensor:
-    around: AbstractContextManager[None] = encoded_apart(text_encoders_of(pipeline)) if apart else nullcontext()
+    around: AbstractContextManager[None] = encode_individually(text_encoders_of(pipeline)) if apart else nullcontext()
     with torch.no_grad(), around:
         return pipeline.encode_prompt(
             list(texts), device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=True,

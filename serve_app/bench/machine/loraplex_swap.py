@@ -19,17 +19,17 @@ from serve_app.bench.models.adapter_files import AdapterFiles
 from serve_app.bench.models.denoisers import Denoiser
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.engine.weights.device_cache import moved_to
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.settings import AdapterLimits
 
 NAME = "benchmark"
 Fused = dict[str, Tensor]
 
 
-class OurWay:
+class LoraplexSwap:
     """Two adapters, A and B, on a denoiser whose own weights are never written.
 
     Invariant: outside its methods the base is bound.
@@ -46,7 +46,7 @@ class OurWay:
         self._second = self._admit_second()
         # Both adapters of a round fit, none of the round before.
         cache_bytes = 2 * self._second.size_bytes
-        self._weights = AdapterWeights({component: denoiser.module}, device_cache_bytes=cache_bytes)
+        self._weights = FusedWeights({component: denoiser.module}, device_cache_bytes=cache_bytes)
 
     @property
     def adapter_bytes(self) -> int:
@@ -137,7 +137,7 @@ class OurWay:
         return self._read_canonical(canonical)
 
     def _read(self, path: Path) -> ParsedAdapter:
-        return read_adapter(path, NAME, self._manifest, AdapterLimits())
+        return parse_adapter(path, NAME, self._manifest, AdapterLimits())
 
     def _read_canonical(self, path: Path) -> ParsedAdapter:
         return read_canonical(path, pinned=self._device.type == "cuda")

@@ -141,7 +141,7 @@ def _waits(loaded: tuple[BaseModelConfig, Any]) -> Iterator[WaitRow]:
     config, pipeline = loaded
     schedulers = NoiseSchedulers(config, pipeline.scheduler)
     own = pipeline.scheduler
-    for name in schedulers.names:
+    for name in schedulers.supported_names():
         yield WaitRow(name, _per_step(pipeline, schedulers.fresh(name)))
     pipeline.scheduler = own
 

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from serve_app.bench.machine.baseline import DiffusersBaseline
-from serve_app.bench.machine.loraplex_swap import Fused, OurWay
+from serve_app.bench.machine.loraplex_swap import Fused, LoraplexSwap
 from serve_app.bench.machine.lower_bounds import Touched, measure_floor
 from serve_app.bench.machine.stream import ImageSteps
 from serve_app.bench.machine.summary import summarise
@@ -60,7 +60,7 @@ class _SwapRun:
         """Measure everything."""
         before = reset_peak(self._device)
         denoiser = fill_outline(outline, self._options)
-        ours = OurWay(denoiser, files, self._options, self._stopwatch)
+        ours = LoraplexSwap(denoiser, files, self._options, self._stopwatch)
         ours.change(ours.admit(), 0)  # allocates the twins
         peak = peak_bytes(self._device)
         baseline = DiffusersBaseline(denoiser) if self._options.baseline is Baseline.DIFFUSERS else None

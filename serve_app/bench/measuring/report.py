@@ -208,7 +208,7 @@ class AdmissionRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class InterferenceReport:
     """A generation in the parent, in turn alone and while files are admitted one after another without a pause.
 
     `slowdowns` are the rounds' own ratios of median step times on the wall; `slowdown` is their median, and
@@ -238,7 +238,7 @@ class AdmissionReport:
     source: str
     layers: int
     rows: tuple[AdmissionRow, ...]
-    beside: Beside
+    beside: InterferenceReport
     load_after: float
 
     def to_json(self) -> str:

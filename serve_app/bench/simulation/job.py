@@ -11,7 +11,7 @@ from serve_app.bench.simulation.profile import BaseTimings, Profile
 from serve_app.bench.traffic.workload import Arrival, Workload
 from serve_app.core import GenerationRequest
 from serve_app.engine.worker.scheduling import BatchKey, QueuePolicy, batch_key
-from serve_app.routing.cost import AdapterNeed, Demand
+from serve_app.routing.cost import RequestLoad, RequiredAdapter
 from serve_app.work import work_units
 
 
@@ -39,7 +39,7 @@ class Job:
 
     number: int
     at_s: float
-    demand: Demand
+    demand: RequestLoad
     key: BatchKey
     keys: frozenset[str]
     images: int
@@ -56,7 +56,7 @@ class Jobs:
         self._sizes = workload.sizes
         self._setting = setting
         self._shapes: dict[object, tuple[BatchKey, float]] = {}
-        self._demands: dict[object, tuple[Demand, frozenset[str]]] = {}
+        self._demands: dict[object, tuple[RequestLoad, frozenset[str]]] = {}
 
     def job(self, number: int, arrival: Arrival) -> Job:
         """Return the job of the `number`-th arrival."""
@@ -68,7 +68,7 @@ class Jobs:
         key, units = self._shapes[shape]
         asked = (tuple(ask.key for ask in arrival.adapters), units)
         if asked not in self._demands:
-            demand = Demand(tuple(AdapterNeed(name, self._sizes[name]) for name in asked[0]), units)
+            demand = RequestLoad(tuple(RequiredAdapter(name, self._sizes[name]) for name in asked[0]), units)
             self._demands[asked] = (demand, demand.keys)
         demand, keys = self._demands[asked]
         predicted_s = self._setting.timings.pace.seconds(units)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from serve_app.routing.cost import ReplicaView
 from serve_app.store.budget import ByteBudget
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 
 # What a row says of an adapter and a replica, as bits.
 ARRIVING, ON_HOST, APPLIED, ON_DISK = 1, 2, 4, 8
@@ -54,7 +54,7 @@ class Pool:
         """Return the predicted time of what every replica has accepted and not finished."""
         return np.maximum(self.end_s - now_s, 0.0) + self.queued_s
 
-    def view(self, index: int, now_s: float, pace: Pace) -> ReplicaView:
+    def view(self, index: int, now_s: float, pace: LatencyModel) -> ReplicaView:
         """Return what production's router would know of a replica."""
         return ReplicaView(
             id=str(index),

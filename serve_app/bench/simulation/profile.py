@@ -13,9 +13,9 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from serve_app.errors import LoraplexError
-from serve_app.routing.cost import Step, TierCosts
+from serve_app.routing.cost import LinearCost, TierCosts
 from serve_app.settings import StrictModel
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 
 OWN_PROFILES = "profiles.yaml"
 ANY_BASE = "*"
@@ -34,7 +34,7 @@ class TimingsInvalid(LoraplexError):
 class BaseTimings:
     """One base on one kind of machine; `start_s` is how long a new replica takes to be ready."""
 
-    pace: Pace
+    pace: LatencyModel
     start_s: float
 
 
@@ -70,8 +70,8 @@ class _Step(StrictModel):
     fixed_s: NonNegativeFloat
     bytes_per_s: PositiveFloat | None = None
 
-    def step(self) -> Step:
-        return Step(self.fixed_s, 1 / self.bytes_per_s if self.bytes_per_s else 0.0)
+    def step(self) -> LinearCost:
+        return LinearCost(self.fixed_s, 1 / self.bytes_per_s if self.bytes_per_s else 0.0)
 
 
 class _Base(StrictModel):
@@ -115,7 +115,8 @@ def read_profile(name: str, path: Path | None = None) -> Profile:
         name=name,
         about=found.about,
         bases={
-            base_id: BaseTimings(Pace(base.pass_s, base.unit_s), base.start_s) for base_id, base in found.bases.items()
+            base_id: BaseTimings(LatencyModel(base.pass_s, base.unit_s), base.start_s)
+            for base_id, base in found.bases.items()
         },
         costs=TierCosts(found.swap.step(), found.to_device.step(), found.to_host.step(), found.fetch.step()),
         blog_swap_s=found.blog_swap_s,

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from serve_app.bench.simulation.job import Job, Setting
 from serve_app.bench.simulation.pool import Pool
-from serve_app.engine.worker.scheduling import CompositionKey, Waiting, left_after, next_batch
-from serve_app.routing.cost import AdapterNeed
+from serve_app.engine.worker.scheduling import AdapterSetKey, QueuedRequest, next_batch, remaining_after
+from serve_app.routing.cost import RequiredAdapter
 from serve_app.store.budget import ByteBudget
 
 # Called with a time, a function and its argument: the function is to run then.
@@ -50,9 +50,9 @@ class Replica:
         self._node = index // pool.per_node
         self._budget = ByteBudget(setting.profile.host_cache_bytes)
         self._jobs: dict[int, Job] = {}
-        self._waiting: list[Waiting] = []
+        self._waiting: list[QueuedRequest] = []
         self._wanting: dict[str, list[Job]] = {}
-        self._applied: CompositionKey = ()
+        self._applied: AdapterSetKey = ()
         self._is_running = False
 
     @property
@@ -75,7 +75,7 @@ class Replica:
         if not job.missing:
             self._enqueue(job, now_s)
 
-    def _want(self, job: Job, need: AdapterNeed, now_s: float) -> None:
+    def _want(self, job: Job, need: RequiredAdapter, now_s: float) -> None:
         if need.key in self._budget:
             return
         job.missing += 1
@@ -86,7 +86,7 @@ class Replica:
             self._pool.set_arriving(self.index, need.key, there_s)
             self._schedule(there_s, self._arrived, need)
 
-    def _way_s(self, need: AdapterNeed, now_s: float) -> float:
+    def _way_s(self, need: RequiredAdapter, now_s: float) -> float:
         """Return how long an adapter takes to host memory: from the node's disk, or from its source."""
         pool, costs, node = self._pool, self._setting.profile.costs, self._node
         read_s = costs.to_host.seconds(need.size_bytes)
@@ -105,22 +105,22 @@ class Replica:
         self._schedule(now_s + fetch_s, self._on_disk, need)
         return fetch_s
 
-    def _on_disk(self, need: AdapterNeed, now_s: float) -> None:
+    def _on_disk(self, need: RequiredAdapter, now_s: float) -> None:
         self._pool.to_disk(self._node, need.key, need.size_bytes)
 
-    def _arrived(self, need: AdapterNeed, now_s: float) -> None:
+    def _arrived(self, need: RequiredAdapter, now_s: float) -> None:
         self._hold(need)
         for job in self._wanting.pop(need.key, ()):
             job.missing -= 1
             if not job.missing:
                 self._enqueue(job, now_s)
 
-    def _hold(self, need: AdapterNeed) -> None:
+    def _hold(self, need: RequiredAdapter) -> None:
         plan = self._budget.add(need.key, need.size_bytes)
         self._pool.host_changed(self.index, need.key, plan.evict, self._budget.used_bytes)
 
     def _enqueue(self, job: Job, now_s: float) -> None:
-        self._waiting.append(Waiting(job.number, job.key, job.images, arrived_s=job.at_s, units=job.demand.units))
+        self._waiting.append(QueuedRequest(job.number, job.key, job.images, arrived_s=job.at_s, units=job.demand.units))
         if not self._is_running:
             self._begin(now_s)
 
@@ -136,8 +136,8 @@ class Replica:
         )
         if batch is None:
             return
-        self._waiting = left_after(self._waiting, batch, now_s=now_s, policy=setting.queue)
-        jobs = [self._jobs[ticket] for ticket in batch.tickets]
+        self._waiting = remaining_after(self._waiting, batch, now_s=now_s, policy=setting.queue)
+        jobs = [self._jobs[job_id] for job_id in batch.tickets]
         took_s = self._late_fetch_s(jobs, now_s) + self._swap_s(batch.key.composition, jobs[0])
         took_s += setting.timings.pace.seconds(sum(job.demand.units for job in jobs)) * self._chance()
         for job in jobs:
@@ -162,7 +162,7 @@ class Replica:
                     self._hold(need)
         return late_s
 
-    def _swap_s(self, composition: CompositionKey, job: Job) -> float:
+    def _swap_s(self, composition: AdapterSetKey, job: Job) -> float:
         if composition == self._applied:
             return 0.0
         self._applied = composition

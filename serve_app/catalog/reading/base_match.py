@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from serve_app.catalog.reading.bases import BaseFacts
+from serve_app.catalog.reading.bases import BaseArchitecture
 from serve_app.catalog.reading.header import HeaderFacts
 from serve_app.errors import LoraplexError
 from serve_app.refusals import NoLayerMatches, ShapeMismatch
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class BaseMatch:
     """The bases that an adapter may serve on, the preferred one first.
 
     `made_for` names the base as the caller should read it, whether or not it is served. Several bases without
@@ -27,13 +27,13 @@ class Placement:
     is_ambiguous: bool = False
 
 
-def place(
+def match_bases(
     adapter: str,
     claims: Sequence[str],
     claimed: Sequence[str],
     header: HeaderFacts,
-    bases: Sequence[BaseFacts],
-) -> Placement:
+    bases: Sequence[BaseArchitecture],
+) -> BaseMatch:
     """Return where an adapter belongs; `claimed` are the ids of the served bases that its card's `claims`
     mean.
 
@@ -46,13 +46,13 @@ def place(
         fitting = tuple(base_id for base_id in claimed if faults[base_id] is None)
         if not fitting:
             raise _refusal(adapter, claimed[0], header, bases)
-        return Placement(fitting, made_for=fitting[0])
+        return BaseMatch(fitting, made_for=fitting[0])
     if claims:
-        return Placement((), made_for=claims[0])
+        return BaseMatch((), made_for=claims[0])
     return _by_structure(header, [base for base in bases if faults[base.id] is None])
 
 
-def _by_structure(header: HeaderFacts, possible: Sequence[BaseFacts]) -> Placement:
+def _by_structure(header: HeaderFacts, possible: Sequence[BaseArchitecture]) -> BaseMatch:
     certain = [base for base in possible if header.text_width and base.text_width == header.text_width]
     candidates = certain or list(possible)
     stated = [base for base in candidates if header.family is not None and base.family == header.family]
@@ -62,10 +62,10 @@ def _by_structure(header: HeaderFacts, possible: Sequence[BaseFacts]) -> Placeme
         # The file says what it is, and nothing that is served is known to be that.
         candidates = [base for base in candidates if base.family is None]
     ids = tuple(base.id for base in candidates)
-    return Placement(ids, ids[0] if ids else header.family or "a base that cannot be told", len(ids) > 1)
+    return BaseMatch(ids, ids[0] if ids else header.family or "a base that cannot be told", len(ids) > 1)
 
 
-def contradiction(header: HeaderFacts, base: BaseFacts) -> str | None:
+def contradiction(header: HeaderFacts, base: BaseArchitecture) -> str | None:
     """Return why a file cannot fit a base, or None; what is unknown contradicts nothing."""
     denoisers = header.components & {"unet", "transformer"}
     if base.denoiser is not None and denoisers and base.denoiser not in denoisers:
@@ -83,7 +83,7 @@ def contradiction(header: HeaderFacts, base: BaseFacts) -> str | None:
     return None
 
 
-def _refusal(adapter: str, claimed: str, header: HeaderFacts, bases: Sequence[BaseFacts]) -> LoraplexError:
+def _refusal(adapter: str, claimed: str, header: HeaderFacts, bases: Sequence[BaseArchitecture]) -> LoraplexError:
     facts = next(base for base in bases if base.id == claimed)
     fault = contradiction(header, facts)
     fits = [base.id for base in bases if header.text_width and base.text_width == header.text_width]

@@ -16,7 +16,7 @@ from typing import Any
 
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.header import UNET_FAMILIES
-from serve_app.catalog.reading.repository import EMBEDDED, HUB, Repositories
+from serve_app.catalog.reading.repository import EMBEDDED, HUB, AdapterSource
 from serve_app.config import BaseModelConfig
 from serve_app.errors import LoraplexError
 
@@ -41,7 +41,7 @@ _PIPELINE_FAMILIES = (
 
 
 @dataclass(frozen=True, slots=True)
-class BaseFacts:
+class BaseArchitecture:
     """What is known of one base's structure: None and empty where it is not known.
 
     `denoiser` is "unet" or "transformer"; `text_width` the width of the text features that its
@@ -75,32 +75,32 @@ def _canonical(name: str) -> str:
     return MOVED.get(lowered, lowered)
 
 
-class BaseFactsReader:
+class BaseArchitectureReader:
     """Reads each base's facts once; a base whose files cannot be read is tried again after a while."""
 
-    def __init__(self, repositories: Sequence[Repositories], clock: Callable[[], float]) -> None:
-        self._repositories = {place.origin: place for place in repositories}
+    def __init__(self, repositories: Sequence[AdapterSource], clock: Callable[[], float]) -> None:
+        self._sources = {source.origin: source for source in repositories}
         self._clock = clock
-        self._known: dict[str, BaseFacts] = {}
+        self._known: dict[str, BaseArchitecture] = {}
         self._retry_at: dict[str, float] = {}
 
-    async def facts(self, base: BaseModelConfig) -> BaseFacts:
+    async def facts(self, base: BaseModelConfig) -> BaseArchitecture:
         """Return what is known of a base; never fails."""
         known = self._known.get(base.id)
         if known is not None:
             return known
         if self._clock() < self._retry_at.get(base.id, float("-inf")):
-            return BaseFacts(base.id)
+            return BaseArchitecture(base.id)
         try:
             facts = await self._read(base)
         except (LoraplexError, OSError, ValueError) as error:
             log.warning("the structure of base %s is not known yet: %s", base.id, type(error).__name__)
             self._retry_at[base.id] = self._clock() + RETRY_S
-            return BaseFacts(base.id)
+            return BaseArchitecture(base.id)
         self._known[base.id] = facts
         return facts
 
-    async def _read(self, base: BaseModelConfig) -> BaseFacts:
+    async def _read(self, base: BaseModelConfig) -> BaseArchitecture:
         for denoiser in ("unet", "transformer"):
             content = await self._file(base, f"{denoiser}/config.json")
             if content is not None:
@@ -109,18 +109,18 @@ class BaseFactsReader:
         raise ValueError("it has neither a unet nor a transformer")
 
     async def _file(self, base: BaseModelConfig, name: str) -> bytes | None:
-        source = base.source
-        if source.folder is not None:
-            path = source.folder / name
+        base_source = base.source
+        if base_source.folder is not None:
+            path = base_source.folder / name
             return await run_blocking(lambda: _head_of(path))
-        origin, model = (EMBEDDED, source.embedded) if source.embedded else (HUB, source.hub)
-        place = self._repositories.get(origin)
-        if place is None or model is None:
+        origin, model = (EMBEDDED, base_source.embedded) if base_source.embedded else (HUB, base_source.hub)
+        source = self._sources.get(origin)
+        if source is None or model is None:
             raise ValueError("its source is not configured")
-        return await place.read_small(model, source.revision, name)
+        return await source.read_small(model, base_source.revision, name)
 
 
-def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseFacts:
+def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseArchitecture:
     """Return the facts that a denoiser's `config.json` and the pipeline's `model_index.json` tell."""
     is_unet = denoiser == "unet"
     width = config.get("cross_attention_dim")
@@ -129,7 +129,7 @@ def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[
     hidden = frozenset(n for n in channels if type(n) is int) if is_unet and isinstance(channels, list) else ()
     pipeline = str(index.get("_class_name", ""))
     stated = next((family for prefix, family in _PIPELINE_FAMILIES if pipeline.startswith(prefix)), None)
-    return BaseFacts(
+    return BaseArchitecture(
         id=base_id,
         family=UNET_FAMILIES.get(text_width or 0) or stated,
         denoiser=denoiser,

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from serve_app.catalog.reading.base_match import Placement, place
-from serve_app.catalog.reading.bases import BaseFactsReader, BaseNames
+from serve_app.catalog.reading.base_match import BaseMatch, match_bases
+from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.header import HeaderFacts, describe
-from serve_app.catalog.reading.repository import Repositories, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
 from serve_app.catalog.reading.selection import candidates, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
@@ -28,7 +28,7 @@ MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class AdapterInfo:
     """What is known of one adapter file, whichever base a request names."""
 
     id: str
@@ -39,7 +39,7 @@ class Finding:
     size_bytes: int
     instance_prompt: str | None
     header: HeaderFacts
-    placement: Placement
+    placement: BaseMatch
     embeddings: str | None = None
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
@@ -87,31 +87,31 @@ class Finding:
         return BaseNotServed(self.id, f"its card names no base, and its layers fit {fitting}: name one of them")
 
 
-class Examiner:
+class AdapterInspector:
     """Examines adapters in the places where they may lie, the first place that has an id wins."""
 
     def __init__(
         self,
         bases: Sequence[BaseModelConfig],
-        places: Sequence[Repositories],
-        facts: BaseFactsReader,
+        places: Sequence[AdapterSource],
+        facts: BaseArchitectureReader,
         card_of: Callable[[str], Awaitable[Card | None]],
     ) -> None:
         self._bases = bases
         self._names = BaseNames(bases)
-        self._places = places
+        self._sources = places
         self._facts = facts
         self._card_of = card_of
 
-    async def find(self, model: str, revision: str | None) -> tuple[Repositories, RepositoryListing] | None:
+    async def find(self, model: str, revision: str | None) -> tuple[AdapterSource, RepositoryListing] | None:
         """Return the repository of an id and the place that has it, or None."""
-        for place_ in self._places:
-            listing = await place_.find(model, revision)
+        for source in self._sources:
+            listing = await source.find(model, revision)
             if listing is not None:
-                return place_, listing
+                return source, listing
         return None
 
-    async def examine(self, model: str, revision: str | None, filename: str | None) -> Finding:
+    async def examine(self, model: str, revision: str | None, filename: str | None) -> AdapterInfo:
         """Return what an id means.
 
         Raises:
@@ -121,17 +121,17 @@ class Examiner:
         found = await self.find(model, revision) if is_valid_id(model) else None
         if found is None:
             raise ModelNotFound(model)
-        place_, listing = found
-        chosen, facts = await self._choose(place_, listing, filename)
+        source, listing = found
+        chosen, facts = await self._choose(source, listing, filename)
         if not facts.components:
             raise NotAnAdapter(model, f"the layers in '{chosen}' are not those of an image model")
         listed = listing.file(chosen)
         embeddings = _embeddings(listing, chosen)
-        return Finding(
+        return AdapterInfo(
             id=model,
             origin=listing.origin,
             location=listing.location,
-            revision=await place_.pin(listing, *filter(None, (chosen, embeddings))),
+            revision=await source.resolve_revision(listing, *filter(None, (chosen, embeddings))),
             filename=chosen,
             size_bytes=(listed.size_bytes if listed else None) or 0,
             instance_prompt=listing.card.instance_prompt,
@@ -141,13 +141,13 @@ class Examiner:
         )
 
     async def _choose(
-        self, place_: Repositories, listing: RepositoryListing, filename: str | None
+        self, source: AdapterSource, listing: RepositoryListing, filename: str | None
     ) -> tuple[str, HeaderFacts]:
         names = candidates(listing, filename)
         if len(names) > MAX_HEADERS_READ:
             raise AmbiguousFile(listing.id, _choice(names))
         adapters = [
-            (name, facts) for name in names if (facts := describe(await place_.header(listing, name))).has_pairs
+            (name, facts) for name in names if (facts := describe(await source.header(listing, name))).has_pairs
         ]
         if not adapters:
             what = f"'{names[0]}' has" if len(names) == 1 else "none of its files has"
@@ -156,10 +156,10 @@ class Examiner:
             raise AmbiguousFile(listing.id, _choice([name for name, _ in adapters]))
         return adapters[0]
 
-    async def _place(self, model: str, card: Card, header: HeaderFacts) -> Placement:
+    async def _place(self, model: str, card: Card, header: HeaderFacts) -> BaseMatch:
         claimed = await self._served_bases(card)
         facts = [await self._facts.facts(base) for base in self._bases]
-        return place(model, card.claims, claimed, header, facts)
+        return match_bases(model, card.claims, claimed, header, facts)
 
     async def _served_bases(self, card: Card) -> tuple[str, ...]:
         """Return the served bases that a card means, by name or through the cards of fine-tunes it names."""

@@ -62,7 +62,7 @@ class RepositoryListing:
         return next((file for file in self.files if file.name == name), None)
 
 
-class Repositories(Protocol):
+class AdapterSource(Protocol):
     """A place that holds Hub-shaped repositories. Nothing it does blocks the event loop."""
 
     @property
@@ -89,7 +89,7 @@ class Repositories(Protocol):
         """
         ...
 
-    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+    async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the revision that fixes the bytes of some listed files.
 
         Raises:
@@ -115,7 +115,7 @@ class Repositories(Protocol):
         """
         ...
 
-    def arriving_bytes(self, spec: AdapterSpec) -> int:
+    def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how much has come of an adapter's file that is being downloaded."""
         ...
 
@@ -123,7 +123,7 @@ class Repositories(Protocol):
         """Let go of what was downloaded for a spec; until then it stays where it is."""
         ...
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove local copies that nobody uses; return how many bytes became free. Blocks."""
         ...
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from serve_app.core import HubToken
-from serve_app.errors import LoraplexError, without_frames
+from serve_app.errors import LoraplexError, strip_traceback
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -95,7 +95,7 @@ class CallerAccess(Generic[K, V]):
         try:
             checked = _Checked(await self._look_up(mine[1], token), began + self._access_ttl_s)
         except LoraplexError as error:
-            checked = _Checked(without_frames(error), began + self._failure_ttl_s)
+            checked = _Checked(strip_traceback(error), began + self._failure_ttl_s)
             self._on_check(error.code)
         else:
             self._on_check("ok")

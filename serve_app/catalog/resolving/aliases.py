@@ -55,7 +55,7 @@ class AliasTable:
     version: TableVersion = NOTHING_YET
     aliases: Mapping[str, Alias] = field(default_factory=dict[str, Alias])
 
-    def meant(self, ref: AdapterRef) -> AdapterRef:
+    def resolve_alias(self, ref: AdapterRef) -> AdapterRef:
         """Return the adapter that a request means: an alias's target at the request's own scale, else `ref` itself.
 
         A revision or file that the request names goes before the alias's.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from serve_app.catalog.reading.inspector import Finding
+from serve_app.catalog.reading.inspector import AdapterInfo
 from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.errors import BaseMismatch, MalformedRequest, OutOfBounds
@@ -45,7 +45,7 @@ def check_words(specs: Sequence[AdapterSpec]) -> None:
         )
 
 
-def spec_on(finding: Finding, base: BaseModelConfig, config: AppConfig) -> AdapterSpec:
+def spec_on(finding: AdapterInfo, base: BaseModelConfig, config: AppConfig) -> AdapterSpec:
     """Return an adapter's spec on a base.
 
     Raises:
@@ -59,7 +59,7 @@ def spec_on(finding: Finding, base: BaseModelConfig, config: AppConfig) -> Adapt
     return finding.spec_for(base)
 
 
-def common_base(findings: Sequence[Finding], config: AppConfig) -> BaseModelConfig:
+def common_base(findings: Sequence[AdapterInfo], config: AppConfig) -> BaseModelConfig:
     """Return the base that serves all the adapters of a request that names none.
 
     Raises:
@@ -85,7 +85,7 @@ def common_base(findings: Sequence[Finding], config: AppConfig) -> BaseModelConf
     return common[0]
 
 
-def _cannot_combine(leading: Finding, findings: Sequence[Finding]) -> MalformedRequest:
+def _cannot_combine(leading: AdapterInfo, findings: Sequence[AdapterInfo]) -> MalformedRequest:
     mine = leading.placement
     other = next(f for f in findings if not set(mine.bases) & set(f.placement.bases) or f is findings[-1])
     return MalformedRequest(

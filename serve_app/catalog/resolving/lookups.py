@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serve_app.catalog.sources.hub_errors import HubBusy
-from serve_app.errors import HubUnavailable, LoraplexError, without_frames
+from serve_app.catalog.sources.hub_errors import HubRetryAfter
+from serve_app.errors import HubUnavailable, LoraplexError, strip_traceback
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ GRACE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Found(Generic[V]):
+class _Cached(Generic[V]):
     value: V
     expires_at: float
 
@@ -38,7 +38,7 @@ class _Failed:
     expires_at: float
 
 
-class SharedLookups(Generic[K, V]):
+class SingleFlightCache(Generic[K, V]):
     """Remembers what `look_up` said about each key.
 
     At most one look-up per key runs at a time, and it outlives askers who leave. A value that has grown old
@@ -62,8 +62,8 @@ class SharedLookups(Generic[K, V]):
         self._clock = clock
         self._grace_s = grace_s
         self._max_entries = max_entries
-        self._entries: OrderedDict[K, _Found[V] | _Failed] = OrderedDict()
-        self._flights: dict[K, asyncio.Task[_Found[V] | _Failed]] = {}
+        self._entries: OrderedDict[K, _Cached[V] | _Failed] = OrderedDict()
+        self._flights: dict[K, asyncio.Task[_Cached[V] | _Failed]] = {}
 
     async def get(self, key: K) -> V:
         """Return the value of a key.
@@ -76,39 +76,39 @@ class SharedLookups(Generic[K, V]):
             self._entries.move_to_end(key)
             if self._clock() < entry.expires_at:
                 return self._outcome(entry)
-        if isinstance(entry, _Found):
+        if isinstance(entry, _Cached):
             return self._outcome(await self._renewed(key, entry))
-        return self._outcome(await asyncio.shield(self._flight(key)))
+        return self._outcome(await asyncio.shield(self._task(key)))
 
     def values(self) -> Iterator[V]:
         """Yield every value that is remembered, old ones included."""
-        return (entry.value for entry in list(self._entries.values()) if isinstance(entry, _Found))
+        return (entry.value for entry in list(self._entries.values()) if isinstance(entry, _Cached))
 
-    async def _renewed(self, key: K, old: _Found[V]) -> _Found[V] | _Failed:
+    async def _renewed(self, key: K, old: _Cached[V]) -> _Cached[V] | _Failed:
         patience_s = 0.0 if key in self._flights else self._grace_s
-        flight = self._flight(key)
+        flight = self._task(key)
         await asyncio.wait({flight}, timeout=patience_s)
         return flight.result() if flight.done() else old
 
-    def _flight(self, key: K) -> asyncio.Task[_Found[V] | _Failed]:
+    def _task(self, key: K) -> asyncio.Task[_Cached[V] | _Failed]:
         flight = self._flights.get(key)
         if flight is None:
-            flight = asyncio.get_running_loop().create_task(self._fly(key))
+            flight = asyncio.get_running_loop().create_task(self._refresh(key))
             self._flights[key] = flight
-            flight.add_done_callback(lambda done: self._landed(key, done))
+            flight.add_done_callback(lambda done: self._on_done(key, done))
         return flight
 
-    def _landed(self, key: K, flight: asyncio.Task[_Found[V] | _Failed]) -> None:
+    def _on_done(self, key: K, flight: asyncio.Task[_Cached[V] | _Failed]) -> None:
         self._flights.pop(key, None)
         if not flight.cancelled() and (fault := flight.exception()) is not None:
             # Retrieved here, for there may be nobody left who asked.
             log.error("a look-up failed on our side", exc_info=fault)
 
-    async def _fly(self, key: K) -> _Found[V] | _Failed:
-        entry: _Found[V] | _Failed
+    async def _refresh(self, key: K) -> _Cached[V] | _Failed:
+        entry: _Cached[V] | _Failed
         try:
             value = await self._look_up(key)
-            entry = _Found(value, self._clock() + self._ttl_s_of(value))
+            entry = _Cached(value, self._clock() + self._ttl_s_of(value))
         except LoraplexError as error:
             entry = self._after_failure(key, error)
         self._entries[key] = entry
@@ -117,18 +117,20 @@ class SharedLookups(Generic[K, V]):
             self._entries.popitem(last=False)
         return entry
 
-    def _after_failure(self, key: K, error: LoraplexError) -> _Found[V] | _Failed:
+    def _after_failure(self, key: K, error: LoraplexError) -> _Cached[V] | _Failed:
         # The Hub's own word counts where it asked for more time than failures are kept for.
-        kept_s = max(self._failure_ttl_s, error.retry_after_s) if isinstance(error, HubBusy) else self._failure_ttl_s
+        kept_s = (
+            max(self._failure_ttl_s, error.retry_after_s) if isinstance(error, HubRetryAfter) else self._failure_ttl_s
+        )
         expires_at = self._clock() + kept_s
         old = self._entries.get(key)
-        if isinstance(old, _Found) and isinstance(error, HubUnavailable):
+        if isinstance(old, _Cached) and isinstance(error, HubUnavailable):
             log.warning("what was known before is served on: %s", error.reason)
-            return _Found(old.value, expires_at)
-        return _Failed(without_frames(error), expires_at)
+            return _Cached(old.value, expires_at)
+        return _Failed(strip_traceback(error), expires_at)
 
-    def _outcome(self, entry: _Found[V] | _Failed) -> V:
-        if isinstance(entry, _Found):
+    def _outcome(self, entry: _Cached[V] | _Failed) -> V:
+        if isinstance(entry, _Cached):
             return entry.value
         # A copy: an exception that is raised again and again would gather tracebacks.
         error = copy.copy(entry.error)

@@ -12,23 +12,23 @@ from collections.abc import Callable, Mapping
 import httpx2
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
-from serve_app.catalog.sources.download_cache import Draft
-from serve_app.catalog.sources.hub_errors import Hopeless
+from serve_app.catalog.sources.download_cache import PartialDownload
+from serve_app.catalog.sources.hub_errors import NonRetryableHubError
 from serve_app.errors import HubUnavailable
 
 _SHA256, _GIT_ID = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
-class BrokenOff(HubUnavailable):
+class IncompleteDownload(HubUnavailable):
     """Fewer bytes came than the file has; the rest can be asked for."""
 
 
-class WrongBytes(HubUnavailable):
+class ChecksumMismatch(HubUnavailable):
     """What came is not the file that the Hub names; it is worth nothing."""
 
 
-class FalseSize(Hopeless):
+class SizeMismatch(NonRetryableHubError):
     """The Hub contradicts itself about a file's size; asking again changes nothing."""
 
 
@@ -37,7 +37,7 @@ class Download:
 
     def __init__(
         self,
-        draft: Draft,
+        draft: PartialDownload,
         *,
         model: str,
         url: str,
@@ -72,7 +72,7 @@ class Download:
         """Bring what is missing, and check the whole.
 
         Raises:
-            BrokenOff, WrongBytes, FalseSize: the file is not there yet, and not as the Hub names it.
+            IncompleteDownload, ChecksumMismatch, SizeMismatch: the file is not there yet, and not as the Hub names it.
             OSError: the disk failed.
             TimeoutError: nobody waits any more.
             Exception: whatever the Hub's client raises.
@@ -82,7 +82,7 @@ class Download:
         with get_session().stream("GET", self._url, headers=headers, timeout=self._timeout_s) as response:
             if have and response.status_code == 416:
                 self._draft.restart()
-                raise BrokenOff(self._model, "the Hub broke off")
+                raise IncompleteDownload(self._model, "the Hub broke off")
             hf_raise_for_status(response)
             if have and not _continues_at(response, have):
                 self._draft.restart()
@@ -98,7 +98,7 @@ class Download:
             told.append(self._draft.size_bytes + rest)
         sizes = sorted({size for size in told if size is not None})
         if len(sizes) > 1:
-            raise FalseSize(self._model, f"the Hub says that its file has {sizes[0]} bytes, and also {sizes[-1]}")
+            raise SizeMismatch(self._model, f"the Hub says that its file has {sizes[0]} bytes, and also {sizes[-1]}")
         return sizes[0] if sizes else None
 
     def _take(self, response: httpx2.Response, size_bytes: int | None) -> None:
@@ -107,19 +107,19 @@ class Download:
                 raise TimeoutError
             most = self._limit_bytes if size_bytes is None else size_bytes
             if self._draft.size_bytes + len(piece) > most:
-                raise FalseSize(self._model, f"its file may have {most} bytes, and the Hub sends more")
+                raise SizeMismatch(self._model, f"its file may have {most} bytes, and the Hub sends more")
             self._draft.add(piece)
 
     def _check(self, size_bytes: int | None, etag: str) -> None:
         if size_bytes is not None and self._draft.size_bytes < size_bytes:
-            raise BrokenOff(self._model, "the Hub broke off")
+            raise IncompleteDownload(self._model, "the Hub broke off")
         named = etag.removeprefix("W/").strip('"')
         is_wrong = (_SHA256.fullmatch(named) and named != self._draft.sha256()) or (
             _GIT_ID.fullmatch(named) and named != self._draft.git_id()
         )
         if is_wrong:
             self._draft.restart()
-            raise WrongBytes(self._model, "what arrived is not the file that the Hub names")
+            raise ChecksumMismatch(self._model, "what arrived is not the file that the Hub names")
 
 
 def _linked(response: httpx2.Response, name: str) -> str | None:

@@ -22,7 +22,7 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-from serve_app.file_locks import exclusive, is_disk_full, open_shared, remove_unless_held
+from serve_app.file_locks import exclusive, is_disk_full, open_shared, remove_if_unlocked
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ SUFFIX = ".safetensors"
 DRAFT_SUFFIX = ".draft"
 
 
-class Original:
+class LockedFile:
     """One file, held against eviction in every process until it is released."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -44,13 +44,13 @@ class Original:
             self._file.close()
 
 
-class Holds:
+class LockedFiles:
     """Files that are held for adapters, by the adapter's key, until they are released together."""
 
     def __init__(self) -> None:
-        self._held: dict[str, list[Original]] = {}
+        self._held: dict[str, list[LockedFile]] = {}
 
-    def add(self, adapter: str, original: Original) -> Path:
+    def add(self, adapter: str, original: LockedFile) -> Path:
         """Hold one more file for an adapter; return where it is."""
         self._held.setdefault(adapter, []).append(original)
         return original.path
@@ -61,7 +61,7 @@ class Holds:
             original.release()
 
 
-class Draft:
+class PartialDownload:
     """A file that is arriving: what has come so far, and its digest."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
@@ -115,7 +115,7 @@ class Draft:
         self._file.close()
 
 
-class Originals:
+class DownloadCache:
     """The files of a folder and a byte budget.
 
     Invariants: a file that is held is never removed. After a file was kept, all fit the budget or are held.
@@ -128,16 +128,16 @@ class Originals:
         self._budget_bytes = budget_bytes
         self._clock = clock
 
-    def find(self, key: str) -> Original | None:
+    def find(self, key: str) -> LockedFile | None:
         """Return a file, held, whose bytes are those that were kept; one that was altered since is thrown away."""
         return self._find(key, self._changing)
 
-    def _find(self, key: str, changing: Callable[[], AbstractContextManager[None]]) -> Original | None:
+    def _find(self, key: str, changing: Callable[[], AbstractContextManager[None]]) -> LockedFile | None:
         for path in self._folder.glob(f"{_digest(key)}-*{SUFFIX}"):
             file = open_shared(path)
             if file is None:
                 continue
-            found = Original(path, file)
+            found = LockedFile(path, file)
             if hashlib.file_digest(file, "sha256").hexdigest() == path.stem.partition("-")[2]:
                 self._touch(file)
                 return found
@@ -150,7 +150,7 @@ class Originals:
         return None
 
     @contextmanager
-    def draft(self, key: str) -> Generator[Draft]:
+    def draft(self, key: str) -> Generator[PartialDownload]:
         """Give a file to write; it is removed at the end of the block unless it was kept.
 
         Raises:
@@ -162,13 +162,13 @@ class Originals:
             self._clear_abandoned_drafts()
             file = path.open("w+b", buffering=0)
             fcntl.flock(file, fcntl.LOCK_EX)
-        made = Draft(path, file)
+        made = PartialDownload(path, file)
         try:
             yield made
         finally:
             made.close()
 
-    def keep(self, key: str, draft: Draft) -> Original:
+    def commit(self, key: str, draft: PartialDownload) -> LockedFile:
         """Make a whole draft the file of this key, and return it held; files used longest ago make room.
 
         Raises:
@@ -186,9 +186,9 @@ class Originals:
             file = _opened(path)
             self._touch(file)
             self._evict(self._size_bytes() - self._budget_bytes)
-        return Original(path, file)
+        return LockedFile(path, file)
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove the files used longest ago until so many bytes are free, and return how many became so."""
         if not self._folder.is_dir():
             return 0
@@ -204,12 +204,12 @@ class Originals:
         try:
             write()
         except OSError as error:
-            if not is_disk_full(error) or not self.make_room(max(needed_bytes, 1)):
+            if not is_disk_full(error) or not self.free_space(max(needed_bytes, 1)):
                 raise
             log.warning("the disk is full; files that were brought before made room")
             write()
 
-    def arriving_bytes(self, key: str) -> int:
+    def downloaded_bytes(self, key: str) -> int:
         """Return how much of a file has arrived, in whichever process."""
         arrived = 0
         for path in self._folder.glob(f".{_digest(key)}-*{DRAFT_SUFFIX}"):
@@ -240,14 +240,14 @@ class Originals:
         for _, size_bytes, path in self._files() if excess_bytes > 0 else ():
             if freed >= excess_bytes:
                 break
-            if remove_unless_held(path):
+            if remove_if_unlocked(path):
                 log.info("dropped a fetched file (%d bytes) from disk", size_bytes)
                 freed += size_bytes
         return freed
 
     def _clear_abandoned_drafts(self) -> None:
         for path in self._folder.glob(f".*{DRAFT_SUFFIX}"):
-            remove_unless_held(path)
+            remove_if_unlocked(path)
 
 
 def _opened(path: Path) -> BufferedReader:

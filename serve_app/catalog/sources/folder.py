@@ -29,7 +29,7 @@ MAX_FILES = 10_000
 MAX_DIGESTS = 10_000
 
 
-class FolderRepositories:
+class FolderSource:
     """The repositories below some roots; the first root that has an id wins."""
 
     def __init__(self, roots: tuple[Path, ...], *, origin: str = FOLDER) -> None:
@@ -50,7 +50,7 @@ class FolderRepositories:
         """Return the header of a listed file."""
         return await _reading(listing.id, lambda: self._header(listing, filename))
 
-    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+    async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the first 40 hex digits of the file's SHA-256; of several, of the SHA-256 of theirs."""
         return await _reading(listing.id, lambda: self._pin(listing, filenames))
 
@@ -62,14 +62,14 @@ class FolderRepositories:
         """Return the file itself, once the digest of the spec's files is seen to be the spec's."""
         return await _reading(spec.id, lambda: self._download(spec, filename or spec.filename))
 
-    def arriving_bytes(self, spec: AdapterSpec) -> int:
+    def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return nothing: the files are here."""
         return 0
 
     def release(self, spec: AdapterSpec) -> None:
         """Do nothing: the files are the folder's own."""
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove nothing: the files are the folder's own."""
         return 0
 

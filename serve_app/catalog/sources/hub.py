@@ -35,11 +35,11 @@ from serve_app.catalog.reading.repository import (
     is_valid_revision,
 )
 from serve_app.catalog.sources.download import Download
-from serve_app.catalog.sources.download_cache import Holds, Original, Originals
+from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles
 from serve_app.catalog.sources.hub_calls import DOWNLOAD, HubCalls
 from serve_app.catalog.sources.hub_errors import MissingRevision
-from serve_app.catalog.sources.metadata_cache import Forgetful, OfflineMemory
-from serve_app.catalog.sources.token_context import lent_token
+from serve_app.catalog.sources.metadata_cache import MetadataCache, NullMetadataCache
+from serve_app.catalog.sources.token_context import current_hub_token
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.errors import HubUnavailable, ModelNotFound
@@ -54,7 +54,7 @@ MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_UNLISTED_BYTES = 4 * 1024**3
 
 
-class HubRepositories:
+class HubSource:
     """The repositories of one Hub endpoint, read with one token.
 
     `cache_dir` gets the files (`hub/`) and the memory for when the Hub is away (`hub-memory/`, and
@@ -79,15 +79,15 @@ class HubRepositories:
         self._timeout_s = settings.timeout_s
         self._download_timeout_s = settings.download_timeout_s
         self._calls = calls or HubCalls()
-        self._originals = Originals(cache_dir / "hub", settings.cache_size, clock=time.time)
-        self._held = Holds()
-        self._memory: OfflineMemory | Forgetful = OfflineMemory(cache_dir / "hub-memory")
+        self._originals = DownloadCache(cache_dir / "hub", settings.cache_size, clock=time.time)
+        self._held = LockedFiles()
+        self._memory: MetadataCache | NullMetadataCache = MetadataCache(cache_dir / "hub-memory")
 
-    def read_as(self, token: HubToken | None) -> HubRepositories:
+    def read_as(self, token: HubToken | None) -> HubSource:
         """Return the same Hub as a caller with this token sees it, or as anybody does."""
         secret = None if token is None else token.value
-        other = HubRepositories(self._settings, token=secret, cache_dir=self._root, endpoint=self._api.endpoint)
-        other._memory = OfflineMemory(self._root / "hub-memory-public") if token is None else Forgetful()
+        other = HubSource(self._settings, token=secret, cache_dir=self._root, endpoint=self._api.endpoint)
+        other._memory = MetadataCache(self._root / "hub-memory-public") if token is None else NullMetadataCache()
         return other
 
     @property
@@ -105,7 +105,7 @@ class HubRepositories:
         try:
             return await self._calls.ask(lambda: self._find(model, revision), model, revision, self._timeout_s)
         except HubUnavailable as error:
-            remembered = await run_blocking(lambda: self._memory.recall(model, revision))
+            remembered = await run_blocking(lambda: self._memory.get(model, revision))
             if remembered is None:
                 raise
             log.warning("%s is served as last seen at %s: %s", model, remembered.revision, error.reason)
@@ -121,7 +121,7 @@ class HubRepositories:
         try:
             head = await self._calls.ask(lambda: self._head(listing, filename), listing.id, commit, self._timeout_s)
         except HubUnavailable:
-            remembered = await run_blocking(lambda: self._memory.recall_header(listing.location, commit, filename))
+            remembered = await run_blocking(lambda: self._memory.get_header(listing.location, commit, filename))
             if remembered is None:
                 raise
             head = remembered
@@ -131,7 +131,7 @@ class HubRepositories:
         except MalformedHeader as error:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
-    async def pin(self, listing: RepositoryListing, *filenames: str) -> str:
+    async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the commit that the listing shows."""
         return str(listing.revision)
 
@@ -150,8 +150,8 @@ class HubRepositories:
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file on this node's disk, fetched if it is not there as it was; with a token that was lent, if
         one was. It stays there at least until `release`."""
-        lent = lent_token()
-        token = self._token if lent is None else lent.value
+        use_hub_token = current_hub_token()
+        token = self._token if use_hub_token is None else use_hub_token.value
         call = functools.partial(self._original, spec, filename or spec.filename, token)
         original = await self._calls.run(call, spec.id, spec.revision, self._download_timeout_s)
         return self._held.add(spec.key, original)
@@ -160,13 +160,13 @@ class HubRepositories:
         """Let go of what was downloaded for an adapter."""
         self._held.release(spec.key)
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove files that nobody holds, those used longest ago first; return the bytes that became free."""
-        return self._originals.make_room(needed_bytes)
+        return self._originals.free_space(needed_bytes)
 
-    def arriving_bytes(self, spec: AdapterSpec) -> int:
+    def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how much of an adapter's file has arrived."""
-        return self._originals.arriving_bytes(_file_key(spec, spec.filename))
+        return self._originals.downloaded_bytes(_file_key(spec, spec.filename))
 
     async def ids(self) -> tuple[str, ...]:
         """Return nothing: the Hub is too large to list."""
@@ -177,7 +177,7 @@ class HubRepositories:
             model, revision=revision, files_metadata=True, timeout=self._timeout_s, token=self._token
         )
         listing = _listing(model, info)
-        self._memory.remember(listing, revision)
+        self._memory.put(listing, revision)
         return listing
 
     def _head(self, listing: RepositoryListing, filename: str) -> bytes:
@@ -189,7 +189,7 @@ class HubRepositories:
             return head
         if len(head) < wanted and len(head) == FIRST_RANGE_BYTES:
             head = self._read_prefix(listing.location, commit, filename, wanted)
-        self._memory.remember_header(listing.location, commit, filename, head[:wanted])
+        self._memory.put_header(listing.location, commit, filename, head[:wanted])
         return head[:wanted]
 
     def _read_prefix(self, location: str, revision: str | None, filename: str, size_bytes: int) -> bytes:
@@ -208,7 +208,7 @@ class HubRepositories:
                     break
         return bytes(read[:size_bytes])
 
-    def _original(self, spec: AdapterSpec, filename: str, token: str | bool) -> Original:
+    def _original(self, spec: AdapterSpec, filename: str, token: str | bool) -> LockedFile:
         key = _file_key(spec, filename)
         found = self._originals.find(key)
         if found is not None:
@@ -227,7 +227,7 @@ class HubRepositories:
             )
             run = functools.partial(self._originals.with_room, download.run, spec.size_bytes)
             self._calls.persist(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
-            return self._originals.keep(key, draft)
+            return self._originals.commit(key, draft)
 
 
 def _file_key(spec: AdapterSpec, filename: str) -> str:

@@ -14,16 +14,16 @@ from typing import TypeVar
 
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.sources.hub_errors import HUB_FAILURES, translate
-from serve_app.catalog.sources.retry import Pauses, Rest
+from serve_app.catalog.sources.retry import RateLimitCooldown, RetryPolicy
 from serve_app.errors import HubUnavailable, LoraplexError
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOOK_UP = Pauses(tries=3)
+LOOK_UP = RetryPolicy(tries=3)
 # A download counts its tries from the last one that brought bytes.
-DOWNLOAD = Pauses(tries=4)
+DOWNLOAD = RetryPolicy(tries=4)
 
 
 class HubCalls:
@@ -40,7 +40,7 @@ class HubCalls:
         self.clock = clock
         self._sleep = sleep
         self._chance = chance
-        self._rest = Rest(clock)
+        self._cooldown = RateLimitCooldown(clock)
 
     async def ask(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
         """Return what a blocking call returns, asked again where it fails for now.
@@ -72,7 +72,7 @@ class HubCalls:
         model: str,
         revision: str | None,
         until: float,
-        pauses: Pauses,
+        pauses: RetryPolicy,
         headway: Callable[[], int] = lambda: 0,
     ) -> T:
         """Return what `call` returns, tried as `pauses` says and never after `until`; blocks.
@@ -85,17 +85,17 @@ class HubCalls:
         """
         reached, tried_before = headway(), 0
         for tries in itertools.count(1):
-            self._rest.check(model)
+            self._cooldown.check(model)
             try:
                 return call()
             except TimeoutError:
                 raise
             except (LoraplexError, *HUB_FAILURES) as error:
                 refusal = self._meaning(error, model, revision)
-            self._rest.note(refusal)
+            self._cooldown.note(refusal)
             if (came := headway()) > reached:
                 reached, tried_before = came, tries - 1
-            pause_s = pauses.before_next(
+            pause_s = pauses.next_delay_s(
                 refusal, tries_made=tries - tried_before, left_s=until - self.clock(), chance=self._chance
             )
             if pause_s is None:

@@ -50,13 +50,13 @@ class MissingRevision(ModelNotFound):
 
 
 @dataclass(eq=False)
-class HubBusy(HubUnavailable):
+class HubRetryAfter(HubUnavailable):
     """The Hub said itself when to come back; `is_limiting` where that holds for every question."""
 
     is_limiting: bool = False
 
 
-class Hopeless(HubUnavailable):
+class NonRetryableHubError(HubUnavailable):
     """Asking again at once would change nothing."""
 
 
@@ -77,7 +77,7 @@ def translate(error: Exception, model: str, revision: str | None) -> LoraplexErr
     if isinstance(error, HfHubHTTPError):
         return _from_status(error, model)
     if isinstance(error, OfflineModeIsEnabled):
-        return Hopeless(model, "the service is set to work offline")
+        return NonRetryableHubError(model, "the service is set to work offline")
     if isinstance(error, OSError) and is_disk_full(error):
         return DiskFull(model)
     return HubUnavailable(model, _transport_reason(error))
@@ -98,9 +98,9 @@ def _from_status(error: HfHubHTTPError, model: str) -> LoraplexError:
         return ModelNotFound(model)
     asked_s = _asked_pause_s(error.response.headers)
     if status == 429:
-        return HubBusy(model, "the Hub is limiting requests", asked_s or DEFAULT_RETRY_AFTER_S, is_limiting=True)
+        return HubRetryAfter(model, "the Hub is limiting requests", asked_s or DEFAULT_RETRY_AFTER_S, is_limiting=True)
     reason = f"the Hub answered with status {status}"
-    return HubUnavailable(model, reason) if asked_s is None else HubBusy(model, reason, asked_s)
+    return HubUnavailable(model, reason) if asked_s is None else HubRetryAfter(model, reason, asked_s)
 
 
 def _asked_pause_s(headers: httpx2.Headers) -> int | None:

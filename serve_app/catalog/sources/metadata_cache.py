@@ -27,7 +27,7 @@ MAX_BYTES = 512 * 1024**2
 LOOK_AFTER_BYTES = 16 * 1024**2
 
 
-class OfflineMemory:
+class MetadataCache:
     """Listings and headers below one folder; writes are atomic, and neither reading nor writing ever
     fails."""
 
@@ -38,11 +38,11 @@ class OfflineMemory:
         self._look_after_bytes = look_after_bytes
         self._unseen_bytes = 0
 
-    def remember(self, listing: RepositoryListing, asked_revision: str | None) -> None:
+    def put(self, listing: RepositoryListing, asked_revision: str | None) -> None:
         """Keep a listing under the revision that was asked for."""
         self._write(self._listing_path(listing.id, asked_revision), json.dumps(asdict(listing)).encode())
 
-    def recall(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
+    def get(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
         """Return the newest listing that was kept, or None."""
         content = self._read(self._listing_path(model, asked_revision))
         if content is None:
@@ -52,11 +52,11 @@ class OfflineMemory:
         except (ValueError, KeyError, TypeError):
             return None
 
-    def remember_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
+    def put_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
         """Keep the first bytes of a file, up to the end of its header."""
         self._write(self._header_path(location, commit, filename), head)
 
-    def recall_header(self, location: str, commit: str, filename: str) -> bytes | None:
+    def get_header(self, location: str, commit: str, filename: str) -> bytes | None:
         """Return those bytes, or None."""
         return self._read(self._header_path(location, commit, filename))
 
@@ -95,19 +95,19 @@ class OfflineMemory:
             return None
 
 
-class Forgetful:
+class NullMetadataCache:
     """A memory that keeps nothing, for what not everybody may know."""
 
-    def remember(self, listing: RepositoryListing, asked_revision: str | None) -> None:
+    def put(self, listing: RepositoryListing, asked_revision: str | None) -> None:
         """Keep nothing."""
 
-    def recall(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
+    def get(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
         """Know nothing."""
 
-    def remember_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
+    def put_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
         """Keep nothing."""
 
-    def recall_header(self, location: str, commit: str, filename: str) -> bytes | None:
+    def get_header(self, location: str, commit: str, filename: str) -> bytes | None:
         """Know nothing."""
 
 

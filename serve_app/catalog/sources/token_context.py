@@ -17,7 +17,7 @@ _lent: ContextVar[HubToken | None] = ContextVar("lent_hub_token", default=None)
 
 
 @contextmanager
-def lent(token: HubToken | None) -> Iterator[None]:
+def use_hub_token(token: HubToken | None) -> Iterator[None]:
     """Read the Hub with this token until the end of the block; None is the service's own."""
     before = _lent.set(token)
     try:
@@ -26,6 +26,6 @@ def lent(token: HubToken | None) -> Iterator[None]:
         _lent.reset(before)
 
 
-def lent_token() -> HubToken | None:
+def current_hub_token() -> HubToken | None:
     """Return the token that was lent, or None."""
     return _lent.get()

@@ -18,7 +18,7 @@ from http import HTTPStatus
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.http.error_responses import fault_response
+from serve_app.api.http.error_responses import error_response
 from serve_app.errors import Overloaded
 
 log = logging.getLogger(__name__)
@@ -27,12 +27,12 @@ log = logging.getLogger(__name__)
 # for want of room who refuses and how many it holds: "160" or "160 x7f3=72".
 HELD_HEADER = "x-loraplex-held"
 # As long as this after a full queue was last heard of, the count is limited by what was told.
-NEWS_HOLD_S = 5.0
+REPORT_TTL_S = 5.0
 # What may be on its way beyond what is held, and a share of that: it is looked at, and taken or refused, in a moment.
-ON_THE_WAY = 8
-ON_THE_WAY_SHARE = 1 / 16
+SLACK_REQUESTS = 8
+SLACK_SHARE = 1 / 16
 # Before the first reply.
-MOST_UNTOLD = 256
+DEFAULT_CAPACITY = 256
 TOO_MANY = HTTPStatus.TOO_MANY_REQUESTS
 LOG_EVERY_S = 10.0
 DEFAULT_RETRY_AFTER_S = 1
@@ -40,17 +40,17 @@ DEFAULT_RETRY_AFTER_S = 1
 _ALWAYS_LET_IN = ("/v1/loras", "/-/")
 
 
-class Door:
+class InFlightLimit:
     """How many requests may be on their way through one proxy. Pure but for the clock.
 
-    Invariant: whatever is told, `ON_THE_WAY` requests may always be on their way.
+    Invariant: whatever is told, `SLACK_REQUESTS` requests may always be on their way.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` gives seconds that only grow."""
         self._clock = clock
         self._held: dict[str, tuple[float, int]] = {}
-        self._most = MOST_UNTOLD
+        self._most = DEFAULT_CAPACITY
         self.retry_after_s = DEFAULT_RETRY_AFTER_S
         self.inside = 0
 
@@ -58,10 +58,10 @@ class Door:
         """Take in how many requests all ingress replicas may hold."""
         self._most = most
 
-    def heard(self, replica: str, held: int, retry_after_s: int) -> None:
+    def record_rejection(self, replica: str, held: int, retry_after_s: int) -> None:
         """Take in that an ingress replica refused a request, what it holds, and when the caller was to come back."""
         now = self._clock()
-        self._held = {id_: told for id_, told in self._held.items() if now - told[0] <= NEWS_HOLD_S}
+        self._held = {id_: told for id_, told in self._held.items() if now - told[0] <= REPORT_TTL_S}
         self._held[replica] = now, held
         self.retry_after_s = retry_after_s
 
@@ -69,9 +69,9 @@ class Door:
     def room(self) -> int:
         """How many requests may be inside now."""
         now = self._clock()
-        news = [count for at, count in self._held.values() if now - at <= NEWS_HOLD_S]
+        news = [count for at, count in self._held.values() if now - at <= REPORT_TTL_S]
         held = sum(news) if news else self._most
-        return held + int(held * ON_THE_WAY_SHARE) + ON_THE_WAY
+        return held + int(held * SLACK_SHARE) + SLACK_REQUESTS
 
     @property
     def is_open(self) -> bool:
@@ -79,7 +79,7 @@ class Door:
         return self.inside < self.room
 
 
-class Shedding:
+class LoadSheddingMiddleware:
     """Refuses requests for images while more are on their way than can be looked at in a moment; nothing else."""
 
     def __init__(
@@ -89,7 +89,7 @@ class Shedding:
         self._app = app
         self._on_shed = on_shed
         self._clock = clock
-        self.door = Door(clock)
+        self.limit = InFlightLimit(clock)
         self._shed = 0
         self._logged_at = float("-inf")
 
@@ -107,14 +107,14 @@ class Shedding:
         if scope["method"] != "POST" or scope["path"].startswith(_ALWAYS_LET_IN):
             await self._app(scope, receive, send_heard)
             return
-        if not self.door.is_open:
+        if not self.limit.is_open:
             await self._refuse(scope, receive, send)
             return
-        self.door.inside += 1
+        self.limit.inside += 1
         try:
-            await self._app(scope, _Arriving(receive, self.door), send_heard)
+            await self._app(scope, _Arriving(receive, self.limit), send_heard)
         finally:
-            self.door.inside -= 1
+            self.limit.inside -= 1
 
     def _hear(self, message: Message) -> None:
         headers = MutableHeaders(raw=list(message.get("headers", [])))
@@ -123,15 +123,15 @@ class Shedding:
         del headers[HELD_HEADER]
         message["headers"] = headers.raw
         most, _, news = told.partition(" ")
-        self.door.told(int(most))
+        self.limit.told(int(most))
         if news:
             replica, _, held = news.partition("=")
-            self.door.heard(replica, int(held), int(headers.get("retry-after", DEFAULT_RETRY_AFTER_S)))
+            self.limit.record_rejection(replica, int(held), int(headers.get("retry-after", DEFAULT_RETRY_AFTER_S)))
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._on_shed()
         self._note()
-        response = fault_response(scope, Overloaded(self.door.retry_after_s))
+        response = error_response(scope, Overloaded(self.limit.retry_after_s))
         response.headers["x-request-id"] = Headers(scope=scope).get("x-request-id") or str(uuid.uuid4())
         response.headers["access-control-expose-headers"] = "x-request-id"
         await response(scope, receive, send)
@@ -140,16 +140,16 @@ class Shedding:
         """Log now and then: a line for each would cost more than the refusal."""
         self._shed += 1
         if self._clock() - self._logged_at >= LOG_EVERY_S:
-            log.warning("%d requests were refused at the door; %d are inside", self._shed, self.door.inside)
+            log.warning("%d requests were refused at the door; %d are inside", self._shed, self.limit.inside)
             self._shed, self._logged_at = 0, self._clock()
 
 
 class _Arriving:
     """A request's body on its way in: while its caller is waited for, the request keeps nobody else out."""
 
-    def __init__(self, receive: Receive, door: Door) -> None:
+    def __init__(self, receive: Receive, limit: InFlightLimit) -> None:
         self._receive = receive
-        self._door = door
+        self._door = limit
         self._is_complete = False
 
     async def __call__(self) -> Message:
@@ -164,7 +164,7 @@ class _Arriving:
         return message
 
 
-class TellsHeld:
+class CapacityHeaderMiddleware:
     """Tells the proxy how many requests ingress replicas may hold, and on a refusal for want of room what one holds."""
 
     def __init__(self, app: ASGIApp, *, replica: str, most: int, held: Callable[[], int | None]) -> None:

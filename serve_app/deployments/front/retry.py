@@ -18,7 +18,7 @@ from typing import Literal
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.http.error_responses import fault_response
+from serve_app.api.http.error_responses import error_response
 from serve_app.api.http.events import EventStream, failure_event, refusal_event, tells_progress_alone
 from serve_app.api.http.waiting import AGE_HEADER, SEED_HEADER
 from serve_app.errors import IngressLost, InternalError, LoraplexError
@@ -43,7 +43,7 @@ _SEED = "x-seed"
 _MARK = "access-control-expose-headers"
 
 
-class Resending:
+class RetryMiddleware:
     """Repeats a request whose ingress replica died before a byte of the answer was passed on; of a stream, before
     anything but progress was.
 
@@ -56,7 +56,7 @@ class Resending:
         self._app = app
         self._on_loss = on_loss
         self._backoff_s = backoff_s
-        self.room = Room(MAX_ALL_KEPT_BYTES)
+        self.room = BufferBudget(MAX_ALL_KEPT_BYTES)
         self._has_served = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,15 +66,15 @@ class Resending:
             return
         headers = MutableHeaders(scope=scope)
         request_id = headers.setdefault(_REQUEST_ID, str(uuid.uuid4()))
-        caller = Caller(receive, self.room)
+        caller = BufferedRequest(receive, self.room)
         try:
             await self._answered(scope, caller, send, request_id)
         finally:
             caller.forget()
 
-    async def _answered(self, scope: Scope, caller: Caller, send: Send, request_id: str) -> None:
+    async def _answered(self, scope: Scope, caller: BufferedRequest, send: Send, request_id: str) -> None:
         began = time.monotonic()
-        answer = Answer(send)
+        answer = ClientResponse(send)
         for attempt in range(1, MAX_RESENDS + 2):
             answer.begin(is_new=not self._has_served)
             again = _attempt(scope, attempt, time.monotonic() - began, answer.seed)
@@ -93,7 +93,9 @@ class Resending:
                 self._on_loss("resent")
             await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1))
 
-    async def _try(self, scope: Scope, caller: Caller, answer: Answer, request_id: str) -> LoraplexError | None:
+    async def _try(
+        self, scope: Scope, caller: BufferedRequest, answer: ClientResponse, request_id: str
+    ) -> LoraplexError | None:
         """Send the request once; return what to tell the caller where the proxy itself failed."""
         try:
             await self._app(scope, caller.from_the_start(), answer.send)
@@ -102,7 +104,7 @@ class Resending:
             return InternalError(request_id)
         return None
 
-    async def _give_up(self, scope: Scope, answer: Answer, error: LoraplexError, request_id: str) -> None:
+    async def _give_up(self, scope: Scope, answer: ClientResponse, error: LoraplexError, request_id: str) -> None:
         if answer.has_begun:
             log.warning("request %s: its answer broke off: %s", request_id, error.code)
             self._on_loss("cut")
@@ -112,25 +114,25 @@ class Resending:
             return
         log.warning("request %s: %s: %s", request_id, error.code, error)
         self._on_loss("refused")
-        response = fault_response(scope, error)
+        response = error_response(scope, error)
         response.headers[_REQUEST_ID] = request_id
         response.headers[_MARK] = _REQUEST_ID
         await response(scope, _nothing_more, answer.forward)
 
 
 @dataclass
-class Room:
+class BufferBudget:
     """How many bytes of bodies may still be kept."""
 
     left_bytes: int
 
 
 @dataclass
-class Caller:
+class BufferedRequest:
     """What a caller sends, kept so that it can be sent again; past its room it is passed on and not kept."""
 
     receive: Receive
-    room: Room
+    room: BufferBudget
     is_gone: bool = False
     is_kept: bool = True
     _messages: list[Message] = field(default_factory=list[Message])
@@ -173,7 +175,7 @@ class Caller:
 
 
 @dataclass
-class _Reply:
+class _AttemptResponse:
     """What one attempt is answered with."""
 
     # This proxy has passed on no answer yet: a 404 of Serve's means that it does not know the way so far.
@@ -187,7 +189,7 @@ class _Reply:
 
 
 @dataclass
-class Answer:
+class ClientResponse:
     """What a caller gets, over all attempts.
 
     An answer that Serve itself gives, because it found nobody to ask, is not passed on. A stream goes on with the
@@ -201,11 +203,11 @@ class Answer:
     # What a stream said that it would draw with; empty where there is none.
     seed: str = ""
     _has_shown: bool = False
-    _reply: _Reply = field(default_factory=lambda: _Reply(is_new=True))
+    _reply: _AttemptResponse = field(default_factory=lambda: _AttemptResponse(is_new=True))
 
     def begin(self, *, is_new: bool) -> None:
         """Expect the answer to another attempt; `is_new` says that this proxy has passed on no answer yet."""
-        self._reply = _Reply(is_new)
+        self._reply = _AttemptResponse(is_new)
 
     @property
     def is_too_early(self) -> bool:

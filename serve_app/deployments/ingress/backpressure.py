@@ -33,7 +33,7 @@ def most_held(config: AppConfig) -> int:
     )
 
 
-class Pressure:
+class Backpressure:
     """The work that one ingress replica has out at one base, and how fast it comes back."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -47,12 +47,12 @@ class Pressure:
         self._refused_at = -math.inf
 
     @property
-    def out(self) -> int:
+    def in_flight(self) -> int:
         """How many requests are out."""
         return self._out
 
     @property
-    def is_full(self) -> bool:
+    def is_at_limit(self) -> bool:
         """Whether as many are out as the base was seen to take: asking it would cost more than refusing here."""
         quiet_s = self._clock() - self._refused_at
         if quiet_s > LIMIT_HOLDS_S:
@@ -64,13 +64,13 @@ class Pressure:
         """Whether the base refused anything within the time that its limit holds."""
         return self._clock() - self._refused_at <= LIMIT_HOLDS_S
 
-    def refused(self) -> None:
-        """Note that the base did not take what was being sent; to be said inside `sending`."""
+    def record_rejection(self) -> None:
+        """Note that the base did not take what was being sent; to be said inside `track`."""
         self._limit = max(1, self._out - 1)
         self._refused_at = self._clock()
 
     @contextmanager
-    def sending(self, units: float) -> Generator[None]:
+    def track(self, units: float) -> Generator[None]:
         """Count so much work as out for the time of the block, and as done where that ends well."""
         self._count()
         self._out += 1

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog, Resolution
-from serve_app.core import Accepted, GenerationDraft, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo
-from serve_app.deployments.ingress.resolve_defaults import settle
+from serve_app.core import Accepted, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo, UnresolvedRequest
+from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import LoraplexError
 from serve_app.observability.tracing import request_span, span
@@ -42,7 +42,7 @@ class Dispatch(Protocol):
 class _Case:
     """What is known of a request, for the line that says how it failed; never its prompt."""
 
-    draft: GenerationDraft
+    draft: UnresolvedRequest
     resolution: Resolution | None = None
 
     @property
@@ -80,7 +80,7 @@ class ServiceGateway:
         self._on_refusal = on_refusal
         self._on_drawn = on_drawn
 
-    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+    async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         """Return the images of a draft.
 
         Raises:
@@ -92,7 +92,7 @@ class ServiceGateway:
             self._on_drawn(request, result)
             return result
 
-    async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+    async def stream(self, draft: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
         """Yield what becomes of a draft: `Accepted` within `FIRST_EVENT_S` of its being settled, the result at the end.
 
         Raises:
@@ -117,20 +117,20 @@ class ServiceGateway:
                         self._on_drawn(request, event)
                     yield event
 
-    async def _settled(self, draft: GenerationDraft, request_id: str, case: _Case) -> GenerationRequest:
+    async def _settled(self, draft: UnresolvedRequest, request_id: str, case: _Case) -> GenerationRequest:
         with span("resolve", request_span().context):
             resolution = case.resolution = await self._catalog.resolve(
                 draft.model, draft.adapters, token=draft.hub_token
             )
         seed = self._draw_seed()
-        request = settle(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+        request = resolve_defaults(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
         # A caller's token goes no further than it is needed.
         request = replace(request, hub_token=draft.hub_token) if resolution.is_private else request
         request_span().describe(request)
         return request_span().carried_by(request)
 
     @contextmanager
-    def _refusals_noted(self, draft: GenerationDraft, request_id: str) -> Iterator[_Case]:
+    def _refusals_noted(self, draft: UnresolvedRequest, request_id: str) -> Iterator[_Case]:
         case = _Case(draft)
         try:
             yield case

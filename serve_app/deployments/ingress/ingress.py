@@ -22,24 +22,24 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
-from serve_app.catalog.catalog import Catalog, build_repositories
+from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
 from serve_app.demo.embedded import embedded_root
-from serve_app.deployments.front.load_shedding import TellsHeld
-from serve_app.deployments.ingress.backpressure import Pressure, most_held
+from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
+from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.keys import Keys
-from serve_app.deployments.ingress.middleware import Measured, Traced
-from serve_app.deployments.limits.limit_keeper import LimitKeeperHandle
-from serve_app.deployments.limits.shared_rate_limiter import SharedMeter
-from serve_app.deployments.registry.alias_keeper import KeeperHandle
+from serve_app.deployments.ingress.middleware import MetricsMiddleware, TracingMiddleware
+from serve_app.deployments.limits.limit_keeper import RateLimitClient
+from serve_app.deployments.limits.shared_rate_limiter import SharedRateLimiter
+from serve_app.deployments.registry.alias_keeper import AliasClient
 from serve_app.deployments.registry.alias_mirror import AliasMirror
-from serve_app.deployments.registry.fleet import Count, RollCall, replica_counts
+from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount, replica_counts
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
-from serve_app.deployments.shared.watchdog import guardian_of
+from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
@@ -72,7 +72,7 @@ class Dispatcher:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
         self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
-        self._pressures = {base.id: Pressure(time.monotonic) for base in config.bases}
+        self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
@@ -126,11 +126,11 @@ class Dispatcher:
     def held(self) -> int | None:
         """How many requests wait for the bases, where one of these has lately refused another; else None."""
         pressures = self._pressures.values()
-        is_full = any(pressure.was_full_lately for pressure in pressures)
-        return sum(pressure.out for pressure in pressures) if is_full else None
+        is_at_limit = any(pressure.was_full_lately for pressure in pressures)
+        return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
 
     def _check_room(self, request: GenerationRequest) -> None:
-        if self._pressures[request.base_id].is_full:
+        if self._pressures[request.base_id].is_at_limit:
             raise self._queue_full(request)
 
     def _queue_full(self, request: GenerationRequest) -> QueueFull:
@@ -150,14 +150,14 @@ class Dispatcher:
         self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
-        return self._pressures[request.base_id].sending(work_units(request))
+        return self._pressures[request.base_id].track(work_units(request))
 
     @contextmanager
     def _errors_of(self, request: GenerationRequest) -> Iterator[None]:
         try:
             yield
         except BackPressureError:
-            self._pressures[request.base_id].refused()
+            self._pressures[request.base_id].record_rejection()
             raise self._queue_full(request) from None
         except LoraplexError as error:
             # What arrives is Ray's double of our error, whose text is a remote traceback.
@@ -212,23 +212,23 @@ class Ingress:
         environment = on_this_node(environment)
         self._config = config
         self._metrics = IngressMetrics()
-        repositories = build_repositories(config, environment, embedded_root=embedded_root())
+        repositories = build_sources(config, environment, embedded_root=embedded_root())
         app_name = serve.get_replica_context().app_name
-        self._aliases = AliasMirror(KeeperHandle(keeper), on_change=self._metrics.aliases_known)
+        self._aliases = AliasMirror(AliasClient(keeper), on_change=self._metrics.aliases_known)
         catalog = Catalog(
             config,
             repositories,
             clock=time.monotonic,
-            meant=self._aliases.meant,
+            resolve_alias=self._aliases.resolve_alias,
             on_access_check=self._metrics.access_checked,
         )
 
-        def counts() -> dict[str, Count]:
+        def counts() -> dict[str, ReplicaCount]:
             known = replica_counts(app_name)
             names = {base.id: deployment_name(base.id) for base in config.bases}
             return {base_id: known[name] for base_id, name in names.items() if name in known}
 
-        replicas = RollCall(handles, counts, clock=time.monotonic)
+        replicas = ReplicaBroadcast(handles, counts, clock=time.monotonic)
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,
@@ -246,9 +246,9 @@ class Ingress:
             on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
         )
 
-    def _shared_meter(self, limits: DeploymentHandle) -> SharedMeter:
-        return SharedMeter(
-            LimitKeeperHandle(limits),
+    def _shared_meter(self, limits: DeploymentHandle) -> SharedRateLimiter:
+        return SharedRateLimiter(
+            RateLimitClient(limits),
             holder=secrets.token_hex(8),
             replicas=self._config.ingress.replicas,
             clock=time.monotonic,
@@ -257,7 +257,7 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
-        self._guardian = guardian_of(self._config.ingress)
+        self._guardian = start_watchdog(self._config.ingress)
         await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
@@ -267,5 +267,7 @@ class Ingress:
             answered(route=route, status=status, base_id=base_id)
 
         own_id = serve.get_replica_context().replica_id.unique_id
-        measured, most = Measured(app, count), most_held(self._config)
-        return Traced(TellsHeld(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held))
+        measured, most = MetricsMiddleware(app, count), most_held(self._config)
+        return TracingMiddleware(
+            CapacityHeaderMiddleware(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held)
+        )

@@ -19,7 +19,7 @@ OnAnswer = Callable[[str, int, "str | None"], None]
 UNKNOWN_ROUTE = "none"
 
 
-class Measured:
+class MetricsMiddleware:
     """Reports every answer of an ASGI application as it starts."""
 
     def __init__(self, app: ASGIApp, on_answer: OnAnswer) -> None:
@@ -44,7 +44,7 @@ class Measured:
 READING = ("GET", "HEAD", "OPTIONS")
 
 
-class Traced:
+class TracingMiddleware:
     """Makes every request of an ASGI application, from its first to its last byte, one span."""
 
     def __init__(self, app: ASGIApp) -> None:

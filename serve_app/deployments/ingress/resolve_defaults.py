@@ -7,17 +7,17 @@ where adapters lie or which replica will serve.
 from __future__ import annotations
 
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterUse, GenerationDraft, GenerationRequest, scale_of
+from serve_app.core import GenerationRequest, ScaledAdapter, UnresolvedRequest, scale_of
 from serve_app.errors import OutOfBounds, UnknownScheduler
 
 SIDE_MULTIPLE = 8
 MAX_SEED = 2**63 - 1
 
 
-def settle(
-    draft: GenerationDraft,
+def resolve_defaults(
+    draft: UnresolvedRequest,
     base: BaseModelConfig,
-    adapters: tuple[AdapterUse, ...],
+    adapters: tuple[ScaledAdapter, ...],
     *,
     request_id: str,
     seed: int,
@@ -56,7 +56,7 @@ def settle(
     )
 
 
-def _strength(draft: GenerationDraft, base: BaseModelConfig) -> float | None:
+def _strength(draft: UnresolvedRequest, base: BaseModelConfig) -> float | None:
     if draft.image is None:
         return None
     if draft.strength is not None:
@@ -65,7 +65,7 @@ def _strength(draft: GenerationDraft, base: BaseModelConfig) -> float | None:
     return base.defaults.strength if draft.mask is None else 1.0
 
 
-def _size(draft: GenerationDraft, base: BaseModelConfig) -> tuple[int, int]:
+def _size(draft: UnresolvedRequest, base: BaseModelConfig) -> tuple[int, int]:
     """Return width and height: as asked, else the input picture's rounded to what the base can draw, else default."""
     limits = base.limits
     if draft.image is not None and draft.width is None and draft.height is None:
@@ -97,7 +97,7 @@ def _fitted(width: int, height: int, base: BaseModelConfig) -> tuple[int, int]:
     return fitted
 
 
-def _check_numbers(draft: GenerationDraft, base: BaseModelConfig) -> None:
+def _check_numbers(draft: UnresolvedRequest, base: BaseModelConfig) -> None:
     limits = base.limits
     checks: tuple[tuple[str, float | None, float, float], ...] = (
         ("num_inference_steps", draft.steps, 1, limits.max_steps),
@@ -117,7 +117,7 @@ def _check_numbers(draft: GenerationDraft, base: BaseModelConfig) -> None:
             )
 
 
-def _check_adapters(adapters: tuple[AdapterUse, ...], base: BaseModelConfig) -> None:
+def _check_adapters(adapters: tuple[ScaledAdapter, ...], base: BaseModelConfig) -> None:
     limits = base.limits
     if len(adapters) > limits.max_adapters:
         raise OutOfBounds("loras", f"{len(adapters)} adapters", f"at most {limits.max_adapters} for {base.id}")

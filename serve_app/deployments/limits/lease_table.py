@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from serve_app.api.http.limits import Allowances, KeyAllowance
+from serve_app.api.http.limits import KeyQuota, KeyQuotas
 from serve_app.config import KeyLimits
 from serve_app.errors import KeyLimitReached, LoraplexError
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
+class RequestLease:
     """One request under way: on whose account, and its number at its holder."""
 
     number: int
@@ -26,18 +26,20 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a holder has under way: `held` was let in, `asked` waits for its answer; `up_to` is the last number given
-    out, so that whatever is not named up to there is over."""
+    """The requests of one ingress replica: `held` were accepted, `asked` still wait for a reply.
+
+    Every request with a number up to `last_issued` that is in neither list has ended.
+    """
 
     holder: str
-    up_to: int
-    held: tuple[Lease, ...]
+    last_issued: int
+    held: tuple[RequestLease, ...]
     asked: frozenset[int]
 
 
 @dataclass(slots=True)
 class _Entry:
-    allowance: KeyAllowance
+    allowance: KeyQuota
     images: int = 0
 
 
@@ -49,7 +51,7 @@ class _Holder:
     ended: set[int] = field(default_factory=set[int])
 
 
-class LeaseBooks:
+class LeaseTable:
     """Grants what keys may still do, over all holders.
 
     Invariants: while every holder is heard, no key has more requests under way than its limit. Whatever is lost, the
@@ -60,10 +62,10 @@ class LeaseBooks:
     def __init__(self, *, clock: Callable[[], float], patience_s: float) -> None:
         self._clock = clock
         self._patience_s = patience_s
-        self._allowances = Allowances(clock=clock)
+        self._allowances = KeyQuotas(clock=clock)
         self._holders: dict[str, _Holder] = {}
 
-    def begin(self, holder: str, lease: Lease) -> KeyLimitReached | None:
+    def begin(self, holder: str, lease: RequestLease) -> KeyLimitReached | None:
         """Let a request in, or return why not."""
         self._forget_the_silent()
         known = self._heard(holder)
@@ -77,7 +79,7 @@ class LeaseBooks:
         known.leases[lease.number] = _Entry(allowance)
         return None
 
-    def spend(self, holder: str, lease: Lease, count: int) -> LoraplexError | None:
+    def spend(self, holder: str, lease: RequestLease, count: int) -> LoraplexError | None:
         """Take images off what the key of a request may draw, or return why not."""
         known = self._heard(holder)
         if lease.number in known.ended:
@@ -99,18 +101,18 @@ class LeaseBooks:
             if not drew:
                 entry.allowance.return_images(entry.images)
 
-    def heard(self, beat: Heartbeat) -> None:
+    def apply_heartbeat(self, beat: Heartbeat) -> None:
         """Put the books of a holder right."""
         known = self._heard(beat.holder)
         for lease in beat.held:
             if lease.number not in known.leases and lease.number not in known.ended:
                 _adopt(known, lease, self._allowances)
         under_way = {lease.number for lease in beat.held} | beat.asked
-        for number in [number for number in known.leases if number <= beat.up_to and number not in under_way]:
+        for number in [number for number in known.leases if number <= beat.last_issued and number not in under_way]:
             # Nobody knows what became of its images, so they stay spent.
             known.leases.pop(number).allowance.end()
         # A begin may still be on its way for what ended while it was asked for.
-        known.ended = {number for number in known.ended if number > beat.up_to or number in under_way}
+        known.ended = {number for number in known.ended if number > beat.last_issued or number in under_way}
 
     @property
     def under_way(self) -> int:
@@ -129,7 +131,7 @@ class LeaseBooks:
                 entry.allowance.end()
 
 
-def _adopt(holder: _Holder, lease: Lease, allowances: Allowances) -> _Entry:
+def _adopt(holder: _Holder, lease: RequestLease, allowances: KeyQuotas) -> _Entry:
     entry = holder.leases[lease.number] = _Entry(allowances.of(lease.key, lease.limits))
     entry.allowance.adopt()
     return entry

@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.api.http.limits import UNLIMITED
 from serve_app.config import AppConfig
-from serve_app.deployments.limits.lease_table import Heartbeat, Lease, LeaseBooks
+from serve_app.deployments.limits.lease_table import Heartbeat, LeaseTable, RequestLease
 from serve_app.deployments.limits.shared_rate_limiter import PATIENCE_S, KeeperAway
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.errors import KeyLimitReached, LoraplexError
@@ -40,13 +40,13 @@ class LimitKeeper:
 
     def __init__(self, log_level: str) -> None:
         set_up_logging(log_level)
-        self._books = LeaseBooks(clock=time.monotonic, patience_s=PATIENCE_S)
+        self._books = LeaseTable(clock=time.monotonic, patience_s=PATIENCE_S)
 
-    async def begin(self, holder: str, lease: Lease) -> KeyLimitReached | None:
+    async def begin(self, holder: str, lease: RequestLease) -> KeyLimitReached | None:
         """Let a request in, or return why not."""
         return self._books.begin(holder, lease)
 
-    async def spend(self, holder: str, lease: Lease, count: int) -> LoraplexError | None:
+    async def spend(self, holder: str, lease: RequestLease, count: int) -> LoraplexError | None:
         """Take images off what the key of a request may draw, or return why not."""
         return self._books.spend(holder, lease, count)
 
@@ -54,26 +54,26 @@ class LimitKeeper:
         """Note that a request is over."""
         self._books.end(holder, number, drew=drew)
 
-    async def heard(self, beat: Heartbeat) -> None:
+    async def apply_heartbeat(self, beat: Heartbeat) -> None:
         """Put the books of a holder right."""
-        self._books.heard(beat)
+        self._books.apply_heartbeat(beat)
 
     async def under_way(self) -> int:
         """Return how many requests are under way."""
         return self._books.under_way
 
 
-class LimitKeeperHandle:
+class RateLimitClient:
     """The way to the keeper from another process; every method raises `KeeperAway` where no answer comes in time."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def begin(self, holder: str, lease: Lease) -> KeyLimitReached | None:
+    async def begin(self, holder: str, lease: RequestLease) -> KeyLimitReached | None:
         """Let a request in, or return why not."""
         return await _answer(self._handle.begin.remote(holder, lease))
 
-    async def spend(self, holder: str, lease: Lease, count: int) -> LoraplexError | None:
+    async def spend(self, holder: str, lease: RequestLease, count: int) -> LoraplexError | None:
         """Take images off what the key of a request may draw, or return why not."""
         return await _answer(self._handle.spend.remote(holder, lease, count))
 
@@ -81,9 +81,9 @@ class LimitKeeperHandle:
         """Note that a request is over."""
         await _answer(self._handle.end.remote(holder, number, drew=drew))
 
-    async def heard(self, beat: Heartbeat) -> None:
+    async def apply_heartbeat(self, beat: Heartbeat) -> None:
         """Put the books of a holder right."""
-        await _answer(self._handle.heard.remote(beat))
+        await _answer(self._handle.apply_heartbeat.remote(beat))
 
 
 # A response has other types with streams than without, which Ray's own types mix.

@@ -11,9 +11,9 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-from serve_app.api.http.limits import Allowances, Grant, KeyAllowance
+from serve_app.api.http.limits import Grant, KeyQuota, KeyQuotas
 from serve_app.config import KeyLimits
-from serve_app.deployments.limits.lease_table import Heartbeat, Lease
+from serve_app.deployments.limits.lease_table import Heartbeat, RequestLease
 from serve_app.errors import KeyLimitReached, LoraplexError
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # How often an ingress replica tells what it has under way; also, how soon it notices that the keeper is back.
-BEAT_S = 1.0
+HEARTBEAT_S = 1.0
 # After so long without a word an ingress replica counts as gone, and what it had under way as over.
 PATIENCE_S = 5.0
 
@@ -30,14 +30,14 @@ class KeeperAway(Exception):
     """The keeper of limits did not answer."""
 
 
-class Keeper(Protocol):
+class RateLimitService(Protocol):
     """Whoever keeps the books; each method raises `KeeperAway` where there is no answer in time."""
 
-    async def begin(self, holder: str, lease: Lease) -> KeyLimitReached | None:
+    async def begin(self, holder: str, lease: RequestLease) -> KeyLimitReached | None:
         """Let a request in, or return why not."""
         ...
 
-    async def spend(self, holder: str, lease: Lease, count: int) -> LoraplexError | None:
+    async def spend(self, holder: str, lease: RequestLease, count: int) -> LoraplexError | None:
         """Take images off what the key of a request may draw, or return why not."""
         ...
 
@@ -45,12 +45,12 @@ class Keeper(Protocol):
         """Note that a request is over."""
         ...
 
-    async def heard(self, beat: Heartbeat) -> None:
+    async def apply_heartbeat(self, beat: Heartbeat) -> None:
         """Put the books of a holder right."""
         ...
 
 
-class SharedMeter:
+class SharedRateLimiter:
     """Lets requests in as the keeper's books allow; while it is away, as this replica's share of the limits allows.
 
     A share is a limit divided by the number of ingress replicas, and at least one. What the keeper granted counts on it
@@ -59,23 +59,23 @@ class SharedMeter:
 
     def __init__(
         self,
-        keeper: Keeper,
+        keeper: RateLimitService,
         *,
         holder: str,
         replicas: int,
         clock: Callable[[], float],
         on_grant: Callable[[str], None] = lambda _: None,
-        beat_s: float = BEAT_S,
+        beat_s: float = HEARTBEAT_S,
     ) -> None:
         """Have nothing under way; `holder` is a name that no other ingress replica has or had."""
         self._keeper = keeper
         self._holder = holder
-        self._shares = Allowances(clock=clock, share=1 / replicas)
+        self._shares = KeyQuotas(clock=clock, share=1 / replicas)
         self._on_grant = on_grant
         self._beat_s = beat_s
         self._last = 0
         self._asked: set[int] = set()
-        self._held: dict[int, Lease] = {}
+        self._held: dict[int, RequestLease] = {}
         self._is_away = False
         self._beating: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
@@ -89,7 +89,7 @@ class SharedMeter:
         if self._beating is None:
             self._beating = asyncio.create_task(self._beat_on(), name="key limits")
         self._last += 1
-        lease, share = Lease(self._last, key, limits), self._shares.of(key, limits)
+        lease, share = RequestLease(self._last, key, limits), self._shares.of(key, limits)
         self._asked.add(lease.number)
         try:
             by = await self._let_in(lease, share)
@@ -103,7 +103,7 @@ class SharedMeter:
         self._on_grant(by)
         return _SharedGrant(self, lease, share)
 
-    async def spend(self, lease: Lease, share: KeyAllowance, count: int) -> None:
+    async def spend(self, lease: RequestLease, share: KeyQuota, count: int) -> None:
         """Take images off.
 
         Raises:
@@ -118,7 +118,7 @@ class SharedMeter:
             raise refusal
         share.adopt_images(count)
 
-    def end(self, lease: Lease, *, drew: bool) -> None:
+    def end(self, lease: RequestLease, *, drew: bool) -> None:
         """Note that a request is over."""
         self._held.pop(lease.number, None)
         self._tell_end(lease, drew=drew)
@@ -132,7 +132,7 @@ class SharedMeter:
         while True:
             held, asked = tuple(self._held.values()), frozenset(self._asked)
             try:
-                await self._keeper.heard(Heartbeat(self._holder, self._last, held, asked))
+                await self._keeper.apply_heartbeat(Heartbeat(self._holder, self._last, held, asked))
             except KeeperAway:
                 self._note(is_away=True)
                 return
@@ -147,7 +147,7 @@ class SharedMeter:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _let_in(self, lease: Lease, share: KeyAllowance) -> str:
+    async def _let_in(self, lease: RequestLease, share: KeyQuota) -> str:
         """Return who let a request in."""
         try:
             refusal = await self._ask(lambda: self._keeper.begin(self._holder, lease))
@@ -169,7 +169,7 @@ class SharedMeter:
             self._note(is_away=True)
             raise
 
-    def _tell_end(self, lease: Lease, *, drew: bool) -> None:
+    def _tell_end(self, lease: RequestLease, *, drew: bool) -> None:
         # The next heartbeat says it too, should this be lost; only the images would stay spent.
         if not self._is_away:
             self._tell(self._keeper.end(self._holder, lease.number, drew=drew))
@@ -201,7 +201,7 @@ class SharedMeter:
 class _SharedGrant:
     """One request that was let in."""
 
-    def __init__(self, meter: SharedMeter, lease: Lease, share: KeyAllowance) -> None:
+    def __init__(self, meter: SharedRateLimiter, lease: RequestLease, share: KeyQuota) -> None:
         self._meter = meter
         self._lease = lease
         self._share = share

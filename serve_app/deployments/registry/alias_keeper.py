@@ -48,7 +48,7 @@ class AliasKeeper:
         self._table = self._store.table()
         log.info("the registry holds %d aliases at version %d", len(self._table.aliases), self._table.version.number)
 
-    async def newer(self, known: TableVersion) -> AliasTable | None:
+    async def watch(self, known: TableVersion) -> AliasTable | None:
         """Return the aliases once they are others than at the version known; None where that takes too long."""
         async with self._changed:
             with contextlib.suppress(TimeoutError):
@@ -79,19 +79,19 @@ class AliasKeeper:
         return table
 
 
-class KeeperHandle:
+class AliasClient:
     """The way to the keeper from another process."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def newer(self, known: TableVersion) -> AliasTable | None:
+    async def watch(self, known: TableVersion) -> AliasTable | None:
         """Return the aliases once they are others than at the version known; None where that takes too long.
 
         Raises:
             NotReady: the keeper is away.
         """
-        return await _answer(self._handle.newer.remote(known), HOLD_S + CHANGE_TIMEOUT_S)
+        return await _answer(self._handle.watch.remote(known), HOLD_S + CHANGE_TIMEOUT_S)
 
     async def put(self, alias: Alias, *, may_replace: bool) -> AliasTable:
         """Keep an alias.

@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 RETRY_S = 0.5
 
 
-class Keeper(Protocol):
+class AliasService(Protocol):
     """Whoever holds the aliases."""
 
-    async def newer(self, known: TableVersion) -> AliasTable | None:
+    async def watch(self, known: TableVersion) -> AliasTable | None:
         """Return the aliases once they are others than at the version known; None where that takes too long."""
         ...
 
@@ -43,7 +43,7 @@ class AliasMirror:
     """
 
     def __init__(
-        self, keeper: Keeper, *, on_change: Callable[[int], None] = lambda _: None, retry_s: float = RETRY_S
+        self, keeper: AliasService, *, on_change: Callable[[int], None] = lambda _: None, retry_s: float = RETRY_S
     ) -> None:
         """Know nothing yet; `on_change` is told how many aliases are known."""
         self._keeper = keeper
@@ -58,9 +58,9 @@ class AliasMirror:
         """All aliases, as far as known."""
         return self._table
 
-    def meant(self, ref: AdapterRef) -> AdapterRef:
+    def resolve_alias(self, ref: AdapterRef) -> AdapterRef:
         """Return the adapter that a request means."""
-        return self._table.meant(ref)
+        return self._table.resolve_alias(ref)
 
     async def begin(self, *, patience_s: float) -> None:
         """Follow the keeper from now on; return once it has told all, or patience is out."""
@@ -73,7 +73,7 @@ class AliasMirror:
     async def refresh(self) -> None:
         """Know at once what the keeper knows; while it is away, what was known last holds on."""
         try:
-            self._adopt(await self._keeper.newer(NOTHING_YET) or self._table)
+            self._adopt(await self._keeper.watch(NOTHING_YET) or self._table)
         except NotReady:
             log.info("the registry is away; the aliases known last hold on")
 
@@ -103,7 +103,7 @@ class AliasMirror:
         is_away = False
         while True:
             try:
-                newer = await self._keeper.newer(self._table.version)
+                watch = await self._keeper.watch(self._table.version)
             except Exception as error:  # noqa: BLE001 - whatever it is, the aliases known last hold on
                 if not is_away:
                     log.warning("the registry is away (%s); the aliases known last hold on", type(error).__name__)
@@ -113,5 +113,5 @@ class AliasMirror:
             if is_away:
                 log.info("the registry is back")
             is_away = False
-            if newer is not None:
-                self._adopt(newer)
+            if watch is not None:
+                self._adopt(watch)

@@ -29,13 +29,13 @@ COUNTS_TIMEOUT_S = 1.0
 FORGET_TIMEOUT_S = 5.0
 
 
-class RollCall:
+class ReplicaBroadcast:
     """The replicas of every base of one application."""
 
     def __init__(
         self,
         handles: Mapping[str, DeploymentHandle],
-        counts: Callable[[], Mapping[str, Count]],
+        counts: Callable[[], Mapping[str, ReplicaCount]],
         *,
         clock: Callable[[], float],
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
@@ -56,7 +56,7 @@ class RollCall:
         self._reports: tuple[ReplicaReport, ...] = ()
         self._asked_at = float("-inf")
         self._last: dict[str, dict[str, ReplicaReport]] = {base: {} for base in handles}
-        self._counted: Mapping[str, Count] = {}
+        self._counted: Mapping[str, ReplicaCount] = {}
 
     async def reports(self, *, is_fresh: bool = False) -> tuple[ReplicaReport, ...]:
         """Return every replica, those that start and those that do not answer too; at most a second old."""
@@ -68,7 +68,9 @@ class RollCall:
                 self._reports = tuple(
                     report
                     for base, answers in zip(self._handles, asked, strict=True)
-                    for report in self._complete(base, answers, self._counted.get(base, Count(running=len(answers))))
+                    for report in self._complete(
+                        base, answers, self._counted.get(base, ReplicaCount(running=len(answers)))
+                    )
                 )
                 self._asked_at = self._clock()
         return self._reports
@@ -107,7 +109,7 @@ class RollCall:
         answers = await self._ask(base, "report", timeout_s=self._answer_timeout_s)
         return [answer for answer in answers if isinstance(answer, ReplicaReport)]
 
-    def _complete(self, base: str, answers: list[ReplicaReport], count: Count) -> list[ReplicaReport]:
+    def _complete(self, base: str, answers: list[ReplicaReport], count: ReplicaCount) -> list[ReplicaReport]:
         """Add those that run and did not answer, as they were when they last did, and those that start."""
         answered = {report.id: report for report in answers}
         missing = [report for id_, report in self._last[base].items() if id_ not in answered]
@@ -160,7 +162,7 @@ class RollCall:
                     wait.cancel()
         return answers
 
-    async def _counts(self) -> Mapping[str, Count]:
+    async def _counts(self) -> Mapping[str, ReplicaCount]:
         """Return how many replicas of each base there are, or were when Serve last said so in time."""
         try:
             return await asyncio.wait_for(asyncio.to_thread(self._counts_of), COUNTS_TIMEOUT_S)
@@ -180,17 +182,17 @@ STARTING: Any = "STARTING"
 
 
 @dataclass(frozen=True, slots=True)
-class Count:
+class ReplicaCount:
     """How many replicas of one deployment run, and how many start."""
 
     running: int = 0
     starting: int = 0
 
 
-def replica_counts(app_name: str) -> Mapping[str, Count]:
+def replica_counts(app_name: str) -> Mapping[str, ReplicaCount]:
     """Return the counts of an application by deployment; none where Serve does not know it. Blocks."""
     application = serve.status().applications.get(app_name)
     if application is None:
         return {}
     states = {name: overview.replica_states for name, overview in application.deployments.items()}
-    return {name: Count(found.get(RUNNING, 0), found.get(STARTING, 0)) for name, found in states.items()}
+    return {name: ReplicaCount(found.get(RUNNING, 0), found.get(STARTING, 0)) for name, found in states.items()}

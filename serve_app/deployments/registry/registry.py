@@ -17,11 +17,11 @@ from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.reading.repository import is_valid_id
 from serve_app.catalog.replica_report import (
     FASTEST_FIRST,
-    HeldBack,
     HeldIn,
     KnownAdapter,
     LoraReport,
     Preloaded,
+    QuarantinedAdapters,
     Removal,
     ReplicaReport,
 )
@@ -78,7 +78,7 @@ class ServiceRegistry:
 
         async def resolved(alias: Alias) -> tuple[Alias, KnownAdapter] | None:
             with contextlib.suppress(LoraplexError):
-                return alias, await self._catalog.examined(alias.target, token=token)
+                return alias, await self._catalog.lookup_adapter(alias.target, token=token)
             return None
 
         aliases = sorted(self._aliases.table.aliases.values(), key=lambda alias: alias.name)
@@ -102,7 +102,7 @@ class ServiceRegistry:
         Raises:
             LoraplexError: whatever resolving the name raises.
         """
-        adapter = await self._catalog.examined(self._aliases.meant(AdapterRef(name)), token=token)
+        adapter = await self._catalog.lookup_adapter(self._aliases.resolve_alias(AdapterRef(name)), token=token)
         is_alias = name in self._aliases.table.aliases
         row = LoraReport(
             name,
@@ -126,8 +126,8 @@ class ServiceRegistry:
             raise MalformedRequest("'source.uri' is an alias itself; name the adapter that it stands for")
         if any(alias.name in base.names for base in self.bases()):
             raise NameTaken(alias.name, "it is a base model")
-        adapter = await self._catalog.examined(alias.target, token=token)
-        if alias.name not in self._aliases.table.aliases and await self._catalog.is_taken(alias.name):
+        adapter = await self._catalog.lookup_adapter(alias.target, token=token)
+        if alias.name not in self._aliases.table.aliases and await self._catalog.name_exists(alias.name):
             raise NameTaken(alias.name, "an adapter has this id")
         await self._aliases.put(alias, may_replace=may_replace)
         if preload:
@@ -146,7 +146,7 @@ class ServiceRegistry:
             await self._aliases.refresh()
         alias = self._aliases.table.aliases.get(name)
         if alias is None:
-            model = (await self._catalog.examined(AdapterRef(name), token=token)).spec.id
+            model = (await self._catalog.lookup_adapter(AdapterRef(name), token=token)).spec.id
         else:
             await self._aliases.remove(name)
             model = alias.target.id
@@ -160,7 +160,7 @@ class ServiceRegistry:
         Raises:
             LoraplexError: whatever resolving or fetching it raises.
         """
-        adapter = await self._catalog.examined(self._aliases.meant(AdapterRef(name)), token=token)
+        adapter = await self._catalog.lookup_adapter(self._aliases.resolve_alias(AdapterRef(name)), token=token)
         return await self._preload(adapter.spec, replicas, token)
 
     async def _preload(self, spec: AdapterSpec, count: int, token: HubToken | None) -> Preloaded:
@@ -187,7 +187,7 @@ class _Books:
         self._hits: defaultdict[str, int] = defaultdict(int)
         self._last_used_s: dict[str, float] = {}
         self._layers: dict[str, int] = {}
-        self._held_back: defaultdict[str, list[tuple[str, HeldBack]]] = defaultdict(list)
+        self._held_back: defaultdict[str, list[tuple[str, QuarantinedAdapters]]] = defaultdict(list)
         for report in reports:
             for held in report.holdings:
                 self._resident[held.key].append((report.id, held.tier))

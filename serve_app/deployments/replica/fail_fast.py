@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from serve_app.deployments.replica.health import Ailment, ailment
+from serve_app.deployments.replica.health import HealthProblem, diagnose
 
 if TYPE_CHECKING:
     from serve_app.engine.worker.worker import EngineWorker
@@ -28,7 +28,7 @@ def end_process() -> None:
     os._exit(1)
 
 
-class Leaving:
+class FailFast:
     """Watches one worker. Once it can answer nothing more, its jobs are given up and the process ends.
 
     Used on one event loop.
@@ -47,32 +47,37 @@ class Leaving:
         self._base_id = base_id
         self._stall_after_s = stall_after_s
         self._end = end
-        self._found: Ailment | None = None
+        self._found: HealthProblem | None = None
         self._is_stopped = False
 
-    def look(self) -> Ailment | None:
-        """Return what is wrong for good with the worker; begin to leave where it will answer nothing more."""
+    def check_and_exit(self) -> HealthProblem | None:
+        """Return the permanent problem of the worker, if any; on a fatal one fail all jobs and end the process soon."""
         if self._found is not None or self._is_stopped:
             return self._found
-        found = ailment(self._worker.snapshot(), self._base_id, stall_after_s=self._stall_after_s)
-        if found is not None and found.ends_process:
+        found = self._diagnose()
+        if found is not None and found.is_fatal:
             self._found = found
-            log.critical("this replica ends, to be replaced: %s", found.reason)
-            self._worker.abandon(found.why)
+            log.critical("this replica ends, to be replaced: %s", found.message)
+            self._worker.fail_all(found.reason)
             asyncio.get_running_loop().call_later(LEAVE_AFTER_S, self._end)
         return found
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether the worker answers nothing more; looks."""
-        found = self.look()
-        return found is not None and not found.answers
+    def check_failed(self) -> bool:
+        """Return whether the worker can answer nothing more; changes nothing."""
+        found = self._found or self._diagnose()
+        return found is not None and not found.can_serve
+
+    def _diagnose(self) -> HealthProblem | None:
+        return diagnose(self._worker.snapshot(), self._base_id, stall_after_s=self._stall_after_s)
 
     def stop(self) -> None:
         """Find nothing from now on: the worker is closed in good order."""
         self._is_stopped = True
 
-    async def admit(self) -> None:
-        """Return at once, but never where the process is about to end: its end is the answer that is tried again."""
+    async def block_if_exiting(self) -> None:
+        """Return immediately, or block for ever if the process is about to exit.
+
+        The caller then sees the process die and retries the request on another replica.
+        """
         if self._found is not None:
             await asyncio.Event().wait()

@@ -17,37 +17,37 @@ STALL_AFTER_COMPILING_S = 1200.0
 
 
 @dataclass(frozen=True, slots=True)
-class Ailment:
+class HealthProblem:
     """What is wrong with a replica's worker, so that Serve should replace it.
 
-    `why` is the same in a word. `answers` says that it may still answer while it is being replaced; `ends_process`
-    that nothing is left to be done but to end at once.
+    `message` is a sentence, `reason` the same in a word for metrics. `can_serve` says that it may still answer while
+    it is being replaced; `is_fatal` that the process must end at once.
     """
 
+    message: str
     reason: str
-    why: str
-    answers: bool = False
-    ends_process: bool = False
+    can_serve: bool = False
+    is_fatal: bool = False
 
 
-def ailment(state: WorkerState, base_id: str, *, stall_after_s: float = STALL_AFTER_S) -> Ailment | None:
+def diagnose(state: WorkerState, base_id: str, *, stall_after_s: float = STALL_AFTER_S) -> HealthProblem | None:
     """Say what is wrong for good with a worker, None while nothing is; its device may be still for `stall_after_s`."""
     if state.is_corrupt:
-        return Ailment(f"the loaded weights of {base_id} are damaged in memory", "weights")
+        return HealthProblem(f"the loaded weights of {base_id} are damaged in memory", "weights")
     if state.is_lost:
-        return Ailment(f"the device of {base_id} is beyond repair", "device", ends_process=True)
+        return HealthProblem(f"the device of {base_id} is beyond repair", "device", is_fatal=True)
     if not state.is_alive:
-        return Ailment(f"the device thread of {base_id} died", "thread", ends_process=True)
-    if state.still_s > stall_after_s:
-        reason = f"the device of {base_id} has made no headway for {state.still_s:.0f} s"
-        return Ailment(reason, "stalled", ends_process=True)
+        return HealthProblem(f"the device thread of {base_id} died", "thread", is_fatal=True)
+    if state.stalled_s > stall_after_s:
+        message = f"the device of {base_id} has made no progress for {state.stalled_s:.0f} s"
+        return HealthProblem(message, "stalled", is_fatal=True)
     if state.failed_batches >= MAX_FAILED_BATCHES:
-        return Ailment(f"{state.failed_batches} batches in a row failed on {base_id}", "batches", answers=True)
+        return HealthProblem(f"{state.failed_batches} batches in a row failed on {base_id}", "batches", can_serve=True)
     return None
 
 
 def stall_after_s(base: BaseModelConfig) -> float:
-    """Return how long a base's device may make no headway while it has work."""
+    """Return how long a base's device may make no progress while it has work."""
     if base.replica.stall_after_s is not None:
         return base.replica.stall_after_s
     return STALL_AFTER_COMPILING_S if base.compile else STALL_AFTER_S

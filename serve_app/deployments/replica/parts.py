@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.catalog.catalog import build_repositories
+from serve_app.catalog.catalog import build_sources
 from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from serve_app.engine.adapters.deltas import ParsedAdapter
     from serve_app.engine.admission.process import AdmissionProcess
     from serve_app.engine.drawing.pipeline import BasePipeline
-    from serve_app.engine.weights.placement import Residence
+    from serve_app.engine.weights.placement import WeightPlacement
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +58,13 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     )
 
 
-def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> Residence:
+def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> WeightPlacement:
     """Choose where the pristine weights live, once the base is loaded."""
     from serve_app.engine.base.manifest import bytes_of_layers
-    from serve_app.engine.weights.placement import free_bytes_of, residence_of
+    from serve_app.engine.weights.placement import choose_placement, free_bytes_of
 
     asked = base.replica
-    chosen = residence_of(
+    chosen = choose_placement(
         asked.pristine_in,
         asked.prepare_ahead,
         layer_bytes=bytes_of_layers(pipeline.components),
@@ -89,7 +89,7 @@ def make_store(
     from serve_app.engine.adapters.canonical import read_canonical
 
     is_on_gpu = pipeline.device.type == "cuda"
-    files: Files = AdapterFiles(build_repositories(config, environment, embedded_root=embedded_root()))
+    files: Files = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
     if shared_files is not None:
         sharing = config.adapters.sharing
         files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
@@ -115,5 +115,5 @@ def make_store(
         clock=time.monotonic,
         failure_ttl_s=config.adapters.failure_ttl_s,
         release=files.release,
-        make_room=files.make_room,
+        free_space=files.free_space,
     )

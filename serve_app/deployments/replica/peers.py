@@ -10,15 +10,15 @@ from collections.abc import Iterable
 
 from ray import serve
 
-from serve_app.deployments.registry.fleet import Count, replica_counts
-from serve_app.deployments.replica.prefetch import Wanted
+from serve_app.deployments.registry.fleet import ReplicaCount, replica_counts
+from serve_app.deployments.replica.prefetch import PopularAdapter
 
 
-async def ask_siblings() -> Iterable[Iterable[Wanted]]:
+async def collect_peer_usage() -> Iterable[Iterable[PopularAdapter]]:
     """Return what each running replica of this deployment was asked for; none where this is the first."""
     here = serve.get_replica_context()
     counts = await asyncio.to_thread(replica_counts, here.app_name)
-    if not counts.get(here.deployment, Count()).running:
+    if not counts.get(here.deployment, ReplicaCount()).running:
         # A call to a deployment without replicas would wait for this very one.
         return ()
     handle = serve.get_deployment_handle(here.deployment, here.app_name)

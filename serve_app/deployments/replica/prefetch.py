@@ -29,14 +29,14 @@ ASK_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PopularAdapter:
     """How much an adapter was used of late: `uses` fades."""
 
     spec: AdapterSpec
     uses: float
 
 
-class Demand:
+class UsageTracker:
     """What one replica was asked for of late."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -51,14 +51,14 @@ class Demand:
         if len(self._uses) > 4 * MAX_NAMED:
             self._uses = {each.spec.key: self._uses[each.spec.key] for each in self.most()}
 
-    def most(self) -> tuple[Wanted, ...]:
+    def most(self) -> tuple[PopularAdapter, ...]:
         """Return the adapters used most, first the one most used."""
         now = self._clock()
-        wanted = [Wanted(spec, uses * _share_left(now - at)) for spec, uses, at in self._uses.values()]
+        wanted = [PopularAdapter(spec, uses * _share_left(now - at)) for spec, uses, at in self._uses.values()]
         return tuple(sorted(wanted, key=lambda each: -each.uses)[:MAX_NAMED])
 
 
-def chosen(told: Iterable[Iterable[Wanted]], *, max_adapters: int, max_bytes: int) -> tuple[AdapterSpec, ...]:
+def chosen(told: Iterable[Iterable[PopularAdapter]], *, max_adapters: int, max_bytes: int) -> tuple[AdapterSpec, ...]:
     """Return what to warm up: the most used over all replicas first, as many as fit."""
     uses: dict[str, float] = defaultdict(float)
     specs: dict[str, AdapterSpec] = {}
@@ -93,8 +93,8 @@ def warm_up_limits(settings: ReplicaSettings) -> WarmUpLimits:
     )
 
 
-async def make_ready(
-    ask: Callable[[], Awaitable[Iterable[Iterable[Wanted]]]],
+async def prefetch_adapters(
+    ask: Callable[[], Awaitable[Iterable[Iterable[PopularAdapter]]]],
     bring: Callable[[AdapterSpec], Awaitable[None]],
     limits: WarmUpLimits,
     *,

@@ -19,23 +19,23 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.autoscaling import replica_report
 from serve_app.catalog.replica_report import ReplicaReport
-from serve_app.catalog.sources.token_context import lent
+from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
-from serve_app.deployments.replica.fail_fast import Leaving
+from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_after_s
 from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
-from serve_app.deployments.replica.peers import ask_siblings
-from serve_app.deployments.replica.prefetch import Demand, Wanted, make_ready, warm_up_limits
-from serve_app.deployments.replica.reporter import Residency
+from serve_app.deployments.replica.peers import collect_peer_usage
+from serve_app.deployments.replica.prefetch import PopularAdapter, UsageTracker, prefetch_adapters, warm_up_limits
+from serve_app.deployments.replica.reporter import ReplicaReporter
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
-from serve_app.deployments.shared.watchdog import guardian_of
+from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import InternalError, LoraplexError
 from serve_app.observability.metrics import ReplicaMetrics, TracingMetrics
 from serve_app.observability.tracing import close_tracing, set_up_tracing, span
 from serve_app.routing.cost import demand_of
-from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
 from serve_app.store.quarantine import Quarantine
 from serve_app.store.store import Lease
 
@@ -84,8 +84,8 @@ class BaseModelReplica:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission.process import AdmissionProcess
         from serve_app.engine.drawing.warmup import warm_up
-        from serve_app.engine.weights.fused import AdapterWeights
-        from serve_app.engine.weights.integrity import PacedCheck, SelfCheck
+        from serve_app.engine.weights.fused import FusedWeights
+        from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
         from serve_app.engine.worker.scheduling import QueuePolicy
         from serve_app.engine.worker.worker import EngineWorker
 
@@ -101,7 +101,7 @@ class BaseModelReplica:
             log.info("%s is warm after %.1f s", base.id, warming_s)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
         residence = choose_residence(base, pipeline)
-        self._weights = AdapterWeights(
+        self._weights = FusedWeights(
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
             pristine_in=residence.pristine_in,
@@ -112,13 +112,13 @@ class BaseModelReplica:
             max_batch_images=base.replica.max_batch_images,
             torch_threads=torch_threads,
             prepares_ahead=residence.prepares_ahead,
-            self_check=PacedCheck(SelfCheck(self._weights.watched, is_written=self._weights.is_written)),
+            self_check=ThrottledChecker(IntegrityChecker(self._weights.watched, is_modified=self._weights.is_modified)),
             policy=QueuePolicy(base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_delay_s),
             max_backlog_s=base.replica.max_backlog_s,
             typical_units=typical_units(base),
         )
-        self._leaving = Leaving(self._worker, base.id, stall_after_s=stall_after_s(base))
-        self._guardian = guardian_of(base.replica)
+        self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))
+        self._guardian = start_watchdog(base.replica)
         self._metrics = ReplicaMetrics(base.id)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
@@ -126,13 +126,17 @@ class BaseModelReplica:
             shared_files=shared_files, on_brought=self._metrics.file_brought,
         )  # fmt: skip
         self._hold = multiplexer(base.replica.adapters_per_replica)
-        self._recorder = Recorder(wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.stall_after_s)
-        self._demand = Demand(time.monotonic)
+        self._recorder = RoutingStatsCollector(
+            wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.stall_after_s
+        )
+        self._demand = UsageTracker(time.monotonic)
         own_id = serve.get_replica_context().replica_id.unique_id
-        self._residency = Residency(
+        self._residency = ReplicaReporter(
             own_id, base.id, pipeline.device_name, store=self._store, weights=self._weights, clock=time.time
         )
-        warmed = await make_ready(ask_siblings, self._bring, warm_up_limits(base.replica), clock=time.monotonic)
+        warmed = await prefetch_adapters(
+            collect_peer_usage, self._bring, warm_up_limits(base.replica), clock=time.monotonic
+        )
         self._start_s = time.monotonic() - started
         self._metrics.started(start_s=self._start_s, warmed=warmed)
         log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
@@ -180,11 +184,11 @@ class BaseModelReplica:
         self, request: GenerationRequest, *, on_event: Callable[[Progress | Preview], None] | None
     ) -> GenerationResult:
         job: Job | None = None
-        await self._leaving.admit()
+        await self._fail_fast.block_if_exiting()
         try:
             async with contextlib.AsyncExitStack() as pins:
                 demand = demand_of(request)
-                with self._worker.expecting(request), self._recorder.fetching(demand), lent(request.hub_token):
+                with self._worker.expecting(request), self._recorder.fetching(demand), use_hub_token(request.hub_token):
                     leases = await self._lease_all(request, pins)
                 pins.enter_context(self._quarantine.watched(request))
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
@@ -192,7 +196,7 @@ class BaseModelReplica:
                 self._recorder.queued(demand)
                 result = await asyncio.wrap_future(job.future)
         except LoraplexError as error:
-            self._leaving.look()
+            self._fail_fast.check_and_exit()
             log.info("request %s on %s: %s (%s)", request.request_id, self._base.id, error, error.code)
             raise
         except asyncio.CancelledError:
@@ -257,7 +261,7 @@ class BaseModelReplica:
         """Return the sha256 of the base's loaded weights, in hex."""
         return await asyncio.to_thread(self._weights.checksum)
 
-    async def demand(self) -> tuple[Wanted, ...]:
+    async def demand(self) -> tuple[PopularAdapter, ...]:
         """Return the adapters that this replica was asked for most of late."""
         return self._demand.most()
 
@@ -265,8 +269,10 @@ class BaseModelReplica:
         """Return what routers go by; called by Serve every `stats_period_s`."""
         state, host = self._worker.snapshot(), self._store.state()
         progress = state.steps + state.work.busy_s
-        return self._recorder.tell(
-            DeviceLoad(state.backlog_s, state.pace, progress, state.running > 0, has_failed=self._leaving.has_failed),
+        return self._recorder.snapshot(
+            DeviceLoad(
+                state.backlog_s, state.pace, progress, state.running > 0, has_failed=self._fail_fast.check_failed()
+            ),
             Tiers(self._store.resident(), host.budget_bytes - host.used_bytes, self._residency.on_device(state)),
         )
 
@@ -279,7 +285,7 @@ class BaseModelReplica:
             backlog_s=work.backlog_s,
             request_s=work.request_s,
             load=work.load,
-            requests=state.waiting + state.running + work.coming,
+            requests=state.waiting + state.running + work.pending_fetches,
             start_s=self._start_s,
         )
 
@@ -304,7 +310,7 @@ class BaseModelReplica:
         """
         if self._residency.replica_id not in replicas:
             return None
-        with lent(token):
+        with use_hub_token(token):
             await self._bring(spec)
         return self._residency.replica_id
 
@@ -322,14 +328,14 @@ class BaseModelReplica:
         self._metrics.started(start_s=self._start_s, warmed=0)
         self._metrics.self_checked(sound=state.self_checks, is_corrupt=state.is_corrupt)
         self._metrics.out_of_memory(recovered=state.shortages.recovered, refused=state.shortages.refused)
-        if (found := self._leaving.look()) is not None:
-            raise ReplicaUnhealthy(found.reason)
+        if (found := self._fail_fast.check_and_exit()) is not None:
+            raise ReplicaUnhealthy(found.message)
 
     async def __del__(self) -> None:
         """Finish what was accepted, then end the device thread and the admission process; called by Serve."""
         if not hasattr(self, "_store"):
             return
-        self._leaving.stop()
+        self._fail_fast.stop()
         await asyncio.to_thread(self._worker.close, is_draining=True)
         await self._store.close()
         self._admission.close()

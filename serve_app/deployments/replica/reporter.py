@@ -11,14 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from serve_app.catalog.replica_report import HeldBack, Holding, InWeights, ReplicaReport, Use
+from serve_app.catalog.replica_report import (
+    ActiveAdapter,
+    AdapterUsage,
+    QuarantinedAdapters,
+    ReplicaReport,
+    ResidentAdapter,
+)
 from serve_app.core import AdapterSpec, Scale
-from serve_app.store.quarantine import Hold
+from serve_app.store.quarantine import QuarantineEntry
 from serve_app.store.store import AdapterStore, Lease
 
 if TYPE_CHECKING:
     from serve_app.engine.adapters.deltas import ParsedAdapter
-    from serve_app.engine.weights.fused import AdapterWeights
+    from serve_app.engine.weights.fused import FusedWeights
     from serve_app.engine.worker.worker import WorkerState
 
 MAX_REMEMBERED = 4096
@@ -33,7 +39,7 @@ class _Entry:
     last_used_s: float = 0.0
 
 
-class UseBook:
+class AdapterUsageLog:
     """Adapters by key: their id, the digest of their file, and how often they were used.
 
     The least recently used are forgotten beyond `max_remembered`.
@@ -56,30 +62,31 @@ class UseBook:
         while len(self._entries) > self._max_remembered:
             self._entries.popitem(last=False)
 
-    def uses(self) -> tuple[Use, ...]:
+    def uses(self) -> tuple[AdapterUsage, ...]:
         """Return the use of each adapter that is remembered."""
         return tuple(
-            Use(key, entry.hits, entry.last_used_s, entry.layers_matched) for key, entry in self._entries.items()
+            AdapterUsage(key, entry.hits, entry.last_used_s, entry.layers_matched)
+            for key, entry in self._entries.items()
         )
 
-    def applied(self, composition: Sequence[tuple[str, Scale]]) -> tuple[InWeights, ...]:
+    def applied(self, composition: Sequence[tuple[str, Scale]]) -> tuple[ActiveAdapter, ...]:
         """Return what a composition of (digest, scale) holds; a digest that was forgotten is left out."""
         ids = {entry.digest: entry.id for entry in self._entries.values()}
-        return tuple(InWeights(ids[digest], scale) for digest, scale in composition if digest in ids)
+        return tuple(ActiveAdapter(ids[digest], scale) for digest, scale in composition if digest in ids)
 
     def holdings(
         self, composition: Sequence[tuple[str, Scale]], on_device: Sequence[str], in_host: Sequence[str]
-    ) -> tuple[Holding, ...]:
+    ) -> tuple[ResidentAdapter, ...]:
         """Return what is held: digests in the weights and on the device, keys in host memory."""
         applied, device, host = {digest for digest, _ in composition}, set(on_device), set(in_host)
-        held: list[Holding] = []
+        held: list[ResidentAdapter] = []
         for key, entry in self._entries.items():
             if entry.digest in applied:
-                held.append(Holding(key, entry.id, "applied"))
+                held.append(ResidentAdapter(key, entry.id, "applied"))
             elif entry.digest in device:
-                held.append(Holding(key, entry.id, "device"))
+                held.append(ResidentAdapter(key, entry.id, "device"))
             elif key in host:
-                held.append(Holding(key, entry.id, "host"))
+                held.append(ResidentAdapter(key, entry.id, "host"))
         return tuple(held)
 
     def keys_of(self, model: str) -> tuple[str, ...]:
@@ -91,7 +98,7 @@ class UseBook:
         return tuple(entry.digest for entry in self._entries.values() if entry.id == model)
 
 
-class Residency:
+class ReplicaReporter:
     """What one replica tells of itself and its adapters; it knows those that were noted."""
 
     def __init__(
@@ -101,7 +108,7 @@ class Residency:
         device: str,
         *,
         store: AdapterStore[ParsedAdapter],
-        weights: AdapterWeights,
+        weights: FusedWeights,
         clock: Callable[[], float],
     ) -> None:
         """Know nothing yet; `clock` is in seconds since 1970."""
@@ -110,7 +117,7 @@ class Residency:
         self._device = device
         self._store = store
         self._weights = weights
-        self._uses = UseBook(clock=clock)
+        self._uses = AdapterUsageLog(clock=clock)
 
     def note(self, lease: Lease[ParsedAdapter], *, is_hit: bool) -> None:
         """Note that a request uses an adapter, or where it is no hit, that it was read."""
@@ -119,7 +126,7 @@ class Residency:
             lease.spec, digest=adapter.digest, layers_matched=adapter.coverage.layers_matched, is_hit=is_hit
         )
 
-    def report(self, state: WorkerState, holds: Sequence[Hold] = ()) -> ReplicaReport:
+    def report(self, state: WorkerState, holds: Sequence[QuarantineEntry] = ()) -> ReplicaReport:
         """Return what the replica does, as its worker says, holds, and refuses for now."""
         return ReplicaReport(
             id=self.replica_id,
@@ -131,7 +138,7 @@ class Residency:
             applied=self._uses.applied(state.applied),
             holdings=self._uses.holdings(state.applied, self._weights.cached, self._store.resident()),
             uses=self._uses.uses(),
-            held_back=tuple(HeldBack(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
+            held_back=tuple(QuarantinedAdapters(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
         )
 
     def on_device(self, state: WorkerState) -> tuple[str, ...]:

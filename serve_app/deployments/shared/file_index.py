@@ -28,7 +28,7 @@ class SharedFile:
     chunks: tuple[Any, ...]
 
 
-class Flights:
+class DownloadCoordinator:
     """Who fetches what, and what was fetched: the index without Ray.
 
     Invariants: while somebody fetches a key, for at most `patience_s`, nobody else is told to. Files that were asked
@@ -56,21 +56,21 @@ class Flights:
                 await asyncio.wait_for(done.wait(), max(0.0, since + self._patience_s - self._clock()))
             if not done.is_set():
                 # Whoever fetches is slow or dead. One of those who wait takes over, the others wait for that one.
-                self.give_up(key)
+                self.release_claim(key)
 
     def announce(self, key: str, file: SharedFile) -> None:
         """Make a fetched file known to all who wait for it and all who will ask."""
         self._known[key] = file
         self._forget(self._budget.add(key, file.size_bytes).evict)
-        self.give_up(key)
+        self.release_claim(key)
 
-    def give_up(self, key: str) -> None:
+    def release_claim(self, key: str) -> None:
         """Take back a claim; the next who asks, or who waits, gets it."""
         _, done = self._fetching.pop(key, (0.0, None))
         if done is not None:
             done.set()
 
-    def lose(self, key: str, sha256: str) -> None:
+    def invalidate(self, key: str, sha256: str) -> None:
         """Forget a file whose bytes could not be had."""
         if (file := self._known.get(key)) is not None and file.sha256 == sha256:
             self._forget(self._budget.forget(key).evict)
@@ -87,7 +87,9 @@ class FileIndex:
 
     def __init__(self, settings: SharingSettings) -> None:
         loop = asyncio.get_event_loop()
-        self._flights = Flights(patience_s=settings.patience_s, budget_bytes=settings.memory, clock=loop.time)
+        self._flights = DownloadCoordinator(
+            patience_s=settings.patience_s, budget_bytes=settings.memory, clock=loop.time
+        )
 
     async def claim(self, key: str) -> SharedFile | None:
         """Return the file, or None to whoever is to fetch it."""
@@ -97,10 +99,10 @@ class FileIndex:
         """Make a fetched file known."""
         self._flights.announce(key, file)
 
-    async def give_up(self, key: str) -> None:
+    async def release_claim(self, key: str) -> None:
         """Take back a claim."""
-        self._flights.give_up(key)
+        self._flights.release_claim(key)
 
-    async def lose(self, key: str, sha256: str) -> None:
+    async def invalidate(self, key: str, sha256: str) -> None:
         """Forget a file whose bytes could not be had."""
-        self._flights.lose(key, sha256)
+        self._flights.invalidate(key, sha256)

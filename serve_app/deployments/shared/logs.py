@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 
-from serve_app.redaction import without_credentials
+from serve_app.redaction import redact_secrets
 
 # What Serve adds to each record and callers choose: the path, and the request's id.
 CALLERS_OWN = ("route", "request_id")
@@ -20,13 +20,13 @@ class NoCredentials(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrite a record in place, and let it through."""
-        record.msg, record.args = without_credentials(record.getMessage()), None
+        record.msg, record.args = redact_secrets(record.getMessage()), None
         if record.exc_info and record.exc_info[0] is not None:
-            record.exc_text = without_credentials("".join(traceback.format_exception(*record.exc_info)).rstrip())
+            record.exc_text = redact_secrets("".join(traceback.format_exception(*record.exc_info)).rstrip())
             record.exc_info = None
         for name in CALLERS_OWN:
             if isinstance(value := getattr(record, name, None), str):
-                setattr(record, name, without_credentials(value))
+                setattr(record, name, redact_secrets(value))
         return True
 
 

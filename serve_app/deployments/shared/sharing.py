@@ -27,7 +27,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.catalog.reading.repository import HUB
-from serve_app.catalog.sources.download_cache import Draft, Holds, Original, Originals
+from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles, PartialDownload
 from serve_app.config import Environment, SharingSettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.shared.file_index import SharedFile
@@ -87,7 +87,7 @@ class Files(Protocol):
         """Let go of the adapter's files: from now on they may be removed to make room."""
         ...
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove files that can be had again, until so many bytes are free; return how many became so. Blocks."""
         ...
 
@@ -103,11 +103,11 @@ class Index(Protocol):
         """Make a fetched file known."""
         ...
 
-    async def give_up(self, key: str) -> None:
+    async def release_claim(self, key: str) -> None:
         """Take back a claim."""
         ...
 
-    async def lose(self, key: str, sha256: str) -> None:
+    async def invalidate(self, key: str, sha256: str) -> None:
         """Forget a file whose bytes could not be had."""
         ...
 
@@ -129,13 +129,13 @@ class ServeIndex:
         """Tell of a file."""
         await self._handle.announce.remote(key, file)
 
-    async def give_up(self, key: str) -> None:
+    async def release_claim(self, key: str) -> None:
         """Take back a claim."""
-        await self._handle.give_up.remote(key)
+        await self._handle.release_claim.remote(key)
 
-    async def lose(self, key: str, sha256: str) -> None:
+    async def invalidate(self, key: str, sha256: str) -> None:
         """Tell that a file's bytes could not be had."""
-        await self._handle.lose.remote(key, sha256)
+        await self._handle.invalidate.remote(key, sha256)
 
 
 class SharedFiles:
@@ -150,7 +150,7 @@ class SharedFiles:
         index: Index,
         chunks: ChunkStore,
         *,
-        copies: Originals,
+        copies: DownloadCache,
         node: str,
         on_brought: Callable[[str], None],
     ) -> None:
@@ -158,7 +158,7 @@ class SharedFiles:
         self._index = index
         self._chunks = chunks
         self._copies = copies
-        self._held = Holds()
+        self._held = LockedFiles()
         self._node = node
         self._on_brought = on_brought
         self._announcing: set[asyncio.Task[None]] = set()
@@ -188,11 +188,11 @@ class SharedFiles:
         self._held.release(spec.key)
         self._files.release(spec)
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         """Remove what came from peers, then what else can be had again, until so many bytes are free; return how
         many became so. Blocks."""
-        freed = self._copies.make_room(needed_bytes)
-        return freed + (self._files.make_room(needed_bytes - freed) if freed < needed_bytes else 0)
+        freed = self._copies.free_space(needed_bytes)
+        return freed + (self._files.free_space(needed_bytes - freed) if freed < needed_bytes else 0)
 
     async def _shared(self, spec: AdapterSpec, filename: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
         if spec.origin != HUB:
@@ -227,7 +227,7 @@ class SharedFiles:
             path = await self._fetched(fetch)
         except BaseException:
             with suppress(*INDEX_FAILURES):
-                await asyncio.shield(self._index.give_up(key))
+                await asyncio.shield(self._index.release_claim(key))
             raise
         # Beside the request that brought it, which need not wait for others to be served.
         task = asyncio.create_task(self._announce(key, path), name=f"announcing {key}")
@@ -241,24 +241,24 @@ class SharedFiles:
         except INDEX_FAILURES as error:
             log.warning("%s could not be offered to peers (%s)", key, type(error).__name__)
             with suppress(*INDEX_FAILURES):
-                await self._index.give_up(key)
+                await self._index.release_claim(key)
 
-    async def _copied(self, key: str, file: SharedFile) -> Original | None:
+    async def _copied(self, key: str, file: SharedFile) -> LockedFile | None:
         try:
             copy = await asyncio.to_thread(self._copy, key, file)
         except (*INDEX_FAILURES, ValueError) as error:
             log.warning("%s could not be copied from a peer (%s)", key, type(error).__name__)
             if not isinstance(error, OSError) or not is_disk_full(error):
                 with suppress(*INDEX_FAILURES):
-                    await self._index.lose(key, file.sha256)
+                    await self._index.invalidate(key, file.sha256)
             return None
         self._on_brought("peer")
         return copy
 
-    def _copy(self, key: str, file: SharedFile) -> Original:
+    def _copy(self, key: str, file: SharedFile) -> LockedFile:
         with self._copies.draft(key) as draft:
             self._copies.with_room(lambda: get_file(self._chunks, file, draft), file.size_bytes)
-            return self._copies.keep(key, draft)
+            return self._copies.commit(key, draft)
 
 
 def share(
@@ -274,7 +274,7 @@ def share(
         files,
         ServeIndex(handle),
         ObjectStore(),
-        copies=Originals(cache_dir / "peers", settings.disk, clock=time.time),
+        copies=DownloadCache(cache_dir / "peers", settings.disk, clock=time.time),
         node=ray.get_runtime_context().get_node_id(),
         on_brought=on_brought,
     )
@@ -293,7 +293,7 @@ def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHU
     return SharedFile(node, digest.hexdigest(), size_bytes, tuple(chunks))
 
 
-def get_file(store: ChunkStore, file: SharedFile, draft: Draft) -> None:
+def get_file(store: ChunkStore, file: SharedFile, draft: PartialDownload) -> None:
     """Write a peer's file to `draft`, from its beginning; blocks.
 
     Raises:

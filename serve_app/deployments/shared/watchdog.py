@@ -17,20 +17,20 @@ from serve_app.environment import child_environment
 
 log = logging.getLogger(__name__)
 
-BEATS_IN_SILENCE = 10
+HEARTBEATS_PER_TIMEOUT = 10
 # So many in a row, and Serve replaces a replica.
 FAILED_CHECKS = 3
 CHILD = Path(__file__).with_name("watchdog_child.py")
 
 
-class Guardian:
+class Watchdog:
     """Tells its process, from the event loop on which it is made, that this one lives; there it is used alone."""
 
-    def __init__(self, silence_s: float) -> None:
-        """Start it; after `silence_s` without a turn of the event loop this process is killed."""
-        self._pause_s = silence_s / BEATS_IN_SILENCE
+    def __init__(self, timeout_s: float) -> None:
+        """Start it; after `timeout_s` without a turn of the event loop this process is killed."""
+        self._pause_s = timeout_s / HEARTBEATS_PER_TIMEOUT
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", CHILD, str(silence_s)],
+            [sys.executable, "-I", "-S", CHILD, str(timeout_s)],
             stdin=subprocess.PIPE,
             env=child_environment(),
             # What a terminal sends to all of its processes is not for this one.
@@ -69,6 +69,6 @@ class Checked(Protocol):
         ...
 
 
-def guardian_of(checked: Checked) -> Guardian:
+def start_watchdog(checked: Checked) -> Watchdog:
     """Start the guardian of this process, as patient as Serve is with failing health checks."""
-    return Guardian(FAILED_CHECKS * (checked.health_check_period_s + checked.health_check_timeout_s))
+    return Watchdog(FAILED_CHECKS * (checked.health_check_period_s + checked.health_check_timeout_s))

@@ -13,14 +13,14 @@ import sys
 STDIN = 0
 
 
-def watch(parent: int, silence_s: float) -> None:
-    """Read the parent's signs of life from standard input until it ends or has given none for `silence_s`.
+def watch(parent: int, timeout_s: float) -> None:
+    """Read the parent's signs of life from standard input until it ends or has given none for `timeout_s`.
 
     The silence is counted in two halves: when a whole machine was held, the second gives the parent time to speak.
     """
     is_silent = False
     while True:
-        if select.select([STDIN], [], [], silence_s / 2)[0]:
+        if select.select([STDIN], [], [], timeout_s / 2)[0]:
             if not os.read(STDIN, 4096):
                 return
             is_silent = False
@@ -29,7 +29,7 @@ def watch(parent: int, silence_s: float) -> None:
         else:
             is_silent = True
     if os.getppid() == parent:
-        sys.stderr.write(f"process {parent} gave no sign of life for {silence_s:g} s: it is ended, to be replaced\n")
+        sys.stderr.write(f"process {parent} gave no sign of life for {timeout_s:g} s: it is ended, to be replaced\n")
         os.kill(parent, signal.SIGKILL)
 
 

@@ -64,7 +64,7 @@ def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
     head = PREAMBLE.pack(MAGIC, len(table), body.size) + table
     head += b"\0" * (_body_start(len(table)) - len(head))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    seal = Seal(head)
+    seal = FileChecksum(head)
     try:
         with partial.open("wb") as file:
             file.write(head)
@@ -86,7 +86,7 @@ def read_canonical(path: Path, *, pinned: bool = False) -> ParsedAdapter:
     with path.open("rb", buffering=0) as file:
         head, table_size, body_size = _read_head(file, path)
         body = BUFFERS.take(body_size, pinned=pinned)
-        seal = Seal(head)
+        seal = FileChecksum(head)
         _fill(file, body, seal, path)
         if file.read(SEAL_BYTES) != seal.value():
             raise DamagedCanonicalFile(path.stem)
@@ -193,7 +193,7 @@ def _read_head(file: FileIO, path: Path) -> tuple[bytes, int, int]:
     return head, table_size, body_size
 
 
-def _fill(file: FileIO, body: Tensor, seal: Seal, path: Path) -> None:
+def _fill(file: FileIO, body: Tensor, seal: FileChecksum, path: Path) -> None:
     """Read the body piece by piece, sealing each while the processor still has it at hand."""
     view, filled = bytes_of(body), 0
     while filled < len(view):
@@ -211,7 +211,7 @@ WORD_BYTES = 8
 SEAL_BYTES = 32
 
 
-class Seal:
+class FileChecksum:
     """Takes bytes in pieces of any size; the value does not depend on where they were cut.
 
     Each chunk of `CHUNK_BYTES` is added up in 64-bit words, which any single change shows in; the sums, in order,

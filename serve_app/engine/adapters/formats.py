@@ -13,13 +13,13 @@ from torch import Tensor
 from serve_app.engine.adapters.deltas import Delta, Dense, Dora, Hadamard, Kronecker, LowRank, dtype_named
 from serve_app.engine.adapters.lycoris import dense, hadamard, kronecker
 from serve_app.engine.adapters.metadata import Scaling
-from serve_app.engine.adapters.target_layers import Place, alpha_and_divisor, check_finite, check_rank
+from serve_app.engine.adapters.target_layers import TargetLayer, alpha_and_divisor, check_finite, check_rank
 from serve_app.refusals import UnsupportedMethod
 
 LORA_PARTS = frozenset(("down", "up", "mid", "bias", "magnitude", "dora_scale", "alpha"))
 
 
-def build_delta(parts: Mapping[str, Tensor], scaling: Scaling | None, place: Place) -> Delta:
+def build_delta(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> Delta:
     """Return one layer's change.
 
     Raises:
@@ -55,7 +55,7 @@ def inner_width(delta: Delta) -> int:
             return min(delta.weight.shape[:2])
 
 
-def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: Place) -> LowRank | Dora:
+def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> LowRank | Dora:
     if "down" not in parts or "up" not in parts:
         raise place.malformed("lacks one of its two factors")
     down, up = _fitted(parts, place)
@@ -70,7 +70,7 @@ def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: Place) ->
     return low_rank if magnitude is None else Dora(low_rank, magnitude)
 
 
-def _fitted(parts: Mapping[str, Tensor], place: Place) -> tuple[Tensor, Tensor]:
+def _fitted(parts: Mapping[str, Tensor], place: TargetLayer) -> tuple[Tensor, Tensor]:
     """Return the factors in the layer's dtype and number of dimensions."""
     shape, dtype = place.layer.shape, dtype_named(place.layer.dtype)
     down, up = parts["down"], parts["up"]
@@ -96,14 +96,14 @@ def _with_dimensions(factor: Tensor, dimensions: int) -> Tensor:
     return factor
 
 
-def _with_middle(middle: Tensor, down: Tensor, place: Place) -> Tensor:
+def _with_middle(middle: Tensor, down: Tensor, place: TargetLayer) -> Tensor:
     """Multiply a convolution's middle factor [r, q, kh, kw] into its down factor [q, in, 1, 1]."""
     if middle.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or middle.shape[1] != down.shape[0]:
         raise place.mismatch(f"the file has a middle factor of shape {list(middle.shape)}")
     return torch.einsum("rqhw,qi->rihw", middle.float(), down.flatten(1).float())
 
 
-def _magnitude(parts: Mapping[str, Tensor], place: Place) -> Tensor | None:
+def _magnitude(parts: Mapping[str, Tensor], place: TargetLayer) -> Tensor | None:
     """Return DoRA's magnitudes; kohya's may be per input instead, [1, in], which is another method."""
     kohya = parts.get("dora_scale")
     if kohya is not None and (kohya.ndim < 1 or kohya.shape[0] != place.layer.shape[0]):
@@ -111,7 +111,7 @@ def _magnitude(parts: Mapping[str, Tensor], place: Place) -> Tensor | None:
     return _vector(parts.get("magnitude", kohya), "magnitude", place)
 
 
-def _vector(tensor: Tensor | None, what: str, place: Place) -> Tensor | None:
+def _vector(tensor: Tensor | None, what: str, place: TargetLayer) -> Tensor | None:
     """Return a value per output of the layer, [out], however many dimensions of 1 the file spells beside it."""
     if tensor is None:
         return None
@@ -120,7 +120,7 @@ def _vector(tensor: Tensor | None, what: str, place: Place) -> Tensor | None:
     return tensor.flatten().to(dtype_named(place.layer.dtype))
 
 
-def _check_declared(scaling: Scaling | None, place: Place, *, rank: int, is_dora: bool, has_bias: bool) -> None:
+def _check_declared(scaling: Scaling | None, place: TargetLayer, *, rank: int, is_dora: bool, has_bias: bool) -> None:
     """Refuse tensors that contradict what the file's metadata says of them."""
     if scaling is None:
         return

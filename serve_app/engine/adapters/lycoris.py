@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import Dense, Hadamard, Kronecker, dtype_named
-from serve_app.engine.adapters.target_layers import Place, alpha_and_divisor, check_rank, inputs_of
+from serve_app.engine.adapters.target_layers import TargetLayer, alpha_and_divisor, check_rank, inputs_of
 
 
-def hadamard(parts: Mapping[str, Tensor], place: Place) -> Hadamard:
+def hadamard(parts: Mapping[str, Tensor], place: TargetLayer) -> Hadamard:
     """Return the change of a LoHa layer."""
     pairs = [_hadamard_pair(parts, number, place) for number in ("1", "2")]
     (up_1, down_1), (up_2, down_2) = pairs
@@ -23,7 +23,7 @@ def hadamard(parts: Mapping[str, Tensor], place: Place) -> Hadamard:
     return Hadamard(up_1, down_1, up_2, down_2, alpha, divisor)
 
 
-def _hadamard_pair(parts: Mapping[str, Tensor], number: str, place: Place) -> tuple[Tensor, Tensor]:
+def _hadamard_pair(parts: Mapping[str, Tensor], number: str, place: TargetLayer) -> tuple[Tensor, Tensor]:
     up, down, core = (parts.get(f"hada_{part}") for part in (f"w{number}_a", f"w{number}_b", f"t{number}"))
     if up is None or down is None or up.ndim != 2 or down.ndim != 2:
         raise place.malformed("lacks one of its four factors, or has one that is no matrix")
@@ -36,7 +36,7 @@ def _hadamard_pair(parts: Mapping[str, Tensor], number: str, place: Place) -> tu
     return up.to(dtype), down.to(dtype)
 
 
-def _with_core(core: Tensor, up: Tensor, down: Tensor, place: Place) -> tuple[Tensor, Tensor]:
+def _with_core(core: Tensor, up: Tensor, down: Tensor, place: TargetLayer) -> tuple[Tensor, Tensor]:
     """Fold a Tucker core [p, q, kh, kw] between up [p, out] and down [q, in] into a plain pair."""
     if core.ndim != 4 or core.shape[0] != up.shape[0] or core.shape[1] != down.shape[0]:
         raise place.mismatch(f"the file has a core of shape {list(core.shape)}")
@@ -44,7 +44,7 @@ def _with_core(core: Tensor, up: Tensor, down: Tensor, place: Place) -> tuple[Te
     return up.T, folded.flatten(1)
 
 
-def kronecker(parts: Mapping[str, Tensor], place: Place) -> Kronecker:
+def kronecker(parts: Mapping[str, Tensor], place: TargetLayer) -> Kronecker:
     """Return the change of a LoKr layer."""
     left, left_rank = _kronecker_half(parts, "lokr_w1", None, place)
     right, right_rank = _kronecker_half(parts, "lokr_w2", parts.get("lokr_t2"), place)
@@ -61,7 +61,7 @@ def kronecker(parts: Mapping[str, Tensor], place: Place) -> Kronecker:
     return Kronecker(left.to(dtype), right.to(dtype), alpha, divisor)
 
 
-def dense(parts: Mapping[str, Tensor], place: Place) -> Dense:
+def dense(parts: Mapping[str, Tensor], place: TargetLayer) -> Dense:
     """Return the change of a layer whose whole difference is in the file; no alpha scales it."""
     weight, bias = parts.get("diff"), parts.get("diff_b")
     if weight is None:
@@ -78,7 +78,9 @@ def dense(parts: Mapping[str, Tensor], place: Place) -> Dense:
     return Dense(weight.to(dtype), bias.to(dtype))
 
 
-def _kronecker_half(parts: Mapping[str, Tensor], half: str, core: Tensor | None, place: Place) -> tuple[Tensor, int]:
+def _kronecker_half(
+    parts: Mapping[str, Tensor], half: str, core: Tensor | None, place: TargetLayer
+) -> tuple[Tensor, int]:
     """Return one factor multiplied out, and the rank it was stored with; 0 for one stored whole."""
     whole, up, down = (parts.get(key) for key in (half, f"{half}_a", f"{half}_b"))
     if whole is not None and up is None and down is None and core is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import Coverage, Delta, ParsedAdapter
-from serve_app.engine.adapters.formats import Place, build_delta, inner_width
+from serve_app.engine.adapters.formats import TargetLayer, build_delta, inner_width
 from serve_app.engine.adapters.inversion import with_words
 from serve_app.engine.adapters.metadata import read_scalings
 from serve_app.engine.adapters.naming import NamedLayers, name_layers
@@ -39,7 +39,7 @@ UNSERVED = {
 }
 
 
-def read_adapter(
+def parse_adapter(
     path: Path, name: str, manifest: BaseManifest, limits: AdapterLimits, embeddings: Path | None = None
 ) -> ParsedAdapter:
     """Parse one file and check it against a base; `name` is what errors call the adapter.
@@ -63,7 +63,7 @@ def read_adapter(
     for (component, module), layer_tensors in named.layers.items():
         layer = manifest.layer(component, module)
         assert layer is not None
-        place = Place(name, component, module, layer, limits.max_rank)
+        place = TargetLayer(name, component, module, layer, limits.max_rank)
         delta = build_delta(layer_tensors.parts, scalings.get(component), place)
         components.setdefault(component, {})[module] = delta
     ordered = {component: components[component] for component in manifest.components if component in components}

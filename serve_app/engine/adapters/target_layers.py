@@ -18,7 +18,7 @@ from serve_app.refusals import MalformedFile, NonFinite, RankTooHigh, ShapeMisma
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TargetLayer:
     """Where a change is made, and for whom errors are worded."""
 
     adapter: str
@@ -42,7 +42,7 @@ class Place:
 
 
 def alpha_and_divisor(
-    parts: Mapping[str, Tensor], rank: int, scaling: Scaling | None, place: Place
+    parts: Mapping[str, Tensor], rank: int, scaling: Scaling | None, place: TargetLayer
 ) -> tuple[float, float]:
     """Return alpha and its divisor: from the metadata, else from the layer's own alpha, else scale 1."""
     stored = parts.get("alpha")
@@ -60,7 +60,7 @@ def alpha_and_divisor(
     return alpha, float(rank)
 
 
-def check_rank(rank: int, place: Place) -> None:
+def check_rank(rank: int, place: TargetLayer) -> None:
     """Refuse an inner width of zero or over the limit."""
     if rank < 1:
         raise place.malformed("has rank 0")
@@ -79,7 +79,7 @@ HEADROOM = 64.0
 MAX_CHANGE = 1e6
 
 
-def check_finite(delta: Delta, place: Place) -> None:
+def check_finite(delta: Delta, place: TargetLayer) -> None:
     """Refuse NaN and infinity in a change's tensors, and products that leave the range of the layer's dtype.
 
     The product is bounded from its factors; only where that bound is too high is it computed.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from serve_app.engine.adapters.canonical import write_canonical
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.admission.lane import DISK_FULL, WARM
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.file_locks import is_disk_full
@@ -54,7 +54,7 @@ def main() -> None:
 def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
     try:
         embeddings = Path(request["embeddings"]) if "embeddings" in request else None
-        adapter = read_adapter(Path(request["source"]), request["name"], manifest, limits, embeddings)
+        adapter = parse_adapter(Path(request["source"]), request["name"], manifest, limits, embeddings)
         write_canonical(adapter, Path(request["target"]))
     except RefusedAdapter as refusal:
         return {"error": type(refusal).__name__, "reason": refusal.reason}

@@ -29,7 +29,7 @@ WARM = "warm"  # the one message of the child's that answers nothing
 DISK_FULL = "DiskFull"  # the one answer that is not about the file
 
 
-class Overtaken(Exception):
+class AdmissionTooSlow(Exception):
     """The request took longer than the lane's patience while others waited behind it."""
 
 
@@ -37,7 +37,7 @@ class ChildDied(Exception):
     """The child ended over the request."""
 
 
-class Lane:
+class ChildWorker:
     """A child that answers one request at a time, in the order asked.
 
     Invariants: after a request that was not answered there is no child, and the next request starts one.
@@ -123,7 +123,7 @@ class Lane:
                 if now >= deadline:
                     raise
                 if begun is not None and now - begun > self._patience_s and self._asked > 1:
-                    raise Overtaken from None
+                    raise AdmissionTooSlow from None
 
     def _ready_child(self) -> Child:
         if self._child is not None and self._child.is_alive:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import refusals
-from serve_app.engine.admission.lane import DISK_FULL, ChildDied, Lane, Overtaken
+from serve_app.engine.admission.lane import DISK_FULL, AdmissionTooSlow, ChildDied, ChildWorker
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.errors import DiskFull
 from serve_app.refusals import AdmissionTimedOut, MalformedFile, RefusedAdapter
@@ -38,8 +38,8 @@ class AdmissionProcess:
     def __init__(self, manifest: BaseManifest, limits: AdapterLimits, *, patience_s: float = PATIENCE_S) -> None:
         self._limit_s = limits.admission_timeout_s
         setup = {"manifest": manifest.to_json(), "limits": limits.model_dump(mode="json"), "parent": os.getpid()}
-        self._first = Lane(setup, patience_s=min(patience_s, self._limit_s), is_lasting=True)
-        self._second = Lane(setup, patience_s=self._limit_s, is_lasting=False)
+        self._first = ChildWorker(setup, patience_s=min(patience_s, self._limit_s), is_lasting=True)
+        self._second = ChildWorker(setup, patience_s=self._limit_s, is_lasting=False)
         self._first.start()
 
     async def admit(self, source: Path, name: str, target: Path, embeddings: Path | None = None) -> None:
@@ -49,7 +49,7 @@ class AdmissionProcess:
 
         Raises:
             AdmissionTimedOut: the check took longer than `limits.admission_timeout_s`.
-            RefusedAdapter: one of its subclasses, as `read_adapter` raises them.
+            RefusedAdapter: one of its subclasses, as `parse_adapter` raises them.
             DiskFull: the canonical form found no room.
         """
         request = {"source": str(source), "name": name, "target": str(target)}
@@ -58,7 +58,7 @@ class AdmissionProcess:
         try:
             try:
                 answer = await self._ask(self._first, request)
-            except Overtaken:
+            except AdmissionTooSlow:
                 answer = await self._ask(self._second, request)
         except TimeoutError:
             raise AdmissionTimedOut(name, f"checking its file took longer than {self._limit_s:g} s") from None
@@ -84,7 +84,7 @@ class AdmissionProcess:
         for lane in (self._first, self._second):
             lane.close()
 
-    async def _ask(self, lane: Lane, request: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, lane: ChildWorker, request: dict[str, Any]) -> dict[str, Any]:
         return await asyncio.wrap_future(lane.ask(request, self._limit_s))
 
 

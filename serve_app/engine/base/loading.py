@@ -32,8 +32,8 @@ from huggingface_hub.errors import (
 from serve_app.config import BaseModelConfig, DTypeName
 from serve_app.engine.base.digests import FileDigests
 from serve_app.engine.base.manifest import adaptable_components
-from serve_app.engine.base.pipeline_setup import compile_denoiser, tune
-from serve_app.engine.base.remote_code import INDEX, BringsOwnCode, check_folder, pipeline_name
+from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
+from serve_app.engine.base.remote_code import INDEX, RemoteCodeNotAllowed, check_folder, pipeline_name
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
 from serve_app.settings import ModelSource
 
@@ -123,7 +123,7 @@ def load_base(
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
     _freeze(pipeline.to(device))
-    tune(pipeline, config)
+    configure_pipeline(pipeline, config)
     if config.compile:
         compile_denoiser(pipeline)
     fingerprint = _fingerprint(folder, source, pipeline, dtype, digests or FileDigests(None))
@@ -149,7 +149,7 @@ def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
 
 def _refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:
     """Return what the operator reads; diffusers hides the Hub's own answer behind errors of its own."""
-    if isinstance(error, BringsOwnCode):
+    if isinstance(error, RemoteCodeNotAllowed):
         return BaseUnusable(base_id, f"{error}, and no code of a base is ever run")
     causes = tuple(_causes(error)) if is_hub else ()
     if any(isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError)) for cause in causes):

@@ -19,17 +19,17 @@ from serve_app.engine.base.manifest import adaptable_components
 TILES = 2
 
 
-def tune(pipeline: Any, config: BaseModelConfig) -> None:
+def configure_pipeline(pipeline: Any, config: BaseModelConfig) -> None:
     """Set up a pipeline that is on its device; to be called once, before anything else looks at its weights."""
     is_on_gpu = pipeline.device.type == "cuda"
     if config.memory_format == "channels_last" or (config.memory_format == "auto" and is_on_gpu):
-        lay_out(pipeline, torch.channels_last)
+        set_memory_format(pipeline, torch.channels_last)
     decode_one_by_one(pipeline.vae)
     if config.vae_tiling == "always" or (config.vae_tiling == "auto" and is_on_gpu):
         decode_by_tiles(pipeline.vae, TILES if config.vae_tiling == "auto" else 1)
 
 
-def lay_out(pipeline: Any, memory_format: torch.memory_format) -> None:
+def set_memory_format(pipeline: Any, memory_format: torch.memory_format) -> None:
     """Lay out the weights of the convolutions of denoiser and VAE; values follow them."""
     # Untyped: torch's stubs lack this form of `to`.
     denoiser: Any = next(iter(adaptable_components(pipeline).values()))

@@ -19,7 +19,7 @@ LIBRARIES = ("diffusers", "transformers")
 _CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 
 
-class BringsOwnCode(ValueError):
+class RemoteCodeNotAllowed(ValueError):
     """A base asks for code that is neither of the libraries; the text says which part does."""
 
 
@@ -27,14 +27,14 @@ def pipeline_name(index: str) -> str:
     """Return the pipeline class that a `model_index.json` names, once it is seen to ask for no code of its own.
 
     Raises:
-        BringsOwnCode: it does.
+        RemoteCodeNotAllowed: it does.
         ValueError: it is no index of a pipeline.
     """
     entries = _entries(index)
     name = entries["_class_name"]
     known = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (isinstance(known, type) and issubclass(known, DiffusionPipeline)):
-        raise BringsOwnCode("its pipeline is none of diffusers' own")
+        raise RemoteCodeNotAllowed("its pipeline is none of diffusers' own")
     for part, entry in entries.items():
         if isinstance(entry, list) and not part.startswith("_"):
             _check_part(part, entry)
@@ -45,7 +45,7 @@ def check_folder(folder: Path) -> str:
     """Return the same for a whole base, with the configurations of its parts looked at, too.
 
     Raises:
-        BringsOwnCode, ValueError: as for `pipeline_name`.
+        RemoteCodeNotAllowed, ValueError: as for `pipeline_name`.
         OSError: a file cannot be read.
     """
     index = (folder / INDEX).read_text(encoding="utf-8")
@@ -55,7 +55,7 @@ def check_folder(folder: Path) -> str:
         if isinstance(entry, list) and len(entry) == 2 and str(entry[1]).startswith("Auto"):
             for path in (folder / part / name_ for name_ in _CONFIGURATIONS):
                 if path.is_file() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
-                    raise BringsOwnCode(f"its part '{part}' maps a class to code of its own")
+                    raise RemoteCodeNotAllowed(f"its part '{part}' maps a class to code of its own")
     return name
 
 
@@ -70,7 +70,7 @@ def _check_part(part: str, entry: list[Any]) -> None:
     library = entry[0] if entry else None
     if library is None or library in LIBRARIES or _is_pipeline_module(library):
         return
-    raise BringsOwnCode(f"its part '{part}' is of neither diffusers nor transformers")
+    raise RemoteCodeNotAllowed(f"its part '{part}' is of neither diffusers nor transformers")
 
 
 def _is_pipeline_module(name: Any) -> bool:

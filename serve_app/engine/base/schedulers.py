@@ -61,9 +61,8 @@ class NoiseSchedulers:
             if isinstance(tried, _Unfit):
                 raise BaseUnusable(config.id, f"scheduler '{name}' {tried.reason}")
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names that a request may give, sorted; tries all of them."""
+    def supported_names(self) -> tuple[str, ...]:
+        """Build every scheduler that is on the list; return the names of those that this base can use, sorted."""
         return tuple(name for name in sorted(self._known) if isinstance(self._try(name), _Offer))
 
     def check(self, name: str | None, steps: int) -> None:
@@ -76,7 +75,7 @@ class NoiseSchedulers:
         name = name or self._default
         tried = self._try(name) if name in self._known else None
         if not isinstance(tried, _Offer):
-            raise UnknownScheduler(name, self._base_id, ", ".join(self.names))
+            raise UnknownScheduler(name, self._base_id, ", ".join(self.supported_names()))
         if steps < tried.min_steps:
             raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
 

@@ -18,7 +18,7 @@ from serve_app.errors import MalformedRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Variants:
+class TaskPipelines:
     """The pipelines over one set of modules; None where the family has no such pipeline."""
 
     text_to_image: Any
@@ -42,9 +42,9 @@ class Variants:
         return self.image_to_image
 
 
-def variants_of(pipeline: Any) -> Variants:
+def variants_of(pipeline: Any) -> TaskPipelines:
     """Return the pipelines over the modules of a text-to-image pipeline."""
-    variants = Variants(
+    variants = TaskPipelines(
         text_to_image=pipeline,
         image_to_image=_over(pipeline, AutoPipelineForImage2Image.from_pipe),
         inpainting=_over(pipeline, AutoPipelineForInpainting.from_pipe),

@@ -25,9 +25,9 @@ from serve_app.engine.base.schedulers import NoiseSchedulers
 from serve_app.engine.base.task_pipelines import takes_size, variants_of
 from serve_app.engine.drawing.pixels import are_finite, fitted, fitted_mask, pixel_images, share_out
 from serve_app.engine.drawing.preview import LatentColours, OnPreview, Previewer, fit_latent_colours
-from serve_app.engine.drawing.steps import OnStep, StepWatch
-from serve_app.engine.drawing.texts import encoded_apart, text_encoders_of
-from serve_app.engine.drawing.vocabularies import Vocabularies
+from serve_app.engine.drawing.steps import OnStep, StepCallback
+from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
+from serve_app.engine.drawing.vocabularies import TextualInversion
 from serve_app.errors import LoraplexError, OutOfBounds
 
 MAX_SEED = 2**64 - 1
@@ -69,7 +69,7 @@ class BasePipeline:
         self._idle_scheduler = loaded.pipeline.scheduler
         self._text_encoders = text_encoders_of(loaded.pipeline)
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
-        self._vocabularies = Vocabularies(loaded.pipeline)
+        self._vocabularies = TextualInversion(loaded.pipeline)
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
         self._latent_colours: LatentColours | None = None
@@ -117,7 +117,7 @@ class BasePipeline:
 
     def schedulers(self) -> tuple[str, ...]:
         """Return the names of the noise schedulers that a request may choose from."""
-        return self._schedulers.names
+        return self._schedulers.supported_names()
 
     def check(self, request: GenerationRequest) -> None:
         """Refuse what this base cannot do, without touching the device; safe in any thread.
@@ -137,10 +137,10 @@ class BasePipeline:
         if int(request.steps * strength) < 1:
             raise OutOfBounds("strength", strength, f"at least 1/{request.steps} with {request.steps} steps")
 
-    def knowing(self, words: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    def with_ti_tokens(self, words: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the prompts of passes inside it name an adapter's words, rows by component; for the device thread."""
         variants = (self._variants.text_to_image, self._variants.image_to_image, self._variants.inpainting)
-        return self._vocabularies.lent(words, [pipeline for pipeline in variants if pipeline is not None])
+        return self._vocabularies.loaded(words, [pipeline for pipeline in variants if pipeline is not None])
 
     def truncation_warning(self, prompt: str, what: str = "prompt") -> str | None:
         """Say how many tokens of `prompt` the base reads, if not all; for the device thread only.
@@ -174,11 +174,11 @@ class BasePipeline:
         pipeline: Any = self._variants.of(requests[0])
         arguments = self._arguments(pipeline, requests)
         scheduler = self._schedulers.fresh(requests[0].scheduler)
-        watch = StepWatch(on_step, is_cancelled, self._previewer(requests, scheduler, on_preview))
+        watch = StepCallback(on_step, is_cancelled, self._previewer(requests, scheduler, on_preview))
         started = time.perf_counter()
         try:
             pipeline.scheduler = scheduler
-            with encoded_apart(self._text_encoders):
+            with encode_individually(self._text_encoders):
                 output = pipeline(**arguments, callback_on_step_end=watch)
             are_sound: list[bool] = (watch.is_finite & are_finite(output.images).cpu()).tolist()
             images = pixel_images(output.images)
@@ -197,7 +197,7 @@ class BasePipeline:
             decode_ms=(ended - watch.denoised_at) * 1e3,
         )
 
-    def make_whole(self) -> None:
+    def restore_dtypes(self) -> None:
         """Undo what a pass that failed for want of memory may have left: a decoder between two dtypes."""
         vae: Any = self._variants.text_to_image.vae
         vae.to(dtype=self._vae_dtype)

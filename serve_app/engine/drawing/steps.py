@@ -18,7 +18,7 @@ class GenerationCancelled(Exception):
     """Nobody wants the pass any more; it stopped between two steps."""
 
 
-class StepWatch:
+class StepCallback:
     """The `callback_on_step_end` of one pipeline call.
 
     After the last step, `denoised_at` is the time on `time.perf_counter` and `is_finite` says of each image

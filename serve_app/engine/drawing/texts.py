@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def encoded_apart(encoders: Sequence[nn.Module]) -> Iterator[None]:
+def encode_individually(encoders: Sequence[nn.Module]) -> Iterator[None]:
     """Have text encoders take the rows of a batch one by one, and equal rows once; for one pass of one thread."""
     for encoder in encoders:
         encoder.forward = _RowByRow(encoder.forward)

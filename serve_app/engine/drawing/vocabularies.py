@@ -20,10 +20,10 @@ from serve_app.engine.base.manifest import TOKENIZER
 TOKENIZERS_KEPT = 16
 
 
-class Vocabularies:
+class TextualInversion:
     """The text encoders of a base, which can learn words and forget them again.
 
-    Invariants: the base's tokenizers and embedding tensors are never written. Words are known inside `lent` alone;
+    Invariants: the base's tokenizers and embedding tensors are never written. Words are known inside `loaded` alone;
     afterwards everything is as it was, whatever happened inside. An embedding's twin, the base's rows and room for
     the words, is made when first needed and kept.
     """
@@ -34,9 +34,9 @@ class Vocabularies:
         self._tokenizers: dict[tuple[str, int], Any] = {}
 
     @contextmanager
-    def lent(self, words: Mapping[str, Tensor], pipelines: Sequence[Any]) -> Iterator[None]:
+    def loaded(self, words: Mapping[str, Tensor], pipelines: Sequence[Any]) -> Iterator[None]:
         """Let prompts of `pipelines`, which share the base's text encoders, name words; rows by component."""
-        loans = [_Loan(self._pipeline, component) for component in words]
+        loans = [_EncoderPatch(self._pipeline, component) for component in words]
         try:
             for loan, rows in zip(loans, words.values(), strict=True):
                 tokenizer = self._tokenizer(loan, len(rows))
@@ -47,7 +47,7 @@ class Vocabularies:
             for loan in loans:
                 loan.undo(pipelines)
 
-    def _tokenizer(self, loan: _Loan, words: int) -> Any:
+    def _tokenizer(self, loan: _EncoderPatch, words: int) -> Any:
         key = loan.tokenizer_name, words
         found = self._tokenizers.pop(key, None)
         if found is None:
@@ -58,7 +58,7 @@ class Vocabularies:
             del self._tokenizers[next(iter(self._tokenizers))]
         return found
 
-    def _twin(self, loan: _Loan, rows: Tensor, ids: Sequence[int]) -> Tensor:
+    def _twin(self, loan: _EncoderPatch, rows: Tensor, ids: Sequence[int]) -> Tensor:
         """Return the base's rows followed, or where they are unused replaced, by those of the words."""
         needed, twin = max(*ids, len(loan.pristine) - 1) + 1, self._twins.get(loan.component)
         if twin is None or len(twin) < needed:
@@ -70,7 +70,7 @@ class Vocabularies:
         return twin
 
 
-class _Loan:
+class _EncoderPatch:
     """One text encoder as it is, for as long as it is changed."""
 
     def __init__(self, pipeline: Any, component: str) -> None:

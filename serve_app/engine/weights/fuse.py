@@ -33,7 +33,7 @@ _copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 _scale_all = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
 
-class Change(NamedTuple):
+class LayerUpdate(NamedTuple):
     """One layer to fuse: write `current` changed by `delta` to `out`.
 
     `current` is `pristine`, or `out` itself after earlier adapters.
@@ -50,7 +50,7 @@ class Change(NamedTuple):
 _Product = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def fuse_weights(changes: Sequence[Change]) -> None:
+def fuse_weights(changes: Sequence[LayerUpdate]) -> None:
     """Fuse layers that do not depend on each other: those of one adapter."""
     groups: dict[object, list[_Product]] = {}
     factors: dict[object, tuple[float, bool]] = {}

@@ -18,15 +18,15 @@ from serve_app.core import Scale, scale_of
 from serve_app.engine.adapters.deltas import ParsedAdapter, bytes_of
 from serve_app.engine.base.manifest import adaptable_layers
 from serve_app.engine.weights.device_cache import DeviceCache, moved_to
-from serve_app.engine.weights.fuse import Change, bias_of, fuse_bias, fuse_weights
-from serve_app.engine.weights.in_place import InPlace
-from serve_app.engine.weights.parameters import ParameterName, Site, layers_among, layers_of
+from serve_app.engine.weights.fuse import LayerUpdate, bias_of, fuse_bias, fuse_weights
+from serve_app.engine.weights.in_place import InPlaceFuser
+from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, layers_among, layers_of
 from serve_app.engine.weights.side_stream import SideStream
 
-Composition = Sequence[tuple[ParsedAdapter, Scale]]
-CompositionKey = tuple[tuple[str, Scale], ...]
+AdapterSet = Sequence[tuple[ParsedAdapter, Scale]]
+AdapterSetKey = tuple[tuple[str, Scale], ...]
 # What weights that are being written hold: no composition, so that whatever comes next is applied.
-_NONE: CompositionKey = (("", 0.0),)
+_NONE: AdapterSetKey = (("", 0.0),)
 
 
 class StalePreparation(Exception):
@@ -34,20 +34,20 @@ class StalePreparation(Exception):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class PreparedSwap:
     """A composition fused and ready to be bound; good until the next one is prepared or applied.
 
     It refers to no adapter, and what it was made of may go; but where the pristine weights are on the host nothing can
     be fused beforehand, and it is no more than the composition.
     """
 
-    key: CompositionKey
+    key: AdapterSetKey
     turn: int
-    twins: Mapping[Site, Tensor] = field(repr=False)
-    composition: Composition = field(default=(), repr=False)
+    fused_buffers: Mapping[ParameterSlot, Tensor] = field(repr=False)
+    composition: AdapterSet = field(default=(), repr=False)
 
 
-class AdapterWeights:
+class FusedWeights:
     """The weights of a base's components, as loaded or with adapters fused in.
 
     Invariants: the tensors that were loaded are never written; what is bound depends on the composition alone, never
@@ -73,23 +73,25 @@ class AdapterWeights:
             device_cache_bytes: What adapters that are used again and again may take of a GPU.
             pristine_in: "host" takes host memory for all layers that adapters may change, and none of the device.
         """
-        self._sites: dict[ParameterName, Site] = {}
+        self._sites: dict[ParameterName, ParameterSlot] = {}
         self._buffers: dict[ParameterName, Tensor] = {}
         for component, module in components.items():
             # matmul picks its kernel by requires_grad, so that a base's own bits would depend on its history.
             module.requires_grad_(False)
             parameters = module.named_parameters()
-            self._sites |= {(component, name): Site(parameter, parameter.data) for name, parameter in parameters}
+            self._sites |= {
+                (component, name): ParameterSlot(parameter, parameter.data) for name, parameter in parameters
+            }
             self._buffers |= {(component, name): value for name, value in module.named_buffers()}
         self._layers = layers_of(self._sites)
-        self._in_place: InPlace | None = None
+        self._in_place: InPlaceFuser | None = None
         if pristine_in == "host":
             names = {component: adaptable_layers(module) for component, module in components.items()}
-            self._in_place = InPlace(layers_among(self._layers, names))
-        in_place = frozenset[Site]() if self._in_place is None else self._in_place.sites
+            self._in_place = InPlaceFuser(layers_among(self._layers, names))
+        in_place = frozenset[ParameterSlot]() if self._in_place is None else self._in_place.sites
         self._live = {".".join(("live", *name)): site for name, site in self._sites.items() if site in in_place}
-        self._bound: Mapping[Site, Tensor] = {}
-        self._applied: CompositionKey = ()
+        self._bound: Mapping[ParameterSlot, Tensor] = {}
+        self._applied: AdapterSetKey = ()
         self._turn = 0
         device = next((site.parameter.device for site in self._sites.values()), torch.device("cpu"))
         self._side = SideStream(device)
@@ -97,14 +99,14 @@ class AdapterWeights:
         self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_on_gpu else None
 
     @property
-    def applied(self) -> CompositionKey:
+    def applied(self) -> AdapterSetKey:
         """What is bound: (digest, scale) of each adapter, in order; empty for the base."""
         return self._applied
 
     @property
     def twin_bytes(self) -> int:
         """The memory that fused twins take, bound or not."""
-        return sum(twin.nbytes for site in self._sites.values() for twin in site.twins)
+        return sum(fused_buffer.nbytes for site in self._sites.values() for fused_buffer in site.fused_buffers)
 
     @property
     def cached_bytes(self) -> int:
@@ -131,15 +133,15 @@ class AdapterWeights:
 
     @property
     def watched(self) -> dict[str, Tensor]:
-        """What must have the bits that it was loaded with, but while `is_written`: `loaded`, and the live weights."""
+        """What must have the bits that it was loaded with, but while `is_modified`: `loaded`, and the live weights."""
         return self.loaded | {name: site.parameter.data for name, site in self._live.items()}
 
-    def is_written(self, name: str) -> bool:
+    def is_modified(self, name: str) -> bool:
         """Whether one of `watched` is a live weight that has adapters in it."""
         site = self._live.get(name)
-        return site is not None and self._in_place is not None and self._in_place.is_written(site)
+        return site is not None and self._in_place is not None and self._in_place.is_modified(site)
 
-    def prepare(self, composition: Composition) -> Prepared:
+    def prepare(self, composition: AdapterSet) -> PreparedSwap:
         """Fuse a composition into twins that are not bound, whatever is bound meanwhile; for `bind`.
 
         Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is. With the
@@ -149,10 +151,10 @@ class AdapterWeights:
             self._turn += 1
             for adapter, _ in composition:
                 self._in_place.check(adapter)
-            return Prepared(composition_key(composition), self._turn, {}, tuple(composition))
+            return PreparedSwap(adapter_set_key(composition), self._turn, {}, tuple(composition))
         return self._fuse(composition, overwrites_bound=False)
 
-    def bind(self, prepared: Prepared) -> None:
+    def bind(self, prepared: PreparedSwap) -> None:
         """Bind a prepared composition: an assignment per parameter, and no arithmetic.
 
         Raises:
@@ -165,24 +167,24 @@ class AdapterWeights:
             return
         self._side.join()
         try:
-            for site in self._bound.keys() - prepared.twins.keys():
+            for site in self._bound.keys() - prepared.fused_buffers.keys():
                 site.parameter.data = site.pristine
-            for site, twin in prepared.twins.items():
-                site.parameter.data = twin
+            for site, fused_buffer in prepared.fused_buffers.items():
+                site.parameter.data = fused_buffer
         except BaseException:
             self.restore()
             raise
-        self._bound, self._applied = prepared.twins, prepared.key
+        self._bound, self._applied = prepared.fused_buffers, prepared.key
         self._side.release()
 
-    def apply(self, composition: Composition) -> None:
+    def apply(self, composition: AdapterSet) -> None:
         """Bind the base with these adapters at these scales, in this order; an empty composition binds the base.
 
         Equals, to the last bit, a fresh base with the same adapters through `set_adapters` and `fuse_lora`. Takes no
         second twins: those that are bound are written over. On any failure the base is bound and the failure is
         raised on.
         """
-        if composition_key(composition) == self._applied:
+        if adapter_set_key(composition) == self._applied:
             return
         if self._in_place is not None:
             self._turn += 1
@@ -214,7 +216,7 @@ class AdapterWeights:
         self._turn += 1
         for site in self._sites.values():
             bound = self._bound.get(site)
-            site.twins = [twin for twin in site.twins if twin is bound]
+            site.fused_buffers = [fused_buffer for fused_buffer in site.fused_buffers if fused_buffer is bound]
 
     def drop_spares(self) -> None:
         """Give back all memory that nothing bound needs: spare twins and the adapters on the device."""
@@ -236,7 +238,7 @@ class AdapterWeights:
     def _loaded(self) -> dict[ParameterName, Tensor]:
         return {name: site.pristine for name, site in self._sites.items()} | self._buffers
 
-    def _write(self, in_place: InPlace, composition: Composition) -> None:
+    def _write(self, in_place: InPlaceFuser, composition: AdapterSet) -> None:
         """Fuse where the weights lie, on the device's own stream: after the pass before, and before the next."""
         adapters, scales = [adapter for adapter, _ in composition], [scale for _, scale in composition]
         self._applied = _NONE
@@ -249,67 +251,71 @@ class AdapterWeights:
         except BaseException:
             self.restore()
             raise
-        self._applied = composition_key(composition)
+        self._applied = adapter_set_key(composition)
 
-    def _fuse(self, composition: Composition, *, overwrites_bound: bool) -> Prepared:
+    def _fuse(self, composition: AdapterSet, *, overwrites_bound: bool) -> PreparedSwap:
         self._turn += 1
-        twins: dict[Site, Tensor] = {}
+        fused_buffers: dict[ParameterSlot, Tensor] = {}
         adapters = [adapter for adapter, _ in composition]
         with torch.no_grad(), self._side.filling():
             if self._cache is None:
-                self._fuse_all(adapters, composition, twins, overwrites_bound)
+                self._fuse_all(adapters, composition, fused_buffers, overwrites_bound)
             else:
                 with self._cache.holding(adapters) as residents:
-                    self._fuse_all(residents, composition, twins, overwrites_bound)
-        return Prepared(composition_key(composition), self._turn, twins)
+                    self._fuse_all(residents, composition, fused_buffers, overwrites_bound)
+        return PreparedSwap(adapter_set_key(composition), self._turn, fused_buffers)
 
     def _fuse_all(
         self,
         adapters: Sequence[ParsedAdapter],
-        composition: Composition,
-        twins: dict[Site, Tensor],
+        composition: AdapterSet,
+        fused_buffers: dict[ParameterSlot, Tensor],
         overwrites_bound: bool,
     ) -> None:
         for adapter, (_, scale) in zip(adapters, composition, strict=True):
             for component in adapter.components:
-                self._fuse_component(adapter, component, scale_of(scale, component), twins, overwrites_bound)
+                self._fuse_component(adapter, component, scale_of(scale, component), fused_buffers, overwrites_bound)
 
     def _fuse_component(
         self,
         adapter: ParsedAdapter,
         component: str,
         scale: float,
-        twins: dict[Site, Tensor],
+        fused_buffers: dict[ParameterSlot, Tensor],
         overwrites_bound: bool,
     ) -> None:
         layers, changes = self._layers[component], []
         for module, delta in adapter.components[component].items():
             layer = layers[module]
             site = layer.weight
-            current = twins.get(site, site.pristine)
-            twin = twins[site] = self._spare(site, overwrites_bound) if current is site.pristine else current
-            changes.append(Change(twin, site.pristine, current, delta, scale))
+            current = fused_buffers.get(site, site.pristine)
+            fused_buffer = fused_buffers[site] = (
+                self._spare(site, overwrites_bound) if current is site.pristine else current
+            )
+            changes.append(LayerUpdate(fused_buffer, site.pristine, current, delta, scale))
             if bias_of(delta) is not None:
                 assert layer.bias is not None
                 site = layer.bias
-                current = twins.get(site, site.pristine)
-                twin = twins[site] = self._spare(site, overwrites_bound) if current is site.pristine else current
-                fuse_bias(twin, current, delta, scale)
+                current = fused_buffers.get(site, site.pristine)
+                fused_buffer = fused_buffers[site] = (
+                    self._spare(site, overwrites_bound) if current is site.pristine else current
+                )
+                fuse_bias(fused_buffer, current, delta, scale)
         fuse_weights(changes)
 
-    def _spare(self, site: Site, overwrites_bound: bool) -> Tensor:
+    def _spare(self, site: ParameterSlot, overwrites_bound: bool) -> Tensor:
         """Return a twin to write: one that is not bound, else a new one, unless the bound one may go."""
         bound = self._bound.get(site)
-        for twin in site.twins:
-            if twin is not bound:
-                return twin
+        for fused_buffer in site.fused_buffers:
+            if fused_buffer is not bound:
+                return fused_buffer
         if bound is not None and overwrites_bound:
             return bound
-        twin = torch.empty_like(site.pristine)
-        site.twins.append(twin)
-        return twin
+        fused_buffer = torch.empty_like(site.pristine)
+        site.fused_buffers.append(fused_buffer)
+        return fused_buffer
 
 
-def composition_key(composition: Composition) -> CompositionKey:
+def adapter_set_key(composition: AdapterSet) -> AdapterSetKey:
     """Return what tells compositions apart: digests and scales, in order."""
     return tuple((adapter.digest, scale) for adapter, scale in composition)

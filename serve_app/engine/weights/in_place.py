@@ -13,15 +13,15 @@ from torch import Tensor
 
 from serve_app.core import Scale, scale_of
 from serve_app.engine.adapters.deltas import Dora, ParsedAdapter
-from serve_app.engine.weights.fuse import Change, bias_of, fuse_bias, fuse_weight, fuse_weights
-from serve_app.engine.weights.parameters import Layers, Site
+from serve_app.engine.weights.fuse import LayerUpdate, bias_of, fuse_bias, fuse_weight, fuse_weights
+from serve_app.engine.weights.parameters import Layers, ParameterSlot
 
 _ALIGNMENT_BYTES = 64
 # Torch rounds page-locked memory up to a power of two, so that it is taken in pieces of this size.
 _PIECE_BYTES = 256 << 20
 
 
-class InPlace:
+class InPlaceFuser:
     """The layers that adapters may change, each with a copy on the host of what was loaded.
 
     Invariants: the copies are never written; a parameter keeps its memory for ever, and holds its pristine values
@@ -31,14 +31,14 @@ class InPlace:
     def __init__(self, layers: Layers) -> None:
         """Copy the layers' parameters to the host, page-locked where they lie on a GPU; reads every byte once."""
         self._layers = layers
-        self._written: set[Site] = set()
+        self._written: set[ParameterSlot] = set()
         every = [site for modules in layers.values() for layer in modules.values() for site in layer if site]
         self.sites = frozenset(every)
         """The parameters that have a copy."""
         for site, copy in zip(every, host_copies([site.parameter.data for site in every]), strict=True):
             site.pristine = copy
 
-    def is_written(self, site: Site) -> bool:
+    def is_modified(self, site: ParameterSlot) -> bool:
         """Whether a parameter may hold something else than its pristine values."""
         return site in self._written
 
@@ -69,7 +69,7 @@ class InPlace:
                     self._fuse_component(adapter, component, scale_of(scale, component))
 
     def _fuse_component(self, adapter: ParsedAdapter, component: str, scale: float) -> None:
-        changes: list[Change] = []
+        changes: list[LayerUpdate] = []
         for module, delta in adapter.components[component].items():
             layer = self._layers[component][module]
             live, is_first = layer.weight.parameter.data, layer.weight not in self._written
@@ -79,7 +79,7 @@ class InPlace:
                 pristine = live if is_first else layer.weight.pristine.to(live.device, non_blocking=True)
                 fuse_weight(live, pristine, live, delta, scale)
             else:
-                changes.append(Change(live, live, live, delta, scale))
+                changes.append(LayerUpdate(live, live, live, delta, scale))
             if bias_of(delta) is not None:
                 assert layer.bias is not None
                 self._written.add(layer.bias)

@@ -22,7 +22,7 @@ _SHORTEST_PAUSE_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
+class CorruptTensor:
     """A tensor that is no longer what was loaded."""
 
     tensor: str
@@ -35,7 +35,7 @@ class _Slice:
     fingerprints: tuple[int, ...]
 
 
-class SelfCheck:
+class IntegrityChecker:
     """Whether tensors still have the bits that they had at construction.
 
     A fingerprint is the sum of a part's 64-bit words, each multiplied by an odd weight of its place, modulo 2**64:
@@ -47,13 +47,13 @@ class SelfCheck:
         tensors: Mapping[str, Tensor],
         *,
         slice_bytes: int | None = None,
-        is_written: Callable[[str], bool] = lambda name: False,
+        is_modified: Callable[[str], bool] = lambda name: False,
     ) -> None:
         """Take the fingerprints; reads every byte once.
 
-        A tensor for which `is_written` holds when it is looked at may have other bits for now.
+        A tensor for which `is_modified` holds when it is looked at may have other bits for now.
         """
-        self._is_written = is_written
+        self._is_written = is_modified
         self._weights: dict[torch.device, Tensor] = {}
         slices: list[_Slice] = []
         for device in dict.fromkeys(tensor.device for tensor in tensors.values()):
@@ -63,31 +63,33 @@ class SelfCheck:
             slices += self._slice({name: one for name, one in tensors.items() if one.device == device}, size)
         self._slices = tuple(slices)
         self._next = 0
-        self.rounds = 0
+        self.completed_rounds = 0
 
-    def check_next(self) -> Damage | None:
+    def check_next(self) -> CorruptTensor | None:
         """Check one slice; the round begins again after the last, and is counted if it found nothing."""
         if not self._slices:
             return None
         damage = self._check(self._slices[self._next])
         self._next = (self._next + 1) % len(self._slices)
         if self._next == 0 and damage is None:
-            self.rounds += 1
+            self.completed_rounds += 1
         return damage
 
-    def check_all(self) -> Damage | None:
+    def check_all(self) -> CorruptTensor | None:
         """Check everything, from the first slice on."""
         self._next = 0
         for one in self._slices:
             if damage := self._check(one):
                 return damage
-        self.rounds += 1
+        self.completed_rounds += 1
         return None
 
-    def _check(self, one: _Slice) -> Damage | None:
+    def _check(self, one: _Slice) -> CorruptTensor | None:
         found = self._fingerprints(one.parts)
         pairs = zip(one.names, found, one.fingerprints, strict=True)
-        return next((Damage(name) for name, now, then in pairs if now != then and not self._is_written(name)), None)
+        return next(
+            (CorruptTensor(name) for name, now, then in pairs if now != then and not self._is_written(name)), None
+        )
 
     def _slice(self, tensors: Mapping[str, Tensor], size: int) -> Iterator[_Slice]:
         """Yield slices of about `size` bytes: many small tensors of one device, or a part of a large one."""
@@ -114,7 +116,7 @@ class SelfCheck:
             return tuple(torch.stack(sums).tolist())
 
 
-class PacedCheck:
+class ThrottledChecker:
     """A self-check that leaves the device alone most of the time.
 
     Between two slices it rests for so long that checking takes a small share of the time, and longer after each
@@ -122,7 +124,7 @@ class PacedCheck:
     """
 
     def __init__(
-        self, check: SelfCheck, *, rest_s: float = 60.0, clock: Callable[[], float] = time.perf_counter
+        self, check: IntegrityChecker, *, rest_s: float = 60.0, clock: Callable[[], float] = time.perf_counter
     ) -> None:
         self._check = check
         self._rest_s = rest_s
@@ -131,19 +133,19 @@ class PacedCheck:
         """How long to wait, if nothing else is to be done, before `check_next`."""
 
     @property
-    def rounds(self) -> int:
+    def completed_rounds(self) -> int:
         """How many times everything was checked and sound."""
-        return self._check.rounds
+        return self._check.completed_rounds
 
-    def check_next(self) -> Damage | None:
+    def check_next(self) -> CorruptTensor | None:
         """Check one slice."""
-        started, rounds = self._clock(), self.rounds
+        started, completed_rounds = self._clock(), self.completed_rounds
         damage = self._check.check_next()
         paused = max((self._clock() - started) / _SHARE, _SHORTEST_PAUSE_S)
-        self.pause_s = paused if self.rounds == rounds else max(paused, self._rest_s)
+        self.pause_s = paused if self.completed_rounds == completed_rounds else max(paused, self._rest_s)
         return damage
 
-    def check_all(self) -> Damage | None:
+    def check_all(self) -> CorruptTensor | None:
         """Check everything now."""
         return self._check.check_all()
 

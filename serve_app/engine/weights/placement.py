@@ -7,25 +7,25 @@ from typing import Literal
 
 import torch
 
-Place = Literal["device", "host"]
+TargetLayer = Literal["device", "host"]
 
 
 @dataclass(frozen=True, slots=True)
-class Residence:
+class WeightPlacement:
     """What was chosen; with the pristine weights on the host nothing can be prepared ahead."""
 
-    pristine_in: Place
+    pristine_in: TargetLayer
     prepares_ahead: bool
 
 
-def residence_of(
+def choose_placement(
     pristine_in: Literal["auto", "device", "host"],
     prepare_ahead: Literal["auto", "always", "never"],
     *,
     layer_bytes: int,
     reserved_bytes: int,
     free_bytes: int | None,
-) -> Residence:
+) -> WeightPlacement:
     """Choose from what the configuration asks for and what the device has left.
 
     Args:
@@ -37,13 +37,13 @@ def residence_of(
         free_bytes: What the GPU has left with the base loaded; None without one.
     """
     if free_bytes is None:
-        place: Place = "host" if pristine_in == "host" else "device"
-        return Residence(place, prepares_ahead=place == "device" and prepare_ahead == "always")
+        place: TargetLayer = "host" if pristine_in == "host" else "device"
+        return WeightPlacement(place, prepares_ahead=place == "device" and prepare_ahead == "always")
     room = free_bytes - reserved_bytes
     if pristine_in == "host" or (pristine_in == "auto" and room < layer_bytes):
-        return Residence("host", prepares_ahead=False)
+        return WeightPlacement("host", prepares_ahead=False)
     is_roomy = pristine_in == "device" or room >= 2 * layer_bytes
-    return Residence("device", prepare_ahead == "always" or (prepare_ahead == "auto" and is_roomy))
+    return WeightPlacement("device", prepare_ahead == "always" or (prepare_ahead == "auto" and is_roomy))
 
 
 def free_bytes_of(device: torch.device) -> int | None:

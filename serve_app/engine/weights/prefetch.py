@@ -11,35 +11,35 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from serve_app.engine.weights.fused import AdapterWeights, Composition, CompositionKey, Prepared, composition_key
+from serve_app.engine.weights.fused import AdapterSet, AdapterSetKey, FusedWeights, PreparedSwap, adapter_set_key
 
 log = logging.getLogger(__name__)
 
 
-class Ahead:
+class SwapPrefetcher:
     """Applies compositions, and prepares them beforehand in a thread of its own; used by the device thread.
 
     Invariants: what is bound is what `apply` was asked for, prepared or not, whatever was prepared meanwhile. While
     the weights change, nothing is being prepared. No adapter is kept for longer than it takes to prepare it.
     """
 
-    def __init__(self, weights: AdapterWeights, *, torch_threads: int | None = None) -> None:
+    def __init__(self, weights: FusedWeights, *, torch_threads: int | None = None) -> None:
         """Start the thread; it computes with as many threads as the device thread, lest bits depend on who fused."""
         self._weights = weights
         self._thread = ThreadPoolExecutor(1, "prepare-ahead", initializer=_set_threads, initargs=(torch_threads,))
-        self._wanted: CompositionKey | None = None
-        self._work: Future[Prepared] | None = None
+        self._wanted: AdapterSetKey | None = None
+        self._work: Future[PreparedSwap] | None = None
         self._has_room = True
         self._has_given_way = False
         self.bound = 0
 
-    def prepare(self, composition: Composition) -> None:
+    def prepare(self, composition: AdapterSet) -> None:
         """Begin to fuse what is expected next, and return at once.
 
         Does nothing where that is applied or prepared already, or was tried in vain, or something else is under way:
         ask again.
         """
-        key = composition_key(composition)
+        key = adapter_set_key(composition)
         if not (key and self._has_room) or key in (self._wanted, self._weights.applied):
             return
         if self._work is not None and not self._work.done():
@@ -47,9 +47,9 @@ class Ahead:
         self._wanted = key
         self._work = self._thread.submit(self._weights.prepare, tuple(composition))
 
-    def apply(self, composition: Composition) -> None:
-        """Bind the composition: as prepared where it was, else fused now; fails as `AdapterWeights.apply` does."""
-        key = composition_key(composition)
+    def apply(self, composition: AdapterSet) -> None:
+        """Bind the composition: as prepared where it was, else fused now; fails as `FusedWeights.apply` does."""
+        key = adapter_set_key(composition)
         if key == self._weights.applied:
             return
         prepared = self._finished()
@@ -60,7 +60,7 @@ class Ahead:
         self._weights.bind(prepared)
         self.bound += 1
 
-    def give_way(self) -> None:
+    def pause(self) -> None:
         """Wait for what is under way, let go of what was prepared, and prepare nothing until told to `resume`."""
         self._finished()
         self._wanted = self._work = None
@@ -76,7 +76,7 @@ class Ahead:
         """Wait for what is under way, and end the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _finished(self) -> Prepared | None:
+    def _finished(self) -> PreparedSwap | None:
         """Wait for the work under way; what fails here fails again, and is reported, when it is applied."""
         if self._work is None:
             return None

@@ -11,15 +11,15 @@ import logging
 
 import torch
 
-from serve_app.engine.weights.integrity import Damage, PacedCheck
+from serve_app.engine.weights.integrity import CorruptTensor, ThrottledChecker
 
 log = logging.getLogger(__name__)
 
 
-class Soundness:
+class DeviceHealth:
     """The verdicts: the loaded weights changed (`is_corrupt`), the device answers no more (`is_lost`)."""
 
-    def __init__(self, base_id: str, device: torch.device, check: PacedCheck | None) -> None:
+    def __init__(self, base_id: str, device: torch.device, check: ThrottledChecker | None) -> None:
         self._base_id = base_id
         self._device = device
         self._check = check
@@ -27,19 +27,19 @@ class Soundness:
         self.is_lost = False
 
     @property
-    def can_go_on(self) -> bool:
+    def is_healthy(self) -> bool:
         """Whether images may be drawn."""
         return not (self.is_corrupt or self.is_lost)
 
     @property
-    def verdict(self) -> str:
+    def failure_reason(self) -> str:
         """Why no images may be drawn, in a word, for metrics; "closing" where they may."""
         return "weights" if self.is_corrupt else "device" if self.is_lost else "closing"
 
     @property
-    def rounds(self) -> int:
+    def completed_rounds(self) -> int:
         """How many times everything was checked and sound."""
-        return 0 if self._check is None else self._check.rounds
+        return 0 if self._check is None else self._check.completed_rounds
 
     @property
     def pause_s(self) -> float | None:
@@ -53,7 +53,7 @@ class Soundness:
         try:
             self._note(self._check.check_next())
         except RuntimeError as error:
-            if not is_out_of_memory(error) and not self.judge(error):
+            if not is_out_of_memory(error) and not self.record_device_error(error):
                 raise
 
     def check_all(self) -> None:
@@ -61,14 +61,14 @@ class Soundness:
         if self._check is not None:
             self._note(self._check.check_all())
 
-    def judge(self, error: Exception) -> bool:
+    def record_device_error(self, error: Exception) -> bool:
         """Take note where an error says that the device is lost; return whether it does."""
-        if is_beyond_repair(error) or not answers(self._device):
-            log.critical("the device of %s is beyond repair: %s", self._base_id, headline(error))
+        if is_fatal(error) or not probe_device(self._device):
+            log.critical("the device of %s is beyond repair: %s", self._base_id, first_line(error))
             self.is_lost = True
         return self.is_lost
 
-    def _note(self, damage: Damage | None) -> None:
+    def _note(self, damage: CorruptTensor | None) -> None:
         if damage is not None:
             log.critical("the loaded weights of %s have changed, in %s", self._base_id, damage.tensor)
             self.is_corrupt = True
@@ -110,12 +110,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
-def is_beyond_repair(error: BaseException) -> bool:
+def is_fatal(error: BaseException) -> bool:
     """Whether the device will answer nothing more to this process."""
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _BROKEN)
 
 
-def answers(device: torch.device) -> bool:
+def probe_device(device: torch.device) -> bool:
     """Whether a device still computes; a broken one fails at whatever it is asked."""
     try:
         return torch.ones(1, device=device).sum().item() == 1.0
@@ -123,7 +123,7 @@ def answers(device: torch.device) -> bool:
         return is_out_of_memory(error)
 
 
-def headline(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error says in its first line; torch appends pages."""
     lines = str(error).splitlines()
     return lines[0][:300] if lines else type(error).__name__

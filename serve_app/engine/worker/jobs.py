@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 
 from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult, PixelImage, Preview, Progress, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.worker.pace import WorkBooks, WorkState
+from serve_app.engine.worker.pace import LoadStats, LoadTracker
 from serve_app.engine.worker.scheduling import (
     FASTEST_SHARE,
+    AdapterSetKey,
     Batch,
     BatchKey,
-    CompositionKey,
+    QueuedRequest,
     QueuePolicy,
-    Waiting,
     in_order,
-    in_vain,
-    left_after,
     next_batch,
+    remaining_after,
+    unmeetable_deadlines,
 )
 from serve_app.errors import DeadlineExceeded, DeadlineOutOfReach, QueueFull
 from serve_app.work import work_units
@@ -33,12 +33,12 @@ from serve_app.work import work_units
 class JobQueue:
     """What a worker has to do. Not thread-safe: whoever calls holds the worker's lock.
 
-    A job is in `running`, or waits, or has been handed out by `give_up_in_vain` or `clear` to be ended.
+    A job is in `running`, or waits, or has been handed out by `drop_expired` or `clear` to be ended.
     """
 
     def __init__(
         self,
-        books: WorkBooks,
+        books: LoadTracker,
         policy: QueuePolicy,
         *,
         max_images: int,
@@ -70,8 +70,8 @@ class JobQueue:
             DeadlineExceeded: its deadline has passed, or cannot be met with what waits before it.
         """
         now_s = self._clock()
-        waiting = Waiting(
-            ticket=self._tickets,
+        waiting = QueuedRequest(
+            job_id=self._tickets,
             key=key,
             num_images=request.num_images,
             arrived_s=now_s,
@@ -100,20 +100,22 @@ class JobQueue:
 
     def waiting(self) -> list[Job]:
         """Return the jobs that wait and are still wanted, in order."""
-        jobs = {job.waiting.ticket: job for job in self._waiting if not job.is_cancelled}
-        return [jobs[item.ticket] for item in in_order((job.waiting for job in jobs.values()), self._policy)]
+        jobs = {job.waiting.job_id: job for job in self._waiting if not job.is_cancelled}
+        return [jobs[item.job_id] for item in in_order((job.waiting for job in jobs.values()), self._policy)]
 
-    def give_up_in_vain(self) -> list[tuple[Job, DeadlineExceeded]]:
+    def drop_expired(self) -> list[tuple[Job, DeadlineExceeded]]:
         """Take out the jobs whose deadline has passed or cannot be met, each with the error that it is to end in."""
         jobs = self.waiting()
-        tickets = set(in_vain([job.waiting for job in jobs], now_s=self._clock(), pace=self._books.measured))
-        self._waiting = [job for job in jobs if job.waiting.ticket not in tickets]
-        late = [(job, job.request.due) for job in jobs if job.waiting.ticket in tickets]
+        tickets = set(
+            unmeetable_deadlines([job.waiting for job in jobs], now_s=self._clock(), pace=self._books.measured)
+        )
+        self._waiting = [job for job in jobs if job.waiting.job_id not in tickets]
+        late = [(job, job.request.due) for job in jobs if job.waiting.job_id in tickets]
         return [(job, DeadlineExceeded(due.limit_s)) for job, due in late if due is not None]
 
-    def next(self, applied: CompositionKey) -> tuple[Job, ...]:
+    def next(self, applied: AdapterSetKey) -> tuple[Job, ...]:
         """Return the jobs of the batch that would run now, with `applied` in the weights; none where none waits."""
-        jobs = {job.waiting.ticket: job for job in self._waiting if not job.is_cancelled}
+        jobs = {job.waiting.job_id: job for job in self._waiting if not job.is_cancelled}
         batch = next_batch(
             (job.waiting for job in jobs.values()),
             applied=applied,
@@ -121,16 +123,16 @@ class JobQueue:
             policy=self._policy,
             max_images=self._max_images,
         )
-        return () if batch is None else tuple(jobs[ticket] for ticket in batch.tickets)
+        return () if batch is None else tuple(jobs[job_id] for job_id in batch.tickets)
 
     def begin(self, batch: tuple[Job, ...]) -> None:
         """Note that a batch runs, and whom it overtakes."""
         now_s = self._clock()
-        tickets = tuple(job.waiting.ticket for job in batch)
+        tickets = tuple(job.waiting.job_id for job in batch)
         begun = Batch(batch[0].waiting.key, tickets, sum(job.waiting.num_images for job in batch))
-        jobs = {job.waiting.ticket: job for job in self._waiting}
-        left = left_after((job.waiting for job in jobs.values()), begun, now_s=now_s, policy=self._policy)
-        self._waiting = [jobs[item.ticket] for item in left]
+        jobs = {job.waiting.job_id: job for job in self._waiting}
+        left = remaining_after((job.waiting for job in jobs.values()), begun, now_s=now_s, policy=self._policy)
+        self._waiting = [jobs[item.job_id] for item in left]
         for job, item in zip(self._waiting, left, strict=True):
             job.waiting = item
         self.running = batch
@@ -147,14 +149,14 @@ class JobQueue:
         self.running, self._waiting = (), []
         return left
 
-    def work(self) -> WorkState:
+    def work(self) -> LoadStats:
         """Return what there is to do, in seconds."""
-        return self._books.state(self._units(), self._clock())
+        return self._books.snapshot(self._units(), self._clock())
 
     def _units(self) -> list[float]:
         return [job.waiting.units for job in self._waiting if not job.is_cancelled]
 
-    def _check_deadline(self, request: GenerationRequest, waiting: Waiting) -> None:
+    def _check_deadline(self, request: GenerationRequest, waiting: QueuedRequest) -> None:
         """Refuse what has no time left, and what would have none even if all before it ran at twice the pace."""
         if request.due is None or waiting.deadline_s is None:
             return
@@ -183,7 +185,7 @@ class Job:
 
     request: GenerationRequest
     adapters: Sequence[tuple[ParsedAdapter, Scale]]
-    waiting: Waiting
+    waiting: QueuedRequest
     submitted_at: float
     on_event: OnEvent | None = None
     future: Future[GenerationResult] = field(default_factory=Future)

@@ -14,22 +14,22 @@ from dataclasses import dataclass, replace
 import torch
 
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.weights.fused import AdapterWeights
-from serve_app.engine.weights.prefetch import Ahead
-from serve_app.engine.worker.device_health import headline, is_out_of_memory
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.prefetch import SwapPrefetcher
+from serve_app.engine.worker.device_health import first_line, is_out_of_memory
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Shortages:
+class OomCounts:
     """How often memory ran out since the start: made good by a second try, and refused after it."""
 
     recovered: int = 0
     refused: int = 0
 
 
-class Room:
+class OomRecovery:
     """The device's memory, as far as it can be made to suffice.
 
     Invariant: after `free` the base is whole, whatever failed where: its own weights or a complete composition bound,
@@ -39,8 +39,8 @@ class Room:
     def __init__(
         self,
         pipeline: BasePipeline,
-        weights: AdapterWeights,
-        ahead: Ahead | None,
+        weights: FusedWeights,
+        prefetcher: SwapPrefetcher | None,
         *,
         verify: Callable[[], None],
         clock: Callable[[], float],
@@ -48,29 +48,29 @@ class Room:
         """`verify` is called when memory was freed, to see whether the base is unharmed."""
         self._pipeline = pipeline
         self._weights = weights
-        self._ahead = ahead
+        self._prefetcher = prefetcher
         self._verify = verify
         self._clock = clock
-        self._allowance = Allowance()
-        self.shortages = Shortages()
+        self._allowance = PassSizeBackoff()
+        self.shortages = OomCounts()
 
-    def has_room_for(self, act: Callable[[], None]) -> bool:
+    def try_run(self, act: Callable[[], None]) -> bool:
         """Do something; False where memory ran out, and then everything that it held is gone."""
         try:
             act()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            log.warning("%s ran out of memory: %s", self._pipeline.base_id, headline(error))
+            log.warning("%s ran out of memory: %s", self._pipeline.base_id, first_line(error))
             return False
         return True
 
-    def has_room_at_last(self, act: Callable[[], None]) -> bool:
+    def run_with_oom_retry(self, act: Callable[[], None]) -> bool:
         """Do something, once more with memory freed where it runs out; False where it ran out again."""
-        if self.has_room_for(act):
+        if self.try_run(act):
             return True
         self.free()
-        is_done = self.has_room_for(act)
+        is_done = self.try_run(act)
         if not is_done:
             self.free()
         self.count(is_recovered=is_done)
@@ -86,14 +86,16 @@ class Room:
             log.error("%s had no room at the second try either", self._pipeline.base_id)
             self.shortages = replace(was, refused=was.refused + 1)
 
-    def images_at_once(self, pixels_each: int) -> int | None:
+    def max_images_per_pass(self, pixels_each: int) -> int | None:
         """Return how many images of a size a pass should have; None for as many as there are."""
-        limit = self._allowance.images(pixels_each, self._clock())
-        if limit is None and self._ahead is not None:
-            self._ahead.resume()
-        return limit
+        return self._allowance.images(pixels_each, self._clock())
 
-    def ran_out(self, pixels: int) -> None:
+    def resume_prefetch(self) -> None:
+        """Let swaps be prepared ahead again; for when no shortage limits a pass any more."""
+        if self._prefetcher is not None:
+            self._prefetcher.resume()
+
+    def on_oom(self, pixels: int) -> None:
         """Note that a pass of so many pixels did not fit, and free what can be freed."""
         self._allowance.shrink(pixels, self._clock())
         self.free()
@@ -103,21 +105,21 @@ class Room:
         device = self._pipeline.device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if self._ahead is not None:
-            self._ahead.give_way()
+        if self._prefetcher is not None:
+            self._prefetcher.pause()
         self._weights.drop_spares()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        self._pipeline.make_whole()
-        self.has_room_for(self._verify)
+        self._pipeline.restore_dtypes()
+        self.try_run(self._verify)
 
 
 RECOVERY_S = 60.0
 LONGEST_RECOVERY_S = 900.0
 
 
-class Allowance:
+class PassSizeBackoff:
     """The pixels that the images of one pass may have together; one image is always allowed.
 
     A pass that did not fit halves its size. After `RECOVERY_S` without a failure the limit doubles, until what failed
@@ -133,7 +135,7 @@ class Allowance:
 
     def shrink(self, pixels: int, now_s: float) -> None:
         """Note that a pass of so many pixels did not fit."""
-        self.limit(now_s)
+        self.update_limit(now_s)
         if self._limit is None and self._failed_pixels:
             is_repeated = now_s - self._changed_s < LONGEST_RECOVERY_S
             self._recovery_s = min(2 * self._recovery_s, LONGEST_RECOVERY_S) if is_repeated else RECOVERY_S
@@ -143,8 +145,8 @@ class Allowance:
         self._failed_pixels = max(pixels, self._failed_pixels)
         self._changed_s = now_s
 
-    def limit(self, now_s: float) -> int | None:
-        """Return how many pixels a pass may have now; None for no limit."""
+    def update_limit(self, now_s: float) -> int | None:
+        """Grow the limit by the time that has passed; return how many pixels a pass may have, None for no limit."""
         while self._limit is not None and now_s - self._changed_s >= self._recovery_s:
             self._changed_s += self._recovery_s
             self._limit = None if 2 * self._limit >= self._failed_pixels else 2 * self._limit
@@ -152,5 +154,5 @@ class Allowance:
 
     def images(self, pixels_each: int, now_s: float) -> int | None:
         """Return how many images of a size a pass may have now, at least one; None for no limit."""
-        limit = self.limit(now_s)
+        limit = self.update_limit(now_s)
         return None if limit is None else max(limit // pixels_each, 1)

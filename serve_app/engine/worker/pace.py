@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from serve_app.work import Pace, PaceMeter
+from serve_app.work import LatencyEstimator, LatencyModel
 
 # The load of late is that of about the last minute.
 LOAD_WINDOW_S = 60.0
@@ -19,40 +19,40 @@ LOAD_WINDOW_S = 60.0
 NEWEST_SHARE = 0.1
 
 # Until the first pass has been measured: a small GPU's, and a processor's.
-GPU_GUESS = Pace(fixed_s=0.5, unit_s=0.15)
-CPU_GUESS = Pace(fixed_s=0.2, unit_s=2.0)
+GPU_GUESS = LatencyModel(fixed_s=0.5, unit_s=0.15)
+CPU_GUESS = LatencyModel(fixed_s=0.2, unit_s=2.0)
 
 
-def guess_of(device_type: str) -> Pace:
+def guess_of(device_type: str) -> LatencyModel:
     """Return the pace to assume of a device of which nothing has been measured yet."""
     return CPU_GUESS if device_type == "cpu" else GPU_GUESS
 
 
 @dataclass(frozen=True, slots=True)
-class WorkState:
-    """What a worker's books say.
+class LoadStats:
+    """The load of one worker.
 
-    `backlog_s` is how long it would take to finish everything that runs, waits or is on its way here, of which there
-    are `coming`. `request_s` is what a request of late takes, before the first a typical one. `load` is the work that
-    arrived of late, in seconds of work per second: over 1 is more than one replica can do. `predicted_s` and `busy_s`
-    are sums over all finished passes: what they were expected to take, and what they took.
+    `backlog_s` is how long it would take to finish everything that runs, waits or is still fetching adapters;
+    `pending_fetches` counts the last kind. `request_s` is a recent request's time, before the first a typical one.
+    `load` is the work that arrived recently, in seconds of work per second: over 1 is more than one replica can do.
+    `predicted_s` and `busy_s` are sums over all finished passes: the prediction, and the time they took.
     """
 
     backlog_s: float
-    pace: Pace
+    pace: LatencyModel
     request_s: float
     load: float
     predicted_s: float
     busy_s: float
-    coming: int = 0
+    pending_fetches: int = 0
 
 
-class WorkBooks:
+class LoadTracker:
     """The books of one worker. Work is in the units of `serve_app.work`. Not thread-safe."""
 
-    def __init__(self, guess: Pace, *, typical_units: float = 1.0) -> None:
+    def __init__(self, guess: LatencyModel, *, typical_units: float = 1.0) -> None:
         """Start with nothing measured: with a guess of the pace, and of a request's work."""
-        self._meter = PaceMeter(guess)
+        self._meter = LatencyEstimator(guess)
         self._coming: list[float] = []
         self._running: tuple[float, float] | None = None
         self._mean_units = typical_units
@@ -64,26 +64,26 @@ class WorkBooks:
         self._passes = 0
 
     @property
-    def pace(self) -> Pace:
+    def pace(self) -> LatencyModel:
         """The pace measured of late, or the guess."""
         return self._meter.pace
 
     @property
-    def measured(self) -> Pace | None:
+    def measured(self) -> LatencyModel | None:
         """The pace measured of late, or None before the first pass."""
         return self._meter.pace if self._passes else None
 
-    def expect(self, units: float) -> None:
+    def add_pending(self, units: float) -> None:
         """Note a request that is accepted and not yet in the queue."""
         self._coming.append(units)
 
-    def stop_expecting(self, units: float) -> None:
+    def remove_pending(self, units: float) -> None:
         """Note that a request expected is in the queue now, or gone."""
         self._coming.remove(units)
 
     def arrived(self, units: float, now_s: float) -> None:
         """Note a request that enters the queue."""
-        self._fade(now_s)
+        self._decay(now_s)
         self._units_per_s += units / LOAD_WINDOW_S
         self._requests_per_s += 1 / LOAD_WINDOW_S
         self._mean_units += NEWEST_SHARE * (units - self._mean_units)
@@ -114,21 +114,21 @@ class WorkBooks:
             running_s = max(0.0, pace.seconds(units) - (now_s - began_s))
         return running_s + sum(map(pace.seconds, waiting)) + sum(map(pace.seconds, self._coming))
 
-    def state(self, waiting: Iterable[float], now_s: float) -> WorkState:
-        """Return what the books say at `now_s`."""
-        self._fade(now_s)
+    def snapshot(self, waiting: Iterable[float], now_s: float) -> LoadStats:
+        """Let the averages decay to `now_s`, and return the load then."""
+        self._decay(now_s)
         pace = self._meter.pace
-        return WorkState(
+        return LoadStats(
             backlog_s=self.backlog_s(waiting, now_s),
             pace=pace,
             request_s=pace.seconds(self._mean_units),
             load=pace.unit_s * self._units_per_s + pace.fixed_s * self._requests_per_s,
             predicted_s=self._predicted_s,
             busy_s=self._busy_s,
-            coming=len(self._coming),
+            pending_fetches=len(self._coming),
         )
 
-    def _fade(self, now_s: float) -> None:
+    def _decay(self, now_s: float) -> None:
         share = math.exp(-max(0.0, now_s - self._counted_at) / LOAD_WINDOW_S)
         self._units_per_s *= share
         self._requests_per_s *= share

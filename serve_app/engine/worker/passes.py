@@ -14,15 +14,15 @@ from serve_app.core import GenerationRequest, GenerationResult, PixelImage, Timi
 from serve_app.engine.drawing.pipeline import BasePipeline, seeds_of
 from serve_app.engine.drawing.steps import GenerationCancelled
 from serve_app.engine.worker.jobs import Job
-from serve_app.engine.worker.memory import Room
+from serve_app.engine.worker.memory import OomRecovery
 from serve_app.errors import LoraplexError, OutOfMemory, ReplicaLost
 
 # Called with the jobs of the pass that runs, the steps done and the steps in all.
-OnStep = Callable[[Sequence[Job], int, int], None]
+OnJobsStep = Callable[[Sequence[Job], int, int], None]
 
 
 @dataclass(slots=True)
-class Share:
+class JobOutput:
     """What one job has got so far; `largest_pass` is of how many images the largest of its passes was."""
 
     job: Job
@@ -47,59 +47,64 @@ class Share:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class BatchOutput:
     """What became of a batch: a share for each job, and the time on the device in all its passes together."""
 
-    shares: tuple[Share, ...]
+    shares: tuple[JobOutput, ...]
     denoise_ms: float
     decode_ms: float
 
 
-class Passes:
+class BatchRunner:
     """Draws batches. A job whose images did not fit beside others is drawn again, image by image, once."""
 
-    def __init__(self, pipeline: BasePipeline, room: Room, *, on_step: OnStep, is_aborting: Callable[[], bool]) -> None:
+    def __init__(
+        self, pipeline: BasePipeline, room: OomRecovery, *, on_step: OnJobsStep, is_aborting: Callable[[], bool]
+    ) -> None:
         self._pipeline = pipeline
-        self._room = room
+        self._memory = room
         self._on_step = on_step
         self._is_aborting = is_aborting
         self._denoise_ms = self._decode_ms = 0.0
 
-    def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> Drawn:
+    def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> BatchOutput:
         """Draw jobs that share a batch key, with an adapter's words known; their adapters are applied.
 
         Raises:
             GenerationCancelled: the worker is aborting.
         """
         self._denoise_ms = self._decode_ms = 0.0
-        shares = tuple(Share(job) for job in jobs)
+        shares = tuple(JobOutput(job) for job in jobs)
         pixels = jobs[0].request.width * jobs[0].request.height
-        for whole in passes_of([job.request.num_images for job in jobs], self._room.images_at_once(pixels)):
-            if not self._room.has_room_for(lambda whole=whole: self._draw(whole, shares, words, is_again=False)):
-                self._room.ran_out(images_in(whole) * pixels)
+        most = self._memory.max_images_per_pass(pixels)
+        if most is None:
+            self._memory.resume_prefetch()
+        for whole in split_into_passes([job.request.num_images for job in jobs], most):
+            if not self._memory.try_run(lambda whole=whole: self._draw(whole, shares, words, is_again=False)):
+                self._memory.on_oom(images_in(whole) * pixels)
                 self._draw_again(whole, shares, words)
         for share in shares:
             if share.error is None and len(share.images) < share.job.request.num_images:
                 share.error = ReplicaLost(self._pipeline.base_id, attempts=1)  # given up by its caller
-        return Drawn(shares, self._denoise_ms, self._decode_ms)
+        return BatchOutput(shares, self._denoise_ms, self._decode_ms)
 
-    def _draw_again(self, whole: Pass, shares: Sequence[Share], words: Mapping[str, Tensor]) -> None:
+    def _draw_again(self, whole: Pass, shares: Sequence[JobOutput], words: Mapping[str, Tensor]) -> None:
         is_recovered = True
-        for single in one_by_one(whole):
-            if not self._room.has_room_for(lambda single=single: self._draw(single, shares, words, is_again=True)):
+        for single in split_per_image(whole):
+            if not self._memory.try_run(lambda single=single: self._draw(single, shares, words, is_again=True)):
                 is_recovered = False
-                share = shares[single[0].place]
+                share = shares[single[0].request_index]
                 share.error = no_room(share.job)
-                self._room.free()
-        self._room.count(is_recovered=is_recovered)
+                self._memory.free()
+        self._memory.count(is_recovered=is_recovered)
 
-    def _draw(self, whole: Pass, shares: Sequence[Share], words: Mapping[str, Tensor], *, is_again: bool) -> None:
-        parts = [part for part in whole if shares[part.place].is_wanted]
+    def _draw(self, whole: Pass, shares: Sequence[JobOutput], words: Mapping[str, Tensor], *, is_again: bool) -> None:
+        parts = [part for part in whole if shares[part.request_index].is_wanted]
         if not parts:
             return
-        jobs = [shares[part.place].job for part in parts]
+        jobs = [shares[part.request_index].job for part in parts]
         try:
-            with self._pipeline.knowing(words):
+            with self._pipeline.with_ti_tokens(words):
                 outcome = self._pipeline.generate(
                     [part.of(job.request) for part, job in zip(parts, jobs, strict=True)],
                     on_step=lambda step, steps: self._on_step(jobs, step, steps),
@@ -113,7 +118,7 @@ class Passes:
         self._denoise_ms += outcome.denoise_ms
         self._decode_ms += outcome.decode_ms
         for part, images, warnings in zip(parts, outcome.images, outcome.warnings, strict=True):
-            shares[part.place].take(images, warnings, images_in(tuple(parts)))
+            shares[part.request_index].take(images, warnings, images_in(tuple(parts)))
 
 
 def no_room(job: Job) -> OutOfMemory:
@@ -140,10 +145,10 @@ _SEEDS = 2**64
 
 
 @dataclass(frozen=True, slots=True)
-class Portion:
-    """Images of one request: `count` of them from number `first` on; `place` is the request's in its batch."""
+class RequestSlice:
+    """Images of one request: `count` of them from number `first` on; `request_index` is the request's in its batch."""
 
-    place: int
+    request_index: int
     first: int
     count: int
 
@@ -157,19 +162,19 @@ class Portion:
         return replace(request, num_images=self.count, seed=(request.seed + self.first) % _SEEDS, num_previews=0)
 
 
-Pass = tuple[Portion, ...]
+Pass = tuple[RequestSlice, ...]
 
 
-def passes_of(counts: Sequence[int], at_most: int | None) -> tuple[Pass, ...]:
+def split_into_passes(counts: Sequence[int], at_most: int | None) -> tuple[Pass, ...]:
     """Cut requests with so many images each into passes of at most so many images, in order; None for one pass."""
     if at_most is None or sum(counts) <= at_most:
-        return (tuple(Portion(place, 0, count) for place, count in enumerate(counts)),)
+        return (tuple(RequestSlice(request_index, 0, count) for request_index, count in enumerate(counts)),)
     return tuple(_passes(counts, at_most))
 
 
-def one_by_one(whole: Pass) -> tuple[Pass, ...]:
+def split_per_image(whole: Pass) -> tuple[Pass, ...]:
     """Cut a pass into passes of one image."""
-    return tuple((Portion(part.place, part.first + n, 1),) for part in whole for n in range(part.count))
+    return tuple((RequestSlice(part.request_index, part.first + n, 1),) for part in whole for n in range(part.count))
 
 
 def images_in(whole: Pass) -> int:
@@ -178,13 +183,13 @@ def images_in(whole: Pass) -> int:
 
 
 def _passes(counts: Sequence[int], at_most: int) -> Iterator[Pass]:
-    pending: list[Portion] = []
+    pending: list[RequestSlice] = []
     room = at_most
-    for place, count in enumerate(counts):
+    for request_index, count in enumerate(counts):
         first = 0
         while first < count:
             taken = min(count - first, room)
-            pending.append(Portion(place, first, taken))
+            pending.append(RequestSlice(request_index, first, taken))
             first, room = first + taken, room - taken
             if not room:
                 yield tuple(pending)
@@ -193,7 +198,9 @@ def _passes(counts: Sequence[int], at_most: int) -> Iterator[Pass]:
         yield tuple(pending)
 
 
-def results_of(drawn: Drawn, *, device: str, started_s: float, applied_s: float) -> list[GenerationResult | Exception]:
+def results_of(
+    drawn: BatchOutput, *, device: str, started_s: float, applied_s: float
+) -> list[GenerationResult | Exception]:
     """Return each job's result or error.
 
     The times, queueing apart, are those of the whole batch, which began at `started_s` and had its adapters applied
@@ -204,7 +211,7 @@ def results_of(drawn: Drawn, *, device: str, started_s: float, applied_s: float)
     return [share.error or _result(share, timings, device, started_s) for share in drawn.shares]
 
 
-def _result(share: Share, timings: Timings, device: str, started_s: float) -> GenerationResult:
+def _result(share: JobOutput, timings: Timings, device: str, started_s: float) -> GenerationResult:
     job = share.job
     return GenerationResult(
         request_id=job.request.request_id,

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from serve_app.core import GenerationRequest, Priority, Scale
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 
 # The adapters of a request in their order of application: (digest of the file, scale) each.
-CompositionKey = tuple[tuple[str, Scale], ...]
+AdapterSetKey = tuple[tuple[str, Scale], ...]
 
 # A request is given up for its deadline only if it would have to run twice as fast as predicted.
 FASTEST_SHARE = 0.5
@@ -27,7 +27,7 @@ class BatchKey:
     zeros for none), and a call has either one text per image or none at all.
     """
 
-    composition: CompositionKey
+    composition: AdapterSetKey
     width: int
     height: int
     steps: int
@@ -55,21 +55,21 @@ class QueuePolicy:
 
 
 @dataclass(frozen=True, slots=True)
-class Waiting:
-    """One request in the queue: `ticket` names it, `num_images` is its share of a batch, `units` its work.
+class QueuedRequest:
+    """One request in the queue: `job_id` names it, `num_images` is its share of a batch, `units` its work.
 
-    Times are on one clock, that of `now_s`. `overtaken` counts how often it was overtaken, first at
+    Times are on one clock, that of `now_s`. `times_skipped` counts how often it was overtaken, first at
     `overtaken_since_s`.
     """
 
-    ticket: int
+    job_id: int
     key: BatchKey
     num_images: int
     arrived_s: float = 0.0
     deadline_s: float | None = None
     priority: Priority = "interactive"
     units: float = 0.0
-    overtaken: int = 0
+    times_skipped: int = 0
     overtaken_since_s: float | None = None
 
 
@@ -82,7 +82,7 @@ class Batch:
     num_images: int
 
 
-def batch_key(request: GenerationRequest, composition: CompositionKey) -> BatchKey:
+def batch_key(request: GenerationRequest, composition: AdapterSetKey) -> BatchKey:
     """Return what `request` must share with others to run beside them."""
     return BatchKey(
         composition=composition,
@@ -98,20 +98,20 @@ def batch_key(request: GenerationRequest, composition: CompositionKey) -> BatchK
     )
 
 
-def in_order(waiting: Iterable[Waiting], policy: QueuePolicy) -> list[Waiting]:
+def in_order(waiting: Iterable[QueuedRequest], policy: QueuePolicy) -> list[QueuedRequest]:
     """Return those who wait in the order in which they run where nobody overtakes."""
 
-    def place(item: Waiting) -> tuple[float, int]:
+    def place(item: QueuedRequest) -> tuple[float, int]:
         delay_s = policy.batch_delay_s if item.priority == "batch" else 0.0
-        return item.arrived_s + delay_s, item.ticket
+        return item.arrived_s + delay_s, item.job_id
 
     return sorted(waiting, key=place)
 
 
 def next_batch(
-    waiting: Iterable[Waiting],
+    waiting: Iterable[QueuedRequest],
     *,
-    applied: CompositionKey | None,
+    applied: AdapterSetKey | None,
     now_s: float,
     policy: QueuePolicy,
     max_images: int,
@@ -127,53 +127,59 @@ def next_batch(
     if not order:
         return None
     first = _first(order, applied, now_s, policy)
-    tickets, num_images = [first.ticket], first.num_images
+    tickets, num_images = [first.job_id], first.num_images
     for item in order:
         if num_images >= max_images:
             break
         if item is not first and item.key == first.key and num_images + item.num_images <= max_images:
-            tickets.append(item.ticket)
+            tickets.append(item.job_id)
             num_images += item.num_images
     return Batch(first.key, tuple(tickets), num_images)
 
 
-def left_after(waiting: Iterable[Waiting], batch: Batch, *, now_s: float, policy: QueuePolicy) -> list[Waiting]:
+def remaining_after(
+    waiting: Iterable[QueuedRequest], batch: Batch, *, now_s: float, policy: QueuePolicy
+) -> list[QueuedRequest]:
     """Return those who still wait once `batch` has begun at `now_s`, in order, with who was overtaken noted."""
-    left: list[Waiting] = []
+    left: list[QueuedRequest] = []
     has_begun = False
     for item in in_order(waiting, policy):
-        if item.ticket in batch.tickets:
-            has_begun = has_begun or item.ticket == batch.tickets[0]
+        if item.job_id in batch.tickets:
+            has_begun = has_begun or item.job_id == batch.tickets[0]
         elif has_begun:
             left.append(item)
         else:
             since = now_s if item.overtaken_since_s is None else item.overtaken_since_s
-            left.append(replace(item, overtaken=item.overtaken + 1, overtaken_since_s=since))
+            left.append(replace(item, times_skipped=item.times_skipped + 1, overtaken_since_s=since))
     return left
 
 
-def in_vain(waiting: Sequence[Waiting], *, now_s: float, pace: Pace | None) -> tuple[int, ...]:
+def unmeetable_deadlines(
+    waiting: Sequence[QueuedRequest], *, now_s: float, pace: LatencyModel | None
+) -> tuple[int, ...]:
     """Return the tickets of those whose deadline has passed, or cannot be met even at twice the predicted pace.
 
     `pace` None means that nothing is known yet. A request that waits alone is tried all the same: nobody gains by
     its being refused, and only what runs can correct a wrong pace.
     """
 
-    def is_in_vain(item: Waiting) -> bool:
+    def is_in_vain(item: QueuedRequest) -> bool:
         if item.deadline_s is None:
             return False
         needed_s = 0.0 if pace is None or len(waiting) == 1 else FASTEST_SHARE * pace.seconds(item.units)
         return now_s + needed_s >= item.deadline_s
 
-    return tuple(item.ticket for item in waiting if is_in_vain(item))
+    return tuple(item.job_id for item in waiting if is_in_vain(item))
 
 
-def _first(order: Sequence[Waiting], applied: CompositionKey | None, now_s: float, policy: QueuePolicy) -> Waiting:
+def _first(
+    order: Sequence[QueuedRequest], applied: AdapterSetKey | None, now_s: float, policy: QueuePolicy
+) -> QueuedRequest:
     for item in order:
         if item.key.composition == applied:
             return item
         since = item.overtaken_since_s
         is_spent = since is not None and now_s - since >= policy.max_overtaken_s
-        if is_spent or item.overtaken >= policy.max_overtakes:
+        if is_spent or item.times_skipped >= policy.max_overtakes:
             break
     return order[0]

@@ -16,7 +16,7 @@ from serve_app.observability.tracing import record
 log = logging.getLogger(__name__)
 
 
-def tell_begun(jobs: Sequence[Job]) -> None:
+def log_start(jobs: Sequence[Job]) -> None:
     """Log what begins on the device; this thread knows no request, so each line names its own."""
     for job in jobs:
         request_id, base_id = job.request.request_id, job.request.base_id
@@ -42,7 +42,7 @@ def trace_pass(
             record("pass", trace, began_ago_s=took_s, lasted_s=took_s, error=ending, requests=len(jobs))
 
 
-def trace_unbegun(job: Job, error: Exception, *, now_s: float) -> None:
+def trace_dropped(job: Job, error: Exception, *, now_s: float) -> None:
     """Trace a job that leaves the queue without a pass."""
     waited_s = now_s - job.submitted_at
     record("queue", job.request.trace, began_ago_s=waited_s, lasted_s=waited_s, error=error)

@@ -20,22 +20,22 @@ from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.adapters.inversion import words_of
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.steps import GenerationCancelled
-from serve_app.engine.weights.fused import AdapterWeights, composition_key
-from serve_app.engine.weights.integrity import PacedCheck
-from serve_app.engine.weights.prefetch import Ahead
-from serve_app.engine.worker.device_health import Soundness, is_out_of_memory
+from serve_app.engine.weights.fused import FusedWeights, adapter_set_key
+from serve_app.engine.weights.integrity import ThrottledChecker
+from serve_app.engine.weights.prefetch import SwapPrefetcher
+from serve_app.engine.worker.device_health import DeviceHealth, is_out_of_memory
 from serve_app.engine.worker.jobs import Job, JobQueue, OnEvent
-from serve_app.engine.worker.memory import Room, Shortages
-from serve_app.engine.worker.pace import WorkBooks, WorkState, guess_of
-from serve_app.engine.worker.passes import Passes, no_room_for_adapters, results_of
-from serve_app.engine.worker.scheduling import CompositionKey, QueuePolicy, batch_key
-from serve_app.engine.worker.traces import tell_begun, trace_pass, trace_unbegun
-from serve_app.errors import InternalError, LoraplexError, OutOfMemory, ReplicaLost, without_frames
-from serve_app.work import Pace, work_units
+from serve_app.engine.worker.memory import OomCounts, OomRecovery
+from serve_app.engine.worker.pace import LoadStats, LoadTracker, guess_of
+from serve_app.engine.worker.passes import BatchRunner, no_room_for_adapters, results_of
+from serve_app.engine.worker.scheduling import AdapterSetKey, QueuePolicy, batch_key
+from serve_app.engine.worker.traces import log_start, trace_dropped, trace_pass
+from serve_app.errors import InternalError, LoraplexError, OutOfMemory, ReplicaLost, strip_traceback
+from serve_app.work import LatencyModel, work_units
 
 log = logging.getLogger(__name__)
 
-NO_WORK = WorkState(0.0, guess_of("cpu"), 0.0, 0.0, 0.0, 0.0)
+NO_WORK = LoadStats(0.0, guess_of("cpu"), 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +47,23 @@ class WorkerState:
     `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
     is broken for good shows as a number that grows. `is_corrupt` says that the loaded weights have changed, after
     which the worker takes nothing more; `self_checks` counts the times that all of them were found sound. `is_lost`
-    says the same of the device itself, and `still_s` for how long it has made no headway though there is work.
+    says the same of the device itself, and `stalled_s` for how long it has made no headway though there is work.
     `prepared` counts the swaps that had been prepared while the batch before them ran. `work` is the same in seconds.
     """
 
     waiting: int
     running: int
-    applied: CompositionKey
+    applied: AdapterSetKey
     is_alive: bool
     failed_batches: int
     steps: int = 0
     is_corrupt: bool = False
     self_checks: int = 0
     prepared: int = 0
-    work: WorkState = NO_WORK
+    work: LoadStats = NO_WORK
     is_lost: bool = False
-    still_s: float = 0.0
-    shortages: Shortages = Shortages()
+    stalled_s: float = 0.0
+    shortages: OomCounts = OomCounts()
 
     @property
     def backlog_s(self) -> float:
@@ -71,7 +71,7 @@ class WorkerState:
         return self.work.backlog_s
 
     @property
-    def pace(self) -> Pace:
+    def pace(self) -> LatencyModel:
         """The pace measured of late."""
         return self.work.pace
 
@@ -88,12 +88,12 @@ class EngineWorker:
     def __init__(
         self,
         pipeline: BasePipeline,
-        weights: AdapterWeights,
+        weights: FusedWeights,
         *,
         max_batch_images: int,
         torch_threads: int | None = None,
         prepares_ahead: bool = False,
-        self_check: PacedCheck | None = None,
+        self_check: ThrottledChecker | None = None,
         policy: QueuePolicy | None = None,
         max_backlog_s: float | None = None,
         typical_units: float = 1.0,
@@ -119,7 +119,7 @@ class EngineWorker:
         self._weights = weights
         self._torch_threads = torch_threads
         self._clock = clock
-        self._books = WorkBooks(guess_of(pipeline.device.type), typical_units=typical_units)
+        self._books = LoadTracker(guess_of(pipeline.device.type), typical_units=typical_units)
         self._queue = JobQueue(
             self._books,
             policy or QueuePolicy(),
@@ -133,12 +133,12 @@ class EngineWorker:
         self._is_aborting = False
         self._failed_batches = 0
         self._steps = 0
-        self._applied: CompositionKey = weights.applied
-        self._ahead = Ahead(weights, torch_threads=torch_threads) if prepares_ahead else None
-        self._soundness = Soundness(pipeline.base_id, pipeline.device, self_check)
-        self._room = Room(pipeline, weights, self._ahead, verify=self._soundness.check_all, clock=clock)
+        self._applied: AdapterSetKey = weights.applied
+        self._prefetcher = SwapPrefetcher(weights, torch_threads=torch_threads) if prepares_ahead else None
+        self._soundness = DeviceHealth(pipeline.base_id, pipeline.device, self_check)
+        self._memory = OomRecovery(pipeline, weights, self._prefetcher, verify=self._soundness.check_all, clock=clock)
         self._is_abandoned = False
-        self._headway_s = clock()
+        self._last_progress_s = clock()
         self._thread = threading.Thread(target=self._work, name=f"device-{pipeline.base_id}", daemon=True)
         self._thread.start()
 
@@ -159,12 +159,12 @@ class EngineWorker:
         assert len(adapters) == len(request.adapters)
         self._pipeline.check(request)
         words_of(adapter for adapter, _ in adapters)
-        key = batch_key(request, composition_key(adapters))
+        key = batch_key(request, adapter_set_key(adapters))
         with self._changed:
             if self._is_closing:
                 raise ReplicaLost(self._pipeline.base_id, attempts=1)
             if not self._has_work:
-                self._headway_s = self._clock()
+                self._last_progress_s = self._clock()
             job = self._queue.add(request, adapters, key, on_event)
             self._changed.notify()
         return job
@@ -179,12 +179,12 @@ class EngineWorker:
         units = work_units(request)
         with self._changed:
             self._queue.check_room(request)
-            self._books.expect(units)
+            self._books.add_pending(units)
         try:
             yield
         finally:
             with self._changed:
-                self._books.stop_expecting(units)
+                self._books.remove_pending(units)
 
     def snapshot(self) -> WorkerState:
         """Return what the worker is doing right now."""
@@ -197,12 +197,12 @@ class EngineWorker:
                 failed_batches=self._failed_batches,
                 steps=self._steps,
                 is_corrupt=self._soundness.is_corrupt,
-                self_checks=self._soundness.rounds,
-                prepared=0 if self._ahead is None else self._ahead.bound,
+                self_checks=self._soundness.completed_rounds,
+                prepared=0 if self._prefetcher is None else self._prefetcher.bound,
                 work=self._queue.work(),
                 is_lost=self._soundness.is_lost,
-                still_s=self._clock() - self._headway_s if self._has_work else 0.0,
-                shortages=self._room.shortages,
+                stalled_s=self._clock() - self._last_progress_s if self._has_work else 0.0,
+                shortages=self._memory.shortages,
             )
 
     def close(self, *, is_draining: bool = False) -> None:
@@ -218,7 +218,7 @@ class EngineWorker:
         if not self._is_abandoned:
             self._thread.join()
 
-    def abandon(self, why: str) -> None:
+    def fail_all(self, why: str) -> None:
         """End every job with `ReplicaLost` at once, also those of a device thread that hangs; from any thread."""
         with self._changed:
             self._is_aborting = self._is_abandoned = True
@@ -233,16 +233,16 @@ class EngineWorker:
                 pass
         finally:
             self._abandon()
-            if self._ahead is not None:
-                self._ahead.close()
+            if self._prefetcher is not None:
+                self._prefetcher.close()
 
     def _turn(self) -> bool:
         """Run the next batch; False when there will be no more. Its jobs and tensors are let go on return."""
         jobs = self._take()
         if not jobs:
             return False
-        self._tell_places(jobs)
-        tell_begun(jobs)
+        self._report_positions(jobs)
+        log_start(jobs)
         began_s = self._clock()
         endings = self._run(jobs)
         trace_pass(jobs, endings, began_s=began_s, ended_s=self._clock())
@@ -255,18 +255,18 @@ class EngineWorker:
 
     def _take(self) -> tuple[Job, ...]:
         """Wait for the next batch and return its jobs; none when there will be no more."""
-        while self._soundness.can_go_on:
+        while self._soundness.is_healthy:
             with self._changed:
                 if self._is_aborting:
                     break
-                self._headway_s = self._clock()
-                late = self._queue.give_up_in_vain()
+                self._last_progress_s = self._clock()
+                late = self._queue.drop_expired()
                 if jobs := self._queue.next(self._applied):
                     self._queue.begin(jobs)
                 is_over = self._is_closing and not jobs
                 is_idle = not (jobs or late or is_over) and not self._changed.wait(self._soundness.pause_s)
             for job, error in late:
-                trace_unbegun(job, error, now_s=self._clock())
+                trace_dropped(job, error, now_s=self._clock())
                 job.end(error)
             if jobs or is_over:
                 return jobs
@@ -274,20 +274,20 @@ class EngineWorker:
                 self._soundness.check_slice()
         return ()
 
-    def _look_ahead(self) -> None:
+    def _prefetch_next(self) -> None:
         """Have the adapters of the next batch fused, as far as one can know which that will be."""
-        if self._ahead is None:
+        if self._prefetcher is None:
             return
         with self._changed:
             jobs = self._queue.next(self._applied)
         if jobs:
-            self._ahead.prepare(jobs[0].adapters)
+            self._prefetcher.prepare(jobs[0].adapters)
 
     @property
     def _has_work(self) -> bool:
         return bool(self._queue.running or self._queue.waiting())
 
-    def _tell_places(self, running: Sequence[Job]) -> None:
+    def _report_positions(self, running: Sequence[Job]) -> None:
         with self._changed:
             waiting = self._queue.waiting()
         for job in running:
@@ -303,26 +303,26 @@ class EngineWorker:
             return self._lost(jobs)
         except LoraplexError as error:
             log.warning("a batch was refused on the device: %s: %s", _ids(jobs), error)
-            return [without_frames(error) for _ in jobs]
+            return [strip_traceback(error) for _ in jobs]
         except Exception as error:
             self._failed_batches += 1
             log.exception("a batch failed: %s", _ids(jobs))
-            self._soundness.judge(error)
+            self._soundness.record_device_error(error)
             return (
                 [InternalError(job.request.request_id) for job in jobs]
-                if self._soundness.can_go_on
+                if self._soundness.is_healthy
                 else self._lost(jobs)
             )
-        return endings if self._soundness.can_go_on else self._lost(jobs)
+        return endings if self._soundness.is_healthy else self._lost(jobs)
 
     def _draw(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
         """Apply the adapters of a batch and draw it, each tried once more with memory freed where that runs out."""
         started_s = self._clock()
-        if not self._room.has_room_at_last(lambda: self._apply(jobs[0].adapters)):
+        if not self._memory.run_with_oom_retry(lambda: self._apply(jobs[0].adapters)):
             return [no_room_for_adapters(job) for job in jobs]
         applied_s = self._clock()
-        self._look_ahead()
-        passes = Passes(self._pipeline, self._room, on_step=self._report, is_aborting=lambda: self._is_aborting)
+        self._prefetch_next()
+        passes = BatchRunner(self._pipeline, self._memory, on_step=self._report, is_aborting=lambda: self._is_aborting)
         drawn = passes.draw(jobs, words_of(adapter for adapter, _ in jobs[0].adapters))
         endings = results_of(drawn, device=self._pipeline.device_name, started_s=started_s, applied_s=applied_s)
         self._failed_batches = self._failed_batches + 1 if self._is_starved(jobs, endings) else 0
@@ -334,10 +334,10 @@ class EngineWorker:
         return pixels <= self._pipeline.default_pixels and all(isinstance(one, OutOfMemory) for one in endings)
 
     def _lost(self, jobs: Sequence[Job]) -> list[GenerationResult | Exception]:
-        return [ReplicaLost(self._pipeline.base_id, attempts=1, why=self._soundness.verdict) for _ in jobs]
+        return [ReplicaLost(self._pipeline.base_id, attempts=1, why=self._soundness.failure_reason) for _ in jobs]
 
     def _apply(self, adapters: Sequence[tuple[ParsedAdapter, Scale]]) -> None:
-        applier = self._weights if self._ahead is None else self._ahead
+        applier = self._weights if self._prefetcher is None else self._prefetcher
         try:
             applier.apply(adapters)
         except Exception as error:
@@ -346,12 +346,12 @@ class EngineWorker:
             raise
         finally:
             self._applied = self._weights.applied
-            self._headway_s = self._clock()
+            self._last_progress_s = self._clock()
 
     def _report(self, jobs: Sequence[Job], step: int, steps: int) -> None:
         self._steps += 1
-        self._headway_s = self._clock()
-        self._look_ahead()
+        self._last_progress_s = self._clock()
+        self._prefetch_next()
         for job in jobs:
             job.report(step, steps)
 
@@ -361,7 +361,7 @@ class EngineWorker:
             self._is_closing = True
             left = self._queue.clear()
         for job in left:
-            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, why=why or self._soundness.verdict))
+            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, why=why or self._soundness.failure_reason))
 
 
 def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from serve_app.catalog.replica_report import (
-    Holding,
-    InWeights,
+    ActiveAdapter,
     KnownAdapter,
     LoraReport,
     Preloaded,
     Removal,
     ReplicaReport,
+    ResidentAdapter,
 )
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
@@ -46,8 +46,8 @@ class FakeRegistry:
         self.reports: tuple[ReplicaReport, ...] = (
             ReplicaReport(
                 "r1", "demo/sdxl", device="cpu", waiting=1, running=2, backlog_s=1.23456,
-                applied=(InWeights("demo/sketch", Scales(0.5, 1.0)),),
-                holdings=(Holding("demo/sketch@1/f", "demo/sketch", "applied"),),
+                applied=(ActiveAdapter("demo/sketch", Scales(0.5, 1.0)),),
+                holdings=(ResidentAdapter("demo/sketch@1/f", "demo/sketch", "applied"),),
             ),
         )  # fmt: skip
         self.failure: Exception | None = None

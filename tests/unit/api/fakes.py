@@ -15,8 +15,6 @@ from starlette.types import ASGIApp
 from serve_app.core import (
     Accepted,
     AppliedAdapter,
-    Due,
-    GenerationDraft,
     GenerationEvent,
     GenerationResult,
     ModelInfo,
@@ -24,6 +22,8 @@ from serve_app.core import (
     Preview,
     Progress,
     Timings,
+    UnresolvedRequest,
+    WallClockDeadline,
 )
 from tests.unit.api.fake_registry import FakeRegistry
 
@@ -56,8 +56,8 @@ class FakeGateway:
         """Forget everything: one gateway serves a whole session, as making an application takes longer."""
         self.registry.reset()
         # Without their deadlines, which no two requests share; those are in `dues`.
-        self.drafts: list[GenerationDraft] = []
-        self.dues: list[Due | None] = []
+        self.drafts: list[UnresolvedRequest] = []
+        self.dues: list[WallClockDeadline | None] = []
         self.request_ids: list[str] = []
         self.failure: Exception | None = None
         self.is_stuck = False
@@ -71,17 +71,17 @@ class FakeGateway:
         self._waiting: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
     @property
-    def draft(self) -> GenerationDraft:
+    def draft(self) -> UnresolvedRequest:
         """The one draft that arrived."""
         (draft,) = self.drafts
         return draft
 
-    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+    async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         self._note(draft, request_id)
         await self._fail_or_wait()
         return self._result(draft, request_id)
 
-    async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+    async def stream(self, draft: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
         self._note(draft, request_id)
         if not self.is_begun:
             await self._fail_or_wait()
@@ -102,7 +102,7 @@ class FakeGateway:
             raise
         yield result
 
-    def _note(self, draft: GenerationDraft, request_id: str) -> None:
+    def _note(self, draft: UnresolvedRequest, request_id: str) -> None:
         self.drafts.append(replace(draft, due=None))
         self.dues.append(draft.due)
         self.request_ids.append(request_id)
@@ -127,7 +127,7 @@ class FakeGateway:
             cancelled.set()
             raise
 
-    def _result(self, draft: GenerationDraft, request_id: str) -> GenerationResult:
+    def _result(self, draft: UnresolvedRequest, request_id: str) -> GenerationResult:
         source = draft.image
         width = draft.width or (source.width if source else 64)
         height = draft.height or (source.height if source else 64)

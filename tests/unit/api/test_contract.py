@@ -11,8 +11,8 @@ from schemathesis.checks import CHECKS, load_all_checks
 
 from serve_app.api.app import create_app
 from serve_app.config import BaseModelConfig, IngressSettings
-from serve_app.core import GenerationDraft, GenerationEvent, GenerationResult
-from serve_app.deployments.ingress.resolve_defaults import settle
+from serve_app.core import GenerationEvent, GenerationResult, UnresolvedRequest
+from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
 from tests.service import base_settings
 from tests.unit.api.fakes import FakeGateway
 
@@ -22,12 +22,12 @@ BASE = BaseModelConfig.model_validate(base_settings("demo/sdxl"))
 class BoundedGateway(FakeGateway):
     """Refuses what a real base would, and draws the rest."""
 
-    async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
-        settle(draft, BASE, (), request_id=request_id, seed=0)
+    async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
+        resolve_defaults(draft, BASE, (), request_id=request_id, seed=0)
         return await super().generate(draft, request_id=request_id)
 
-    async def stream(self, draft: GenerationDraft, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
-        settle(draft, BASE, (), request_id=request_id, seed=0)
+    async def stream(self, draft: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        resolve_defaults(draft, BASE, (), request_id=request_id, seed=0)
         async for event in super().stream(draft, request_id=request_id):
             yield event
 

@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import SecretStr
 from safetensors.numpy import save
 
-from serve_app.catalog.catalog import Catalog, build_repositories
+from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, Environment, HubSettings
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.settings import ModelSource
@@ -127,13 +127,13 @@ class World:
     def places(self, config: AppConfig | None = None):
         token = SecretStr(self.token) if self.token is not None else None
         environment = Environment(hub_token=token, cache_dir=self.folder / "cache")
-        return build_repositories(config or self.config(), environment, embedded_root=self.folder / "demo-root")
+        return build_sources(config or self.config(), environment, embedded_root=self.folder / "demo-root")
 
     def catalog(
-        self, config: AppConfig | None = None, *, meant: Callable[[AdapterRef], AdapterRef] = lambda ref: ref
+        self, config: AppConfig | None = None, *, resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref
     ) -> Catalog:
         config = config or self.config()
-        return Catalog(config, self.places(config), clock=self.clock, meant=meant)
+        return Catalog(config, self.places(config), clock=self.clock, resolve_alias=resolve_alias)
 
     def put(self, model: str, files: Mapping[str, bytes]) -> Path:
         """Make a repository in the adapters' folder."""

@@ -7,7 +7,7 @@ import pytest
 from serve_app.catalog.files import AdapterFiles
 from serve_app.core import AdapterRef
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound
-from tests.hub_server import INFO, Fault
+from tests.hub_server import INFO, ErrorDetail
 from tests.unit.catalog.builders import World, adapter_files, card, lora, renewed
 
 
@@ -164,7 +164,7 @@ async def test_after_a_restart_without_the_hub_what_was_served_is_served(world: 
 async def test_a_fault_of_the_hub_is_not_taken_for_an_answer_about_a_parent(world: World):
     world.hub.push("tuned/one", {"README.md": card("demo/sd")})
     world.hub.push("me/sketch", adapter_files("tuned/one"))
-    world.hub.fail("tuned/one", Fault(status=503))
+    world.hub.fail("tuned/one", ErrorDetail(status=503))
     catalog = world.catalog()
     with pytest.raises(HubUnavailable):
         await catalog.adapter(ref("me/sketch"))

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from serve_app.core import ModelInfo
-from serve_app.errors import Unauthorised
+from serve_app.errors import Unauthorized
 from tests.unit.api.fakes import FakeGateway, served
 from tests.unit.cli.conftest import Doorkeeper, Run
 
@@ -113,7 +113,7 @@ def test_json_of_another_shape_is_told(run: Run) -> None:
 
 
 def test_a_refusal_is_the_service_s_own_sentence(run: Run, url: str, gateway: FakeGateway, tmp_path: object) -> None:
-    gateway.failure = Unauthorised("the key is not known")
+    gateway.failure = Unauthorized("the key is not known")
     result = run("generate", "a cat", "-o", f"{tmp_path}/cat.png", "--url", url)
     assert (result.exit_code, result.stderr) == (1, "error: the key is not known\n")
 

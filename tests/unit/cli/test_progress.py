@@ -7,13 +7,13 @@ import pytest
 from serve_app.api.http.images import encode_image
 from serve_app.cli.service import Pictures, ServiceClient, Step
 from serve_app.cli.terminal import CommandFailed
-from serve_app.core import GenerationDraft
+from serve_app.core import UnresolvedRequest
 from serve_app.errors import BaseMismatch, ReplicaLost
 from tests.unit.api.fakes import STEPS, FakeGateway, gradient
 
 
 def test_steps_are_told_and_the_images_are_those_without_a_stream(url: str) -> None:
-    draft = GenerationDraft("a cat", num_images=2, seed=5)
+    draft = UnresolvedRequest("a cat", num_images=2, seed=5)
     steps: list[Step] = []
     with ServiceClient(url, None, timeout_s=30) as service:
         followed = service.draw(draft, form="png", on_step=steps.append)
@@ -27,7 +27,7 @@ def test_a_picture_can_be_followed_too(url: str, gateway: FakeGateway) -> None:
     steps: list[Step] = []
     pictures = Pictures(encode_image(gradient(48, 32), "png"))
     with ServiceClient(url, None, timeout_s=30) as service:
-        service.draw(GenerationDraft("a cat"), form="png", pictures=pictures, on_step=steps.append)
+        service.draw(UnresolvedRequest("a cat"), form="png", pictures=pictures, on_step=steps.append)
     assert gateway.draft.image is not None
     assert steps
 
@@ -35,12 +35,12 @@ def test_a_picture_can_be_followed_too(url: str, gateway: FakeGateway) -> None:
 def test_a_refusal_before_the_first_event_is_told(url: str, gateway: FakeGateway) -> None:
     gateway.failure = BaseMismatch("demo/sd15-night", "demo/sd15", "demo/sdxl")
     with ServiceClient(url, None, timeout_s=30) as service, pytest.raises(CommandFailed) as caught:
-        service.draw(GenerationDraft("a cat"), form="png", on_step=lambda step: None)
+        service.draw(UnresolvedRequest("a cat"), form="png", on_step=lambda step: None)
     assert (str(caught.value), caught.value.code) == (str(gateway.failure), "base_mismatch")
 
 
 def test_a_failure_in_the_middle_is_told(url: str, gateway: FakeGateway) -> None:
     gateway.failure, gateway.is_begun = ReplicaLost("demo/sdxl", 3), True
     with ServiceClient(url, None, timeout_s=30) as service, pytest.raises(CommandFailed) as caught:
-        service.draw(GenerationDraft("a cat"), form="png", on_step=lambda step: None)
+        service.draw(UnresolvedRequest("a cat"), form="png", on_step=lambda step: None)
     assert (str(caught.value), caught.value.code) == (str(gateway.failure), "replica_lost")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from serve_app.cli.contact_sheet import COLUMNS, Tile, compose
 from serve_app.cli.service import Drawing
-from serve_app.core import GenerationDraft, GenerationResult
+from serve_app.core import GenerationResult, UnresolvedRequest
 from serve_app.refusals import RankTooHigh
 from tests.unit.api.fakes import FakeGateway
 from tests.unit.cli.conftest import Run
@@ -51,7 +51,7 @@ def test_an_adapter_that_is_refused_leaves_its_place_empty_and_exit_code_1(
     run: Run, url: str, tmp_path: Path, gateway: FakeGateway
 ) -> None:
     class Choosy(FakeGateway):
-        async def generate(self, draft: GenerationDraft, *, request_id: str) -> GenerationResult:
+        async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
             if any(ref.id == "a/bad" for ref in draft.adapters):
                 raise RankTooHigh("a/bad", "its rank is 1024")
             return await super().generate(draft, request_id=request_id)

@@ -20,7 +20,7 @@ PAIRS = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class BatchOutput:
     """A base with the pictures of fifty seeded requests."""
 
     family: str
@@ -30,26 +30,26 @@ class Drawn:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def drawn(request: pytest.FixtureRequest) -> Drawn:
+def drawn(request: pytest.FixtureRequest) -> BatchOutput:
     torch.set_num_threads(1)
     pipeline = load_base(base_id(request.param))
     requests = sample_requests(50)
     pictures = draw(pipeline, [r.prompt for r in requests], [r.seed for r in requests])
-    return Drawn(request.param, pipeline, requests, pictures)
+    return BatchOutput(request.param, pipeline, requests, pictures)
 
 
-def test_a_base_draws_the_shape_and_both_colours_asked_for(drawn: Drawn) -> None:
+def test_a_base_draws_the_shape_and_both_colours_asked_for(drawn: BatchOutput) -> None:
     assert adherence(drawn.pictures, [r.wanted for r in drawn.requests]) >= 0.85
 
 
-def test_the_checker_refuses_pictures_of_other_requests(drawn: Drawn) -> None:
+def test_the_checker_refuses_pictures_of_other_requests(drawn: BatchOutput) -> None:
     others = [r.wanted for r in drawn.requests[1:]] + [drawn.requests[0].wanted]
 
     assert adherence(drawn.pictures, others) <= 0.1
 
 
 @pytest.mark.parametrize("style", STYLE_NAMES)
-def test_an_adapter_shows_and_grows_with_its_scale(drawn: Drawn, style: str) -> None:
+def test_an_adapter_shows_and_grows_with_its_scale(drawn: BatchOutput, style: str) -> None:
     folder = embedded_root() / adapter_id(drawn.family, style)
 
     effect = measure_effect(drawn.pipeline, folder, STYLES[style], drawn.requests[:PAIRS], drawn.pictures[:PAIRS])
@@ -59,7 +59,7 @@ def test_an_adapter_shows_and_grows_with_its_scale(drawn: Drawn, style: str) -> 
 
 
 @pytest.mark.parametrize("prompt", ["", "an elephant in the snow"])
-def test_unknown_words_still_give_a_clean_picture(drawn: Drawn, prompt: str) -> None:
+def test_unknown_words_still_give_a_clean_picture(drawn: BatchOutput, prompt: str) -> None:
     pictures = draw(drawn.pipeline, [prompt] * 4, [1, 2, 3, 4])
 
     contrast = pictures.amax((1, 2, 3)) - pictures.amin((1, 2, 3))
@@ -69,7 +69,7 @@ def test_unknown_words_still_give_a_clean_picture(drawn: Drawn, prompt: str) -> 
     assert all(math.isfinite(float(value)) and float(value) < 0.08 for value in roughness)
 
 
-def test_the_same_seed_gives_the_same_picture(drawn: Drawn) -> None:
+def test_the_same_seed_gives_the_same_picture(drawn: BatchOutput) -> None:
     first, again, other = (draw(drawn.pipeline, ["a red circle on a white background"], [s]) for s in (5, 5, 6))
 
     assert torch.equal(first, again)

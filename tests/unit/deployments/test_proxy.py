@@ -5,7 +5,7 @@ from ray.serve._private.http_util import validate_http_proxy_callback_return
 from ray.serve._private.utils import call_function_from_import_path
 from starlette.types import Receive, Scope, Send
 
-from serve_app.deployments.proxy import SteeringGuard, guards
+from serve_app.deployments.proxy import ServeHeaderFilter, guards
 from serve_app.environment import PROXY_GUARDS
 
 
@@ -17,7 +17,7 @@ async def passed_on(*headers: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
 
     async def nothing(*_: object) -> None: ...
 
-    await SteeringGuard(app)({"type": "http", "headers": list(headers)}, nothing, nothing)  # type: ignore[arg-type]
+    await ServeHeaderFilter(app)({"type": "http", "headers": list(headers)}, nothing, nothing)  # type: ignore[arg-type]
     return seen[0]["headers"]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.observability.bounded_labels import COUNTED_PER_PLACE, HALF_LIFE_S, NAMES_PER_PLACE, OTHER, TopAdapters
+from serve_app.observability.bounded_labels import COUNTED_PER_PLACE, HALF_LIFE_S, NAMES_PER_PLACE, OTHER, BoundedLabels
 
 
 class Clock:
@@ -16,17 +16,17 @@ class Clock:
         return self.now_s
 
 
-def labels(top: TopAdapters, adapter: str, uses: int) -> list[str]:
+def labels(top: BoundedLabels, adapter: str, uses: int) -> list[str]:
     return [top.label(adapter) for _ in range(uses)]
 
 
 def test_the_first_to_come_are_named_and_the_rest_are_one() -> None:
-    top = TopAdapters(2, clock=Clock())
+    top = BoundedLabels(2, clock=Clock())
     assert [top.label(name) for name in "abca"] == ["a", "b", OTHER, "a"]
 
 
 def test_who_is_asked_for_clearly_more_often_pushes_out_the_least() -> None:
-    top = TopAdapters(2, clock=Clock())
+    top = BoundedLabels(2, clock=Clock())
     labels(top, "a", 9)
     labels(top, "b", 2)
     assert labels(top, "new", 6) == [OTHER] * 4 + ["new"] * 2
@@ -36,7 +36,7 @@ def test_who_is_asked_for_clearly_more_often_pushes_out_the_least() -> None:
 
 def test_a_walk_through_all_adapters_pushes_nobody_out() -> None:
     clock = Clock()
-    top = TopAdapters(2, clock=clock)
+    top = BoundedLabels(2, clock=clock)
     labels(top, "a", 3)
     labels(top, "b", 3)
     clock.now_s = 2 * HALF_LIFE_S
@@ -46,14 +46,14 @@ def test_a_walk_through_all_adapters_pushes_nobody_out() -> None:
 
 def test_what_was_popular_long_ago_makes_room() -> None:
     clock = Clock()
-    top = TopAdapters(1, clock=clock)
+    top = BoundedLabels(1, clock=clock)
     labels(top, "old", 1000)
     clock.now_s = 20 * HALF_LIFE_S
     assert labels(top, "new", 5)[-1] == "new"
 
 
 def test_no_places_name_nobody() -> None:
-    assert TopAdapters(0, clock=Clock()).label("a") == OTHER
+    assert BoundedLabels(0, clock=Clock()).label("a") == OTHER
 
 
 @given(
@@ -64,7 +64,7 @@ def test_names_and_counts_are_bounded_for_the_life_of_a_process(
     places: int, uses: list[tuple[int, int, float]]
 ) -> None:
     clock = Clock()
-    top = TopAdapters(places, clock=clock)
+    top = BoundedLabels(places, clock=clock)
     told: set[str] = set()
     for adapter, times, pause_s in uses:
         clock.now_s += pause_s

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import pytest
 from ray.serve import metrics
 
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, GenerationResult, HubToken, Timings
+from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, ScaledAdapter, Timings
 from serve_app.observability.metrics import (
     DECLARED,
     AdapterMetrics,
     IngressMetrics,
-    Meters,
+    MetricFactory,
     ProxyMetrics,
     ReplicaMetrics,
     RouterMetrics,
@@ -52,7 +52,7 @@ class Histogram(metrics.Histogram):
         Remembered.note(self, value, tags or {})
 
 
-METERS = Meters(Counter, Gauge, Histogram)
+METERS = MetricFactory(Counter, Gauge, Histogram)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_no_label_but_one_can_take_as_many_values_as_there_are_adapters() -> Non
 def drawn(*adapters: str, token: HubToken | None = None) -> tuple[GenerationRequest, GenerationResult]:
     """A request for two of the four images of a pass of 2 s, and its result."""
     uses = tuple(
-        AdapterUse(AdapterSpec(id_, "demo/sd15", "1" * 40, "a.safetensors", "hub", id_, 1), 1.0) for id_ in adapters
+        ScaledAdapter(AdapterSpec(id_, "demo/sd15", "1" * 40, "a.safetensors", "hub", id_, 1), 1.0) for id_ in adapters
     )
     request = GenerationRequest(
         "r", "demo/sd15", "a cat", None, uses, 64, 64, 9, 7.5, None, 1, num_images=2, hub_token=token

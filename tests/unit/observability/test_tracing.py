@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.config import TracingSettings
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest, HubToken, TraceContext
+from serve_app.core import AdapterSpec, GenerationRequest, HubToken, ScaledAdapter, TraceContext
 from serve_app.errors import InternalError, QueueFull
 from serve_app.observability.tracing import (
     answered,
@@ -30,7 +30,7 @@ CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 TRACE, CALLERS_SPAN = CALLER.split("-")[1:3]
 SPEC = AdapterSpec("acme/oil", "demo/sd15", "1" * 40, "a.safetensors", "hub", "acme/oil", 10)
 REQUEST = GenerationRequest(
-    "r1", "demo/sd15", "a secret prompt", None, (AdapterUse(SPEC, 1.0),), 64, 32, 20, 7.5, None, 3, num_images=2
+    "r1", "demo/sd15", "a secret prompt", None, (ScaledAdapter(SPEC, 1.0),), 64, 32, 20, 7.5, None, 3, num_images=2
 )
 
 
@@ -155,7 +155,7 @@ def test_a_collector_that_refuses_is_named_once_and_costs_no_request(
 
 def test_without_an_endpoint_nothing_is_traced_and_no_sdk_is_loaded() -> None:
     program = (
-        "import sys; from serve_app.config import TracingSettings; from serve_app import tracing as t\n"
+        "import sys; from serve_app.config import TracingSettings; from serve_app.observability import tracing as t\n"
         "t.set_up_tracing(TracingSettings(), part='x')\n"
         f"with t.tracing_request({{'traceparent': '{CALLER}'}}):\n"
         "    with t.span('a', t.request_span().context): t.record('b', None, began_ago_s=1, lasted_s=1)\n"

@@ -8,22 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.routing.cost import (
-    Demand,
+    LinearCost,
     ReplicaView,
-    Step,
+    RequestLoad,
     TierCosts,
     cost_s,
     finish_s,
-    place_of,
+    location_of,
     predict,
     rank,
 )
-from tests.routing_cases import COSTS, KEYS, adapter, demand, demands, fleets, keys, view, views
+from tests.routing_cases import COSTS, KEYS, adapter, demand, demands, fleets, keys, refresh_views, view
 
 TIE_S = 0.01
 
 
-def best(asked: Demand, *fleet: ReplicaView, costs: TierCosts = COSTS) -> list[str]:
+def best(asked: RequestLoad, *fleet: ReplicaView, costs: TierCosts = COSTS) -> list[str]:
     return rank(asked, fleet, costs, rng=Random(0))[0]
 
 
@@ -105,65 +105,65 @@ def test_ties_spread_evenly() -> None:
 
 def test_the_place_is_that_of_the_farthest_adapter() -> None:
     mixed = view("r", applied=keys("a"), host=keys("b"), disk=keys("c"))
-    assert [place_of(demand(*names), mixed) for names in ("", "a", "ab", "abc", "abcd")] == [
+    assert [location_of(demand(*names), mixed) for names in ("", "a", "ab", "abc", "abcd")] == [
         "base", "applied", "host", "disk", "remote",
     ]  # fmt: skip
 
 
 @given(demands, fleets())
-def test_every_replica_is_ranked_exactly_once(asked: Demand, fleet: list[ReplicaView]) -> None:
+def test_every_replica_is_ranked_exactly_once(asked: RequestLoad, fleet: list[ReplicaView]) -> None:
     order = rank(asked, fleet, COSTS, rng=Random(0))
     assert sorted(id_ for members in order for id_ in members) == sorted(view.id for view in fleet)
 
 
 @given(demands, fleets(least=2), st.integers())
 def test_nobody_waits_for_a_warm_replica_longer_than_a_cold_one_costs(
-    asked: Demand, fleet: list[ReplicaView], seed: int
+    asked: RequestLoad, fleet: list[ReplicaView], seed: int
 ) -> None:
     by_id = {view.id: view for view in fleet}
     chosen = by_id[rank(asked, fleet, COSTS, rng=Random(seed), tie_s=TIE_S)[0][0]]
     for other in fleet:
-        burden_s = predict(asked, other, COSTS).burden_s
-        assert finish_s(asked, chosen, COSTS) <= finish_s(asked, other, COSTS) + burden_s + TIE_S + 1e-9
+        displacement_cost_s = predict(asked, other, COSTS).displacement_cost_s
+        assert finish_s(asked, chosen, COSTS) <= finish_s(asked, other, COSTS) + displacement_cost_s + TIE_S + 1e-9
 
 
-@given(demands, views)
-def test_the_burden_is_bounded_by_what_bringing_the_adapters_takes(asked: Demand, at: ReplicaView) -> None:
+@given(demands, refresh_views)
+def test_the_burden_is_bounded_by_what_bringing_the_adapters_takes(asked: RequestLoad, at: ReplicaView) -> None:
     whole_s = COSTS.fetch.seconds(sum(need.size_bytes for need in asked.adapters))
     bound_s = (COSTS.fetch_share + COSTS.evict_share) * whole_s
-    assert 0 <= predict(asked, at, COSTS).burden_s <= bound_s + 1e-6
+    assert 0 <= predict(asked, at, COSTS).displacement_cost_s <= bound_s + 1e-6
 
 
-@given(demands, views, st.floats(0, 100))
-def test_more_work_ahead_never_makes_a_replica_cheaper(asked: Demand, at: ReplicaView, more_s: float) -> None:
+@given(demands, refresh_views, st.floats(0, 100))
+def test_more_work_ahead_never_makes_a_replica_cheaper(asked: RequestLoad, at: ReplicaView, more_s: float) -> None:
     busier = replace(at, backlog_s=at.backlog_s + more_s)
     assert cost_s(asked, at, COSTS) <= cost_s(asked, busier, COSTS) + 1e-9
     assert finish_s(asked, at, COSTS) <= finish_s(asked, busier, COSTS)
 
 
-@given(demands, views, st.sampled_from(KEYS))
-def test_holding_an_adapter_never_makes_a_replica_dearer(asked: Demand, at: ReplicaView, key: str) -> None:
+@given(demands, refresh_views, st.sampled_from(KEYS))
+def test_holding_an_adapter_never_makes_a_replica_dearer(asked: RequestLoad, at: ReplicaView, key: str) -> None:
     tier = at.host
     assert isinstance(tier, frozenset)
     warmer = replace(at, host=tier | {key})
     assert cost_s(asked, warmer, COSTS) <= cost_s(asked, at, COSTS) + 1e-9
 
 
-@given(demands, views, st.floats(0, 200))
-def test_a_longer_request_never_finishes_earlier(asked: Demand, at: ReplicaView, more: float) -> None:
+@given(demands, refresh_views, st.floats(0, 200))
+def test_a_longer_request_never_finishes_earlier(asked: RequestLoad, at: ReplicaView, more: float) -> None:
     longer = replace(asked, units=asked.units + more)
     assert finish_s(asked, at, COSTS) <= finish_s(longer, at, COSTS)
 
 
-@given(demands, views)
-def test_the_short_way_and_the_explained_one_agree(asked: Demand, at: ReplicaView) -> None:
+@given(demands, refresh_views)
+def test_the_short_way_and_the_explained_one_agree(asked: RequestLoad, at: ReplicaView) -> None:
     prediction = predict(asked, at, COSTS)
     assert abs(prediction.cost_s - cost_s(asked, at, COSTS)) < 1e-6
     assert prediction.finish_s == finish_s(asked, at, COSTS)
 
 
 def test_measured_costs_replace_the_defaults_in_proportion() -> None:
-    measured = TierCosts(fetch=Step(1.0, 1e-8)).measured(fetch=3.0)
+    measured = TierCosts(fetch=LinearCost(1.0, 1e-8)).measured(fetch=3.0)
     assert measured.fetch.seconds(10**8) == 6.0
     assert measured.swap == TierCosts().swap
 

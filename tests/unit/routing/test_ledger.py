@@ -4,15 +4,22 @@ from typing import Any
 
 import pytest
 
-from serve_app.routing.cost import Demand, ReplicaView
-from serve_app.routing.ledger import CHOICE_HOLDS_S, MAX_DECAY_S, MAX_DISKS, SETTLE_S, Ledger, Sighting
-from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.routing.cost import ReplicaView, RequestLoad
+from serve_app.routing.ledger import (
+    MAX_DECAY_S,
+    MAX_DISKS,
+    REPORT_LAG_S,
+    RESERVATION_TTL_S,
+    ReplicaSnapshot,
+    ReplicaStateCache,
+)
+from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
 from serve_app.routing.stats import tag_of
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 from tests.routing_cases import adapter, demand
 
 NOW_S = 1_000_000.0
-PACE = Pace(fixed_s=0.5, unit_s=0.1)
+PACE = LatencyModel(fixed_s=0.5, unit_s=0.1)
 GIGABYTE = 10**9
 
 
@@ -21,36 +28,36 @@ def told(
 ) -> dict[str, Any]:
     """What a replica with these adapters tells at that time."""
     clock = iter([0.0, 0.0, 100.0, 100.0])
-    recorder = Recorder(wall_clock=lambda: at_s, clock=lambda: next(clock), stall_after_s=10.0)
+    recorder = RoutingStatsCollector(wall_clock=lambda: at_s, clock=lambda: next(clock), stall_after_s=10.0)
     load = DeviceLoad(backlog_s, PACE, progress=1.0, is_busy=is_stalled)
     tiers = Tiers([adapter(name).key for name in host], host_free_bytes=GIGABYTE)
-    recorder.tell(load, tiers)
-    return recorder.tell(load, tiers)
+    recorder.snapshot(load, tiers)
+    return recorder.snapshot(load, tiers)
 
 
-def seen(ledger: Ledger, now_s: float = NOW_S, **news: dict[str, Any]) -> Ledger:
+def seen(ledger: ReplicaStateCache, now_s: float = NOW_S, **news: dict[str, Any]) -> ReplicaStateCache:
     for id_, wire in news.items():
-        ledger.sight(Sighting(id_, f"node-of-{id_[0]}", wire), now_s)
-    ledger.keep(news.keys())
+        ledger.update_snapshot(ReplicaSnapshot(id_, f"node-of-{id_[0]}", wire), now_s)
+    ledger.retain(news.keys())
     return ledger
 
 
-def view_of(ledger: Ledger, id_: str, now_s: float = NOW_S) -> ReplicaView:
-    return next(view for view in ledger.views(now_s) if view.id == id_)
+def view_of(ledger: ReplicaStateCache, id_: str, now_s: float = NOW_S) -> ReplicaView:
+    return next(view for view in ledger.refresh_views(now_s) if view.id == id_)
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    return Ledger(disk_bytes=20 * GIGABYTE, stale_after_s=15.0)
+def ledger() -> ReplicaStateCache:
+    return ReplicaStateCache(disk_bytes=20 * GIGABYTE, stale_after_s=15.0)
 
 
-def asked(ledger: Ledger, *names: str, units: float = 60.0) -> Demand:
-    return ledger.tagged(demand(*names, units=units))
+def asked(ledger: ReplicaStateCache, *names: str, units: float = 60.0) -> RequestLoad:
+    return ledger.with_short_keys(demand(*names, units=units))
 
 
-def test_what_was_just_sent_counts_at_once(ledger: Ledger) -> None:
+def test_what_was_just_sent_counts_at_once(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told(), b=told())
-    ledger.book("a", "1", asked(ledger, "x"), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger, "x"), NOW_S)
     view = view_of(ledger, "a")
     assert view.backlog_s == PACE.seconds(60.0)
     assert tag_of(adapter("x").key) in view.arriving
@@ -58,30 +65,32 @@ def test_what_was_just_sent_counts_at_once(ledger: Ledger) -> None:
     assert view_of(ledger, "b").backlog_s == 0
 
 
-def test_a_request_stops_counting_once_the_replica_has_told_of_itself_after_taking_it(ledger: Ledger) -> None:
+def test_a_request_stops_counting_once_the_replica_has_told_of_itself_after_taking_it(
+    ledger: ReplicaStateCache,
+) -> None:
     seen(ledger, a=told())
-    ledger.book("a", "1", asked(ledger, "x"), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger, "x"), NOW_S)
     assert ledger.accepted("a", "1", NOW_S + 0.01) == "remote"
     seen(ledger, a=told(at_s=NOW_S + 0.02, backlog_s=3.0))
     assert view_of(ledger, "a", NOW_S + 0.02).backlog_s == pytest.approx(3.0 + PACE.seconds(60.0))
-    later_s = NOW_S + 0.02 + 2 * SETTLE_S
+    later_s = NOW_S + 0.02 + 2 * REPORT_LAG_S
     seen(ledger, a=told(at_s=later_s, backlog_s=6.0))
     assert view_of(ledger, "a", later_s).backlog_s == 6.0
 
 
-def test_a_request_that_ended_counts_no_more(ledger: Ledger) -> None:
+def test_a_request_that_ended_counts_no_more(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told())
-    ledger.book("a", "1", asked(ledger), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger), NOW_S)
     ledger.accepted("a", "1", NOW_S)
     ledger.finished("a", "1")
     assert view_of(ledger, "a").backlog_s == 0
 
 
-def test_work_that_a_replica_told_of_and_that_has_ended_since_counts_no_more(ledger: Ledger) -> None:
+def test_work_that_a_replica_told_of_and_that_has_ended_since_counts_no_more(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told())
-    ledger.book("a", "1", asked(ledger), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger), NOW_S)
     ledger.accepted("a", "1", NOW_S)
-    told_s = NOW_S + 2 * SETTLE_S
+    told_s = NOW_S + 2 * REPORT_LAG_S
     seen(ledger, a=told(at_s=told_s, backlog_s=10.0))
     assert view_of(ledger, "a", told_s).backlog_s == 10.0
     ledger.finished("a", "1")
@@ -90,34 +99,36 @@ def test_work_that_a_replica_told_of_and_that_has_ended_since_counts_no_more(led
     assert view_of(ledger, "a", told_s + 1).backlog_s == 4.0
 
 
-def test_a_request_that_a_replica_refused_counts_where_it_went_then(ledger: Ledger) -> None:
+def test_a_request_that_a_replica_refused_counts_where_it_went_then(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told(), b=told())
-    ledger.book("a", "1", asked(ledger), NOW_S)
-    ledger.book("b", "1", asked(ledger), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger), NOW_S)
+    ledger.add_in_flight("b", "1", asked(ledger), NOW_S)
     ledger.finished("a", "1")  # the refusal arrives late
     assert [view_of(ledger, id_).backlog_s > 0 for id_ in "ab"] == [False, True]
 
 
-def test_a_choice_that_led_to_nothing_is_forgotten(ledger: Ledger) -> None:
+def test_a_choice_that_led_to_nothing_is_forgotten(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told())
-    ledger.book("a", "1", asked(ledger), NOW_S)
-    assert view_of(ledger, "a", NOW_S + CHOICE_HOLDS_S + 0.1).backlog_s == 0
+    ledger.add_in_flight("a", "1", asked(ledger), NOW_S)
+    assert view_of(ledger, "a", NOW_S + RESERVATION_TTL_S + 0.1).backlog_s == 0
     assert ledger.accepted("a", "1", NOW_S + 3) is None
 
 
-def test_calls_without_work_are_not_booked(ledger: Ledger) -> None:
+def test_calls_without_work_are_not_booked(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told())
-    ledger.book("a", "1", asked(ledger, units=0.0), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger, units=0.0), NOW_S)
     assert view_of(ledger, "a").backlog_s == 0
 
 
-def test_a_backlog_is_worked_off_between_news_but_not_for_long(ledger: Ledger) -> None:
+def test_a_backlog_is_worked_off_between_news_but_not_for_long(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told(backlog_s=10.0))
     assert view_of(ledger, "a", NOW_S + 0.3).backlog_s == pytest.approx(9.7)
     assert view_of(ledger, "a", NOW_S + 60).backlog_s == pytest.approx(10.0 - MAX_DECAY_S)
 
 
-def test_a_replica_that_falls_silent_while_others_tell_is_suspect_until_it_tells_again(ledger: Ledger) -> None:
+def test_a_replica_that_falls_silent_while_others_tell_is_suspect_until_it_tells_again(
+    ledger: ReplicaStateCache,
+) -> None:
     old, later_s = told(), NOW_S + 20
     seen(ledger, a=old, b=told())
     assert not view_of(ledger, "a").is_suspect
@@ -128,41 +139,41 @@ def test_a_replica_that_falls_silent_while_others_tell_is_suspect_until_it_tells
     assert not view_of(ledger, "a", later_s).is_suspect
 
 
-def test_when_all_are_silent_none_is_suspect(ledger: Ledger) -> None:
+def test_when_all_are_silent_none_is_suspect(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told(), b=told())
-    assert not any(view.is_suspect for view in ledger.views(NOW_S + 3600))
+    assert not any(view.is_suspect for view in ledger.refresh_views(NOW_S + 3600))
 
 
-def test_a_replica_that_never_tells_anything_is_suspect_after_a_while(ledger: Ledger) -> None:
+def test_a_replica_that_never_tells_anything_is_suspect_after_a_while(ledger: ReplicaStateCache) -> None:
     seen(ledger, a={}, b=told())
     assert not view_of(ledger, "a").is_suspect
     seen(ledger, now_s=NOW_S + 20, a={}, b=told(at_s=NOW_S + 20))
     assert view_of(ledger, "a", NOW_S + 20).is_suspect
 
 
-def test_a_replica_whose_device_stands_still_is_suspect(ledger: Ledger) -> None:
+def test_a_replica_whose_device_stands_still_is_suspect(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told(is_stalled=True), b=told())
     assert view_of(ledger, "a").is_suspect
     assert not view_of(ledger, "b").is_suspect
 
 
-def test_replicas_join_and_leave(ledger: Ledger) -> None:
+def test_replicas_join_and_leave(ledger: ReplicaStateCache) -> None:
     seen(ledger, a=told(), b=told())
-    ledger.book("a", "1", asked(ledger), NOW_S)
+    ledger.add_in_flight("a", "1", asked(ledger), NOW_S)
     seen(ledger, b=told(), c={})
-    assert {view.id for view in ledger.views(NOW_S)} == {"b", "c"}
+    assert {view.id for view in ledger.refresh_views(NOW_S)} == {"b", "c"}
     assert ledger.accepted("a", "1", NOW_S) is None
     ledger.finished("a", "1")
     fresh = view_of(ledger, "c")
     assert (fresh.backlog_s, fresh.pace) == (0.0, PACE)
 
 
-def test_before_a_replica_tells_what_serve_says_it_holds_counts_as_held(ledger: Ledger) -> None:
-    ledger.sight(Sighting("a", "node", {}, held=frozenset({adapter("x").key})), NOW_S)
+def test_before_a_replica_tells_what_serve_says_it_holds_counts_as_held(ledger: ReplicaStateCache) -> None:
+    ledger.update_snapshot(ReplicaSnapshot("a", "node", {}, held=frozenset({adapter("x").key})), NOW_S)
     assert tag_of(adapter("x").key) in view_of(ledger, "a").host
 
 
-def test_what_one_replica_of_a_node_held_is_on_the_disk_of_its_neighbours(ledger: Ledger) -> None:
+def test_what_one_replica_of_a_node_held_is_on_the_disk_of_its_neighbours(ledger: ReplicaStateCache) -> None:
     seen(ledger, a1=told(host=("x",)), a2=told(), b1=told())
     seen(ledger, a1=told(at_s=NOW_S + 1), a2=told(), b1=told())
     tag = tag_of(adapter("x").key)
@@ -170,7 +181,7 @@ def test_what_one_replica_of_a_node_held_is_on_the_disk_of_its_neighbours(ledger
 
 
 def test_a_disk_is_taken_to_hold_no_more_than_fits() -> None:
-    ledger = Ledger(disk_bytes=250_000_000)
+    ledger = ReplicaStateCache(disk_bytes=250_000_000)
     for name in "xyz":
         asked(ledger, name)
     for number, name in enumerate("xyz"):
@@ -179,19 +190,19 @@ def test_a_disk_is_taken_to_hold_no_more_than_fits() -> None:
     assert [tag_of(adapter(name).key) in disk for name in "xyz"] == [False, True, True]
 
 
-def test_measurements_of_replicas_replace_the_default_costs_and_outliers_do_not(ledger: Ledger) -> None:
+def test_measurements_of_replicas_replace_the_default_costs_and_outliers_do_not(ledger: ReplicaStateCache) -> None:
     def with_fetch(factor: float) -> dict[str, Any]:
         return {**told(), "measured": (1.0, 1.0, factor)}
 
     seen(ledger, a=with_fetch(3.0), b=with_fetch(3.0), c=with_fetch(50.0), d=told())
-    ledger.views(NOW_S)
-    default = Ledger(disk_bytes=0).costs
+    ledger.refresh_views(NOW_S)
+    default = ReplicaStateCache(disk_bytes=0).costs
     assert ledger.costs.fetch == default.fetch.times(3.0)
     assert ledger.costs.swap == default.swap
 
 
 @pytest.mark.parametrize("wire", [{}, {"at": "soon"}, {**told(), "pace": 1.0}, {"at": NOW_S, "backlog": 1.0}])
-def test_news_in_another_versions_language_is_no_news(ledger: Ledger, wire: dict[str, Any]) -> None:
+def test_news_in_another_versions_language_is_no_news(ledger: ReplicaStateCache, wire: dict[str, Any]) -> None:
     seen(ledger, a=wire, b=told(backlog_s=5.0))
     assert view_of(ledger, "a").backlog_s == 0
     assert view_of(ledger, "b").backlog_s == 5.0
@@ -199,10 +210,10 @@ def test_news_in_another_versions_language_is_no_news(ledger: Ledger, wire: dict
 
 def test_two_routers_that_see_only_their_own_requests_agree_again_with_the_next_news() -> None:
     """Each sends one request to the same idle replica; its news then shows both requests to both."""
-    routers = [Ledger(disk_bytes=0), Ledger(disk_bytes=0)]
+    routers = [ReplicaStateCache(disk_bytes=0), ReplicaStateCache(disk_bytes=0)]
     for number, router in enumerate(routers):
         seen(router, a=told(), b=told())
-        router.book("a", str(number), asked(router, "x"), NOW_S)
+        router.add_in_flight("a", str(number), asked(router, "x"), NOW_S)
         router.accepted("a", str(number), NOW_S)
     work_s, later_s = PACE.seconds(60.0), NOW_S + 0.2
     for router in routers:
@@ -212,9 +223,9 @@ def test_two_routers_that_see_only_their_own_requests_agree_again_with_the_next_
 
 
 def test_nodes_that_come_and_go_leave_nothing_behind_but_the_last_of_them() -> None:
-    ledger = Ledger(disk_bytes=20 * GIGABYTE)
+    ledger = ReplicaStateCache(disk_bytes=20 * GIGABYTE)
     for number in range(3 * MAX_DISKS):
-        ledger.sight(Sighting(f"replica-{number}", f"node-{number}", told(host=("x",))), NOW_S)
-        ledger.keep({f"replica-{number}"})
+        ledger.update_snapshot(ReplicaSnapshot(f"replica-{number}", f"node-{number}", told(host=("x",))), NOW_S)
+        ledger.retain({f"replica-{number}"})
     assert len(ledger._disks) == MAX_DISKS
     assert f"node-{3 * MAX_DISKS - 1}" in ledger._disks

@@ -13,10 +13,10 @@ from ray.serve.request_router import PendingRequest
 
 from serve_app.app import build
 from serve_app.config import AppConfig
-from serve_app.core import AdapterSpec, AdapterUse, GenerationRequest
-from serve_app.routing.recorder import DeviceLoad, Recorder, Tiers
+from serve_app.core import AdapterSpec, GenerationRequest, ScaledAdapter
+from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
 from serve_app.routing.router import TURN_AFTER_S, PredictedFinishRouter
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 
 BASE = "demo/sd15"
 DEPLOYMENT = DeploymentID(name="base-demo--sd15", app_name="loraplex")
@@ -37,9 +37,9 @@ class Replica:
         return ReplicaID(unique_id=self.name, deployment_id=DEPLOYMENT)
 
     def tells(self, *held: str, backlog_s: float = 0.0) -> Replica:
-        recorder = Recorder(wall_clock=time.time, clock=time.monotonic)
-        load = DeviceLoad(backlog_s, Pace(0.5, 0.1), progress=0.0, is_busy=False)
-        self.routing_stats = recorder.tell(load, Tiers([SPECS[name].key for name in held], host_free_bytes=1e9))
+        recorder = RoutingStatsCollector(wall_clock=time.time, clock=time.monotonic)
+        load = DeviceLoad(backlog_s, LatencyModel(0.5, 0.1), progress=0.0, is_busy=False)
+        self.routing_stats = recorder.snapshot(load, Tiers([SPECS[name].key for name in held], host_free_bytes=1e9))
         return self
 
 
@@ -58,7 +58,7 @@ class Taking(Replica):
 
 
 def generation(number: int, *adapters: str) -> GenerationRequest:
-    uses = tuple(AdapterUse(SPECS[name], 1.0) for name in adapters)
+    uses = tuple(ScaledAdapter(SPECS[name], 1.0) for name in adapters)
     return GenerationRequest(f"r{number}", BASE, "a house", None, uses, 512, 512, 30, 7.5, None, number)
 
 

@@ -5,7 +5,7 @@ import pytest
 from serve_app.core import GenerationRequest
 from serve_app.errors import DeadlineExceeded, InternalError
 from serve_app.refusals import NonFinite, Quarantined
-from serve_app.store.quarantine import LONGEST_S, MAX_FAILURES, MAX_REMEMBERED, PERIOD_S, Hold, Quarantine
+from serve_app.store.quarantine import LONGEST_S, MAX_FAILURES, MAX_REMEMBERED, PERIOD_S, Quarantine, QuarantineEntry
 from tests.engine_cases import request, use_of
 
 BROKEN = request(adapters=(use_of("acme/broken"),))
@@ -47,7 +47,7 @@ def test_an_adapter_that_fails_again_and_again_is_refused_until_its_time_is_over
     assert (caught.value.status, caught.value.retry_after_s) == (422, 59)
     assert books.told[-1] == books.quarantine.held == 1
     assert books.quarantine.holds() == (
-        Hold((BROKEN.adapters[0].spec.key,), (1.0,), "its last 2 tries failed: the image overflows", 59),
+        QuarantineEntry((BROKEN.adapters[0].spec.key,), (1.0,), "its last 2 tries failed: the image overflows", 59),
     )
     books.now += PERIOD_S
     assert books.quarantine.holds() == ()

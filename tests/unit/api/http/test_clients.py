@@ -16,7 +16,7 @@ from huggingface_hub.inference._generated.types import ImageToImageTargetSize
 from PIL import Image
 
 from serve_app.api.http.images import encode_image
-from serve_app.core import AdapterRef, GenerationDraft
+from serve_app.core import AdapterRef, UnresolvedRequest
 from serve_app.errors import ModelNotFound
 from tests.service import connect, posted
 from tests.unit.api.fakes import FakeGateway, gradient
@@ -33,7 +33,7 @@ def test_huggingface_text_to_image(url: str, gateway: FakeGateway) -> None:
     )  # fmt: skip
     assert image.size == (80, 48)
     assert image.format == "PNG"
-    assert gateway.draft == GenerationDraft(
+    assert gateway.draft == UnresolvedRequest(
         "an elephant", model="demo/sdxl-sepia", negative_prompt="blurry", width=80, height=48, steps=7,
         guidance_scale=2.5, scheduler="DDIMScheduler", seed=3,
     )  # fmt: skip
@@ -55,9 +55,9 @@ def test_huggingface_image_to_image_with_and_without_parameters(url: str, gatewa
     assert client.image_to_image(PNG, num_inference_steps=4).size == (40, 24)
     assert client.image_to_image(PNG, "elephant", strength=0.3, target_size=size).size == (80, 48)
     assert gateway.drafts == [
-        GenerationDraft("", image=PICTURE),
-        GenerationDraft("", image=PICTURE, steps=4),
-        GenerationDraft("elephant", image=PICTURE, strength=0.3, width=80, height=48),
+        UnresolvedRequest("", image=PICTURE),
+        UnresolvedRequest("", image=PICTURE, steps=4),
+        UnresolvedRequest("elephant", image=PICTURE, strength=0.3, width=80, height=48),
     ]
 
 
@@ -86,7 +86,7 @@ def test_the_plain_curl_lines_work(
     subprocess.run(command, check=True, timeout=120)
     with Image.open(target) as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
-    assert gateway.draft == GenerationDraft("elephant", steps=20, adapters=adapters)
+    assert gateway.draft == UnresolvedRequest("elephant", steps=20, adapters=adapters)
 
 
 def test_a_caller_who_hangs_up_while_waiting_cancels_the_generation(url: str, gateway: FakeGateway) -> None:

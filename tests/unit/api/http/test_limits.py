@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.api.http.limits import KeyAllowance
+from serve_app.api.http.limits import KeyQuota
 from serve_app.config import KeyLimits
 from serve_app.errors import KeyLimitReached, OutOfBounds
 
@@ -17,11 +17,11 @@ class Clock:
         return self.now
 
 
-def allowance(clock: Clock, **limits: float) -> KeyAllowance:
-    return KeyAllowance("alice", KeyLimits.model_validate(limits), clock=clock)
+def allowance(clock: Clock, **limits: float) -> KeyQuota:
+    return KeyQuota("alice", KeyLimits.model_validate(limits), clock=clock)
 
 
-def waits(allowed: KeyAllowance) -> int:
+def waits(allowed: KeyQuota) -> int:
     """How long the next request is told to wait: 0 where it is let in."""
     try:
         allowed.begin()

@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.unit.api.test_clients import connect
 
 from serve_app.api.app import create_app
 from serve_app.api.http.events import KEEP_ALIVE, EventStream, ServerEvent
 from serve_app.config import IngressSettings
 from serve_app.errors import HubUnavailable, NotReady, QueueFull
 from tests.unit.api.fakes import FakeGateway, served
+from tests.unit.api.http.test_clients import connect
 
 TICK_S = 0.05
 

@@ -6,18 +6,18 @@ import logging
 import pytest
 from starlette.testclient import TestClient
 from starlette.types import Message
-from tests.unit.api.test_images import png_of_size
 
 from serve_app import errors, refusals
 from serve_app.api.app import create_app
 from serve_app.config import IngressSettings
 from tests.unit.api.fakes import FakeGateway
+from tests.unit.api.http.test_images import png_of_size
 
 REFUSALS: list[tuple[errors.LoraplexError, int, str | None]] = [
     (errors.OutOfBounds("width", 60, "a multiple of 8"), 400, None),
     (errors.UnknownScheduler("X", "demo/sdxl", "DDIMScheduler"), 400, None),
     (errors.BaseMismatch("a/b", "demo/sd15", "demo/sdxl"), 400, None),
-    (errors.Unauthorised("no valid key"), 401, None),
+    (errors.Unauthorized("no valid key"), 401, None),
     (errors.AccessDenied("a/b"), 403, None),
     (errors.ModelNotFound("a/b"), 404, None),
     (refusals.UnsafeFile("a/b", "it is a pickle file"), 422, None),

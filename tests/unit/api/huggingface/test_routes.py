@@ -10,7 +10,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from serve_app.api.http.images import decode_image, encode_image
-from serve_app.core import AdapterRef, GenerationDraft, Scales
+from serve_app.core import AdapterRef, Scales, UnresolvedRequest
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PICTURE = gradient(40, 24)
@@ -27,7 +27,7 @@ def test_a_prompt_alone_leaves_everything_to_the_base(client: TestClient, gatewa
     assert response.status_code == 200
     assert response.headers["content-type"] == "image/jpeg"
     assert opened(response.content).format == "JPEG"
-    assert gateway.draft == GenerationDraft(prompt="an elephant")
+    assert gateway.draft == UnresolvedRequest(prompt="an elephant")
 
 
 def test_every_parameter_arrives(client: TestClient, gateway: FakeGateway) -> None:
@@ -36,7 +36,7 @@ def test_every_parameter_arrives(client: TestClient, gateway: FakeGateway) -> No
         "guidance_scale": 3, "scheduler": "DDIMScheduler", "seed": 41, "num_images_per_prompt": 1,
     }  # fmt: skip
     assert client.post("/", json={"inputs": "elephant", "parameters": parameters}).status_code == 200
-    assert gateway.draft == GenerationDraft(
+    assert gateway.draft == UnresolvedRequest(
         prompt="elephant", negative_prompt="blurry", height=72, width=96, steps=11, guidance_scale=3.0,
         scheduler="DDIMScheduler", seed=41,
     )  # fmt: skip
@@ -58,7 +58,7 @@ def test_every_parameter_arrives(client: TestClient, gateway: FakeGateway) -> No
 def test_null_and_empty_mean_absent(client: TestClient, gateway: FakeGateway, body: dict[str, Any]) -> None:
     headers = {"x-wait-for-model": "true", "x-use-cache": "0", "x-load-model": "1"}
     assert client.post("/", json=body, headers=headers).status_code == 200
-    assert gateway.draft == GenerationDraft(prompt="elephant")
+    assert gateway.draft == UnresolvedRequest(prompt="elephant")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_picture_in_base64_makes_image_to_image(
 ) -> None:
     response = client.post("/", json=body)
     assert response.status_code == 200, response.text
-    assert gateway.draft == GenerationDraft(prompt=prompt, image=PICTURE)
+    assert gateway.draft == UnresolvedRequest(prompt=prompt, image=PICTURE)
     assert opened(response.content).size == (40, 24)
 
 
@@ -249,7 +249,7 @@ def test_raw_picture_bytes_make_image_to_image_without_a_prompt(
     headers = {"lora": "demo/sdxl-sepia"} | ({"content-type": content_type} if content_type else {})
     response = client.post("/models/demo/sdxl", content=PNG, headers=headers)
     assert response.status_code == 200
-    assert gateway.draft == GenerationDraft(prompt="", model="demo/sdxl", adapters=ONE, image=PICTURE)
+    assert gateway.draft == UnresolvedRequest(prompt="", model="demo/sdxl", adapters=ONE, image=PICTURE)
 
 
 @pytest.mark.parametrize("size", [{"target_size": {"width": 80, "height": 48}}, {"width": 80, "height": 48}])

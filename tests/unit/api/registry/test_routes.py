@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from serve_app.catalog.replica_report import HeldBack
+from serve_app.catalog.replica_report import QuarantinedAdapters
 from serve_app.core import AdapterRef
 from serve_app.errors import HubUnavailable, NameTaken, NotReady
 from tests.unit.api.fakes import FakeGateway
@@ -35,7 +35,7 @@ def test_one_adapter_says_what_the_list_says_of_it_and_why_it_is_refused_for_now
     assert client.get("/v1/loras/demo/sketch").json() == listed
     rows = gateway.registry.rows
     keys = ("acme/secret@1/f", rows["demo/sketch"].adapter.spec.key)
-    held = HeldBack(keys, (1.0, 8.0), "its last 2 tries failed: the image overflows", 59)
+    held = QuarantinedAdapters(keys, (1.0, 8.0), "its last 2 tries failed: the image overflows", 59)
     rows["demo/sketch"] = replace(rows["demo/sketch"], held_back=(("r1", held),))
     for row in (client.get("/v1/loras").json()["data"][0], client.get("/v1/loras/demo/sketch").json()):
         assert row["quarantine"] == [

@@ -7,7 +7,7 @@ from serve_app.bench.measuring.options import Model, SwapOptions, Targets
 from serve_app.bench.models.adapter_files import as_kohya, draw_factors, write_adapter_files
 from serve_app.bench.models.denoisers import fill_outline, outline_of
 from serve_app.engine.adapters.deltas import ParsedAdapter, tensors_of
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.settings import AdapterLimits
 
@@ -19,7 +19,7 @@ def test_both_spellings_hold_the_same_factors(model: Model, tmp_path: Path) -> N
     files = write_adapter_files(outline, options, tmp_path)
     manifest = manifest_of(fill_outline(outline, options).pipeline)
     assert files.kohya is not None
-    first, kohya = (read_adapter(path, "adapter", manifest, AdapterLimits()) for path in (files.first, files.kohya))
+    first, kohya = (parse_adapter(path, "adapter", manifest, AdapterLimits()) for path in (files.first, files.kohya))
     assert kohya.coverage.layers_matched == first.coverage.layers_in_file == len(outline.targets(Targets.LINEAR))
     ours, theirs = _values(first), _values(kohya)
     assert all(torch.equal(one, other) for name in ours for one, other in zip(ours[name], theirs[name], strict=True))

@@ -14,16 +14,16 @@ from serve_app.bench.simulation.profile import BaseTimings, Profile, read_profil
 from serve_app.bench.simulation.routers import POLICIES, Policy
 from serve_app.bench.simulation.simulator import Fleet, Run, simulate
 from serve_app.bench.traffic.workload import AdapterAsk, Arrival, Traffic, Workload, generate
-from serve_app.routing.cost import Step, TierCosts
-from serve_app.work import Pace
+from serve_app.routing.cost import LinearCost, TierCosts
+from serve_app.work import LatencyModel
 
 SIZE = 100
 # A pass takes 10 s, a swap 1 s, a fetch 3 s, a read from the disk 2 s; host memory holds two adapters.
 BY_HAND = Profile(
     name="by hand",
     about="",
-    bases={"*": BaseTimings(Pace(10.0, 0.0), start_s=4.0)},
-    costs=TierCosts(Step(1.0, 0.0), Step(0.0, 0.0), Step(2.0, 0.0), Step(3.0, 0.0)),
+    bases={"*": BaseTimings(LatencyModel(10.0, 0.0), start_s=4.0)},
+    costs=TierCosts(LinearCost(1.0, 0.0), LinearCost(0.0, 0.0), LinearCost(2.0, 0.0), LinearCost(3.0, 0.0)),
     blog_swap_s=5.0,
     host_cache_bytes=2 * SIZE,
     disk_cache_bytes=100 * SIZE,

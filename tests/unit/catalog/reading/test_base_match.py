@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from serve_app.catalog.reading.base_match import place
-from serve_app.catalog.reading.bases import BaseFacts
+from serve_app.catalog.reading.base_match import match_bases
+from serve_app.catalog.reading.bases import BaseArchitecture
 from serve_app.catalog.reading.header import HeaderFacts, describe, parse_header
 from serve_app.refusals import NoLayerMatches, ShapeMismatch
 from tests.unit.catalog.builders import BLOCK, pair
 
-SD = BaseFacts("sd", "sd1", "unet", 768, frozenset({320, 640, 1280}))
-TUNED = BaseFacts("tuned", "sd1", "unet", 768, frozenset({320, 640, 1280}))
-SDXL = BaseFacts("sdxl", "sdxl", "unet", 2048, frozenset({320, 640, 1280}))
-FLUX = BaseFacts("flux", "flux", "transformer")
-UNREAD = BaseFacts("unread")
+SD = BaseArchitecture("sd", "sd1", "unet", 768, frozenset({320, 640, 1280}))
+TUNED = BaseArchitecture("tuned", "sd1", "unet", 768, frozenset({320, 640, 1280}))
+SDXL = BaseArchitecture("sdxl", "sdxl", "unet", 2048, frozenset({320, 640, 1280}))
+FLUX = BaseArchitecture("flux", "flux", "transformer")
+UNREAD = BaseArchitecture("unread")
 
 
 def header(tensors: dict[str, np.ndarray], **metadata: str) -> HeaderFacts:
@@ -29,57 +29,57 @@ FLUX_FILE = header(pair("transformer.single_transformer_blocks.0.attn.to_q", 307
 
 
 def test_the_card_decides_where_the_structure_allows():
-    placed = place("a", ["sdxl"], ["sdxl"], CROSS_SDXL, [SD, SDXL])
+    placed = match_bases("a", ["sdxl"], ["sdxl"], CROSS_SDXL, [SD, SDXL])
     assert (placed.bases, placed.is_ambiguous) == (("sdxl",), False)
 
 
 def test_of_several_bases_that_the_card_names_those_that_fit_remain():
-    assert place("a", ["sd", "sdxl"], ["sd", "sdxl"], CROSS_SDXL, [SD, SDXL]).bases == ("sdxl",)
+    assert match_bases("a", ["sd", "sdxl"], ["sd", "sdxl"], CROSS_SDXL, [SD, SDXL]).bases == ("sdxl",)
 
 
 def test_a_card_that_the_widths_contradict_is_refused_naming_both_bases():
     with pytest.raises(ShapeMismatch) as refusal:
-        place("a/b", ["sd"], ["sd"], CROSS_SDXL, [SD, SDXL])
+        match_bases("a/b", ["sd"], ["sd"], CROSS_SDXL, [SD, SDXL])
     for word in ("a/b", "sd", "2048", "768", "sdxl"):
         assert word in str(refusal.value)
 
 
 def test_a_card_that_the_block_widths_contradict_is_refused():
     with pytest.raises(ShapeMismatch, match=r"self-attention is 32 wide.*320, 640, 1280"):
-        place("a/b", ["sd"], ["sd"], NARROW_SELF, [SD])
+        match_bases("a/b", ["sd"], ["sd"], NARROW_SELF, [SD])
 
 
 def test_another_kind_of_network_matches_no_layer():
     with pytest.raises(NoLayerMatches, match="sd has a unet"):
-        place("a/b", ["sd"], ["sd"], FLUX_FILE, [SD, FLUX])
+        match_bases("a/b", ["sd"], ["sd"], FLUX_FILE, [SD, FLUX])
 
 
 def test_a_card_that_names_an_unserved_base_is_placed_nowhere():
-    placed = place("a", ["other/base"], [], CROSS_SD, [SD])
+    placed = match_bases("a", ["other/base"], [], CROSS_SD, [SD])
     assert (placed.bases, placed.made_for) == ((), "other/base")
 
 
 def test_without_a_card_the_widths_decide():
-    assert place("a", [], [], CROSS_SDXL, [SD, SDXL, UNREAD]).bases == ("sdxl",)
-    assert place("a", [], [], FLUX_FILE, [SD, FLUX]).bases == ("flux",)
+    assert match_bases("a", [], [], CROSS_SDXL, [SD, SDXL, UNREAD]).bases == ("sdxl",)
+    assert match_bases("a", [], [], FLUX_FILE, [SD, FLUX]).bases == ("flux",)
 
 
 def test_without_a_card_several_fitting_bases_are_ambiguous():
-    placed = place("a", [], [], CROSS_SD, [SD, TUNED, SDXL])
+    placed = match_bases("a", [], [], CROSS_SD, [SD, TUNED, SDXL])
     assert (placed.bases, placed.is_ambiguous) == (("sd", "tuned"), True)
-    assert place("a", [], [], SELF_ONLY, [SD, SDXL]).is_ambiguous
+    assert match_bases("a", [], [], SELF_ONLY, [SD, SDXL]).is_ambiguous
 
 
 def test_what_the_file_states_of_itself_tells_equal_structures_apart():
     stated = header(pair(f"{BLOCK}.attn1.to_q", 320), ss_base_model_version="sdxl_base_v1-0")
-    assert place("a", [], [], stated, [SD, SDXL]).bases == ("sdxl",)
+    assert match_bases("a", [], [], stated, [SD, SDXL]).bases == ("sdxl",)
 
 
 def test_without_a_card_and_without_a_fitting_base_it_is_placed_nowhere():
-    placed = place("a", [], [], CROSS_SDXL, [SD])
+    placed = match_bases("a", [], [], CROSS_SDXL, [SD])
     assert (placed.bases, placed.made_for) == ((), "sdxl")
-    assert place("a", [], [], FLUX_FILE, [SD, SDXL]).bases == ()
+    assert match_bases("a", [], [], FLUX_FILE, [SD, SDXL]).bases == ()
 
 
 def test_a_base_of_unknown_structure_contradicts_nothing():
-    assert place("a", ["unread"], ["unread"], CROSS_SDXL, [UNREAD]).bases == ("unread",)
+    assert match_bases("a", ["unread"], ["unread"], CROSS_SDXL, [UNREAD]).bases == ("unread",)

@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.catalog.reading.bases import BaseFacts, BaseFactsReader, BaseNames
-from serve_app.catalog.sources.folder import FolderRepositories
-from serve_app.catalog.sources.hub import HubRepositories
+from serve_app.catalog.reading.bases import BaseArchitecture, BaseArchitectureReader, BaseNames
+from serve_app.catalog.sources.folder import FolderSource
+from serve_app.catalog.sources.hub import HubSource
 from serve_app.config import BaseModelConfig, HubSettings
 from serve_app.settings import ModelSource
-from tests.hub_server import Fault, HubServer
+from tests.hub_server import ErrorDetail, HubServer
 from tests.unit.catalog.builders import SD_TEXT, SD_WIDTHS, Clock, base_files, write_files
 
 FILES = base_files(SD_TEXT, SD_WIDTHS, "StableDiffusionPipeline")
-KNOWN = BaseFacts("sd", "sd1", "unet", SD_TEXT, frozenset(SD_WIDTHS))
+KNOWN = BaseArchitecture("sd", "sd1", "unet", SD_TEXT, frozenset(SD_WIDTHS))
 
 
 def base(**source: object) -> BaseModelConfig:
@@ -22,22 +22,22 @@ def base(**source: object) -> BaseModelConfig:
 
 async def test_facts_of_a_folder_and_of_an_embedded_base_come_from_its_configuration(tmp_path: Path):
     folder = write_files(tmp_path / "demo" / "sd", FILES)
-    reader = BaseFactsReader([FolderRepositories((tmp_path,), origin="embedded")], Clock())
+    reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock())
     assert await reader.facts(base(folder=folder)) == KNOWN
-    reader = BaseFactsReader([FolderRepositories((tmp_path,), origin="embedded")], Clock())
+    reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock())
     assert await reader.facts(base(embedded="demo/sd")) == KNOWN
 
 
 async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_failure(hub: HubServer, tmp_path: Path):
     hub.push("their/sd", FILES)
-    hub.fail("their/sd", Fault(status=503))
+    hub.fail("their/sd", ErrorDetail(status=503))
     clock = Clock()
     settings = HubSettings(endpoint=hub.endpoint, timeout_s=60)
-    reader = BaseFactsReader([HubRepositories(settings, token=None, cache_dir=tmp_path)], clock)
+    reader = BaseArchitectureReader([HubSource(settings, token=None, cache_dir=tmp_path)], clock)
     config = base(hub="their/sd")
-    assert await reader.facts(config) == BaseFacts("sd")
+    assert await reader.facts(config) == BaseArchitecture("sd")
     hub.fail("their/sd", None)
-    assert await reader.facts(config) == BaseFacts("sd"), "not asked again at once"
+    assert await reader.facts(config) == BaseArchitecture("sd"), "not asked again at once"
     clock.now += 60
     assert await reader.facts(config) == KNOWN
     asked = hub.count()
@@ -50,13 +50,13 @@ async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_
 )
 async def test_a_base_that_cannot_be_read_is_unknown(tmp_path: Path, files: dict[str, bytes]):
     folder = write_files(tmp_path / "demo" / "sd", files)
-    assert await BaseFactsReader([], Clock()).facts(base(folder=folder)) == BaseFacts("sd")
+    assert await BaseArchitectureReader([], Clock()).facts(base(folder=folder)) == BaseArchitecture("sd")
 
 
 async def test_a_transformer_is_told_by_its_folder_and_pipeline(tmp_path: Path):
     files = {"transformer/config.json": b"{}", "model_index.json": b'{"_class_name": "FluxPipeline"}'}
     folder = write_files(tmp_path / "flux", files)
-    facts = await BaseFactsReader([], Clock()).facts(base(folder=folder))
+    facts = await BaseArchitectureReader([], Clock()).facts(base(folder=folder))
     assert (facts.denoiser, facts.family, facts.text_width) == ("transformer", "flux", None)
 
 

@@ -10,10 +10,10 @@ import pytest
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.files import AdapterFiles
 from serve_app.catalog.resolving.access import CallerAccess
-from serve_app.catalog.sources.token_context import lent
+from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.core import AdapterRef, AdapterSpec, HubToken
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
-from tests.hub_server import FILE, Fault, HubServer
+from tests.hub_server import FILE, ErrorDetail, HubServer
 from tests.unit.catalog.builders import Clock, World, adapter_files
 
 ALICE, BOB, SERVICE = HubToken("hf_alice"), HubToken("hf_bob"), "hf_service"
@@ -84,7 +84,7 @@ async def test_access_is_not_taken_as_checked_while_the_hub_is_away(closed: Worl
     with pytest.raises(ModelNotFound):
         await catalog.resolve(PRIVATE, ())
     closed.clock.now += 60.0
-    closed.hub.fail(PRIVATE, Fault(status=500))
+    closed.hub.fail(PRIVATE, ErrorDetail(status=500))
     for token in (ALICE, BOB, None):
         with pytest.raises(HubUnavailable):
             await catalog.resolve(PRIVATE, (), token=token)
@@ -92,7 +92,7 @@ async def test_access_is_not_taken_as_checked_while_the_hub_is_away(closed: Worl
 
 async def test_what_a_caller_may_read_is_remembered_nowhere_for_others(closed: World) -> None:
     await spec_for(closed.catalog(), PRIVATE, ALICE)
-    closed.hub.fail(PRIVATE, Fault(status=500))
+    closed.hub.fail(PRIVATE, ErrorDetail(status=500))
     for token in (BOB, None):
         with pytest.raises(HubUnavailable):
             await closed.catalog().resolve(PRIVATE, (), token=token)
@@ -120,7 +120,7 @@ async def test_lists_show_nobody_s_private_adapters(closed: World) -> None:
     await spec_for(catalog, GATED, ALICE)
     await spec_for(catalog, PUBLIC, ALICE)
     assert [known.spec.id for known in await catalog.known()] == [PUBLIC]
-    assert not await catalog.is_taken(PRIVATE)
+    assert not await catalog.name_exists(PRIVATE)
 
 
 async def test_naming_the_commit_opens_nothing(closed: World) -> None:
@@ -137,7 +137,7 @@ async def test_a_private_file_is_fetched_with_the_caller_s_token(closed: World) 
     files = AdapterFiles(closed.places())
     with pytest.raises((ModelNotFound, AccessDenied)):
         await files.path(spec)
-    with lent(ALICE):
+    with use_hub_token(ALICE):
         assert (await files.path(spec)).stat().st_size == spec.size_bytes
     asked = [request.token for request in closed.hub.requests if request.kind == FILE]
     assert asked[-1] == ALICE.value
@@ -163,15 +163,15 @@ def test_no_text_made_of_a_token_shows_it() -> None:
 
 
 async def test_a_token_is_lent_to_what_a_block_starts_and_to_nothing_else() -> None:
-    from serve_app.catalog.sources.token_context import lent_token
+    from serve_app.catalog.sources.token_context import current_hub_token
 
     async def seen() -> HubToken | None:
         await asyncio.sleep(0)
-        return lent_token()
+        return current_hub_token()
 
-    with lent(ALICE):
+    with use_hub_token(ALICE):
         inside = asyncio.create_task(seen())
-        with lent(BOB):
+        with use_hub_token(BOB):
             assert await asyncio.create_task(seen()) == BOB
     outside = asyncio.create_task(seen())
     assert (await inside, await outside) == (ALICE, None)

@@ -99,9 +99,9 @@ def test_a_file_from_elsewhere_is_told_apart_although_its_version_is_the_same(tm
 
 def test_a_request_means_the_target_at_its_own_scale() -> None:
     table = AliasTable(TableVersion("e", 1), {"mine": alias(revision="v1", filename="f.safetensors")})
-    assert table.meant(AdapterRef("mine", 0.5)) == AdapterRef("a/b", 0.5, "v1", "f.safetensors")
-    assert table.meant(AdapterRef("mine", 0.5, "v2")) == AdapterRef("a/b", 0.5, "v2", "f.safetensors")
-    assert table.meant(AdapterRef("a/b")) == AdapterRef("a/b")
+    assert table.resolve_alias(AdapterRef("mine", 0.5)) == AdapterRef("a/b", 0.5, "v1", "f.safetensors")
+    assert table.resolve_alias(AdapterRef("mine", 0.5, "v2")) == AdapterRef("a/b", 0.5, "v2", "f.safetensors")
+    assert table.resolve_alias(AdapterRef("a/b")) == AdapterRef("a/b")
     assert table.names_of("a/b") == ("mine",)
 
 
@@ -114,7 +114,7 @@ def adapters(world: World) -> World:
 
 def catalog(world: World, *aliases: Alias) -> Catalog:
     table = AliasTable(TableVersion("e", 1), {alias.name: alias for alias in aliases})
-    return world.catalog(meant=table.meant)
+    return world.catalog(resolve_alias=table.resolve_alias)
 
 
 async def test_an_alias_is_good_wherever_an_id_is(adapters: World) -> None:

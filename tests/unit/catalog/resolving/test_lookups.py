@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from serve_app.catalog.resolving.lookups import SharedLookups
+from serve_app.catalog.resolving.lookups import SingleFlightCache
 from serve_app.errors import HubUnavailable, LoraplexError, ModelNotFound
 from tests.unit.catalog.builders import Clock
 
@@ -30,9 +30,9 @@ class Source:
         return answer
 
 
-def lookups(source: Source, clock: Clock, **options: float) -> SharedLookups[str, str]:
+def lookups(source: Source, clock: Clock, **options: float) -> SingleFlightCache[str, str]:
     settings = {"ttl_s_of": lambda _: 60.0, "failure_ttl_s": 5.0, "clock": clock} | options
-    return SharedLookups(source, **settings)
+    return SingleFlightCache(source, **settings)
 
 
 async def test_a_value_is_asked_for_once_within_its_time():
@@ -147,7 +147,7 @@ async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
         except OSError:
             raise HubUnavailable(key, "the Hub broke off") from None
 
-    known = SharedLookups(look_up, ttl_s_of=lambda _: 60.0, failure_ttl_s=5.0, clock=Clock())
+    known = SingleFlightCache(look_up, ttl_s_of=lambda _: 60.0, failure_ttl_s=5.0, clock=Clock())
     with pytest.raises(HubUnavailable):
         await known.get("k")
     gc.collect()

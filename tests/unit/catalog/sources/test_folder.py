@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.catalog.sources.folder import FolderRepositories
+from serve_app.catalog.sources.folder import FolderSource
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 from serve_app.refusals import MalformedFile
@@ -20,16 +20,16 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-async def spec_of(folder: FolderRepositories, model: str) -> AdapterSpec:
+async def spec_of(folder: FolderSource, model: str) -> AdapterSpec:
     listing = await folder.find(model, None)
     if listing is None:
         raise ModelNotFound(model)
-    revision = await folder.pin(listing, WEIGHTS)
+    revision = await folder.resolve_revision(listing, WEIGHTS)
     return AdapterSpec(model, "demo/sd", revision, WEIGHTS, "folder", listing.location, 0)
 
 
 async def test_a_repository_is_found_with_its_card_and_files(root: Path):
-    listing = await FolderRepositories((root,)).find("me/sketch", None)
+    listing = await FolderSource((root,)).find("me/sketch", None)
     assert listing is not None
     assert listing.card.base_models == ("demo/sd",)
     assert {file.name for file in listing.files} == {"README.md", WEIGHTS}
@@ -41,12 +41,12 @@ async def test_a_repository_is_found_with_its_card_and_files(root: Path):
     ["me/missing", "missing/sketch", "../outside/secret", "me/../me/sketch", "/etc/passwd", "me", "me/sketch/x", ""],
 )
 async def test_an_id_that_is_not_there_or_climbs_finds_nothing(root: Path, model: str):
-    assert await FolderRepositories((root,)).find(model, None) is None
+    assert await FolderSource((root,)).find(model, None) is None
 
 
 async def test_a_link_that_leads_out_of_the_root_is_refused(root: Path):
     os.symlink(root.parent / "outside" / "secret", root / "me" / "linked")
-    folder = FolderRepositories((root,))
+    folder = FolderSource((root,))
     assert await folder.find("me/linked", None) is None
     (root / "me" / "sketch" / WEIGHTS).unlink()
     os.symlink(root.parent / "outside" / "secret" / WEIGHTS, root / "me" / "sketch" / WEIGHTS)
@@ -59,13 +59,13 @@ async def test_a_link_that_leads_out_of_the_root_is_refused(root: Path):
 
 async def test_a_link_within_the_root_is_followed(root: Path):
     os.symlink(root / "me" / "sketch", root / "me" / "alias")
-    listing = await FolderRepositories((root,)).find("me/alias", None)
+    listing = await FolderSource((root,)).find("me/alias", None)
     assert listing is not None
     assert listing.file(WEIGHTS) is not None
 
 
 async def test_the_revision_is_the_digest_of_the_weights_and_changes_with_them(root: Path):
-    folder = FolderRepositories((root,))
+    folder = FolderSource((root,))
     before = await spec_of(folder, "me/sketch")
     assert len(before.revision) == 40
     assert await folder.download(before) == root / "me" / "sketch" / WEIGHTS
@@ -77,20 +77,20 @@ async def test_the_revision_is_the_digest_of_the_weights_and_changes_with_them(r
 
 
 async def test_a_revision_that_the_folder_does_not_hold_is_not_found(root: Path):
-    folder = FolderRepositories((root,))
+    folder = FolderSource((root,))
     revision = (await spec_of(folder, "me/sketch")).revision
     for asked in (revision, revision[:12], "main"):
         listing = await folder.find("me/sketch", asked)
         assert listing is not None
-        assert await folder.pin(listing, WEIGHTS) == revision
+        assert await folder.resolve_revision(listing, WEIGHTS) == revision
     listing = await folder.find("me/sketch", "v2")
     assert listing is not None
     with pytest.raises(ModelNotFound, match="v2"):
-        await folder.pin(listing, WEIGHTS)
+        await folder.resolve_revision(listing, WEIGHTS)
 
 
 async def test_a_file_that_is_gone_is_not_found(root: Path):
-    folder = FolderRepositories((root,))
+    folder = FolderSource((root,))
     spec = await spec_of(folder, "me/sketch")
     (root / "me" / "sketch" / WEIGHTS).unlink()
     with pytest.raises(ModelNotFound):
@@ -100,19 +100,19 @@ async def test_a_file_that_is_gone_is_not_found(root: Path):
 async def test_the_first_root_that_has_an_id_wins(root: Path, tmp_path: Path):
     other = tmp_path / "other"
     write_files(other / "me" / "sketch", adapter_files("big"))
-    listing = await FolderRepositories((other, root)).find("me/sketch", None)
+    listing = await FolderSource((other, root)).find("me/sketch", None)
     assert listing is not None
     assert listing.card.base_models == ("big",)
 
 
 async def test_ids_are_listed_and_missing_roots_are_empty(root: Path, tmp_path: Path):
     (root / "stray.txt").write_text("not a folder")
-    assert await FolderRepositories((tmp_path / "missing", root)).ids() == ("me/sketch",)
+    assert await FolderSource((tmp_path / "missing", root)).ids() == ("me/sketch",)
 
 
 async def test_a_truncated_file_is_malformed_and_no_path_is_told(root: Path):
     (root / "me" / "sketch" / WEIGHTS).write_bytes(lora()[:-3])
-    folder = FolderRepositories((root,))
+    folder = FolderSource((root,))
     listing = await folder.find("me/sketch", None)
     assert listing is not None
     with pytest.raises(MalformedFile, match="truncated") as refusal:
@@ -121,7 +121,7 @@ async def test_a_truncated_file_is_malformed_and_no_path_is_told(root: Path):
 
 
 async def test_a_repository_that_is_moved_away_while_it_is_read_is_not_found_or_is_whole(root: Path, tmp_path: Path):
-    folder = FolderRepositories((root,))
+    folder = FolderSource((root,))
     there, away = root / "me", tmp_path / "away"
     is_over = threading.Event()
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from serve_app.catalog.reading.repository import RepositoryListing
-from serve_app.catalog.sources.hub import FIRST_RANGE_BYTES, HubRepositories
+from serve_app.catalog.sources.hub import FIRST_RANGE_BYTES, HubSource
 from serve_app.catalog.sources.hub_calls import DOWNLOAD, LOOK_UP, HubCalls
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound
 from serve_app.refusals import MalformedFile
-from tests.hub_server import CDN, FILE, INFO, Fault, HubServer
+from tests.hub_server import CDN, FILE, INFO, ErrorDetail, HubServer
 from tests.unit.catalog.builders import WEIGHTS, adapter_files, lora
 
 ID = "me/sketch"
@@ -24,8 +24,8 @@ TOKEN = "hf_secret"
 
 def client(
     hub: HubServer, cache: Path, *, token: str | None = None, calls: HubCalls | None = None, **settings: float
-) -> HubRepositories:
-    return HubRepositories(
+) -> HubSource:
+    return HubSource(
         HubSettings.model_validate({"endpoint": hub.endpoint, "timeout_s": 60} | settings),
         token=token,
         cache_dir=cache,
@@ -33,7 +33,7 @@ def client(
     )
 
 
-async def found(places: HubRepositories, model: str = ID, revision: str | None = None) -> RepositoryListing:
+async def found(places: HubSource, model: str = ID, revision: str | None = None) -> RepositoryListing:
     listing = await places.find(model, revision)
     assert listing is not None
     return listing
@@ -76,7 +76,7 @@ async def test_no_more_than_a_header_is_read_where_ranges_are_ignored(hub: HubSe
     places = client(hub, tmp_path, timeout_s=30)
     listing = await found(places)
     # At this rate the whole file would take twice the time there is.
-    hub.fail(ID, Fault(ignores_range=True, bytes_per_s=len(big) / 60))
+    hub.fail(ID, ErrorDetail(ignores_range=True, bytes_per_s=len(big) / 60))
     assert len((await places.header(listing, WEIGHTS)).tensors) == 2
 
 
@@ -149,7 +149,7 @@ async def test_the_token_goes_to_the_hub_and_never_to_its_cdn_nor_into_a_message
     await places.download(spec(commit))
     assert {request.token for request in hub.requests if request.kind in (INFO, FILE)} == {TOKEN}
     assert {request.token for request in hub.requests if request.kind == CDN} == {None}
-    hub.fail(ID, Fault(status=500))
+    hub.fail(ID, ErrorDetail(status=500))
     with pytest.raises(HubUnavailable) as refusal:
         await client(hub, tmp_path / "empty", token=TOKEN).find(ID, None)
     for secret in (TOKEN, hub.endpoint, "127.0.0.1", str(tmp_path)):
@@ -174,7 +174,7 @@ async def test_a_hub_in_trouble_is_asked_a_few_times_and_then_unavailable_whatev
     commit = hub.push(ID, adapter_files("demo/sd"))
     places = client(hub, tmp_path)
     listing = await found(places)
-    hub.fail(ID, Fault(status=status))
+    hub.fail(ID, ErrorDetail(status=status))
     asked_before = hub.count()
     for call in (places.header(listing, WEIGHTS), places.download(spec(commit))):
         with pytest.raises(HubUnavailable, match=f"status {status}"):
@@ -198,7 +198,7 @@ async def test_a_hub_that_limits_requests_is_asked_once_and_then_left_alone_for_
     hub: HubServer, tmp_path: Path, headers: dict[str, str], wait_s: str
 ):
     hub.push(ID, adapter_files("demo/sd"))
-    hub.fail(ID, Fault(status=429, headers=headers))
+    hub.fail(ID, ErrorDetail(status=429, headers=headers))
     places = client(hub, tmp_path, calls=HubCalls(clock=lambda: 0.0))
     for _ in range(3):
         with pytest.raises(HubUnavailable, match=f"limiting requests; try again in {wait_s} s"):
@@ -211,7 +211,7 @@ async def test_a_date_is_as_good_as_seconds_to_say_when_to_come_back(hub: HubSer
     # A clock of its own, by which it counts.
     now = datetime.now(UTC) - timedelta(hours=1)
     dates = [format_datetime(now + timedelta(seconds=seconds), usegmt=True) for seconds in (0, 60)]
-    hub.fail(ID, Fault(status=429, headers={"date": dates[0], "retry-after": dates[1]}))
+    hub.fail(ID, ErrorDetail(status=429, headers={"date": dates[0], "retry-after": dates[1]}))
     with pytest.raises(HubUnavailable) as refusal:
         await client(hub, tmp_path).find(ID, None)
     assert refusal.value.retry_after_s == 60
@@ -220,7 +220,7 @@ async def test_a_date_is_as_good_as_seconds_to_say_when_to_come_back(hub: HubSer
 async def test_a_date_is_read_by_our_own_clock_where_the_hub_does_not_tell_its_own(hub: HubServer, tmp_path: Path):
     hub.push(ID, adapter_files("demo/sd"))
     date = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
-    hub.fail(ID, Fault(status=429, headers={"retry-after": date}))
+    hub.fail(ID, ErrorDetail(status=429, headers={"retry-after": date}))
     with pytest.raises(HubUnavailable) as refusal:
         await client(hub, tmp_path).find(ID, None)
     assert 20 <= refusal.value.retry_after_s <= 60
@@ -229,7 +229,7 @@ async def test_a_date_is_read_by_our_own_clock_where_the_hub_does_not_tell_its_o
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_refusal_without_a_code_is_a_denial(hub: HubServer, tmp_path: Path, status: int):
     hub.push(ID, adapter_files("demo/sd"))
-    hub.fail(ID, Fault(status=status))
+    hub.fail(ID, ErrorDetail(status=status))
     with pytest.raises(AccessDenied):
         await client(hub, tmp_path).find(ID, None)
 
@@ -250,7 +250,7 @@ async def test_a_hub_that_hangs_is_given_up_after_its_time(hub: HubServer, tmp_p
 async def test_a_hub_that_trickles_is_given_up_after_its_time(hub: HubServer, tmp_path: Path):
     commit = hub.push(ID, adapter_files("demo/sd", lora(2048, rank=64)))
     listing = await found(client(hub, tmp_path))
-    hub.fail(ID, Fault(bytes_per_s=2000))
+    hub.fail(ID, ErrorDetail(bytes_per_s=2000))
     places = client(hub, tmp_path / "empty", timeout_s=0.4, download_timeout_s=0.6)
     for call, limit in ((places.header(listing, WEIGHTS), r"0\.4 s"), (places.download(spec(commit)), r"0\.6 s")):
         # A Hub that is itself held up is silent for longer than it may be.

@@ -6,12 +6,12 @@ import random
 import pytest
 
 from serve_app.catalog.sources.hub_calls import HubCalls
-from serve_app.catalog.sources.hub_errors import Hopeless, HubBusy
-from serve_app.catalog.sources.retry import Pauses
+from serve_app.catalog.sources.hub_errors import HubRetryAfter, NonRetryableHubError
+from serve_app.catalog.sources.retry import RetryPolicy
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError
 from tests.unit.catalog.builders import Clock
 
-PAUSES = Pauses(tries=4, first_s=1.0, longest_s=3.0)
+PAUSES = RetryPolicy(tries=4, first_s=1.0, longest_s=3.0)
 
 
 def failing(errors: list[LoraplexError]):
@@ -53,7 +53,7 @@ def test_pauses_grow_up_to_a_bound_and_then_the_failure_is_told() -> None:
 
 def test_those_who_failed_together_do_not_ask_again_together() -> None:
     chance = random.Random(5).random
-    drawn = {PAUSES.before_next(away()[0], tries_made=1, left_s=9.0, chance=chance) for _ in range(50)}
+    drawn = {PAUSES.next_delay_s(away()[0], tries_made=1, left_s=9.0, chance=chance) for _ in range(50)}
     assert len(drawn) == 50
     assert all(pause is not None and 0.5 <= pause <= 1.0 for pause in drawn)
 
@@ -66,7 +66,7 @@ def test_no_pause_outlasts_the_time_that_is_left() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [AccessDenied("me/sketch"), Hopeless("me/sketch", "the service is set to work offline")]
+    "error", [AccessDenied("me/sketch"), NonRetryableHubError("me/sketch", "the service is set to work offline")]
 )
 def test_what_would_be_the_same_again_is_not_asked_again(error: LoraplexError) -> None:
     asked = Questions()
@@ -77,16 +77,16 @@ def test_what_would_be_the_same_again_is_not_asked_again(error: LoraplexError) -
 
 def test_a_pause_that_the_hub_asked_for_is_kept_and_one_too_long_is_told() -> None:
     asked = Questions()
-    assert asked.ask(HubBusy("me/sketch", "the Hub answered with status 503", 2)) == "answer"
+    assert asked.ask(HubRetryAfter("me/sketch", "the Hub answered with status 503", 2)) == "answer"
     assert asked.pauses == [3.0]
     with pytest.raises(HubUnavailable, match="try again in 4 s"):
-        asked.ask(HubBusy("me/sketch", "the Hub answered with status 503", 4))
+        asked.ask(HubRetryAfter("me/sketch", "the Hub answered with status 503", 4))
 
 
 def test_while_the_hub_limits_requests_none_is_sent_and_afterwards_they_are_again() -> None:
     asked = Questions()
     with pytest.raises(HubUnavailable):
-        asked.ask(HubBusy("me/sketch", "the Hub is limiting requests", 30, is_limiting=True))
+        asked.ask(HubRetryAfter("me/sketch", "the Hub is limiting requests", 30, is_limiting=True))
     asked.clock.now += 10.0
     with pytest.raises(HubUnavailable, match="limiting requests; try again in 20 s"):
         asked.ask()

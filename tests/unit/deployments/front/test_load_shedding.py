@@ -7,13 +7,13 @@ from typing import Any
 from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.deployments.front.load_shedding import (
+    DEFAULT_CAPACITY,
     HELD_HEADER,
-    MOST_UNTOLD,
-    NEWS_HOLD_S,
-    ON_THE_WAY,
-    Door,
-    Shedding,
-    TellsHeld,
+    REPORT_TTL_S,
+    SLACK_REQUESTS,
+    CapacityHeaderMiddleware,
+    InFlightLimit,
+    LoadSheddingMiddleware,
 )
 
 
@@ -56,13 +56,13 @@ async def asked(app: Any, path: str = "/", method: str = "POST") -> tuple[int, d
 async def test_what_is_inside_never_exceeds_what_the_ingress_replicas_hold_and_a_little_more() -> None:
     shed: list[None] = []
     service = Service()
-    layer = Shedding(service, lambda: shed.append(None), clock=Clock())
-    layer.door.heard("a", 40, retry_after_s=7)
-    layer.door.heard("b", 20, retry_after_s=9)
-    most = 60 + 3 + ON_THE_WAY
+    layer = LoadSheddingMiddleware(service, lambda: shed.append(None), clock=Clock())
+    layer.limit.record_rejection("a", 40, retry_after_s=7)
+    layer.limit.record_rejection("b", 20, retry_after_s=9)
+    most = 60 + 3 + SLACK_REQUESTS
     waiting = [asyncio.create_task(asked(layer)) for _ in range(most)]
     await asyncio.sleep(0)
-    assert layer.door.inside == most
+    assert layer.limit.inside == most
     status, headers, body = await asked(layer)
     assert (status, headers["retry-after"], json.loads(body)["code"]) == (429, "9", "overloaded")
     assert "x-request-id" in headers
@@ -72,15 +72,15 @@ async def test_what_is_inside_never_exceeds_what_the_ingress_replicas_hold_and_a
     service.may_answer.set()
     assert {status for status, _, _ in await asyncio.gather(*waiting)} == {200}
     assert (await asked(layer))[0] == 200
-    assert layer.door.inside == 0
+    assert layer.limit.inside == 0
 
 
 async def test_health_and_the_registry_pass_a_closed_door() -> None:
     service = Service()
     service.may_answer.set()
-    layer = Shedding(service, lambda: None, clock=Clock())
-    layer.door.heard("a", 0, retry_after_s=1)
-    layer.door.inside = 10_000
+    layer = LoadSheddingMiddleware(service, lambda: None, clock=Clock())
+    layer.limit.record_rejection("a", 0, retry_after_s=1)
+    layer.limit.inside = 10_000
     assert (await asked(layer, "/health", "GET"))[0] == 200
     assert (await asked(layer, "/v1/loras"))[0] == 200
     assert (await asked(layer))[0] == 429
@@ -89,44 +89,48 @@ async def test_health_and_the_registry_pass_a_closed_door() -> None:
 async def test_the_proxy_hears_what_is_held_and_the_caller_does_not() -> None:
     service = Service(429, {"retry-after": "12"})
     service.may_answer.set()
-    layer = Shedding(TellsHeld(service, replica="a", most=80, held=lambda: 33), lambda: None, clock=Clock())
+    layer = LoadSheddingMiddleware(
+        CapacityHeaderMiddleware(service, replica="a", most=80, held=lambda: 33), lambda: None, clock=Clock()
+    )
     status, headers, _ = await asked(layer)
     assert (status, headers) == (429, {"retry-after": "12"})
-    assert (layer.door.room, layer.door.retry_after_s) == (33 + 2 + ON_THE_WAY, 12)
+    assert (layer.limit.room, layer.limit.retry_after_s) == (33 + 2 + SLACK_REQUESTS, 12)
 
 
 async def test_a_key_s_own_limit_tells_nothing_of_room() -> None:
     service = Service(429, {"retry-after": "12"})
     service.may_answer.set()
-    layer = Shedding(TellsHeld(service, replica="a", most=80, held=lambda: None), lambda: None, clock=Clock())
+    layer = LoadSheddingMiddleware(
+        CapacityHeaderMiddleware(service, replica="a", most=80, held=lambda: None), lambda: None, clock=Clock()
+    )
     _, headers, _ = await asked(layer)
     assert HELD_HEADER not in headers
-    assert layer.door.room == 80 + 5 + ON_THE_WAY
+    assert layer.limit.room == 80 + 5 + SLACK_REQUESTS
 
 
 def test_old_news_and_lost_replicas_close_no_door() -> None:
     clock = Clock()
-    door = Door(clock)
-    assert door.room == MOST_UNTOLD + MOST_UNTOLD // 16 + ON_THE_WAY
-    door.told(160)
-    assert door.room == 160 + 10 + ON_THE_WAY
-    door.heard("a", 8, retry_after_s=1)
-    clock.now = NEWS_HOLD_S / 2
-    door.heard("b", 4, retry_after_s=1)
-    assert door.room == 12 + ON_THE_WAY
-    clock.now = NEWS_HOLD_S * 1.2
-    assert door.room == 4 + ON_THE_WAY
-    clock.now = NEWS_HOLD_S * 2
-    assert door.room == 160 + 10 + ON_THE_WAY
+    limit = InFlightLimit(clock)
+    assert limit.room == DEFAULT_CAPACITY + DEFAULT_CAPACITY // 16 + SLACK_REQUESTS
+    limit.told(160)
+    assert limit.room == 160 + 10 + SLACK_REQUESTS
+    limit.record_rejection("a", 8, retry_after_s=1)
+    clock.now = REPORT_TTL_S / 2
+    limit.record_rejection("b", 4, retry_after_s=1)
+    assert limit.room == 12 + SLACK_REQUESTS
+    clock.now = REPORT_TTL_S * 1.2
+    assert limit.room == 4 + SLACK_REQUESTS
+    clock.now = REPORT_TTL_S * 2
+    assert limit.room == 160 + 10 + SLACK_REQUESTS
 
 
 async def test_a_caller_who_leaves_makes_room() -> None:
-    layer = Shedding(Service(), lambda: None, clock=Clock())
+    layer = LoadSheddingMiddleware(Service(), lambda: None, clock=Clock())
     caller = asyncio.create_task(asked(layer))
     await asyncio.sleep(0)
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
-    assert layer.door.inside == 0
+    assert layer.limit.inside == 0
 
 
 async def test_callers_who_are_slow_to_send_keep_nobody_out() -> None:
@@ -143,16 +147,16 @@ async def test_callers_who_are_slow_to_send_keep_nobody_out() -> None:
 
     async def send(message: Message) -> None: ...
 
-    layer = Shedding(app, lambda: None, clock=Clock())
+    layer = LoadSheddingMiddleware(app, lambda: None, clock=Clock())
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     callers = [asyncio.create_task(layer(scope, receive, send)) for _ in range(3)]
     await asyncio.sleep(0)
-    assert layer.door.inside == 0
+    assert layer.limit.inside == 0
     arrived.set()
     for _ in range(3):
         await asyncio.sleep(0)
-    assert layer.door.inside == 3
+    assert layer.limit.inside == 3
     for caller in callers:
         caller.cancel()
     await asyncio.gather(*callers, return_exceptions=True)
-    assert layer.door.inside == 0
+    assert layer.limit.inside == 0

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.ports import free_port
-from serve_app.deployments.front.retry import MAX_RESENDS, Caller, Resending, Room
+from serve_app.deployments.front.retry import MAX_RESENDS, BufferBudget, BufferedRequest, RetryMiddleware
 
 MARK = {"access-control-expose-headers": "x-request-id"}
 SSE = "text/event-stream"
@@ -139,7 +139,7 @@ def losses() -> list[str]:
 
 async def asked(losses: list[str], *parts: Part, **request: Any) -> tuple[httpx.Response, Proxy]:
     proxy = Proxy(*parts)
-    async with serving(Resending(proxy, losses.append, backoff_s=0.001)) as http:
+    async with serving(RetryMiddleware(proxy, losses.append, backoff_s=0.001)) as http:
         reply = await http.request(**({"method": "POST", "url": "/", "content": b"a star"} | request))
     return reply, proxy
 
@@ -202,7 +202,7 @@ async def test_the_application_s_own_errors_are_passed_on(losses: list[str], sta
 
 
 async def test_once_it_knows_the_way_a_404_of_serve_s_is_one() -> None:
-    async with serving(Resending(Proxy(echo, no_route), lambda _: None)) as http:
+    async with serving(RetryMiddleware(Proxy(echo, no_route), lambda _: None)) as http:
         assert (await http.post("/")).status_code == 200
         assert (await http.post("/elsewhere")).status_code == 404
 
@@ -283,7 +283,7 @@ async def test_a_stream_comes_as_it_is_made(losses: list[str]) -> None:
         await StreamingResponse(events(), 200, MARK, SSE)(scope, receive, send)
 
     async with (
-        serving(Resending(Proxy(part), losses.append)) as http,
+        serving(RetryMiddleware(Proxy(part), losses.append)) as http,
         http.stream("POST", "/") as reply,
     ):
         chunks = reply.aiter_bytes()
@@ -304,7 +304,7 @@ async def test_a_caller_who_leaves_is_noticed_and_its_request_not_sent_again(los
             has_ended.set()
 
     proxy = Proxy(part)
-    async with serving(Resending(proxy, losses.append)) as http:
+    async with serving(RetryMiddleware(proxy, losses.append)) as http:
         asking = asyncio.create_task(http.post("/", content=b"a star"))
         await has_begun.wait()
         asking.cancel()
@@ -328,20 +328,20 @@ async def test_a_body_that_is_still_on_its_way_is_read_on_by_the_next(losses: li
 
 
 async def test_a_body_larger_than_is_kept_is_passed_on_but_not_sent_again() -> None:
-    room = Room(100)
+    room = BufferBudget(100)
     messages = iter([{"type": "http.request", "body": b"x" * 60, "more_body": True}] * 2)
 
     async def receive() -> Message:
         return next(messages)
 
-    caller = Caller(receive, room)
+    caller = BufferedRequest(receive, room)
     inbox = caller.from_the_start()
     assert [len((await inbox())["body"]) for _ in range(2)] == [60, 60]
     assert (caller.is_kept, room.left_bytes) == (False, 100)
 
 
 async def test_room_is_given_back_when_a_request_is_over(losses: list[str]) -> None:
-    layer = Resending(Proxy(echo, echo), losses.append)
+    layer = RetryMiddleware(Proxy(echo, echo), losses.append)
     before = layer.room.left_bytes
     async with serving(layer) as http:
         for _ in range(2):

@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from serve_app.deployments.ingress.backpressure import MAX_RETRY_AFTER_S, UNKNOWN_S, Pressure
+from serve_app.deployments.ingress.backpressure import MAX_RETRY_AFTER_S, UNKNOWN_S, Backpressure
 
 
 class Clock:
@@ -19,27 +19,27 @@ class Clock:
 
 def test_it_is_the_time_that_what_is_out_takes_at_the_rate_seen() -> None:
     clock = Clock()
-    pressure = Pressure(clock)
-    with contextlib.ExitStack() as out:
+    pressure = Backpressure(clock)
+    with contextlib.ExitStack() as in_flight:
         for _ in range(9):
-            out.enter_context(pressure.sending(2.0))
+            in_flight.enter_context(pressure.track(2.0))
         for _ in range(5):
-            with pressure.sending(2.0):
+            with pressure.track(2.0):
                 clock.now_s += 1.0
         assert pressure.retry_after_s() == pytest.approx(9, abs=1)
 
 
 def test_before_anything_has_come_back_it_is_a_few_seconds() -> None:
-    pressure = Pressure(Clock())
-    with pressure.sending(2.0):
+    pressure = Backpressure(Clock())
+    with pressure.track(2.0):
         assert pressure.retry_after_s() == UNKNOWN_S
 
 
 def test_what_fails_is_not_work_done() -> None:
     clock = Clock()
-    pressure = Pressure(clock)
+    pressure = Backpressure(clock)
     for _ in range(3):
-        with contextlib.suppress(RuntimeError), pressure.sending(2.0):
+        with contextlib.suppress(RuntimeError), pressure.track(2.0):
             clock.now_s += 1.0
             raise RuntimeError
     assert pressure.retry_after_s() == UNKNOWN_S
@@ -47,65 +47,65 @@ def test_what_fails_is_not_work_done() -> None:
 
 def test_it_stays_within_bounds_and_idle_time_does_not_count() -> None:
     clock = Clock()
-    pressure = Pressure(clock)
-    with pressure.sending(1.0):
+    pressure = Backpressure(clock)
+    with pressure.track(1.0):
         clock.now_s += 1.0
     clock.now_s += 1e6
-    with pressure.sending(3.0):
+    with pressure.track(3.0):
         assert pressure.retry_after_s() == 3
-    with pressure.sending(1e9):
+    with pressure.track(1e9):
         assert pressure.retry_after_s() == MAX_RETRY_AFTER_S
     assert pressure.retry_after_s() == 1
 
 
 def test_what_a_base_refused_is_not_tried_again_until_something_has_come_back() -> None:
-    pressure = Pressure(Clock())
-    with contextlib.ExitStack() as out:
+    pressure = Backpressure(Clock())
+    with contextlib.ExitStack() as in_flight:
         for _ in range(9):
-            out.enter_context(pressure.sending(1.0))
-        assert not pressure.is_full
-        with pressure.sending(1.0):
-            pressure.refused()
-        assert pressure.is_full
-        assert pressure.out == 9
-        with pressure.sending(1.0):
+            in_flight.enter_context(pressure.track(1.0))
+        assert not pressure.is_at_limit
+        with pressure.track(1.0):
+            pressure.record_rejection()
+        assert pressure.is_at_limit
+        assert pressure.in_flight == 9
+        with pressure.track(1.0):
             pass
-        out.pop_all().close()
-        assert not pressure.is_full
+        in_flight.pop_all().close()
+        assert not pressure.is_at_limit
 
 
 def test_a_base_that_takes_more_than_before_is_found_out_soon() -> None:
     clock = Clock()
-    pressure = Pressure(clock)
-    with contextlib.ExitStack() as out:
+    pressure = Backpressure(clock)
+    with contextlib.ExitStack() as in_flight:
         for _ in range(100):
-            out.enter_context(pressure.sending(1.0))
-        with pressure.sending(1.0):
-            pressure.refused()
+            in_flight.enter_context(pressure.track(1.0))
+        with pressure.track(1.0):
+            pressure.record_rejection()
         clock.now_s += 0.5
         tried = 0
-        while not pressure.is_full:
-            out.enter_context(pressure.sending(1.0))
+        while not pressure.is_at_limit:
+            in_flight.enter_context(pressure.track(1.0))
             tried += 1
         assert tried == 13
         clock.now_s += 0.6
-        assert not pressure.is_full
+        assert not pressure.is_at_limit
         assert not pressure.was_full_lately
 
 
 def test_a_first_burst_teaches_the_limit_as_its_refusals_come_back() -> None:
-    pressure = Pressure(Clock())
+    pressure = Backpressure(Clock())
     with contextlib.ExitStack() as accepted:
         for _ in range(20):
-            accepted.enter_context(pressure.sending(1.0))
+            accepted.enter_context(pressure.track(1.0))
         with contextlib.ExitStack() as burst:
             for _ in range(50):
-                burst.enter_context(pressure.sending(1.0))
+                burst.enter_context(pressure.track(1.0))
             for _ in range(50):
-                with contextlib.suppress(RuntimeError), pressure.sending(1.0):
-                    pressure.refused()
+                with contextlib.suppress(RuntimeError), pressure.track(1.0):
+                    pressure.record_rejection()
                     raise RuntimeError
-        with pressure.sending(1.0):
-            pressure.refused()
-        assert pressure.out == 20
-        assert pressure.is_full
+        with pressure.track(1.0):
+            pressure.record_rejection()
+        assert pressure.in_flight == 20
+        assert pressure.is_at_limit

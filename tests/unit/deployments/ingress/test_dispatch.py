@@ -14,7 +14,6 @@ from serve_app.catalog.catalog import Catalog
 from serve_app.config import AppConfig
 from serve_app.core import (
     Accepted,
-    GenerationDraft,
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
@@ -22,6 +21,7 @@ from serve_app.core import (
     PixelImage,
     Progress,
     Timings,
+    UnresolvedRequest,
 )
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.registry.alias_mirror import AliasMirror
@@ -29,7 +29,7 @@ from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
 from tests.unit.deployments.registry.registry_fakes import FakeReplicas, StoreKeeper
 
-DRAFT = GenerationDraft("a cat", num_previews=2)
+DRAFT = UnresolvedRequest("a cat", num_previews=2)
 RESULT = GenerationResult("id", "demo/sd15", (PixelImage(1, 1, b"abc"),), (5,), (), Timings(), 0.1, "cpu", 1)
 
 
@@ -115,7 +115,7 @@ async def test_what_a_replica_refuses_at_once_comes_before_any_event() -> None:
 async def test_what_is_out_of_bounds_never_reaches_a_replica() -> None:
     replica = Replica(RESULT)
     with pytest.raises(OutOfBounds):
-        await anext(gateway(replica).stream(GenerationDraft("a cat", steps=1000), request_id="id"))
+        await anext(gateway(replica).stream(UnresolvedRequest("a cat", steps=1000), request_id="id"))
     assert replica.asked == []
 
 

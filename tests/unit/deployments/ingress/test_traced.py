@@ -9,7 +9,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from serve_app.config import TracingSettings
-from serve_app.deployments.ingress.middleware import Traced
+from serve_app.deployments.ingress.middleware import TracingMiddleware
 from serve_app.observability.tracing import close_tracing, record, request_span, set_up_tracing
 from tests.collector import Collector
 
@@ -31,7 +31,9 @@ async def face(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 async def ask(method: str) -> str:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(Traced(face)), base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(TracingMiddleware(face)), base_url="http://test"
+    ) as client:
         return (await client.request(method, "/")).text
 
 

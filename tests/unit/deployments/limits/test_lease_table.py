@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.config import KeyLimits
-from serve_app.deployments.limits.lease_table import Heartbeat, Lease, LeaseBooks
+from serve_app.deployments.limits.lease_table import Heartbeat, LeaseTable, RequestLease
 from serve_app.errors import KeyLimitReached, OutOfBounds
 
 PATIENCE_S = 5.0
@@ -32,19 +32,19 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def books(clock: Clock) -> LeaseBooks:
-    return LeaseBooks(clock=clock, patience_s=PATIENCE_S)
+def books(clock: Clock) -> LeaseTable:
+    return LeaseTable(clock=clock, patience_s=PATIENCE_S)
 
 
-def lease(number: int, **limits: float) -> Lease:
-    return Lease(number, "alice", KeyLimits.model_validate(limits))
+def lease(number: int, **limits: float) -> RequestLease:
+    return RequestLease(number, "alice", KeyLimits.model_validate(limits))
 
 
-def beat(holder: str, up_to: int, *held: Lease, asked: tuple[int, ...] = ()) -> Heartbeat:
-    return Heartbeat(holder, up_to, held, frozenset(asked))
+def beat(holder: str, last_issued: int, *held: RequestLease, asked: tuple[int, ...] = ()) -> Heartbeat:
+    return Heartbeat(holder, last_issued, held, frozenset(asked))
 
 
-def test_a_limit_holds_over_all_holders_together(books: LeaseBooks) -> None:
+def test_a_limit_holds_over_all_holders_together(books: LeaseTable) -> None:
     assert books.begin("a", lease(1, concurrency=2)) is None
     assert books.begin("b", lease(1, concurrency=2)) is None
     for holder in ("a", "b"):
@@ -55,7 +55,7 @@ def test_a_limit_holds_over_all_holders_together(books: LeaseBooks) -> None:
     assert books.begin("b", lease(3, concurrency=2)) is None
 
 
-def test_a_rate_holds_over_all_holders_together(books: LeaseBooks, clock: Clock) -> None:
+def test_a_rate_holds_over_all_holders_together(books: LeaseTable, clock: Clock) -> None:
     def let_in(holder: str, number: int) -> bool:
         return books.begin(holder, lease(number, requests_per_s=1, burst=3)) is None
 
@@ -64,7 +64,7 @@ def test_a_rate_holds_over_all_holders_together(books: LeaseBooks, clock: Clock)
     assert [let_in(holder, 2) for holder in "abcd"] == [True, False, False, False]
 
 
-def test_images_are_counted_together_and_come_back_where_none_were_drawn(books: LeaseBooks) -> None:
+def test_images_are_counted_together_and_come_back_where_none_were_drawn(books: LeaseTable) -> None:
     limits = {"images_per_minute": 6}
     for holder in ("a", "b"):
         assert books.begin(holder, lease(1, **limits)) is None
@@ -76,7 +76,7 @@ def test_images_are_counted_together_and_come_back_where_none_were_drawn(books: 
     assert isinstance(books.spend("a", lease(2, **limits), 7), OutOfBounds)
 
 
-def test_what_a_dead_holder_had_comes_back_after_its_patience_and_no_sooner(books: LeaseBooks, clock: Clock) -> None:
+def test_what_a_dead_holder_had_comes_back_after_its_patience_and_no_sooner(books: LeaseTable, clock: Clock) -> None:
     assert books.begin("dead", lease(1, concurrency=1)) is None
     clock.now += PATIENCE_S
     assert isinstance(books.begin("b", lease(1, concurrency=1)), KeyLimitReached)
@@ -84,46 +84,46 @@ def test_what_a_dead_holder_had_comes_back_after_its_patience_and_no_sooner(book
     assert books.begin("b", lease(2, concurrency=1)) is None
 
 
-def test_a_heartbeat_keeps_what_a_holder_has(books: LeaseBooks, clock: Clock) -> None:
+def test_a_heartbeat_keeps_what_a_holder_has(books: LeaseTable, clock: Clock) -> None:
     held = lease(1, concurrency=1)
     assert books.begin("a", held) is None
     for _ in range(10):
         clock.now += PATIENCE_S - 1
-        books.heard(beat("a", 1, held))
+        books.apply_heartbeat(beat("a", 1, held))
         assert isinstance(books.begin("b", lease(1, concurrency=1)), KeyLimitReached)
 
 
-def test_new_books_learn_from_heartbeats_what_is_under_way(books: LeaseBooks) -> None:
-    books.heard(beat("a", 7, lease(3, concurrency=2), lease(7, concurrency=2)))
+def test_new_books_learn_from_heartbeats_what_is_under_way(books: LeaseTable) -> None:
+    books.apply_heartbeat(beat("a", 7, lease(3, concurrency=2), lease(7, concurrency=2)))
     assert isinstance(books.begin("b", lease(1, concurrency=2)), KeyLimitReached)
     books.end("a", 3, drew=True)
     assert books.begin("b", lease(2, concurrency=2)) is None
 
 
-def test_an_end_that_was_lost_is_made_good_by_the_next_heartbeat(books: LeaseBooks) -> None:
+def test_an_end_that_was_lost_is_made_good_by_the_next_heartbeat(books: LeaseTable) -> None:
     assert books.begin("a", lease(1, concurrency=1)) is None
-    books.heard(beat("a", 1))
+    books.apply_heartbeat(beat("a", 1))
     assert books.begin("b", lease(1, concurrency=1)) is None
 
 
-def test_a_heartbeat_that_is_older_than_a_request_does_not_end_it(books: LeaseBooks) -> None:
+def test_a_heartbeat_that_is_older_than_a_request_does_not_end_it(books: LeaseTable) -> None:
     assert books.begin("a", lease(2, concurrency=1)) is None
-    books.heard(beat("a", 1))
-    books.heard(beat("a", 2, asked=(2,)))
+    books.apply_heartbeat(beat("a", 1))
+    books.apply_heartbeat(beat("a", 2, asked=(2,)))
     assert isinstance(books.begin("b", lease(1, concurrency=1)), KeyLimitReached)
 
 
-def test_a_request_whose_end_comes_first_takes_nothing(books: LeaseBooks) -> None:
+def test_a_request_whose_end_comes_first_takes_nothing(books: LeaseTable) -> None:
     books.end("a", 1, drew=False)
     assert books.begin("a", lease(1, concurrency=1)) is None
     assert books.under_way == 0
 
 
-def test_a_heartbeat_that_is_older_than_an_end_does_not_bring_it_back(books: LeaseBooks) -> None:
+def test_a_heartbeat_that_is_older_than_an_end_does_not_bring_it_back(books: LeaseTable) -> None:
     held = lease(1, concurrency=1)
     assert books.begin("a", held) is None
     books.end("a", 1, drew=True)
-    books.heard(beat("a", 1, held))
+    books.apply_heartbeat(beat("a", 1, held))
     assert books.under_way == 0
 
 
@@ -132,9 +132,9 @@ class Ingress:
     """A holder that does everything right, over a network that does not."""
 
     name: str
-    books: LeaseBooks
+    books: LeaseTable
     last: int = 0
-    held: dict[int, Lease] = field(default_factory=dict[int, Lease])
+    held: dict[int, RequestLease] = field(default_factory=dict[int, RequestLease])
 
     def messages(self, kinds: list[str], limits: KeyLimits) -> list[Callable[[], object]]:
         """What it sends for requests that begin and end, in the order in which it sends them."""
@@ -142,7 +142,7 @@ class Ingress:
         for kind in kinds:
             if kind == "begin":
                 self.last += 1
-                new = Lease(self.last, "alice", limits)
+                new = RequestLease(self.last, "alice", limits)
                 self.held[self.last] = new
                 sent.append(partial(self.books.begin, self.name, new))
             elif kind == "end" and self.held:
@@ -150,7 +150,7 @@ class Ingress:
                 del self.held[number]
                 sent.append(partial(self.books.end, self.name, number, drew=True))
             elif kind == "beat":
-                sent.append(partial(self.books.heard, self.beat()))
+                sent.append(partial(self.books.apply_heartbeat, self.beat()))
         return sent
 
     def beat(self) -> Heartbeat:
@@ -164,7 +164,7 @@ KINDS = st.lists(st.sampled_from(["begin", "end", "beat"]), max_size=12)
 def test_whatever_is_lost_or_late_the_books_are_right_after_a_heartbeat(
     a: list[str], b: list[str], shuffle: random.Random, lost: set[int]
 ) -> None:
-    books = LeaseBooks(clock=Clock(), patience_s=PATIENCE_S)
+    books = LeaseTable(clock=Clock(), patience_s=PATIENCE_S)
     limits = KeyLimits(concurrency=100)
     ingresses = [Ingress("a", books), Ingress("b", books)]
     messages = ingresses[0].messages(a, limits) + ingresses[1].messages(b, limits)
@@ -173,10 +173,10 @@ def test_whatever_is_lost_or_late_the_books_are_right_after_a_heartbeat(
         if index not in lost:
             message()
     for one in ingresses:
-        books.heard(one.beat())
+        books.apply_heartbeat(one.beat())
     truly = sum(len(one.held) for one in ingresses)
     assert books.under_way == truly
-    fresh = [books.begin("c", Lease(number, "alice", limits)) for number in range(1, 102 - truly)]
+    fresh = [books.begin("c", RequestLease(number, "alice", limits)) for number in range(1, 102 - truly)]
     assert [refusal is None for refusal in fresh] == [True] * (100 - truly) + [False]
 
 
@@ -191,14 +191,14 @@ def test_no_more_than_the_limit_are_ever_under_way_at_holders_that_live(
     operations: list[tuple[str, int, float]], limit: int
 ) -> None:
     clock = Clock()
-    books = LeaseBooks(clock=clock, patience_s=PATIENCE_S)
+    books = LeaseTable(clock=clock, patience_s=PATIENCE_S)
     limits = KeyLimits(concurrency=limit)
     ingresses = [Ingress(str(index), books) for index in range(3)]
     for kind, index, gap_s in operations:
         one = ingresses[index]
         if kind == "begin":
             one.last += 1
-            asked = Lease(one.last, "alice", limits)
+            asked = RequestLease(one.last, "alice", limits)
             if books.begin(one.name, asked) is None:
                 one.held[one.last] = asked
         elif kind == "end" and one.held:
@@ -210,13 +210,13 @@ def test_no_more_than_the_limit_are_ever_under_way_at_holders_that_live(
         elif kind == "wait":
             clock.now += gap_s
             for living in ingresses:
-                books.heard(living.beat())
+                books.apply_heartbeat(living.beat())
         assert sum(len(living.held) for living in ingresses) <= limit
     for living in ingresses:
         for number in living.held:
             books.end(living.name, number, drew=True)
         living.held.clear()
     clock.now += PATIENCE_S + 1
-    assert [books.begin("z", Lease(number, "alice", limits)) is None for number in range(1, limit + 2)] == [
+    assert [books.begin("z", RequestLease(number, "alice", limits)) is None for number in range(1, limit + 2)] == [
         True
     ] * limit + [False]

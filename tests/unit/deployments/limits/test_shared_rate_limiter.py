@@ -11,8 +11,8 @@ import pytest
 
 from serve_app.api.http.limits import Grant
 from serve_app.config import KeyLimits
-from serve_app.deployments.limits.lease_table import Heartbeat, Lease, LeaseBooks
-from serve_app.deployments.limits.shared_rate_limiter import KeeperAway, SharedMeter
+from serve_app.deployments.limits.lease_table import Heartbeat, LeaseTable, RequestLease
+from serve_app.deployments.limits.shared_rate_limiter import KeeperAway, SharedRateLimiter
 from serve_app.errors import KeyLimitReached, LoraplexError, OutOfBounds
 
 PATIENCE_S = 5.0
@@ -33,23 +33,23 @@ class BooksKeeper:
 
     def renew(self) -> None:
         """Forget everything, as a keeper does that was started again."""
-        self.books = LeaseBooks(clock=lambda: self.now, patience_s=PATIENCE_S)
+        self.books = LeaseTable(clock=lambda: self.now, patience_s=PATIENCE_S)
 
-    async def begin(self, holder: str, lease: Lease) -> KeyLimitReached | None:
+    async def begin(self, holder: str, lease: RequestLease) -> KeyLimitReached | None:
         # Counted before it is answered, as for an answer that is lost.
         answer = self.books.begin(holder, lease) if not self.is_away else None
         return await self._answer(answer)
 
-    async def spend(self, holder: str, lease: Lease, count: int) -> LoraplexError | None:
+    async def spend(self, holder: str, lease: RequestLease, count: int) -> LoraplexError | None:
         return await self._answer(None if self.is_away else self.books.spend(holder, lease, count))
 
     async def end(self, holder: str, number: int, *, drew: bool) -> None:
         await self._answer(None)
         self.books.end(holder, number, drew=drew)
 
-    async def heard(self, beat: Heartbeat) -> None:
+    async def apply_heartbeat(self, beat: Heartbeat) -> None:
         await self._answer(None)
-        self.books.heard(beat)
+        self.books.apply_heartbeat(beat)
         self.has_heard.set()
 
     async def _answer(self, answer: T) -> T:
@@ -66,11 +66,11 @@ class Service:
 
     keeper: BooksKeeper
     by: list[str] = field(default_factory=list[str])
-    meters: list[SharedMeter] = field(default_factory=list[SharedMeter])
+    meters: list[SharedRateLimiter] = field(default_factory=list[SharedRateLimiter])
 
-    def join(self, holder: str) -> SharedMeter:
+    def join(self, holder: str) -> SharedRateLimiter:
         self.meters.append(
-            SharedMeter(
+            SharedRateLimiter(
                 self.keeper,
                 holder=holder,
                 replicas=2,
@@ -98,7 +98,7 @@ def limits(**values: float) -> KeyLimits:
     return KeyLimits.model_validate(values)
 
 
-async def let_in(meter: SharedMeter, count: int, asked: KeyLimits) -> list[Grant]:
+async def let_in(meter: SharedRateLimiter, count: int, asked: KeyLimits) -> list[Grant]:
     """Ask so many times and return what was granted."""
     grants: list[Grant] = []
     for _ in range(count):
@@ -258,7 +258,7 @@ async def test_an_end_that_is_lost_is_made_good_by_the_next_heartbeat(service: S
 
 
 async def test_heartbeats_go_on_by_themselves_from_the_first_request_with_limits(service: Service) -> None:
-    meter = SharedMeter(service.keeper, holder="c", replicas=2, clock=lambda: 0.0, beat_s=0.001)
+    meter = SharedRateLimiter(service.keeper, holder="c", replicas=2, clock=lambda: 0.0, beat_s=0.001)
     service.meters.append(meter)
     grant = await meter.begin("alice", limits(concurrency=1))
     service.keeper.renew()

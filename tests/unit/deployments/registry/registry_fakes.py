@@ -20,7 +20,7 @@ class StoreKeeper:
         self.asked = 0
         self.changed = asyncio.Condition()
 
-    async def newer(self, known: TableVersion) -> AliasTable | None:
+    async def watch(self, known: TableVersion) -> AliasTable | None:
         self.asked += 1
         async with self.changed:
             self.changed.notify_all()

@@ -41,11 +41,11 @@ async def test_a_change_holds_at_once_where_it_was_made_and_soon_everywhere(
 ) -> None:
     mine, other = mirrors
     await mine.put(MINE, may_replace=False)
-    assert mine.meant(AdapterRef("mine", 0.5)) == AdapterRef("a/b", 0.5)
-    await until(keeper, lambda: other.meant(AdapterRef("mine")).id == "a/b")
+    assert mine.resolve_alias(AdapterRef("mine", 0.5)) == AdapterRef("a/b", 0.5)
+    await until(keeper, lambda: other.resolve_alias(AdapterRef("mine")).id == "a/b")
     await other.remove("mine")
-    assert other.meant(AdapterRef("mine")).id == "mine"
-    await until(keeper, lambda: mine.meant(AdapterRef("mine")).id == "mine")
+    assert other.resolve_alias(AdapterRef("mine")).id == "mine"
+    await until(keeper, lambda: mine.resolve_alias(AdapterRef("mine")).id == "mine")
 
 
 async def test_a_new_mirror_begins_with_what_is_kept(keeper: StoreKeeper) -> None:

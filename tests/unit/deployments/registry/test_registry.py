@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from serve_app.catalog.catalog import Catalog
-from serve_app.catalog.replica_report import HeldBack, Holding, InWeights, ReplicaReport, Use
+from serve_app.catalog.replica_report import (
+    ActiveAdapter,
+    AdapterUsage,
+    QuarantinedAdapters,
+    ReplicaReport,
+    ResidentAdapter,
+)
 from serve_app.catalog.resolving.aliases import Alias, AliasStore
 from serve_app.core import AdapterRef, HubToken
 from serve_app.deployments.registry.alias_mirror import AliasMirror
@@ -35,7 +41,7 @@ class Scene:
         return ServiceRegistry(self.catalog, self.aliases, replicas), replicas
 
     async def key_of(self, model: str) -> str:
-        return (await self.catalog.examined(AdapterRef(model))).spec.key
+        return (await self.catalog.lookup_adapter(AdapterRef(model))).spec.key
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         world.put("me/other", adapter_files("demo/sd"))
         keeper = StoreKeeper(AliasStore(tmp_path / "registry.sqlite3", clock=lambda: 0.0))
         mirror = AliasMirror(keeper)
-        yield Scene(world, world.catalog(meant=mirror.meant), keeper, mirror)
+        yield Scene(world, world.catalog(resolve_alias=mirror.resolve_alias), keeper, mirror)
 
 
 def alias(name: str = "mine", target: str = "me/style", **fields: str) -> Alias:
@@ -60,9 +66,19 @@ async def added(registry: ServiceRegistry, new: Alias, *, preload: int = 0, may_
 async def test_rows_bring_together_what_all_replicas_know(scene: Scene) -> None:
     key = await scene.key_of("me/style")
     reports = (
-        ReplicaReport("r1", "demo/sd", holdings=(Holding(key, "me/style", "host"),), uses=(Use(key, 2, 50.0, 48),)),
-        ReplicaReport("r2", "demo/sd", holdings=(Holding(key, "me/style", "applied"),), uses=(Use(key, 3, 40.0, 48),)),
-        ReplicaReport("r3", "demo/sd", uses=(Use("me/style@older/f", 9, 99.0, 48),)),
+        ReplicaReport(
+            "r1",
+            "demo/sd",
+            holdings=(ResidentAdapter(key, "me/style", "host"),),
+            uses=(AdapterUsage(key, 2, 50.0, 48),),
+        ),
+        ReplicaReport(
+            "r2",
+            "demo/sd",
+            holdings=(ResidentAdapter(key, "me/style", "applied"),),
+            uses=(AdapterUsage(key, 3, 40.0, 48),),
+        ),
+        ReplicaReport("r3", "demo/sd", uses=(AdapterUsage("me/style@older/f", 9, 99.0, 48),)),
     )
     registry, _ = scene.registry(*reports)
     await added(registry, alias())
@@ -78,7 +94,10 @@ async def test_rows_bring_together_what_all_replicas_know(scene: Scene) -> None:
 
 async def test_a_row_says_which_replicas_refuse_its_adapter_for_now(scene: Scene) -> None:
     key = await scene.key_of("me/style")
-    short, long = HeldBack((key,), (8.0,), "it failed", 5), HeldBack((key, "x"), (1.0, 1.0), "it failed", 70)
+    short, long = (
+        QuarantinedAdapters((key,), (8.0,), "it failed", 5),
+        QuarantinedAdapters((key, "x"), (1.0, 1.0), "it failed", 70),
+    )
     registry, _ = scene.registry(
         ReplicaReport("r1", "demo/sd", held_back=(short,)), ReplicaReport("r2", "demo/sd", held_back=(long,))
     )
@@ -136,7 +155,9 @@ async def test_an_alias_may_be_moved_where_that_is_asked_for(scene: Scene) -> No
 
 async def test_a_removed_alias_means_nothing_and_its_adapter_is_forgotten(scene: Scene) -> None:
     key = await scene.key_of("me/style")
-    registry, replicas = scene.registry(ReplicaReport("r1", "demo/sd", holdings=(Holding(key, "me/style", "host"),)))
+    registry, replicas = scene.registry(
+        ReplicaReport("r1", "demo/sd", holdings=(ResidentAdapter(key, "me/style", "host"),))
+    )
     await added(registry, alias())
     removal = await registry.remove("mine", token=None)
     assert (removal.was_alias, removal.replicas, replicas.forgotten) == (True, ("r1",), ["me/style"])
@@ -166,7 +187,7 @@ async def test_a_preload_goes_to_holders_first_then_to_the_least_busy_and_last_t
     key = await scene.key_of("me/style")
     reports = (
         ReplicaReport("busy", "demo/sd", backlog_s=9.0),
-        ReplicaReport("holder", "demo/sd", backlog_s=99.0, holdings=(Holding(key, "me/style", "host"),)),
+        ReplicaReport("holder", "demo/sd", backlog_s=99.0, holdings=(ResidentAdapter(key, "me/style", "host"),)),
         ReplicaReport("idle", "demo/sd"),
         ReplicaReport("silent", "demo/sd", state="SILENT"),
         ReplicaReport("starting-1", "demo/sd", state="STARTING"),
@@ -204,9 +225,12 @@ async def test_an_alias_of_a_private_adapter_shows_to_those_who_may_read_it(scen
 async def test_replicas_show_a_private_adapter_to_its_readers_alone(scene: Scene) -> None:
     scene.world.hub.push("me/secret", adapter_files("demo/sd"))
     scene.world.hub.hide("me/secret", tokens=frozenset({ALICE.value}))
-    secret = (await scene.catalog.examined(AdapterRef("me/secret"), token=ALICE)).spec.key
-    held = Holding(await scene.key_of("me/style"), "me/style", "host"), Holding(secret, "me/secret", "applied")
-    applied = (InWeights("me/secret", 1.0),)
+    secret = (await scene.catalog.lookup_adapter(AdapterRef("me/secret"), token=ALICE)).spec.key
+    held = (
+        ResidentAdapter(await scene.key_of("me/style"), "me/style", "host"),
+        ResidentAdapter(secret, "me/secret", "applied"),
+    )
+    applied = (ActiveAdapter("me/secret", 1.0),)
     registry, _ = scene.registry(ReplicaReport("r1", "demo/sd", holdings=held, applied=applied))
     (seen,) = await registry.replicas(token=ALICE)
     assert (seen.holdings, seen.applied) == (held, applied)

@@ -7,7 +7,7 @@ import pytest
 
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.core import AdapterSpec
-from serve_app.deployments.registry.fleet import Count, RollCall
+from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount
 from serve_app.errors import ModelNotFound, NotReady
 
 SPEC = AdapterSpec("me/style", "demo/sd", "r1", "f", "folder", "me/style", 1)
@@ -61,10 +61,10 @@ class Clock:
         return self.now
 
 
-def roll_call(counts: dict[str, tuple[int, int]], clock: Clock | None = None, **handles: Handle) -> RollCall:
+def roll_call(counts: dict[str, tuple[int, int]], clock: Clock | None = None, **handles: Handle) -> ReplicaBroadcast:
     by_base: Any = {base.replace("_", "/"): handle for base, handle in handles.items()}
-    known = {base: Count(*count) for base, count in counts.items()}
-    return RollCall(by_base, lambda: known, clock=clock or Clock(), answer_timeout_s=0.05)
+    known = {base: ReplicaCount(*count) for base, count in counts.items()}
+    return ReplicaBroadcast(by_base, lambda: known, clock=clock or Clock(), answer_timeout_s=0.05)
 
 
 def report(name: str, **fields: Any) -> ReplicaReport:
@@ -95,15 +95,15 @@ async def test_a_replica_that_is_gone_is_not_shown_as_silent() -> None:
 
 
 async def test_while_serve_is_late_too_all_are_shown_that_it_last_counted() -> None:
-    handle, clock, counted = Handle(report("r1", waiting=3), None), Clock(), [Count(2, 1)]
+    handle, clock, counted = Handle(report("r1", waiting=3), None), Clock(), [ReplicaCount(2, 1)]
 
-    def counts() -> dict[str, Count]:
+    def counts() -> dict[str, ReplicaCount]:
         if not counted:
             raise TimeoutError
         return {"demo/sd": counted.pop()}
 
     by_base: Any = {"demo/sd": handle}
-    calls = RollCall(by_base, counts, clock=clock, answer_timeout_s=0.05)
+    calls = ReplicaBroadcast(by_base, counts, clock=clock, answer_timeout_s=0.05)
     # One that this ingress has not heard of yet runs all the same.
     shown = [(one.id, one.state) for one in await calls.reports()]
     assert shown == [("r1", "RUNNING"), ("silent-1", "SILENT"), ("starting-1", "STARTING")]

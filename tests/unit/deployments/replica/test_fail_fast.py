@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from serve_app.deployments.replica.fail_fast import Leaving
+from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.engine.worker.worker import WorkerState
 
 WELL = WorkerState(waiting=0, running=1, applied=(), is_alive=True, failed_batches=0)
@@ -24,9 +24,9 @@ class Worker:
     def snapshot(self) -> WorkerState:
         return self.state
 
-    def abandon(self, why: str) -> None:
+    def fail_all(self, why: str) -> None:
         self.abandoned.append(why)
-        self.state = replace(self.state, is_alive=False, still_s=0.0)
+        self.state = replace(self.state, is_alive=False, stalled_s=0.0)
 
 
 class Case:
@@ -35,17 +35,17 @@ class Case:
     def __init__(self) -> None:
         self.worker = Worker()
         self.ended = asyncio.Event()
-        self.leaving = Leaving(cast(Any, self.worker), "demo/sd15", stall_after_s=10.0, end=self.ended.set)
+        self.leaving = FailFast(cast(Any, self.worker), "demo/sd15", stall_after_s=10.0, end=self.ended.set)
 
 
 def test_a_hung_device_ends_the_process_once_its_jobs_were_given_up() -> None:
     async def run() -> None:
         case = Case()
-        assert case.leaving.look() is None
-        await case.leaving.admit()
-        case.worker.state = replace(WELL, still_s=11.0)
-        assert case.leaving.has_failed
-        found = case.leaving.look()  # and again: what is found first is what is told
+        assert case.leaving.check_and_exit() is None
+        await case.leaving.block_if_exiting()
+        case.worker.state = replace(WELL, stalled_s=11.0)
+        assert case.leaving.check_failed()
+        found = case.leaving.check_and_exit()  # and again: what is found first is what is told
         assert found is not None
         assert "no headway for 11 s" in found.reason
         assert case.worker.abandoned == ["stalled"]
@@ -59,8 +59,8 @@ def test_whoever_comes_meanwhile_waits_for_the_end_that_sends_it_elsewhere() -> 
     async def run() -> None:
         case = Case()
         case.worker.state = replace(WELL, is_lost=True)
-        assert case.leaving.has_failed
-        comes = asyncio.create_task(case.leaving.admit())
+        assert case.leaving.check_failed()
+        comes = asyncio.create_task(case.leaving.block_if_exiting())
         await asyncio.wait_for(case.ended.wait(), 60.0)
         assert not comes.done()
         comes.cancel()
@@ -73,9 +73,9 @@ def test_an_ailment_that_serve_is_to_see_first_does_not_end_the_process(state: W
     async def run() -> None:
         case = Case()
         case.worker.state = state
-        assert case.leaving.look() is not None
-        assert case.leaving.has_failed is state.is_corrupt
-        await case.leaving.admit()
+        assert case.leaving.check_and_exit() is not None
+        assert case.leaving.check_failed() is state.is_corrupt
+        await case.leaving.block_if_exiting()
         assert case.worker.abandoned == []
 
     asyncio.run(run())
@@ -86,6 +86,6 @@ def test_a_worker_that_is_closed_in_good_order_is_not_ill() -> None:
         case = Case()
         case.leaving.stop()
         case.worker.state = replace(WELL, is_alive=False)
-        assert case.leaving.look() is None
+        assert case.leaving.check_and_exit() is None
 
     asyncio.run(run())

@@ -11,35 +11,35 @@ from serve_app.deployments.replica.health import (
     MAX_FAILED_BATCHES,
     STALL_AFTER_COMPILING_S,
     STALL_AFTER_S,
-    ailment,
+    diagnose,
     stall_after_s,
 )
 from serve_app.engine.worker.worker import WorkerState
 
 WELL = WorkerState(
-    waiting=3, running=1, applied=(), is_alive=True, failed_batches=MAX_FAILED_BATCHES - 1, still_s=STALL_AFTER_S
+    waiting=3, running=1, applied=(), is_alive=True, failed_batches=MAX_FAILED_BATCHES - 1, stalled_s=STALL_AFTER_S
 )
 
 
 def test_a_busy_worker_is_well() -> None:
-    assert ailment(WELL, "demo/sd15") is None
+    assert diagnose(WELL, "demo/sd15") is None
 
 
 @pytest.mark.parametrize(
-    ("state", "reason", "ends_process", "answers"),
+    ("state", "reason", "is_fatal", "can_serve"),
     [
         (replace(WELL, is_corrupt=True, is_alive=False), "damaged in memory", False, False),
         (replace(WELL, is_lost=True, is_alive=False), "device of demo/sd15 is beyond repair", True, False),
         (replace(WELL, is_alive=False), "device thread of demo/sd15 died", True, False),
-        (replace(WELL, still_s=STALL_AFTER_S + 1), "no headway for 301 s", True, False),
+        (replace(WELL, stalled_s=STALL_AFTER_S + 1), "no headway for 301 s", True, False),
         (replace(WELL, failed_batches=MAX_FAILED_BATCHES), "3 batches in a row", False, True),
     ],
 )
-def test_what_cannot_go_on_is_named(state: WorkerState, reason: str, ends_process: bool, answers: bool) -> None:
-    found = ailment(state, "demo/sd15")
+def test_what_cannot_go_on_is_named(state: WorkerState, reason: str, is_fatal: bool, can_serve: bool) -> None:
+    found = diagnose(state, "demo/sd15")
     assert found is not None
     assert reason in found.reason
-    assert (found.ends_process, found.answers) == (ends_process, answers)
+    assert (found.is_fatal, found.can_serve) == (is_fatal, can_serve)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,14 @@ import asyncio
 from collections.abc import Iterable
 
 from serve_app.core import AdapterSpec
-from serve_app.deployments.replica.prefetch import HALF_LIFE_S, Demand, Wanted, WarmUpLimits, chosen, make_ready
+from serve_app.deployments.replica.prefetch import (
+    HALF_LIFE_S,
+    PopularAdapter,
+    UsageTracker,
+    WarmUpLimits,
+    chosen,
+    prefetch_adapters,
+)
 from serve_app.errors import HubUnavailable
 
 LIMITS = WarmUpLimits(timeout_s=5.0, max_adapters=8, max_bytes=1000)
@@ -27,13 +34,13 @@ class Clock:
 class Shelf:
     """Where adapters are brought; some are gone, some never come."""
 
-    def __init__(self, *told: Iterable[Wanted], gone: str = "", endless: str = "") -> None:
+    def __init__(self, *told: Iterable[PopularAdapter], gone: str = "", endless: str = "") -> None:
         self._told = told
         self._gone = gone
         self._endless = endless
         self.brought: list[str] = []
 
-    async def ask(self) -> Iterable[Iterable[Wanted]]:
+    async def ask(self) -> Iterable[Iterable[PopularAdapter]]:
         return self._told
 
     async def bring(self, wanted: AdapterSpec) -> None:
@@ -43,12 +50,12 @@ class Shelf:
             await asyncio.Event().wait()
         self.brought.append(wanted.id)
 
-    async def make_ready(self, limits: WarmUpLimits = LIMITS) -> int:
-        return await make_ready(self.ask, self.bring, limits, clock=Clock())
+    async def prefetch_adapters(self, limits: WarmUpLimits = LIMITS) -> int:
+        return await prefetch_adapters(self.ask, self.bring, limits, clock=Clock())
 
 
 def test_demand_names_the_adapters_used_most_first() -> None:
-    demand = Demand(Clock())
+    demand = UsageTracker(Clock())
     for name in "abcbbc":
         demand.note(spec(name))
     assert [(each.spec.id, each.uses) for each in demand.most()] == [("b", 3), ("c", 2), ("a", 1)]
@@ -56,7 +63,7 @@ def test_demand_names_the_adapters_used_most_first() -> None:
 
 def test_demand_fades() -> None:
     clock = Clock()
-    demand = Demand(clock)
+    demand = UsageTracker(clock)
     for _ in range(3):
         demand.note(spec("old"))
     clock.now_s = 2 * HALF_LIFE_S
@@ -65,7 +72,7 @@ def test_demand_fades() -> None:
 
 
 def test_demand_for_thousands_of_adapters_stays_small() -> None:
-    demand = Demand(Clock())
+    demand = UsageTracker(Clock())
     for index in range(5000):
         demand.note(spec(f"adapter-{index}"))
         demand.note(spec("hot"))
@@ -74,46 +81,57 @@ def test_demand_for_thousands_of_adapters_stays_small() -> None:
 
 
 def test_what_all_replicas_use_is_added_up() -> None:
-    told = [[Wanted(spec("a"), 3.0), Wanted(spec("b"), 2.0)], [Wanted(spec("b"), 2.0)]]
+    told = [[PopularAdapter(spec("a"), 3.0), PopularAdapter(spec("b"), 2.0)], [PopularAdapter(spec("b"), 2.0)]]
     assert [each.id for each in chosen(told, max_adapters=5, max_bytes=1000)] == ["b", "a"]
 
 
 def test_what_does_not_fit_is_left_out() -> None:
-    told = [[Wanted(spec("big", 600), 9.0), Wanted(spec("bigger", 600), 8.0), Wanted(spec("small", 300), 7.0)]]
+    told = [
+        [
+            PopularAdapter(spec("big", 600), 9.0),
+            PopularAdapter(spec("bigger", 600), 8.0),
+            PopularAdapter(spec("small", 300), 7.0),
+        ]
+    ]
     assert [each.id for each in chosen(told, max_adapters=5, max_bytes=1000)] == ["big", "small"]
     assert [each.id for each in chosen(told, max_adapters=1, max_bytes=1000)] == ["big"]
 
 
 async def test_the_most_wanted_are_brought_and_one_that_fails_stops_nothing() -> None:
-    shelf = Shelf([Wanted(spec("a"), 3.0), Wanted(spec("gone"), 2.0), Wanted(spec("b"), 1.0)], gone="gone")
-    assert await shelf.make_ready() == 2
+    shelf = Shelf(
+        [PopularAdapter(spec("a"), 3.0), PopularAdapter(spec("gone"), 2.0), PopularAdapter(spec("b"), 1.0)], gone="gone"
+    )
+    assert await shelf.prefetch_adapters() == 2
     assert shelf.brought == ["a", "b"]
 
 
 async def test_when_time_is_out_the_replica_starts_with_what_it_has() -> None:
-    shelf = Shelf([Wanted(spec("a"), 3.0), Wanted(spec("never"), 2.0), Wanted(spec("b"), 1.0)], endless="never")
-    assert await shelf.make_ready(WarmUpLimits(timeout_s=0.05, max_adapters=8, max_bytes=1000)) == 1
+    shelf = Shelf(
+        [PopularAdapter(spec("a"), 3.0), PopularAdapter(spec("never"), 2.0), PopularAdapter(spec("b"), 1.0)],
+        endless="never",
+    )
+    assert await shelf.prefetch_adapters(WarmUpLimits(timeout_s=0.05, max_adapters=8, max_bytes=1000)) == 1
 
 
 async def test_siblings_that_hang_cost_no_more_than_the_asking_may_take() -> None:
-    async def ask() -> Iterable[Iterable[Wanted]]:
+    async def ask() -> Iterable[Iterable[PopularAdapter]]:
         await asyncio.Event().wait()
         return ()
 
     limits = WarmUpLimits(timeout_s=10_000.0, max_adapters=8, max_bytes=1000, ask_timeout_s=0.05)
     async with asyncio.timeout(60):
-        assert await make_ready(ask, Shelf().bring, limits, clock=Clock()) == 0
+        assert await prefetch_adapters(ask, Shelf().bring, limits, clock=Clock()) == 0
 
 
 async def test_a_replica_without_siblings_and_one_told_not_to_warm_up_start_at_once() -> None:
-    assert await Shelf().make_ready() == 0
-    shelf = Shelf([Wanted(spec("a"), 3.0)])
-    assert await shelf.make_ready(WarmUpLimits(timeout_s=0.0, max_adapters=8, max_bytes=1000)) == 0
+    assert await Shelf().prefetch_adapters() == 0
+    shelf = Shelf([PopularAdapter(spec("a"), 3.0)])
+    assert await shelf.prefetch_adapters(WarmUpLimits(timeout_s=0.0, max_adapters=8, max_bytes=1000)) == 0
     assert shelf.brought == []
 
 
 async def test_a_question_that_fails_costs_no_start() -> None:
-    async def ask() -> Iterable[Iterable[Wanted]]:
+    async def ask() -> Iterable[Iterable[PopularAdapter]]:
         raise ConnectionError
 
-    assert await make_ready(ask, Shelf().bring, LIMITS, clock=Clock()) == 0
+    assert await prefetch_adapters(ask, Shelf().bring, LIMITS, clock=Clock()) == 0

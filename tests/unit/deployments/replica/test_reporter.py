@@ -1,26 +1,26 @@
 from __future__ import annotations
 
-from serve_app.catalog.replica_report import Holding, InWeights, Use
+from serve_app.catalog.replica_report import ActiveAdapter, AdapterUsage, ResidentAdapter
 from serve_app.core import AdapterSpec
-from serve_app.deployments.replica.reporter import UseBook
+from serve_app.deployments.replica.reporter import AdapterUsageLog
 
 
 def spec(model: str, revision: str = "r1") -> AdapterSpec:
     return AdapterSpec(model, "demo/sd", revision, "f", "folder", model, 1)
 
 
-def book(**settings: int) -> UseBook:
+def book(**settings: int) -> AdapterUsageLog:
     times = iter(range(1000))
-    return UseBook(clock=lambda: float(next(times)), **settings)
+    return AdapterUsageLog(clock=lambda: float(next(times)), **settings)
 
 
 def test_uses_are_counted_and_reading_is_none() -> None:
     uses = book()
     uses.note(spec("a"), digest="d", layers_matched=3, is_hit=False)
-    assert uses.uses() == (Use("a@r1/f", 0, 0.0, 3),)
+    assert uses.uses() == (AdapterUsage("a@r1/f", 0, 0.0, 3),)
     for _ in range(2):
         uses.note(spec("a"), digest="d", layers_matched=3)
-    assert uses.uses() == (Use("a@r1/f", 2, 1.0, 3),)
+    assert uses.uses() == (AdapterUsage("a@r1/f", 2, 1.0, 3),)
 
 
 def test_an_adapter_shows_on_the_fastest_tier_it_is_on() -> None:
@@ -29,11 +29,11 @@ def test_an_adapter_shows_on_the_fastest_tier_it_is_on() -> None:
         uses.note(spec(name), digest=f"digest of {name}", layers_matched=1)
     held = uses.holdings([("digest of a", 0.5)], ["digest of a", "digest of b"], ["a@r1/f", "b@r1/f", "c@r1/f"])
     assert held == (
-        Holding("a@r1/f", "a", "applied"),
-        Holding("b@r1/f", "b", "device"),
-        Holding("c@r1/f", "c", "host"),
+        ResidentAdapter("a@r1/f", "a", "applied"),
+        ResidentAdapter("b@r1/f", "b", "device"),
+        ResidentAdapter("c@r1/f", "c", "host"),
     )
-    assert uses.applied([("digest of a", 0.5), ("unknown", 1.0)]) == (InWeights("a", 0.5),)
+    assert uses.applied([("digest of a", 0.5), ("unknown", 1.0)]) == (ActiveAdapter("a", 0.5),)
 
 
 def test_all_revisions_of_an_adapter_are_found() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.catalog.sources.download_cache import Originals
+from serve_app.catalog.sources.download_cache import DownloadCache
 from serve_app.core import AdapterSpec
-from serve_app.deployments.shared.file_index import Flights, SharedFile
+from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedFile
 from serve_app.deployments.shared.sharing import SharedFiles, get_file, put_file
 from serve_app.errors import HubUnavailable
 from tests.small_disk import leave_room
@@ -74,7 +74,7 @@ class Hub:
     def release(self, spec: AdapterSpec) -> None:
         self.released.append(spec.key)
 
-    def make_room(self, needed_bytes: int) -> int:
+    def free_space(self, needed_bytes: int) -> int:
         self.asked_room.append(needed_bytes)
         return needed_bytes
 
@@ -93,11 +93,11 @@ class Hub:
 class Index:
     """The index of a cluster, reached without a network."""
 
-    def __init__(self, flights: Flights) -> None:
+    def __init__(self, flights: DownloadCoordinator) -> None:
         self.flights = flights
         self.is_down = False
 
-    def _reach(self) -> Flights:
+    def _reach(self) -> DownloadCoordinator:
         if self.is_down:
             raise OSError("the index is down")
         return self.flights
@@ -108,11 +108,11 @@ class Index:
     async def announce(self, key: str, file: SharedFile) -> None:
         self._reach().announce(key, file)
 
-    async def give_up(self, key: str) -> None:
-        self._reach().give_up(key)
+    async def release_claim(self, key: str) -> None:
+        self._reach().release_claim(key)
 
-    async def lose(self, key: str, sha256: str) -> None:
-        self._reach().lose(key, sha256)
+    async def invalidate(self, key: str, sha256: str) -> None:
+        self._reach().invalidate(key, sha256)
 
 
 class Nodes:
@@ -120,7 +120,7 @@ class Nodes:
 
     def __init__(self, root: Path, *, patience_s: float = 60.0, budget_bytes: int = 1 << 30) -> None:
         self.memory = Memory()
-        self.index = Index(Flights(patience_s=patience_s, budget_bytes=budget_bytes, clock=Clock()))
+        self.index = Index(DownloadCoordinator(patience_s=patience_s, budget_bytes=budget_bytes, clock=Clock()))
         self.root = root
         self.brought: list[tuple[str, str]] = []
         self.hubs: dict[str, Hub] = {}
@@ -133,7 +133,9 @@ class Nodes:
             hub,
             self.index,
             self.memory,
-            copies=Originals(folder or self.root / name / "peers", disk_bytes, clock=lambda: float(next(self.ticks))),
+            copies=DownloadCache(
+                folder or self.root / name / "peers", disk_bytes, clock=lambda: float(next(self.ticks))
+            ),
             node=name,
             on_brought=lambda tier: self.brought.append((name, tier)),
         )
@@ -291,9 +293,9 @@ async def test_copies_make_room_on_a_full_disk_before_the_hubs_files_do(nodes: N
     in_use = await bring_from_peer(nodes, late, 1)
     late.release(numbered(0))
     size_bytes = in_use.stat().st_size
-    assert await asyncio.to_thread(late.make_room, size_bytes) == size_bytes
+    assert await asyncio.to_thread(late.free_space, size_bytes) == size_bytes
     assert nodes.hubs["late"].asked_room == []
-    assert await asyncio.to_thread(late.make_room, size_bytes) == size_bytes
+    assert await asyncio.to_thread(late.free_space, size_bytes) == size_bytes
     assert nodes.hubs["late"].asked_room == [size_bytes]
     assert copies(nodes, "late") == [in_use]
 
@@ -323,7 +325,7 @@ async def test_a_full_disk_costs_the_peers_nothing(nodes: Nodes, disk: Path) -> 
 
 async def test_one_who_waits_too_long_takes_over_and_the_others_wait_for_that_one() -> None:
     clock = Clock()
-    flights = Flights(patience_s=0.02, budget_bytes=1000, clock=clock)
+    flights = DownloadCoordinator(patience_s=0.02, budget_bytes=1000, clock=clock)
     assert await flights.claim("k") is None
     waiting = [asyncio.ensure_future(flights.claim("k")) for _ in range(3)]
     done, still = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -334,7 +336,7 @@ async def test_one_who_waits_too_long_takes_over_and_the_others_wait_for_that_on
 
 
 async def test_files_asked_for_least_recently_are_forgotten_first() -> None:
-    flights = Flights(patience_s=60, budget_bytes=20, clock=Clock())
+    flights = DownloadCoordinator(patience_s=60, budget_bytes=20, clock=Clock())
     for key in ("old", "used"):
         assert await flights.claim(key) is None
         flights.announce(key, SharedFile("a", key, 10, ()))
@@ -353,7 +355,7 @@ def test_a_file_arrives_whole(tmp_path: Path, content: bytes) -> None:
     shared = put_file(memory, path, "a", chunk_bytes=1000)
     assert len(shared.chunks) == -(-len(content) // 1000)
     assert shared.size_bytes == len(content)
-    with Originals(tmp_path / "copies", 1 << 30, clock=Clock()).draft("key") as draft:
+    with DownloadCache(tmp_path / "copies", 1 << 30, clock=Clock()).draft("key") as draft:
         draft.add(b"of an attempt that broke off")
         get_file(memory, shared, draft)
         assert draft.path.read_bytes() == content

@@ -31,9 +31,9 @@ asyncio.run(live())
 """
 
 
-def ended(how: str, silence_s: float) -> tuple[int, int, str]:
+def ended(how: str, timeout_s: float) -> tuple[int, int, str]:
     """Run a guarded process; return its exit status, the process id beside it, and what that one wrote."""
-    command = [sys.executable, "-c", GUARDED, str(silence_s), how]
+    command = [sys.executable, "-c", GUARDED, str(timeout_s), how]
     guarded = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert guarded.stdout is not None
     guardian = int(guarded.stdout.readline())

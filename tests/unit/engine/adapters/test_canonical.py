@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from serve_app.engine.adapters.canonical import CHUNK_BYTES, DamagedCanonicalFile, Seal, read_canonical, write_canonical
+from serve_app.engine.adapters.canonical import (
+    CHUNK_BYTES,
+    DamagedCanonicalFile,
+    FileChecksum,
+    read_canonical,
+    write_canonical,
+)
 from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, LowRank, ParsedAdapter, tensors_of
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
@@ -31,7 +37,7 @@ FORMS = {
 
 def adapter(folder: Path, form: str, dtype: torch.dtype = torch.bfloat16) -> ParsedAdapter:
     pipeline = tiny_pipeline("sd15", dtype)
-    return read_adapter(put(folder, form, Form(FORMS[form](pipeline))), form, manifest_of(pipeline), AdapterLimits())
+    return parse_adapter(put(folder, form, Form(FORMS[form](pipeline))), form, manifest_of(pipeline), AdapterLimits())
 
 
 def assert_same(first: Delta, second: Delta) -> None:
@@ -117,11 +123,11 @@ def test_bytes_that_changed_places_are_said_to_be_damage(tmp_path: Path) -> None
 def test_a_seal_does_not_depend_on_where_its_bytes_were_cut() -> None:
     chance = random.Random(1)
     content = chance.randbytes(2 * CHUNK_BYTES + 1234)
-    whole = Seal(b"head")
+    whole = FileChecksum(b"head")
     whole.add(content)
     expected = whole.value()
     for _ in range(5):
-        cut = Seal(b"head")
+        cut = FileChecksum(b"head")
         position = 0
         while position < len(content):
             size = chance.choice((1, 7, 8, 4096, CHUNK_BYTES, CHUNK_BYTES + 3))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import LowRank
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
@@ -44,7 +44,7 @@ def top_layers(alpha: float | None, rank: int = 4) -> dict[str, Tensor]:
 def test_layers_outside_the_blocks_are_applied_at_their_own_alpha(alpha: float | None, tmp_path: Path) -> None:
     pipeline, tensors = tiny_pipeline("flux"), top_layers(alpha)
     path = put(tmp_path, "kohya", Form(flux_kohya(pipeline) | tensors))
-    adapter = read_adapter(path, "a/b", manifest_of(pipeline), AdapterLimits())
+    adapter = parse_adapter(path, "a/b", manifest_of(pipeline), AdapterLimits())
     assert adapter.coverage.layers_matched == adapter.coverage.layers_in_file
     for kohya, name in TOP.items():
         delta = adapter.components["transformer"][name]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.refusals import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsupportedMethod
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
@@ -21,7 +21,7 @@ from tests.tiny_forms import Form, put
 
 def read(folder: Path, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> ParsedAdapter:
     manifest = manifest_of(tiny_pipeline("sd15", dtype))
-    return read_adapter(put(folder, "full", Form(tensors)), "owner/full", manifest, AdapterLimits())
+    return parse_adapter(put(folder, "full", Form(tensors)), "owner/full", manifest, AdapterLimits())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -29,7 +29,7 @@ def test_they_are_added_at_the_scale_asked_for(dtype: torch.dtype, tmp_path: Pat
     live, fresh = tiny_pipeline("sd15", dtype), tiny_pipeline("sd15", dtype)
     tensors = full(live, chooses=everything)
     adapter = read(tmp_path, tensors, dtype)
-    AdapterWeights(adaptable_components(live)).apply([(adapter, 0.3)])
+    FusedWeights(adaptable_components(live)).apply([(adapter, 0.3)])
     for name, module in fresh.unet.named_modules():
         key = "lycoris_" + name.replace(".", "_")
         changed = live.unet.get_submodule(name)

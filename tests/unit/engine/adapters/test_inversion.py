@@ -11,7 +11,7 @@ from torch import Tensor
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.adapters.inversion import words_of
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.errors import MalformedRequest
 from serve_app.refusals import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsafeFile, UnsupportedMethod
@@ -26,7 +26,7 @@ def read(folder: Path, family: str, words: dict[str, Tensor], dtype: torch.dtype
     pipeline = tiny_pipeline(family, dtype)
     path = put(folder, "adapter", Form(lora(pipeline)))
     beside = write(folder / "adapter_emb.safetensors", words)
-    return read_adapter(path, "owner/adapter", manifest_of(pipeline), AdapterLimits(), beside)
+    return parse_adapter(path, "owner/adapter", manifest_of(pipeline), AdapterLimits(), beside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -49,7 +49,7 @@ def test_one_word_may_be_a_vector_and_one_text_encoder_may_be_left_out(tmp_path:
 def test_the_digest_tells_adapters_apart_that_differ_in_their_words_alone(tmp_path: Path) -> None:
     first, again, other = (read(tmp_path, "sd15", embeddings("sd15", seed=seed)) for seed in (1, 1, 2))
     path, manifest = tmp_path / "adapter.safetensors", manifest_of(tiny_pipeline("sd15"))
-    plain = read_adapter(path, "x", manifest, AdapterLimits())
+    plain = parse_adapter(path, "x", manifest, AdapterLimits())
     assert first.digest == again.digest
     assert len({first.digest, other.digest, plain.digest}) == 3
 
@@ -101,7 +101,7 @@ def test_a_pickle_beside_the_adapter_is_refused(tmp_path: Path) -> None:
     path = put(tmp_path, "adapter", Form(lora(pipeline)))
     torch.save(embeddings("sd15"), tmp_path / "adapter_emb.safetensors")
     with pytest.raises(UnsafeFile):
-        read_adapter(path, "x", manifest_of(pipeline), AdapterLimits(), tmp_path / "adapter_emb.safetensors")
+        parse_adapter(path, "x", manifest_of(pipeline), AdapterLimits(), tmp_path / "adapter_emb.safetensors")
 
 
 def test_a_family_that_diffusers_teaches_no_words_refuses_them(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_family_that_diffusers_teaches_no_words_refuses_them(tmp_path: Path) -
 
 def test_two_adapters_with_words_cannot_share_a_request(tmp_path: Path) -> None:
     adapter = read(tmp_path, "sd15", embeddings("sd15"))
-    plain = read_adapter(tmp_path / "adapter.safetensors", "x", manifest_of(tiny_pipeline("sd15")), AdapterLimits())
+    plain = parse_adapter(tmp_path / "adapter.safetensors", "x", manifest_of(tiny_pipeline("sd15")), AdapterLimits())
     assert words_of([plain, adapter]) is adapter.words
     assert words_of([plain]) == {}
     with pytest.raises(MalformedRequest, match="name only one of them"):

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import Dora, Hadamard, Kronecker, LowRank, ParsedAdapter
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.engine.weights.fuse import weight_delta
 from serve_app.refusals import MalformedFile, NonFinite, RankTooHigh, RefusedAdapter
@@ -34,7 +34,7 @@ def read(
     limits: AdapterLimits = LIMITS,
 ) -> ParsedAdapter:
     path = put(folder, "adapter", Form(tensors, metadata))
-    return read_adapter(path, "owner/adapter", manifest_of(tiny_pipeline(family, dtype)), limits)
+    return parse_adapter(path, "owner/adapter", manifest_of(tiny_pipeline(family, dtype)), limits)
 
 
 def first_low_rank(adapter: ParsedAdapter) -> LowRank:
@@ -197,7 +197,7 @@ def test_what_the_flux_converter_leaves_out_is_reported(tmp_path: Path) -> None:
     lost = "lora_te1_text_projection"
     tensors |= {f"{lost}.lora_down.weight": torch.zeros(4, 32), f"{lost}.lora_up.weight": torch.zeros(32, 4)}
     path = put(tmp_path, "adapter", Form(tensors))
-    coverage = read_adapter(path, "owner/adapter", manifest_of(pipeline), LIMITS).coverage
+    coverage = parse_adapter(path, "owner/adapter", manifest_of(pipeline), LIMITS).coverage
     assert (coverage.layers_matched, coverage.unmatched) == (1, (lost,))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.settings import AdapterLimits
 from tests.hostile_files import CORPUS
@@ -28,7 +28,7 @@ def test_a_hostile_file_is_refused_for_its_own_reason(case: str, manifest: BaseM
     path.write_bytes(make())
     started = time.process_time()
     with pytest.raises(kind) as refusal:
-        read_adapter(path, "owner/adapter", manifest, AdapterLimits())
+        parse_adapter(path, "owner/adapter", manifest, AdapterLimits())
     assert time.process_time() - started < LIMIT_S
     sentence = str(refusal.value)
     assert sentence.startswith("adapter owner/adapter is refused: ")

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from serve_app.engine.adapters.canonical import read_canonical
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.admission.child import NICENESS
-from serve_app.engine.admission.lane import Child, Lane
+from serve_app.engine.admission.lane import Child, ChildWorker
 from serve_app.engine.admission.process import AdmissionProcess
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.refusals import AdmissionTimedOut, MalformedFile, NonFinite, ShapeMismatch
@@ -81,7 +81,7 @@ async def test_what_is_admitted_equals_what_is_read_here(
     admission: AdmissionProcess, manifest: BaseManifest, source: Path, tmp_path: Path
 ) -> None:
     await admission.admit(source, "owner/adapter", tmp_path / "canonical")
-    here, there = read_adapter(source, "x", manifest, AdapterLimits()), read_canonical(tmp_path / "canonical")
+    here, there = parse_adapter(source, "x", manifest, AdapterLimits()), read_canonical(tmp_path / "canonical")
     assert (here.digest, here.coverage) == (there.digest, there.coverage)
 
 
@@ -290,7 +290,7 @@ def test_a_lane_that_is_closed_while_its_child_starts_reads_nothing_more(
     monkeypatch.setattr("serve_app.engine.admission.lane.Child", Late)
     limits = AdapterLimits().model_dump(mode="json")
     setup = {"manifest": manifest.to_json(), "limits": limits, "parent": os.getpid()}
-    lane = Lane(setup, patience_s=1e9, is_lasting=True)
+    lane = ChildWorker(setup, patience_s=1e9, is_lasting=True)
     asking = lane.ask({"source": str(endless), "name": "a/b", "target": str(tmp_path / "never")}, 1e9)
     is_starting.wait()
     closing = threading.Thread(target=lane.close)

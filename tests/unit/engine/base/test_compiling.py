@@ -11,11 +11,11 @@ import torch
 from torch._dynamo import reset
 
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
 from serve_app.engine.base.pipeline_setup import compile_denoiser
 from serve_app.engine.drawing.warmup import warm_up
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.settings import AdapterLimits, Defaults
 from tests.engine_cases import base_config, load, one_image, request, use_of, wrap
@@ -55,14 +55,14 @@ def adapters(pipeline: Any, folder: Path) -> list[ParsedAdapter]:
     ]
     manifest = manifest_of(pipeline)
     paths = [put(folder, f"adapter {index}", Form(each)) for index, each in enumerate(tensors)]
-    return [read_adapter(path, path.stem, manifest, AdapterLimits()) for path in paths]
+    return [parse_adapter(path, path.stem, manifest, AdapterLimits()) for path in paths]
 
 
 @pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_swaps_among_ranks_and_layers_compile_nothing_again(family: str, tmp_path: Path) -> None:
     live, plain, backend = tiny_pipeline(family), tiny_pipeline(family), Counting()
     compile_denoiser(live, backend=backend)
-    weights, reference = (AdapterWeights(adaptable_components(each)) for each in (live, plain))
+    weights, reference = (FusedWeights(adaptable_components(each)) for each in (live, plain))
     compositions = [[], *([(adapter, 0.8)] for adapter in adapters(live, tmp_path))]
     compositions.append([*compositions[1], *compositions[3]])
     latents(live)
@@ -94,7 +94,7 @@ def test_after_the_warm_up_the_first_requests_compile_nothing(tmp_path: Path) ->
     live, backend = tiny_pipeline("sd15"), Counting()
     compile_denoiser(live, backend=backend)
     base, config = wrap(live), base_config("sd15", defaults=SMALL)
-    weights, adapter = AdapterWeights(base.components), adapters(live, tmp_path)[0]
+    weights, adapter = FusedWeights(base.components), adapters(live, tmp_path)[0]
     assert warm_up(base, config, torch_threads=1) > 0
     compiled = backend.graphs
     worker = EngineWorker(base, weights, max_batch_images=config.replica.max_batch_images, torch_threads=1)

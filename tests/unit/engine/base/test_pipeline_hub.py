@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tests.engine_cases import load, one_image, request
-from tests.hub_server import Fault, HubServer
+from tests.hub_server import ErrorDetail, HubServer
 from tests.tiny import tiny_folder
 
 WAIT_S = 120.0
@@ -98,7 +98,7 @@ def test_a_base_comes_from_the_hub_and_then_from_its_cache(hub: HubServer, loade
     first = loader.load("me/base")
     assert first["image"] == expected
     assert not [asked for asked in hub.requests if asked.path.endswith((".bin", ".ckpt"))]
-    hub.fail("me/base", Fault(status=503))
+    hub.fail("me/base", ErrorDetail(status=503))
     assert loader.load("me/base") == first
 
 
@@ -114,7 +114,7 @@ def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServ
     refused = loader.load("me/own")
     assert (refused["error"], "no code of a base is ever run" in refused["message"]) == ("BaseUnusable", True)
     assert not [asked for asked in hub.requests if asked.path.endswith(".py")]
-    hub.fail("me/later", Fault(status=503))
+    hub.fail("me/later", ErrorDetail(status=503))
     failing = loader.load("me/later")
     hub.down()
     down = loader.load("me/later")

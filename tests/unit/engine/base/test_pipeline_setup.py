@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from serve_app.config import BaseModelConfig
-from serve_app.engine.base.pipeline_setup import TILES, decode_by_tiles, decode_one_by_one, tune
+from serve_app.engine.base.pipeline_setup import TILES, configure_pipeline, decode_by_tiles, decode_one_by_one
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from tests.engine_cases import base_config, largest_difference, load, one_image, request
 from tests.tiny import tiny_pipeline
 
@@ -27,9 +27,9 @@ def test_channels_last_is_taken_where_the_configuration_says_so_and_draws_the_sa
 
 def test_fused_convolutions_keep_the_memory_format() -> None:
     pipeline = tiny_pipeline("sd15")
-    tune(pipeline, base_config("sd15", memory_format="channels_last"))
-    weights = AdapterWeights({"unet": pipeline.unet})
-    assert weights.checksum() == AdapterWeights({"unet": tiny_pipeline("sd15").unet}).checksum()
+    configure_pipeline(pipeline, base_config("sd15", memory_format="channels_last"))
+    weights = FusedWeights({"unet": pipeline.unet})
+    assert weights.checksum() == FusedWeights({"unet": tiny_pipeline("sd15").unet}).checksum()
 
 
 def test_images_of_a_pass_are_decoded_each_as_alone() -> None:
@@ -52,5 +52,7 @@ def test_tiles_begin_beyond_the_size_that_was_asked_for(times: int, is_tiled: bo
 @pytest.mark.parametrize(("wanted", "is_tiled"), [("auto", False), ("always", True), ("never", False)])
 def test_on_a_cpu_only_always_tiles(wanted: str, is_tiled: bool) -> None:
     pipeline = tiny_pipeline("sd15")
-    tune(pipeline, BaseModelConfig.model_validate({"id": "a", "source": {"folder": "."}, "vae_tiling": wanted}))
+    configure_pipeline(
+        pipeline, BaseModelConfig.model_validate({"id": "a", "source": {"folder": "."}, "vae_tiling": wanted})
+    )
     assert pipeline.vae.use_tiling is is_tiled

@@ -15,7 +15,7 @@ from serve_app.demo.embedded import embedded_root
 from serve_app.engine.base.loading import resolve_source
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.preview import estimate_finished, fit_latent_colours, preview_steps
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.jobs import OnEvent
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.settings import ModelSource
@@ -30,9 +30,9 @@ def pipeline(request: pytest.FixtureRequest) -> BasePipeline:
 
 def previews_of(pipeline: BasePipeline, *requests: GenerationRequest) -> list[list[tuple[PixelImage, ...]]]:
     """Return what each preview round gave, for each request."""
-    rounds: list[list[tuple[PixelImage, ...]]] = []
-    pipeline.generate(requests, on_preview=lambda shares: rounds.append(list(shares)))
-    return rounds
+    completed_rounds: list[list[tuple[PixelImage, ...]]] = []
+    pipeline.generate(requests, on_preview=lambda shares: completed_rounds.append(list(shares)))
+    return completed_rounds
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_previews_change_no_image(pipeline: BasePipeline, scheduler: str | None)
 
 
 def test_only_those_of_a_pass_who_asked_get_previews(pipeline: BasePipeline) -> None:
-    rounds = previews_of(
+    completed_rounds = previews_of(
         pipeline,
         request(steps=4, seed=1, num_previews=1, num_images=2),
         request(steps=4, seed=2),
         request(steps=4, seed=3, num_previews=3),
     )
-    assert [[len(share) for share in shares] for shares in rounds] == [[0, 0, 1], [2, 0, 1], [0, 0, 1]]
+    assert [[len(share) for share in shares] for shares in completed_rounds] == [[0, 0, 1], [2, 0, 1], [0, 0, 1]]
 
 
 def test_a_preview_is_as_small_as_the_latents(pipeline: BasePipeline) -> None:
@@ -76,13 +76,13 @@ def test_images_made_from_images_have_previews(pipeline: BasePipeline) -> None:
     assert len(previews_of(pipeline, wanted)) == 1
 
 
-@pytest.mark.parametrize(("family", "rounds"), [("sd3", 1), ("flux", 0)])
-def test_families_with_other_latents_draw_as_ever(family: str, rounds: int) -> None:
+@pytest.mark.parametrize(("family", "completed_rounds"), [("sd3", 1), ("flux", 0)])
+def test_families_with_other_latents_draw_as_ever(family: str, completed_rounds: int) -> None:
     live = tiny_pipeline(family)
     pipeline = wrap(live, family, schedulers=(type(live.scheduler).__name__,))
     shown: list[Any] = []
     outcome = pipeline.generate([request(steps=4, num_previews=1)], on_preview=shown.append)
-    assert len(shown) == rounds
+    assert len(shown) == completed_rounds
     assert isinstance(outcome.images[0], tuple)
 
 
@@ -139,7 +139,7 @@ def test_fitting_leaves_the_autoencoder_as_it_was() -> None:
 
 def test_a_job_hears_its_place_its_steps_and_its_previews() -> None:
     pipeline = load("sd15")
-    worker = EngineWorker(pipeline, AdapterWeights(pipeline.components), max_batch_images=1, torch_threads=1)
+    worker = EngineWorker(pipeline, FusedWeights(pipeline.components), max_batch_images=1, torch_threads=1)
     heard: dict[int, list[Progress | Preview]] = {0: [], 1: [], 2: []}
     are_all_there = threading.Event()
 

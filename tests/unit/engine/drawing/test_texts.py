@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.engine.drawing.texts import encoded_apart, text_encoders_of
+from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
 from tests.tiny import FAMILIES, tiny_pipeline
 
 TEXTS = ["a photo of a cat", "red", "a photo of a cat", "painting of a dog in the pixel art style"]
@@ -30,7 +30,7 @@ def embeddings(pipeline: Any, texts: list[str]) -> list[Tensor]:
 def test_a_text_in_a_batch_has_the_bits_that_it_has_alone(family: str, dtype: torch.dtype) -> None:
     pipeline = tiny_pipeline(family, dtype)
     alone = [embeddings(pipeline, [text]) for text in TEXTS]
-    with encoded_apart(text_encoders_of(pipeline)):
+    with encode_individually(text_encoders_of(pipeline)):
         together = embeddings(pipeline, TEXTS)
     assert together
     for place, single in enumerate(alone):
@@ -45,7 +45,7 @@ def test_afterwards_the_encoders_are_as_they_were() -> None:
     class Stop(Exception):
         pass
 
-    with pytest.raises(Stop), encoded_apart(encoders):
+    with pytest.raises(Stop), encode_individually(encoders):
         raise Stop
     assert len(encoders) == 2
     assert [vars(encoder).keys() for encoder in encoders] == before

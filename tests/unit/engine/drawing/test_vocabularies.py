@@ -12,10 +12,10 @@ from torch import Tensor
 
 from serve_app.core import PixelImage
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
-from serve_app.engine.drawing.vocabularies import Vocabularies
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.drawing.vocabularies import TextualInversion
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import MalformedRequest
 from serve_app.settings import AdapterLimits
@@ -35,7 +35,7 @@ def adapter_with_words(
     pipeline = tiny_pipeline(family, dtype)
     path = put(folder, f"adapter {seed}", Form(with_text(pipeline, seed=seed)))
     beside = write(folder / f"words {seed}.safetensors", embeddings(family, seed=seed, words=words))
-    return read_adapter(path, "owner/adapter", manifest_of(pipeline), AdapterLimits(), beside)
+    return parse_adapter(path, "owner/adapter", manifest_of(pipeline), AdapterLimits(), beside)
 
 
 def drawn(pipeline: Any, prompt: str = PROMPT) -> Tensor:
@@ -47,9 +47,9 @@ def drawn(pipeline: Any, prompt: str = PROMPT) -> Tensor:
 def test_words_and_layers_equal_diffusers_own(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     adapter = adapter_with_words(tmp_path, family, dtype)
     live = tiny_pipeline(family, dtype)
-    weights, vocabularies = AdapterWeights(live_components(live)), Vocabularies(live)
+    weights, vocabularies = FusedWeights(live_components(live)), TextualInversion(live)
     weights.apply([(adapter, 0.7)])
-    with vocabularies.lent(adapter.words, [live]):
+    with vocabularies.loaded(adapter.words, [live]):
         mine = drawn(live)
 
     reference = fused_by_diffusers(family, dtype, [(tmp_path / "adapter_0.safetensors", 0.7)])
@@ -65,13 +65,13 @@ def test_words_and_layers_equal_diffusers_own(family: str, dtype: torch.dtype, t
 def test_the_base_is_the_same_to_the_bit_after_any_history(family: str) -> None:
     live, fresh = tiny_pipeline(family), tiny_pipeline(family)
     expected, own = drawn(fresh), {name: part for name, part in live.components.items() if "tokenizer" in name}
-    vocabularies = Vocabularies(live)
+    vocabularies = TextualInversion(live)
     for seed, words in enumerate((2, 1, 5, 2)):
         tensors = embeddings(family, seed=seed, words=words, dtype=torch.float32)
         taught = {NAMES[family][name]: rows for name, rows in tensors.items()}
-        with vocabularies.lent(taught, [live]):
+        with vocabularies.loaded(taught, [live]):
             drawn(live)
-        with pytest.raises(ZeroDivisionError), vocabularies.lent(taught, [live]):
+        with pytest.raises(ZeroDivisionError), vocabularies.loaded(taught, [live]):
             raise ZeroDivisionError
         assert torch.equal(drawn(live), expected)
     for name, tokenizer in own.items():
@@ -84,21 +84,21 @@ def test_the_base_is_the_same_to_the_bit_after_any_history(family: str) -> None:
 
 def test_the_words_of_one_adapter_never_linger_for_the_next(tmp_path: Path) -> None:
     live = tiny_pipeline("sdxl")
-    vocabularies = Vocabularies(live)
+    vocabularies = TextualInversion(live)
     known = [adapter_with_words(tmp_path, "sdxl", torch.float32, seed=seed, words=2 + seed).words for seed in range(3)]
     expected = []
     for words in known:
-        with Vocabularies(fresh := tiny_pipeline("sdxl")).lent(words, [fresh]):
+        with TextualInversion(fresh := tiny_pipeline("sdxl")).loaded(words, [fresh]):
             expected.append(drawn(fresh))
     for place in (0, 2, 1, 2, 0):
-        with vocabularies.lent(known[place], [live]):
+        with vocabularies.loaded(known[place], [live]):
             assert torch.equal(drawn(live), expected[place])
 
 
 def test_a_fault_in_the_middle_of_lending_leaves_the_base(tmp_path: Path) -> None:
     live = tiny_pipeline("sdxl")
     words = {"text_encoder": torch.ones(2, 32), "text_encoder_2": torch.ones(2, 31)}
-    with pytest.raises(RuntimeError), Vocabularies(live).lent(words, [live]):
+    with pytest.raises(RuntimeError), TextualInversion(live).loaded(words, [live]):
         pass
     assert torch.equal(drawn(live), drawn(tiny_pipeline("sdxl")))
 
@@ -108,10 +108,10 @@ class Served:
 
     def __init__(self, folder: Path) -> None:
         self.base = wrap(tiny_pipeline("sdxl"), "sdxl")
-        self.worker = EngineWorker(self.base, AdapterWeights(self.base.components), max_batch_images=4)
+        self.worker = EngineWorker(self.base, FusedWeights(self.base.components), max_batch_images=4)
         self.taught = [adapter_with_words(folder, "sdxl", torch.float32, seed=seed) for seed in (1, 2)]
         path = put(folder, "plain", Form(lora(tiny_pipeline("sdxl"), seed=3)))
-        self.plain = read_adapter(path, "plain", self.base.manifest, AdapterLimits())
+        self.plain = parse_adapter(path, "plain", self.base.manifest, AdapterLimits())
 
     def draw(self, *adapters: ParsedAdapter, prompt: str = PROMPT, **changes: Any) -> PixelImage:
         uses = tuple(use_of(f"a/{place}") for place in range(len(adapters)))
@@ -149,7 +149,7 @@ def test_a_prompt_is_counted_in_the_words_of_its_own_request(tmp_path: Path) -> 
     base = wrap(tiny_pipeline("sd15"), "sd15")
     prompt = "<s0> " * 70
     assert base.truncation_warning(prompt) == "prompt truncated to 77 tokens"
-    with base.knowing(adapter_with_words(tmp_path, "sd15", torch.float32).words):
+    with base.with_ti_tokens(adapter_with_words(tmp_path, "sd15", torch.float32).words):
         assert base.truncation_warning(prompt) is None
 
 

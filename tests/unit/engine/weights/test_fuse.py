@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from serve_app.engine.adapters.deltas import LowRank
-from serve_app.engine.weights.fuse import Change, fuse_weight, fuse_weights
+from serve_app.engine.weights.fuse import LayerUpdate, fuse_weight, fuse_weights
 
 SHAPES = [(640, 640), (1283, 1290), (700, 2048), (9, 60_000)]
 
@@ -27,7 +27,7 @@ def test_blocks_of_a_layer_have_the_bits_of_the_whole(dtype: torch.dtype, rank: 
     for seed, scale in ((2, 0.7), (3, -1.3)):  # the second adapter adds to what the first left
         changes = [change(shape, rank, dtype, seed) for shape in SHAPES]
         rows = zip(outs, bases, currents, changes, strict=True)
-        fuse_weights([Change(out, base, current, delta, scale) for out, base, current, delta in rows])
+        fuse_weights([LayerUpdate(out, base, current, delta, scale) for out, base, current, delta in rows])
         for whole, base, delta in zip(wholes, bases, changes, strict=True):
             fuse_weight(whole, base, whole, delta, scale)
         assert all(torch.equal(out, whole) for out, whole in zip(outs, wholes, strict=True))

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.settings import AdapterLimits
 from tests.tiny import latents, tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, linear, lora
@@ -49,10 +49,12 @@ class Bench:
         self, folder: Path, dtype: torch.dtype = torch.float32, pristine_in: Literal["device", "host"] = "device"
     ) -> None:
         self.pipeline = tiny_pipeline("sd15", dtype)
-        self.weights = AdapterWeights(adaptable_components(self.pipeline), pristine_in=pristine_in)
+        self.weights = FusedWeights(adaptable_components(self.pipeline), pristine_in=pristine_in)
         manifest = manifest_of(self.pipeline)
         self.paths = {name: put(folder, name, form(self.pipeline)) for name, form in FORMS.items()}
-        self.adapters = {name: read_adapter(path, name, manifest, AdapterLimits()) for name, path in self.paths.items()}
+        self.adapters = {
+            name: parse_adapter(path, name, manifest, AdapterLimits()) for name, path in self.paths.items()
+        }
 
     def apply(self, **scales: float) -> None:
         self.weights.apply([(self.adapters[name.replace("_", " ")], scale) for name, scale in scales.items()])
@@ -137,7 +139,7 @@ def test_parameters_keep_their_identity_and_need_no_gradient(bench: Bench) -> No
 
 def test_parameters_that_wanted_gradients_no_longer_do() -> None:
     module = nn.Linear(4, 4)
-    AdapterWeights({"unet": module})
+    FusedWeights({"unet": module})
     assert not module.weight.requires_grad
     assert not module.bias.requires_grad
 
@@ -186,10 +188,10 @@ def test_twins_exist_for_touched_layers_only_and_are_reused(bench: Bench) -> Non
 
 def test_the_checksum_is_the_same_in_any_pipeline_and_tells_one_changed_bit(bench: Bench) -> None:
     other = tiny_pipeline("sd15")
-    assert AdapterWeights(adaptable_components(other)).checksum() == bench.weights.checksum()
+    assert FusedWeights(adaptable_components(other)).checksum() == bench.weights.checksum()
     with torch.no_grad():
         other.unet.conv_in.bias[0] += 1e-6
-    assert AdapterWeights(adaptable_components(other)).checksum() != bench.weights.checksum()
+    assert FusedWeights(adaptable_components(other)).checksum() != bench.weights.checksum()
 
 
 def test_an_adapter_whose_layers_come_in_another_order_gives_the_same_bits(bench: Bench) -> None:
@@ -212,8 +214,8 @@ def test_kohya_alphas_hold_for_their_own_layer_though_diffusers_takes_the_majori
     alphas = {name: 1 + place % 3 for place, name in enumerate(modules_in(tensors))}
     kohya = put(tmp_path, "kohya", Form(as_kohya(tensors, alpha=lambda name: alphas[name])))
     named = put(tmp_path, "named", Form(tensors, described(tensors, "unet", r=4, lora_alpha=4, alpha_pattern=alphas)))
-    weights = AdapterWeights(adaptable_components(live))
-    weights.apply([(read_adapter(kohya, "kohya", manifest_of(live), AdapterLimits()), 1.0)])
+    weights = FusedWeights(adaptable_components(live))
+    weights.apply([(parse_adapter(kohya, "kohya", manifest_of(live), AdapterLimits()), 1.0)])
 
     assert unequal(weights_of(live), weights_of(fused_by_diffusers("sd15", torch.float32, [(named, 1.0)]))) == []
     assert unequal(weights_of(live), weights_of(fused_by_diffusers("sd15", torch.float32, [(kohya, 1.0)]))) != []
@@ -223,7 +225,7 @@ def test_kohya_layers_of_the_added_embedding_are_matched_though_diffusers_loses_
     live = tiny_pipeline("sdxl")
     tensors = lora(live, chooses=lambda name, module: name.startswith("add_embedding"), seed=21)
     path = put(tmp_path, "kohya", Form(as_kohya(tensors, alpha=4)))
-    adapter = read_adapter(path, "kohya", manifest_of(live), AdapterLimits())
+    adapter = parse_adapter(path, "kohya", manifest_of(live), AdapterLimits())
     assert set(adapter.components["unet"]) == {"add_embedding.linear_1", "add_embedding.linear_2"}
 
 

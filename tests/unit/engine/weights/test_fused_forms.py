@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.settings import AdapterLimits
 from tests.tiny import FAMILIES, tiny_pipeline
 from tests.tiny_forms import forms_of, fused_by_diffusers, put, unequal, weights_of
@@ -38,9 +38,9 @@ def test_fused_weights_equal_a_fresh_load_and_fuse_by_diffusers(
     path = put(tmp_path, form, forms_of(family)[form](tiny_pipeline(family)))
     for dtype in dtypes:
         live = tiny_pipeline(family, dtype)
-        adapter = read_adapter(path, form, manifest_of(live), AdapterLimits())
+        adapter = parse_adapter(path, form, manifest_of(live), AdapterLimits())
         write_canonical(adapter, tmp_path / "canonical")
-        weights = AdapterWeights(adaptable_components(live))
+        weights = FusedWeights(adaptable_components(live))
         weights.apply([(read_canonical(tmp_path / "canonical"), 0.7)])
 
         expected = weights_of(fused_by_diffusers(family, dtype, [(path, 0.7)]))
@@ -49,7 +49,7 @@ def test_fused_weights_equal_a_fresh_load_and_fuse_by_diffusers(
         assert unequal(expected, weights_of(tiny_pipeline(family, dtype))) != [], "diffusers changed nothing"
 
         narrow = tiny_pipeline(family, dtype)
-        in_place = AdapterWeights(adaptable_components(narrow), pristine_in="host")
+        in_place = FusedWeights(adaptable_components(narrow), pristine_in="host")
         in_place.apply([(read_canonical(tmp_path / "canonical"), 0.7)])
         assert unequal(weights_of(narrow), expected) == [], f"in {dtype}, in place"
         assert adapter.coverage.layers_matched == adapter.coverage.layers_in_file

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine.base.manifest import adaptable_components
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from tests.tiny import tiny_pipeline
 from tests.tiny_compositions import ADAPTERS, BROKEN, adapter, composition, digest_of, freshly_bound
 
@@ -25,7 +25,7 @@ def test_any_history_leaves_what_a_fresh_base_would_have(
     dtype: torch.dtype, pristine_in: Literal["device", "host"]
 ) -> None:
     components = adaptable_components(tiny_pipeline("sd15", dtype))
-    weights = AdapterWeights(components, pristine_in=pristine_in)
+    weights = FusedWeights(components, pristine_in=pristine_in)
     pristine = weights.checksum()
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -49,7 +49,7 @@ def test_any_history_leaves_what_a_fresh_base_would_have(
 @pytest.mark.parametrize("pristine_in", ["device", "host"])
 def test_a_thousand_swaps_change_no_bit_of_the_base(pristine_in: Literal["device", "host"]) -> None:
     components = adaptable_components(tiny_pipeline("sd15", torch.bfloat16))
-    weights = AdapterWeights(components, pristine_in=pristine_in)
+    weights = FusedWeights(components, pristine_in=pristine_in)
     pristine, base = weights.checksum(), digest_of(components)
     names = ("attention", "text", "kohya")
     for turn in range(1000):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.base.manifest import adaptable_components
-from serve_app.engine.weights.fused import AdapterWeights, Prepared, StalePreparation
+from serve_app.engine.weights.fused import FusedWeights, PreparedSwap, StalePreparation
 from tests.tiny import tiny_pipeline
 from tests.tiny_compositions import BROKEN, Members, adapter, composition, digest_of, freshly_bound
 
@@ -35,9 +35,9 @@ class Live:
         self, dtype: torch.dtype = torch.float32, *, pristine_in: Literal["device", "host"] = "device"
     ) -> None:
         self.components = adaptable_components(tiny_pipeline("sd15", dtype))
-        self.weights = AdapterWeights(self.components, pristine_in=pristine_in)
+        self.weights = FusedWeights(self.components, pristine_in=pristine_in)
 
-    def prepare(self, *names: str) -> Prepared:
+    def prepare(self, *names: str) -> PreparedSwap:
         return self.weights.prepare(composition(tuple((name, 1.0) for name in names), torch.float32))
 
     def apply(self, *names: str) -> None:
@@ -53,9 +53,9 @@ class Expected:
 
     bound: Members = ()
     prepared: Members | None = None
-    handle: Prepared | None = None
+    handle: PreparedSwap | None = None
 
-    def play(self, weights: AdapterWeights, event: str, members: Members, dtype: torch.dtype) -> None:
+    def play(self, weights: FusedWeights, event: str, members: Members, dtype: torch.dtype) -> None:
         """Carry an event out, and note what it should do."""
         is_broken = any(name == BROKEN for name, _ in members)
         match event:
@@ -123,11 +123,15 @@ def test_binding_what_was_prepared_fuses_nothing() -> None:
     live = Live()
     live.apply("everything")
     prepared = live.prepare("attention")
-    twins = {id(twin): twin.clone() for twin in prepared.twins.values()}
+    fused_buffers = {id(fused_buffer): fused_buffer.clone() for fused_buffer in prepared.fused_buffers.values()}
     live.weights.bind(prepared)
-    bound = {id(site.parameter): site.parameter.data_ptr() for site in prepared.twins}
-    assert all(torch.equal(twin, twins[id(twin)]) for twin in prepared.twins.values())
-    assert all(bound[id(site.parameter)] == twin.data_ptr() for site, twin in prepared.twins.items())
+    bound = {id(site.parameter): site.parameter.data_ptr() for site in prepared.fused_buffers}
+    assert all(
+        torch.equal(fused_buffer, fused_buffers[id(fused_buffer)]) for fused_buffer in prepared.fused_buffers.values()
+    )
+    assert all(
+        bound[id(site.parameter)] == fused_buffer.data_ptr() for site, fused_buffer in prepared.fused_buffers.items()
+    )
     assert live.holds("attention")
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from serve_app.core import Scale, Scales
-from serve_app.engine.adapters.parser import read_adapter
+from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_forms import Form, fused_by_diffusers, put, unequal, weights_of, with_text
@@ -22,10 +22,10 @@ def test_separate_scales_equal_set_adapters_with_a_weight_for_each_component(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     live = tiny_pipeline(family, dtype)
-    weights, manifest = AdapterWeights(adaptable_components(live)), manifest_of(live)
+    weights, manifest = FusedWeights(adaptable_components(live)), manifest_of(live)
     scales: list[Scale] = [Scales(0.8, 0.3), Scales(-0.5, 1.4), 0.6]
     paths = [put(tmp_path, f"adapter {seed}", Form(with_text(live, seed=10 * seed))) for seed in range(3)]
-    adapters = [read_adapter(path, "a/b", manifest, AdapterLimits()) for path in paths]
+    adapters = [parse_adapter(path, "a/b", manifest, AdapterLimits()) for path in paths]
     assert all("text_encoder" in adapter.components for adapter in adapters)
 
     weights.apply(list(zip(adapters, scales, strict=True)))
@@ -36,9 +36,9 @@ def test_separate_scales_equal_set_adapters_with_a_weight_for_each_component(
 
 def test_the_text_encoders_scale_leaves_the_denoiser_alone(tmp_path: Path) -> None:
     live = tiny_pipeline("sdxl")
-    weights, manifest = AdapterWeights(adaptable_components(live)), manifest_of(live)
+    weights, manifest = FusedWeights(adaptable_components(live)), manifest_of(live)
     path = put(tmp_path, "adapter", Form(with_text(live, seed=1)))
-    adapter = read_adapter(path, "a/b", manifest, AdapterLimits())
+    adapter = parse_adapter(path, "a/b", manifest, AdapterLimits())
 
     weights.apply([(adapter, Scales(0.0, 1.0))])
     touched = {component for component, _ in unequal(weights_of(live), weights_of(tiny_pipeline("sdxl")))}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.engine.test_weights_prepared import BROKEN, Live, adapter, composition
 from torch import Tensor, nn
 
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.in_place import host_copies
-from serve_app.engine.weights.integrity import SelfCheck
+from serve_app.engine.weights.integrity import IntegrityChecker
+from tests.unit.engine.weights.test_fused_prepared import BROKEN, Live, adapter, composition
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
@@ -69,12 +69,12 @@ def test_an_unknown_layer_is_found_before_anything_is_written(live: Live) -> Non
         live.prepare("attention", BROKEN)
     live.weights.restore()
     assert live.holds()
-    assert prepared.twins == {}
+    assert prepared.fused_buffers == {}
 
 
 def test_a_base_that_could_not_be_restored_is_not_taken_for_whole() -> None:
     module = Stubborn()
-    weights = AdapterWeights({"unet": module}, pristine_in="host")
+    weights = FusedWeights({"unet": module}, pristine_in="host")
     pristine = module.layer.weight.clone()
     delta = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0, 1.0)
     weights.apply([(ParsedAdapter("one", {"unet": {"layer": delta}}, Coverage(1, 1)), 1.0)])
@@ -97,14 +97,14 @@ class Stubborn(nn.Module):
 
 
 def test_a_layer_that_no_adapter_may_change_is_refused() -> None:
-    weights = AdapterWeights({"unet": Stubborn()}, pristine_in="host")
+    weights = FusedWeights({"unet": Stubborn()}, pristine_in="host")
     delta = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0, 1.0)
     with pytest.raises(KeyError):
         weights.apply([(ParsedAdapter("one", {"unet": {"norm": delta}}, Coverage(1, 1)), 1.0)])
 
 
 def test_what_is_checked_is_what_was_loaded_whatever_is_fused(live: Live) -> None:
-    check, checksum = SelfCheck(live.weights.loaded), live.weights.checksum()
+    check, checksum = IntegrityChecker(live.weights.loaded), live.weights.checksum()
     assert checksum == Live().weights.checksum()
     for names in (("everything",), ("text", "bias"), ()):
         live.apply(*names)
@@ -114,7 +114,7 @@ def test_what_is_checked_is_what_was_loaded_whatever_is_fused(live: Live) -> Non
 
 @pytest.mark.parametrize("name", [f"unet.{LAYER}.weight", "unet.conv_norm_out.weight"])
 def test_a_changed_bit_is_found_in_a_copy_and_in_what_has_none(live: Live, name: str) -> None:
-    check = SelfCheck(live.weights.loaded)
+    check = IntegrityChecker(live.weights.loaded)
     live.apply("everything")
     live.weights.loaded[name].view(torch.int32).view(-1)[0] ^= 1
     damage = check.check_all()
@@ -123,7 +123,7 @@ def test_a_changed_bit_is_found_in_a_copy_and_in_what_has_none(live: Live, name:
 
 
 def test_a_changed_bit_is_found_in_live_weights_that_hold_no_adapter(live: Live) -> None:
-    check = SelfCheck(live.weights.watched, is_written=live.weights.is_written)
+    check = IntegrityChecker(live.weights.watched, is_modified=live.weights.is_modified)
     live.apply("attention")
     assert check.check_all() is None
     at_rest = live.components["unet"].get_submodule("conv_in").weight
@@ -134,7 +134,7 @@ def test_a_changed_bit_is_found_in_live_weights_that_hold_no_adapter(live: Live)
 
 
 def test_live_weights_are_watched_again_once_restored(live: Live) -> None:
-    check = SelfCheck(live.weights.watched, is_written=live.weights.is_written)
+    check = IntegrityChecker(live.weights.watched, is_modified=live.weights.is_modified)
     for names in (("everything", "text"), (), ("bias",), ()):
         live.apply(*names)
         assert check.check_all() is None
@@ -145,7 +145,7 @@ def test_live_weights_are_watched_again_once_restored(live: Live) -> None:
 def test_twins_leave_nothing_to_watch_but_what_was_loaded() -> None:
     weights = Live().weights
     assert weights.watched.keys() == weights.loaded.keys()
-    assert not any(weights.is_written(name) for name in weights.watched)
+    assert not any(weights.is_modified(name) for name in weights.watched)
 
 
 @pytest.mark.parametrize(

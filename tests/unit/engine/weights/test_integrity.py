@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine.adapters.deltas import bytes_of
-from serve_app.engine.weights.integrity import Damage, PacedCheck, SelfCheck, fingerprint
+from serve_app.engine.weights.integrity import CorruptTensor, IntegrityChecker, ThrottledChecker, fingerprint
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -39,13 +39,13 @@ def flip(tensor: torch.Tensor, bit: int) -> None:
 @pytest.mark.parametrize("slice_bytes", [64, 1000, 1 << 20])
 def test_any_flipped_bit_is_found_and_its_tensor_named(slice_bytes: int) -> None:
     kept = {name: tensor for name, tensor in tensors().items() if tensor.numel()}
-    check = SelfCheck(kept, slice_bytes=slice_bytes)
+    check = IntegrityChecker(kept, slice_bytes=slice_bytes)
 
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(st.sampled_from(sorted(kept)), st.integers(0, 10**6))
     def found(name: str, bit: int) -> None:
         flip(kept[name], bit)
-        assert check.check_all() == Damage(name)
+        assert check.check_all() == CorruptTensor(name)
         flip(kept[name], bit)
         assert check.check_all() is None
 
@@ -54,22 +54,22 @@ def test_any_flipped_bit_is_found_and_its_tensor_named(slice_bytes: int) -> None
 
 def test_exchanged_values_are_found() -> None:
     kept = {"weights": torch.arange(64, dtype=torch.int64)}
-    check = SelfCheck(kept)
+    check = IntegrityChecker(kept)
     kept["weights"][[3, 40]] = kept["weights"][[40, 3]]
-    assert check.check_all() == Damage("weights")
+    assert check.check_all() == CorruptTensor("weights")
 
 
 def test_slice_by_slice_a_round_sees_everything() -> None:
     kept = tensors()
-    check = SelfCheck(kept, slice_bytes=256)
+    check = IntegrityChecker(kept, slice_bytes=256)
     slices = 0
-    while check.rounds == 0:
+    while check.completed_rounds == 0:
         assert check.check_next() is None
         slices += 1
     assert slices > 5
     kept["large"][-1] += 1
-    assert Damage("large") in [check.check_next() for _ in range(slices)]
-    assert check.rounds == 1
+    assert CorruptTensor("large") in [check.check_next() for _ in range(slices)]
+    assert check.completed_rounds == 1
 
 
 def test_the_fingerprint_is_the_same_as_computed_on_a_gpu() -> None:
@@ -81,7 +81,7 @@ def test_the_fingerprint_is_the_same_as_computed_on_a_gpu() -> None:
 
 
 def test_nothing_to_check_is_sound() -> None:
-    check = SelfCheck({})
+    check = IntegrityChecker({})
     assert check.check_next() is None
     assert check.check_all() is None
 
@@ -99,9 +99,9 @@ class Clock:
 
 
 def test_checking_takes_a_twentieth_of_idle_time_and_rests_after_a_round() -> None:
-    check = PacedCheck(SelfCheck(tensors(), slice_bytes=256), rest_s=30.0, clock=Clock())
+    check = ThrottledChecker(IntegrityChecker(tensors(), slice_bytes=256), rest_s=30.0, clock=Clock())
     pauses = []
-    while check.rounds == 0:
+    while check.completed_rounds == 0:
         check.check_next()
         pauses.append(check.pause_s)
     assert pauses[:-1] == pytest.approx([0.04] * (len(pauses) - 1))

@@ -9,13 +9,17 @@ import torch
 from torch import nn
 
 from serve_app.engine.base.manifest import bytes_of_layers
-from serve_app.engine.weights.placement import Residence, free_bytes_of, residence_of
+from serve_app.engine.weights.placement import WeightPlacement, choose_placement, free_bytes_of
 
 TWINS, CACHE = 5_000, 2_000
 ONCE, TWICE = TWINS + CACHE, 2 * TWINS + CACHE
-DEVICE, DEVICE_AHEAD, HOST = Residence("device", False), Residence("device", True), Residence("host", False)
+DEVICE, DEVICE_AHEAD, HOST = (
+    WeightPlacement("device", False),
+    WeightPlacement("device", True),
+    WeightPlacement("host", False),
+)
 Asked = Literal["auto", "device", "host"]
-Ahead = Literal["auto", "always", "never"]
+SwapPrefetcher = Literal["auto", "always", "never"]
 
 
 @pytest.mark.parametrize(
@@ -37,8 +41,8 @@ Ahead = Literal["auto", "always", "never"]
         ("host", "always", None, HOST),
     ],
 )
-def test_the_choice(asked: Asked, ahead: Ahead, free: int | None, expected: Residence) -> None:
-    assert residence_of(asked, ahead, layer_bytes=TWINS, reserved_bytes=CACHE, free_bytes=free) == expected
+def test_the_choice(asked: Asked, ahead: SwapPrefetcher, free: int | None, expected: WeightPlacement) -> None:
+    assert choose_placement(asked, ahead, layer_bytes=TWINS, reserved_bytes=CACHE, free_bytes=free) == expected
 
 
 def test_a_cpu_has_no_memory_of_its_own_to_run_short_of() -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from serve_app.engine.worker.memory import LONGEST_RECOVERY_S, RECOVERY_S, Allowance
+from serve_app.engine.worker.memory import LONGEST_RECOVERY_S, RECOVERY_S, PassSizeBackoff
 
 PIXELS = 64 * 64
 
 
 def test_there_is_no_limit_until_something_failed() -> None:
-    assert Allowance().images(PIXELS, 0.0) is None
+    assert PassSizeBackoff().images(PIXELS, 0.0) is None
 
 
 def test_a_pass_that_failed_halves_what_the_next_may_draw_and_one_image_is_always_allowed() -> None:
-    allowance = Allowance()
+    allowance = PassSizeBackoff()
     allowance.shrink(8 * PIXELS, 0.0)
     assert allowance.images(PIXELS, 1.0) == 4
     assert allowance.images(4 * PIXELS, 1.0) == 1
@@ -22,7 +22,7 @@ def test_a_pass_that_failed_halves_what_the_next_may_draw_and_one_image_is_alway
 
 
 def test_the_limit_doubles_with_time_until_what_failed_may_be_tried_again() -> None:
-    allowance = Allowance()
+    allowance = PassSizeBackoff()
     allowance.shrink(8 * PIXELS, 0.0)
     allowance.shrink(4 * PIXELS, 0.0)
     told = [allowance.images(PIXELS, at_s) for at_s in (RECOVERY_S - 1, RECOVERY_S, 2 * RECOVERY_S)]
@@ -30,19 +30,19 @@ def test_the_limit_doubles_with_time_until_what_failed_may_be_tried_again() -> N
 
 
 def test_a_limit_that_was_lifted_in_vain_stays_twice_as_long_each_time_up_to_a_bound() -> None:
-    allowance, now_s, waits = Allowance(), 0.0, []
+    allowance, now_s, waits = PassSizeBackoff(), 0.0, []
     for _ in range(7):
         allowance.shrink(2 * PIXELS, now_s)
-        wait_s = next(s for s in range(int(LONGEST_RECOVERY_S) + 2) if allowance.limit(now_s + s) is None)
+        wait_s = next(s for s in range(int(LONGEST_RECOVERY_S) + 2) if allowance.update_limit(now_s + s) is None)
         waits.append(wait_s)
         now_s += wait_s + 1
     assert waits == [60, 120, 240, 480, 900, 900, 900]
 
 
 def test_a_failure_long_after_the_last_begins_anew() -> None:
-    allowance = Allowance()
+    allowance = PassSizeBackoff()
     allowance.shrink(2 * PIXELS, 0.0)
-    assert allowance.limit(RECOVERY_S) is None
+    assert allowance.update_limit(RECOVERY_S) is None
     later_s = RECOVERY_S + LONGEST_RECOVERY_S
     allowance.shrink(2 * PIXELS, later_s)
-    assert allowance.limit(later_s + RECOVERY_S) is None
+    assert allowance.update_limit(later_s + RECOVERY_S) is None

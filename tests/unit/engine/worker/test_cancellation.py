@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.worker import EngineWorker
 from tests.engine_cases import on_steps, one_image, parsed_adapter, request, use_of, wrap
@@ -27,7 +27,7 @@ class Counted:
     def __init__(self, max_batch_images: int) -> None:
         live = tiny_pipeline("sd15")
         self.pipeline = wrap(live, schedulers=("DDIMScheduler",))
-        self.weights = AdapterWeights(self.pipeline.components)
+        self.weights = FusedWeights(self.pipeline.components)
         self.worker = EngineWorker(self.pipeline, self.weights, max_batch_images=max_batch_images, torch_threads=1)
         self.passes = 0
         live.unet.register_forward_hook(self._count)

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.deployments.replica.health import ailment
-from serve_app.engine.weights.fused import AdapterWeights
-from serve_app.engine.weights.integrity import PacedCheck, SelfCheck
-from serve_app.engine.worker.device_health import Soundness
+from serve_app.deployments.replica.health import diagnose
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
+from serve_app.engine.worker.device_health import DeviceHealth
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import InternalError, ReplicaLost
 from tests.engine_cases import on_steps, request, wrap
@@ -28,7 +28,7 @@ class Bench:
         pipeline = wrap(self.live, schedulers=("DDIMScheduler",))
         self.now_s = 0.0
         self.worker = EngineWorker(
-            pipeline, AdapterWeights(pipeline.components), max_batch_images=2, torch_threads=1, clock=lambda: self.now_s
+            pipeline, FusedWeights(pipeline.components), max_batch_images=2, torch_threads=1, clock=lambda: self.now_s
         )
 
     def fail_with(self, error: Exception) -> None:
@@ -63,13 +63,13 @@ def test_a_device_beyond_repair_is_reported_at_once_and_all_its_requests_go_else
     for job in jobs:
         with pytest.raises(ReplicaLost) as caught:
             job.future.result(WAIT_S)
-        assert caught.value.why == "device"
+        assert caught.value.reason == "device"
     bench.worker.close()
     state = bench.worker.snapshot()
     assert (state.is_lost, state.failed_batches) == (True, 1)
-    found = ailment(state, "tiny/base")
+    found = diagnose(state, "tiny/base")
     assert found is not None
-    assert (found.ends_process, found.answers) == (True, False)
+    assert (found.is_fatal, found.can_serve) == (True, False)
     assert "beyond repair" in found.reason
     with pytest.raises(ReplicaLost):
         bench.worker.submit(request(), ())
@@ -96,16 +96,16 @@ def test_a_device_that_hangs_is_noticed_and_its_requests_go_elsewhere_while_it_h
     waiting = bench.worker.submit(request(height=128), ())
     bench.now_s += 100.0
     state = bench.worker.snapshot()
-    assert state.still_s == 100.0
-    assert ailment(state, "tiny/base", stall_after_s=101.0) is None
-    found = ailment(state, "tiny/base", stall_after_s=99.0)
+    assert state.stalled_s == 100.0
+    assert diagnose(state, "tiny/base", stall_after_s=101.0) is None
+    found = diagnose(state, "tiny/base", stall_after_s=99.0)
     assert found is not None
-    assert (found.why, found.ends_process) == ("stalled", True)
-    bench.worker.abandon(found.why)
+    assert (found.reason, found.is_fatal) == ("stalled", True)
+    bench.worker.fail_all(found.reason)
     for job in (running, waiting):
         with pytest.raises(ReplicaLost) as caught:
             job.future.result(0)
-        assert caught.value.why == "stalled"
+        assert caught.value.reason == "stalled"
     bench.worker.close()  # waits for nobody who hangs
     opened.set()
 
@@ -113,7 +113,7 @@ def test_a_device_that_hangs_is_noticed_and_its_requests_go_elsewhere_while_it_h
 def test_a_worker_that_has_nothing_to_do_does_not_hang(bench: Bench) -> None:
     bench.worker.submit(request(steps=1), ()).future.result(WAIT_S)
     bench.now_s += 10_000.0
-    assert bench.worker.snapshot().still_s == 0.0
+    assert bench.worker.snapshot().stalled_s == 0.0
     opened, reached = threading.Event(), threading.Event()
 
     def hold(step: int, steps: int) -> None:
@@ -122,13 +122,13 @@ def test_a_worker_that_has_nothing_to_do_does_not_hang(bench: Bench) -> None:
 
     job = bench.worker.submit(request(steps=1), (), on_event=on_steps(hold))
     assert reached.wait(WAIT_S)
-    assert bench.worker.snapshot().still_s == 0.0
+    assert bench.worker.snapshot().stalled_s == 0.0
     opened.set()
     job.future.result(WAIT_S)
     bench.worker.close()
 
 
-class _Failing(SelfCheck):
+class _Failing(IntegrityChecker):
     """A check whose device fails with an error."""
 
     def __init__(self, error: Exception) -> None:
@@ -141,14 +141,14 @@ class _Failing(SelfCheck):
 
 def test_a_check_of_the_weights_without_room_is_put_off_and_one_on_a_lost_device_is_a_verdict() -> None:
     cpu = torch.device("cpu")
-    starved = Soundness("tiny/base", cpu, PacedCheck(_Failing(torch.OutOfMemoryError("CUDA out of memory"))))
+    starved = DeviceHealth("tiny/base", cpu, ThrottledChecker(_Failing(torch.OutOfMemoryError("CUDA out of memory"))))
     starved.check_slice()
-    assert starved.can_go_on
-    lost = Soundness(
-        "tiny/base", cpu, PacedCheck(_Failing(torch.AcceleratorError("CUDA error: uncorrectable ECC error")))
+    assert starved.is_healthy
+    lost = DeviceHealth(
+        "tiny/base", cpu, ThrottledChecker(_Failing(torch.AcceleratorError("CUDA error: uncorrectable ECC error")))
     )
     lost.check_slice()
-    assert (lost.can_go_on, lost.verdict) == (False, "device")
-    strange = Soundness("tiny/base", cpu, PacedCheck(_Failing(RuntimeError("shapes"))))
+    assert (lost.is_healthy, lost.failure_reason) == (False, "device")
+    strange = DeviceHealth("tiny/base", cpu, ThrottledChecker(_Failing(RuntimeError("shapes"))))
     with pytest.raises(RuntimeError, match="shapes"):
         strange.check_slice()

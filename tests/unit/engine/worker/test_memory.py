@@ -9,7 +9,7 @@ import psutil
 
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.store.budget import ByteBudget
 from tests.engine_cases import parsed_adapter
 from tests.tiny import tiny_pipeline
@@ -19,7 +19,7 @@ ADAPTERS, SWAPS, WARM_UP = 200, 2000, 400
 
 def test_two_thousand_swaps_among_two_hundred_adapters_take_no_more_memory(tmp_path: Path) -> None:
     pipeline = tiny_pipeline("sd15")
-    manifest, weights = manifest_of(pipeline), AdapterWeights(adaptable_components(pipeline))
+    manifest, weights = manifest_of(pipeline), FusedWeights(adaptable_components(pipeline))
     for seed in range(ADAPTERS):
         write_canonical(parsed_adapter(manifest, seed=seed), tmp_path / str(seed))
     size = read_canonical(tmp_path / "0").size_bytes

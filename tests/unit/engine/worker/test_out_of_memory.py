@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.deployments.replica.health import MAX_FAILED_BATCHES, ailment
+from serve_app.deployments.replica.health import MAX_FAILED_BATCHES, diagnose
 from serve_app.engine.adapters.deltas import LowRank, ParsedAdapter
-from serve_app.engine.weights.fused import AdapterWeights
-from serve_app.engine.weights.prefetch import Ahead
-from serve_app.engine.worker.device_health import is_beyond_repair, is_out_of_memory
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.prefetch import SwapPrefetcher
+from serve_app.engine.worker.device_health import is_fatal, is_out_of_memory
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.memory import RECOVERY_S
 from serve_app.engine.worker.worker import EngineWorker
@@ -44,7 +44,7 @@ class Bench:
     def __init__(self) -> None:
         self.live: Any = tiny_pipeline("sd15")
         self.pipeline = wrap(self.live, schedulers=("DDIMScheduler",))
-        self.weights = AdapterWeights(self.pipeline.components)
+        self.weights = FusedWeights(self.pipeline.components)
         self.now_s = 0.0
         self.worker = EngineWorker(
             self.pipeline, self.weights, max_batch_images=4, torch_threads=1, clock=lambda: self.now_s
@@ -117,7 +117,7 @@ def bench(shared: Bench) -> Iterator[Bench]:
     shared.mend()
     assert shared.image(request(seed=99)) == reference
     assert shared.weights.checksum() == checksum
-    assert ailment(shared.worker.snapshot(), "tiny/base") is None
+    assert diagnose(shared.worker.snapshot(), "tiny/base") is None
 
 
 def test_requests_that_have_no_room_together_are_drawn_one_by_one_as_if_each_were_alone(bench: Bench) -> None:
@@ -204,31 +204,31 @@ def test_a_device_without_room_for_the_base_s_own_size_again_and_again_is_unwell
     for _ in range(MAX_FAILED_BATCHES):
         with pytest.raises(OutOfMemory):
             bench.image(request())
-    found = ailment(bench.worker.snapshot(), "tiny/base")
+    found = diagnose(bench.worker.snapshot(), "tiny/base")
     assert found is not None
-    assert found.answers
+    assert found.can_serve
 
 
 def test_a_decoder_that_was_left_between_two_dtypes_is_made_whole(bench: Bench) -> None:
     bench.live.vae.to(dtype=torch.float64)
-    bench.pipeline.make_whole()
+    bench.pipeline.restore_dtypes()
     assert {parameter.dtype for parameter in bench.live.vae.parameters()} == {torch.float32}
 
 
 def test_nothing_is_prepared_ahead_while_memory_is_short(bench: Bench) -> None:
-    weights = AdapterWeights({"unet": tiny_pipeline("sd15").unet})
-    ahead = Ahead(weights)
+    weights = FusedWeights({"unet": tiny_pipeline("sd15").unet})
+    prefetcher = SwapPrefetcher(weights)
     composition = [(parsed_adapter(bench.pipeline.manifest), 1.0)]
-    ahead.give_way()
-    ahead.prepare(composition)
-    ahead.apply(composition)
-    assert ahead.bound == 0
+    prefetcher.pause()
+    prefetcher.prepare(composition)
+    prefetcher.apply(composition)
+    assert prefetcher.bound == 0
     weights.apply(())
-    ahead.resume()
-    ahead.prepare(composition)
-    ahead.apply(composition)
-    assert ahead.bound == 1
-    ahead.close()
+    prefetcher.resume()
+    prefetcher.prepare(composition)
+    prefetcher.apply(composition)
+    assert prefetcher.bound == 1
+    prefetcher.close()
 
 
 def test_errors_are_told_apart_by_what_they_say() -> None:
@@ -240,18 +240,18 @@ def test_errors_are_told_apart_by_what_they_say() -> None:
     assert is_out_of_memory(torch.AcceleratorError("CUDA error: out of memory"))
     for text in ("an illegal memory access was encountered", "device-side assert triggered", "uncorrectable ECC error"):
         broken = torch.AcceleratorError(f"CUDA error: {text}")
-        assert is_beyond_repair(broken)
+        assert is_fatal(broken)
         assert not is_out_of_memory(broken)
     for other in (RuntimeError("shapes do not match"), ValueError("out of memory")):
         assert not is_out_of_memory(other)
-        assert not is_beyond_repair(other)
+        assert not is_fatal(other)
 
 
 LIMITED = """
 import resource, sys
 import torch
 from tests.engine_cases import request
-from tests.unit.engine.test_out_of_memory import Bench
+from tests.unit.engine.worker.test_out_of_memory import Bench
 
 torch.set_num_threads(1)
 bench = Bench()

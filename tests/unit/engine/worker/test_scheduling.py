@@ -8,18 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core import PixelImage, PixelMask
-from serve_app.engine.worker.scheduling import Batch, BatchKey, QueuePolicy, Waiting, batch_key
+from serve_app.engine.worker.scheduling import Batch, BatchKey, QueuedRequest, QueuePolicy, batch_key
 from serve_app.engine.worker.scheduling import next_batch as next_batch_of
 from tests.engine_cases import request
 
 KEYS = tuple(batch_key(request(steps=steps), ()) for steps in (1, 2, 3))
 
 
-def waiting(*items: tuple[BatchKey, int]) -> list[Waiting]:
-    return [Waiting(ticket, key, num_images) for ticket, (key, num_images) in enumerate(items)]
+def waiting(*items: tuple[BatchKey, int]) -> list[QueuedRequest]:
+    return [QueuedRequest(job_id, key, num_images) for job_id, (key, num_images) in enumerate(items)]
 
 
-def next_batch(queue: list[Waiting], *, max_images: int) -> Batch | None:
+def next_batch(queue: list[QueuedRequest], *, max_images: int) -> Batch | None:
     """Choose with nothing applied that anybody could be overtaken for."""
     return next_batch_of(queue, applied=None, now_s=0.0, policy=QueuePolicy(), max_images=max_images)
 
@@ -48,19 +48,19 @@ def test_a_request_that_does_not_fit_lets_a_smaller_one_behind_it_fill_the_batch
 
 
 @given(queues, limits)
-def test_the_oldest_always_runs(queue: list[Waiting], max_images: int) -> None:
+def test_the_oldest_always_runs(queue: list[QueuedRequest], max_images: int) -> None:
     batch = next_batch(queue, max_images=max_images)
     assert (batch is None) == (not queue)
     if batch is not None:
-        assert batch.tickets[0] == queue[0].ticket
+        assert batch.tickets[0] == queue[0].job_id
 
 
 @given(queues, limits)
-def test_a_batch_shares_one_key_and_stays_within_the_limit(queue: list[Waiting], max_images: int) -> None:
+def test_a_batch_shares_one_key_and_stays_within_the_limit(queue: list[QueuedRequest], max_images: int) -> None:
     batch = next_batch(queue, max_images=max_images)
     if batch is None:
         return
-    chosen = [item for item in queue if item.ticket in batch.tickets]
+    chosen = [item for item in queue if item.job_id in batch.tickets]
     assert {item.key for item in chosen} == {batch.key}
     assert batch.num_images == sum(item.num_images for item in chosen)
     assert batch.num_images <= max_images or len(chosen) == 1
@@ -68,22 +68,22 @@ def test_a_batch_shares_one_key_and_stays_within_the_limit(queue: list[Waiting],
 
 @given(queues, limits)
 def test_nobody_waits_for_more_batches_than_there_are_requests_before_them(
-    queue: list[Waiting], max_images: int
+    queue: list[QueuedRequest], max_images: int
 ) -> None:
-    place = {item.ticket: index for index, item in enumerate(queue)}
+    place = {item.job_id: index for index, item in enumerate(queue)}
     turn = 0
     while batch := next_batch(queue, max_images=max_images):
-        assert all(turn <= place[ticket] for ticket in batch.tickets)
-        queue = [item for item in queue if item.ticket not in batch.tickets]
+        assert all(turn <= place[job_id] for job_id in batch.tickets)
+        queue = [item for item in queue if item.job_id not in batch.tickets]
         turn += 1
 
 
 @given(queues, limits)
-def test_whoever_could_still_join_has_joined(queue: list[Waiting], max_images: int) -> None:
+def test_whoever_could_still_join_has_joined(queue: list[QueuedRequest], max_images: int) -> None:
     batch = next_batch(queue, max_images=max_images)
     if batch is None or batch.num_images > max_images:
         return
-    left = [item for item in queue if item.ticket not in batch.tickets and item.key == batch.key]
+    left = [item for item in queue if item.job_id not in batch.tickets and item.key == batch.key]
     assert all(batch.num_images + item.num_images > max_images for item in left)
 
 

@@ -10,25 +10,25 @@ from hypothesis import strategies as st
 
 from serve_app.core import Priority
 from serve_app.engine.worker.scheduling import (
+    AdapterSetKey,
     BatchKey,
-    CompositionKey,
+    QueuedRequest,
     QueuePolicy,
-    Waiting,
     batch_key,
     in_order,
-    in_vain,
-    left_after,
     next_batch,
+    remaining_after,
+    unmeetable_deadlines,
 )
-from serve_app.work import Pace
+from serve_app.work import LatencyModel
 from tests.engine_cases import request
 
-HOT: CompositionKey = (("hot", 1.0),)
-COLD: CompositionKey = (("cold", 1.0),)
-COMPOSITIONS: tuple[CompositionKey, ...] = ((), HOT, COLD)
+HOT: AdapterSetKey = (("hot", 1.0),)
+COLD: AdapterSetKey = (("cold", 1.0),)
+COMPOSITIONS: tuple[AdapterSetKey, ...] = ((), HOT, COLD)
 
 
-def key(composition: CompositionKey, steps: int = 3) -> BatchKey:
+def key(composition: AdapterSetKey, steps: int = 3) -> BatchKey:
     return batch_key(request(steps=steps), composition)
 
 
@@ -37,7 +37,7 @@ class Arrival:
     """One request of a history: how long after the one before it came, and what it is."""
 
     gap_s: float
-    composition: CompositionKey
+    composition: AdapterSetKey
     priority: Priority
     steps: int
     num_images: int
@@ -51,31 +51,31 @@ class History:
     max_images: int
     pass_s: float
     now_s: float = 0.0
-    passes: list[tuple[float, tuple[Waiting, ...], list[Waiting]]] = field(default_factory=list)
+    passes: list[tuple[float, tuple[QueuedRequest, ...], list[QueuedRequest]]] = field(default_factory=list)
 
     def run(self, arrivals: Sequence[Arrival]) -> None:
         times: list[float] = []
         for arrival in arrivals:
             times.append((times[-1] if times else 0.0) + arrival.gap_s)
-        coming = [
-            Waiting(ticket, key(each.composition, each.steps), each.num_images, at, priority=each.priority)
-            for ticket, (each, at) in enumerate(zip(arrivals, times, strict=True))
+        pending_fetches = [
+            QueuedRequest(job_id, key(each.composition, each.steps), each.num_images, at, priority=each.priority)
+            for job_id, (each, at) in enumerate(zip(arrivals, times, strict=True))
         ]
-        waiting: list[Waiting] = []
-        applied: CompositionKey = ()
-        while coming or waiting:
+        waiting: list[QueuedRequest] = []
+        applied: AdapterSetKey = ()
+        while pending_fetches or waiting:
             if not waiting:
-                self.now_s = max(self.now_s, coming[0].arrived_s)
-            while coming and coming[0].arrived_s <= self.now_s:
-                waiting.append(coming.pop(0))
+                self.now_s = max(self.now_s, pending_fetches[0].arrived_s)
+            while pending_fetches and pending_fetches[0].arrived_s <= self.now_s:
+                waiting.append(pending_fetches.pop(0))
             batch = next_batch(
                 waiting, applied=applied, now_s=self.now_s, policy=self.policy, max_images=self.max_images
             )
             assert batch is not None, "the device idles although somebody waits"
-            ran = {item.ticket: item for item in waiting if item.ticket in batch.tickets}
-            left = left_after(waiting, batch, now_s=self.now_s, policy=self.policy)
-            assert sorted([*ran, *(item.ticket for item in left)]) == sorted(item.ticket for item in waiting)
-            self.passes.append((self.now_s, tuple(ran[ticket] for ticket in batch.tickets), waiting))
+            ran = {item.job_id: item for item in waiting if item.job_id in batch.tickets}
+            left = remaining_after(waiting, batch, now_s=self.now_s, policy=self.policy)
+            assert sorted([*ran, *(item.job_id for item in left)]) == sorted(item.job_id for item in waiting)
+            self.passes.append((self.now_s, tuple(ran[job_id] for job_id in batch.tickets), waiting))
             waiting, applied = left, batch.key.composition
             self.now_s += self.pass_s
 
@@ -111,10 +111,10 @@ def test_nobody_is_overtaken_more_often_or_longer_than_the_policy_allows(
     overtakes: dict[int, list[float]] = {}
     for now_s, batch, waited in history.passes:
         # Counted here from the arrivals alone, not from what the queue noted.
-        order = [item.ticket for item in in_order(waited, policy)]
-        for ticket in order[: order.index(batch[0].ticket)]:
-            if ticket not in {item.ticket for item in batch}:
-                overtakes.setdefault(ticket, []).append(now_s)
+        order = [item.job_id for item in in_order(waited, policy)]
+        for job_id in order[: order.index(batch[0].job_id)]:
+            if job_id not in {item.job_id for item in batch}:
+                overtakes.setdefault(job_id, []).append(now_s)
     for times in overtakes.values():
         assert len(times) <= policy.max_overtakes
         assert times[-1] == times[0] or times[-1] - times[0] < policy.max_overtaken_s
@@ -126,17 +126,17 @@ def test_a_request_waits_for_those_before_it_and_for_its_overtakers_alone(
     history: History, arrivals: list[Arrival]
 ) -> None:
     history.run(arrivals)
-    starts = {item.ticket: now_s for now_s, batch, _ in history.passes for item in batch}
+    starts = {item.job_id: now_s for now_s, batch, _ in history.passes for item in batch}
     for now_s, batch, _ in history.passes:
         for item in batch:
             delay_s = history.policy.batch_delay_s if item.priority == "batch" else 0.0
             before = [
                 other
                 for other in range(len(arrivals))
-                if other != item.ticket and _arrived(arrivals, other) <= item.arrived_s + delay_s
+                if other != item.job_id and _arrived(arrivals, other) <= item.arrived_s + delay_s
             ]
             passes_before = len(before) + history.policy.max_overtakes + 1
-            assert starts[item.ticket] - item.arrived_s <= passes_before * history.pass_s + 1e-9, now_s
+            assert starts[item.job_id] - item.arrived_s <= passes_before * history.pass_s + 1e-9, now_s
 
 
 def _arrived(arrivals: Sequence[Arrival], index: int) -> float:
@@ -153,7 +153,7 @@ def test_a_stream_that_is_nine_tenths_one_adapter_delays_no_other_beyond_the_bou
     backlog = [replace(stream[0], gap_s=0.0)] * 5
     history.run([*backlog, *stream])
     waits = [
-        (now_s - batch[0].arrived_s, len([item for item in waited if item.ticket < batch[0].ticket]))
+        (now_s - batch[0].arrived_s, len([item for item in waited if item.job_id < batch[0].job_id]))
         for now_s, batch, waited in history.passes
     ]
     assert max(wait_s for wait_s, _ in waits) <= len(backlog) + k + 2
@@ -169,26 +169,26 @@ def test_under_interactive_load_without_end_a_batch_request_still_has_its_turn()
 
 
 def test_interactive_requests_go_before_a_batch_request_that_came_first() -> None:
-    first = Waiting(0, key(HOT), 1, 0.0, priority="batch")
-    second = Waiting(1, key(COLD), 1, 1.0)
-    assert [item.ticket for item in in_order((first, second), QueuePolicy())] == [1, 0]
+    first = QueuedRequest(0, key(HOT), 1, 0.0, priority="batch")
+    second = QueuedRequest(1, key(COLD), 1, 1.0)
+    assert [item.job_id for item in in_order((first, second), QueuePolicy())] == [1, 0]
 
 
 def test_what_is_applied_already_goes_first() -> None:
     policy = QueuePolicy(max_overtakes=1)
-    waiting = [Waiting(0, key(COLD), 1), Waiting(1, key(HOT), 1), Waiting(2, key(HOT, 2), 1)]
+    waiting = [QueuedRequest(0, key(COLD), 1), QueuedRequest(1, key(HOT), 1), QueuedRequest(2, key(HOT, 2), 1)]
     batch = next_batch(waiting, applied=HOT, now_s=0.0, policy=policy, max_images=4)
     assert batch is not None
     assert batch.tickets == (1,)
-    left = left_after(waiting, batch, now_s=0.0, policy=policy)
-    assert [(item.ticket, item.overtaken) for item in left] == [(0, 1), (2, 0)]
+    left = remaining_after(waiting, batch, now_s=0.0, policy=policy)
+    assert [(item.job_id, item.times_skipped) for item in left] == [(0, 1), (2, 0)]
     batch = next_batch(left, applied=HOT, now_s=1.0, policy=policy, max_images=4)
     assert batch is not None
     assert batch.tickets == (0,)
 
 
 def test_who_was_overtaken_for_long_enough_is_not_overtaken_again() -> None:
-    waiting = [Waiting(0, key(COLD), 1, overtaken=1, overtaken_since_s=10.0), Waiting(1, key(HOT), 1)]
+    waiting = [QueuedRequest(0, key(COLD), 1, times_skipped=1, overtaken_since_s=10.0), QueuedRequest(1, key(HOT), 1)]
 
     def first_at(now_s: float) -> int:
         batch = next_batch(waiting, applied=HOT, now_s=now_s, policy=QueuePolicy(max_overtaken_s=5.0), max_images=1)
@@ -199,16 +199,16 @@ def test_who_was_overtaken_for_long_enough_is_not_overtaken_again() -> None:
 
 
 def test_a_request_is_given_up_when_its_deadline_has_passed_or_is_out_of_reach() -> None:
-    pace = Pace(fixed_s=1.0, unit_s=1.0)
-    late = Waiting(0, key(()), 1, deadline_s=10.0, units=1.0)
-    too_much = Waiting(1, key(()), 1, deadline_s=14.0, units=9.0)
-    in_time = Waiting(2, key(()), 1, deadline_s=14.0, units=5.0)
-    endless = Waiting(3, key(()), 1, units=1e9)
+    pace = LatencyModel(fixed_s=1.0, unit_s=1.0)
+    late = QueuedRequest(0, key(()), 1, deadline_s=10.0, units=1.0)
+    too_much = QueuedRequest(1, key(()), 1, deadline_s=14.0, units=9.0)
+    in_time = QueuedRequest(2, key(()), 1, deadline_s=14.0, units=5.0)
+    endless = QueuedRequest(3, key(()), 1, units=1e9)
     queue = (late, too_much, in_time, endless)
-    assert in_vain(queue, now_s=10.0, pace=pace) == (0, 1)
-    assert in_vain(queue, now_s=10.0, pace=None) == (0,)
+    assert unmeetable_deadlines(queue, now_s=10.0, pace=pace) == (0, 1)
+    assert unmeetable_deadlines(queue, now_s=10.0, pace=None) == (0,)
 
 
 def test_a_request_that_waits_alone_is_tried_whatever_the_pace_says() -> None:
-    item = Waiting(0, key(()), 1, deadline_s=10.0, units=1e9)
-    assert in_vain([item], now_s=9.0, pace=Pace(1.0, 1.0)) == ()
+    item = QueuedRequest(0, key(()), 1, deadline_s=10.0, units=1e9)
+    assert unmeetable_deadlines([item], now_s=9.0, pace=LatencyModel(1.0, 1.0)) == ()

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.core import Due, GenerationRequest
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.core import GenerationRequest, WallClockDeadline
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.engine.worker.worker import EngineWorker
@@ -37,7 +37,7 @@ class Bench:
     def __init__(self, **settings: Any) -> None:
         self.clock, self.wall_clock = Clock(), Clock(YEAR_2030)
         pipeline = wrap(tiny_pipeline("sd15"), schedulers=("DDIMScheduler",))
-        self.weights = AdapterWeights(pipeline.components)
+        self.weights = FusedWeights(pipeline.components)
         self.adapters = [parsed_adapter(pipeline.manifest, seed=seed) for seed in range(2)]
         self.worker = EngineWorker(
             pipeline,
@@ -69,8 +69,8 @@ class Bench:
         assert reached.wait(WAIT_S)
         return job, opened
 
-    def due_in(self, seconds: float) -> Due:
-        return Due(self.wall_clock() + seconds, limit_s=seconds)
+    def due_in(self, seconds: float) -> WallClockDeadline:
+        return WallClockDeadline(self.wall_clock() + seconds, limit_s=seconds)
 
     def pass_time(self, seconds: float) -> None:
         self.clock.now_s += seconds
@@ -111,14 +111,14 @@ def test_a_request_whose_deadline_has_passed_is_refused_before_the_queue(bench: 
 def test_a_deadline_that_what_waits_puts_out_of_reach_is_refused_at_once(bench: Bench) -> None:
     run(bench)
     held, opened = bench.hold()
-    ahead = bench.submit(num_images=6)
+    prefetcher = bench.submit(num_images=6)
     try:
         with pytest.raises(DeadlineOutOfReach, match="within 0.001 s"):
             bench.submit(due=bench.due_in(0.001))
     finally:
         opened.set()
         held.future.result(WAIT_S)
-        ahead.future.result(WAIT_S)
+        prefetcher.future.result(WAIT_S)
 
 
 def test_a_request_without_a_deadline_waits_for_as_long_as_it_takes(bench: Bench) -> None:
@@ -138,7 +138,7 @@ def test_the_books_count_what_runs_waits_and_is_on_its_way(bench: Bench) -> None
     seen.append(bench.worker.snapshot().backlog_s)
     with bench.worker.expecting(request()):
         state = bench.worker.snapshot()
-        assert state.work.coming == 1
+        assert state.work.pending_fetches == 1
         seen.append(state.backlog_s)
     assert bench.worker.snapshot().backlog_s == pytest.approx(seen[1])
     opened.set()
@@ -170,7 +170,7 @@ def test_with_too_much_work_ahead_a_request_is_refused_with_the_time_after_which
     bench.worker.close()
     assert refused.value.retry_after_s == round(excess_s) > 1
     assert refused.value.limit == 4
-    assert bench.worker.snapshot().work.coming == 0
+    assert bench.worker.snapshot().work.pending_fetches == 0
 
 
 def test_a_stream_for_the_applied_adapter_overtakes_another_request_only_as_often_as_allowed() -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from serve_app.config import TracingSettings
-from serve_app.core import Due, TraceContext
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.core import TraceContext, WallClockDeadline
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, LoraplexError
 from serve_app.observability.tracing import close_tracing, set_up_tracing
@@ -44,7 +44,7 @@ class Device:
         pipeline = wrap(self.live, schedulers=("DDIMScheduler",))
         self.worker = EngineWorker(
             pipeline,
-            AdapterWeights(pipeline.components),
+            FusedWeights(pipeline.components),
             max_batch_images=1,
             torch_threads=1,
             clock=lambda: time.perf_counter() + self.skipped_s,
@@ -110,7 +110,7 @@ def test_a_request_that_runs_out_of_time_in_the_queue_is_a_span_that_says_so(
 
     held = device.worker.submit(request(steps=1), (), on_event=on_steps(stop))
     assert reached.wait(WAIT_S)
-    due = Due(device.wall_clock_s() + 1000.0, limit_s=1000.0)
+    due = WallClockDeadline(device.wall_clock_s() + 1000.0, limit_s=1000.0)
     late = device.worker.submit(replace(request(), trace=CONTEXT, due=due), ())
     device.skipped_s += 1001.0
     opened.set()

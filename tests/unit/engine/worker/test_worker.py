@@ -16,7 +16,7 @@ import torch
 from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult, PixelImage
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.weights.fused import AdapterWeights
+from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import InternalError, OutOfBounds, ReplicaLost
@@ -34,7 +34,7 @@ class Bench:
 
     live: Any
     pipeline: BasePipeline
-    weights: AdapterWeights
+    weights: FusedWeights
     worker: EngineWorker
 
     def image(self, wanted: GenerationRequest, *adapters: tuple[ParsedAdapter, float]) -> PixelImage:
@@ -76,7 +76,7 @@ def own_bench() -> Iterator[Bench]:
 def make_bench(family: str) -> Bench:
     live = tiny_pipeline(family)
     pipeline = wrap(live, family, schedulers=ONE_SCHEDULER)
-    weights = AdapterWeights(pipeline.components)
+    weights = FusedWeights(pipeline.components)
     return Bench(live, pipeline, weights, EngineWorker(pipeline, weights, max_batch_images=4, torch_threads=1))
 
 
@@ -298,7 +298,7 @@ def test_what_the_base_cannot_do_is_refused_before_the_queue(bench: Bench) -> No
 def test_the_device_thread_computes_with_the_threads_it_is_given() -> None:
     pipeline = wrap(tiny_pipeline("sd15"), schedulers=ONE_SCHEDULER)
     for threads in (2, 1):
-        worker = EngineWorker(pipeline, AdapterWeights(pipeline.components), max_batch_images=1, torch_threads=threads)
+        worker = EngineWorker(pipeline, FusedWeights(pipeline.components), max_batch_images=1, torch_threads=threads)
         heard: list[int] = []
         worker.submit(
             request(steps=1), (), on_event=on_steps(lambda *_, heard=heard: heard.append(torch.get_num_threads()))

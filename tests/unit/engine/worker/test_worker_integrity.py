@@ -9,11 +9,11 @@ from typing import Literal
 import pytest
 import torch
 
-from serve_app.deployments.replica.health import ailment
+from serve_app.deployments.replica.health import diagnose
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter, bytes_of
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.weights.fused import AdapterWeights
-from serve_app.engine.weights.integrity import PacedCheck, SelfCheck
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
 from serve_app.engine.worker.worker import EngineWorker, WorkerState
 from serve_app.errors import InternalError, ReplicaLost
 from tests.engine_cases import on_steps, parsed_adapter, request, use_of, wrap
@@ -29,9 +29,11 @@ class Bench:
         self, *, rest_s: float, slice_bytes: int = 1 << 20, pristine_in: Literal["device", "host"] = "device"
     ) -> None:
         self.pipeline: BasePipeline = wrap(tiny_pipeline("sd15"), schedulers=("DDIMScheduler",))
-        self.weights = AdapterWeights(self.pipeline.components, pristine_in=pristine_in)
-        watched, is_written = self.weights.watched, self.weights.is_written
-        check = PacedCheck(SelfCheck(watched, slice_bytes=slice_bytes, is_written=is_written), rest_s=rest_s)
+        self.weights = FusedWeights(self.pipeline.components, pristine_in=pristine_in)
+        watched, is_modified = self.weights.watched, self.weights.is_modified
+        check = ThrottledChecker(
+            IntegrityChecker(watched, slice_bytes=slice_bytes, is_modified=is_modified), rest_s=rest_s
+        )
         self.worker = EngineWorker(self.pipeline, self.weights, max_batch_images=2, torch_threads=1, self_check=check)
 
     def flip_a_bit(self) -> None:
@@ -61,10 +63,10 @@ def test_a_flipped_bit_is_noticed_while_nothing_waits_and_the_replica_is_unhealt
 ) -> None:
     bench = Bench(rest_s=0.01, pristine_in=pristine_in)
     bench.until(lambda state: state.self_checks > 0)
-    assert ailment(bench.worker.snapshot(), "demo/sd15") is None
+    assert diagnose(bench.worker.snapshot(), "demo/sd15") is None
     bench.flip_a_bit()
     state = bench.until(lambda state: state.is_corrupt and not state.is_alive)
-    found = ailment(state, "demo/sd15")
+    found = diagnose(state, "demo/sd15")
     assert found is not None
     assert "damaged in memory" in found.reason
     with pytest.raises(ReplicaLost):
@@ -121,7 +123,7 @@ def test_an_ordinary_run_with_swaps_failures_and_cancellations_never_trips(
         assert [len(job.future.result(WAIT_S).images) for job in jobs[:2]] == [1, 1]
         with pytest.raises(InternalError):
             jobs[2].future.result(WAIT_S)
-    rounds = bench.worker.snapshot().self_checks
-    state = bench.until(lambda state: state.self_checks > rounds)
+    completed_rounds = bench.worker.snapshot().self_checks
+    state = bench.until(lambda state: state.self_checks > completed_rounds)
     assert (state.is_corrupt, state.is_alive) == (False, True)
     bench.worker.close()

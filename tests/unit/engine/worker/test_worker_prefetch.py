@@ -12,8 +12,8 @@ import torch
 from serve_app.core import PixelImage
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.weights.fused import AdapterWeights
-from serve_app.engine.weights.prefetch import Ahead
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.prefetch import SwapPrefetcher
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.engine.worker.worker import EngineWorker
@@ -30,7 +30,7 @@ class Bench:
     def __init__(self) -> None:
         self.live: Any = tiny_pipeline("sd15")
         self.pipeline: BasePipeline = wrap(self.live, schedulers=("DDIMScheduler",))
-        self.weights = AdapterWeights(self.pipeline.components)
+        self.weights = FusedWeights(self.pipeline.components)
         self.worker = EngineWorker(
             self.pipeline,
             self.weights,
@@ -71,7 +71,7 @@ def bench() -> Iterator[Bench]:
 def plain(index: int | None) -> PixelImage:
     """Return the image of a base that prepares nothing."""
     pipeline = wrap(tiny_pipeline("sd15"), schedulers=("DDIMScheduler",))
-    worker = EngineWorker(pipeline, AdapterWeights(pipeline.components), max_batch_images=1, torch_threads=1)
+    worker = EngineWorker(pipeline, FusedWeights(pipeline.components), max_batch_images=1, torch_threads=1)
     adapters = [] if index is None else [(parsed_adapter(pipeline.manifest, seed=index), 1.0)]
     uses = () if index is None else (use_of(f"me/{index}"),)
     image = worker.submit(request(adapters=uses), adapters).future.result(WAIT_S).images[0]
@@ -122,33 +122,33 @@ def test_an_adapter_that_cannot_be_prepared_fails_its_own_request_alone(bench: B
 
 def test_preparing_the_same_again_does_nothing_and_something_else_is_not_bound(bench: Bench) -> None:
     components = wrap(tiny_pipeline("sd15")).components
-    weights = AdapterWeights(components)
-    ahead = Ahead(weights, torch_threads=1)
+    weights = FusedWeights(components)
+    prefetcher = SwapPrefetcher(weights, torch_threads=1)
     first, second, third = ([(adapter, 1.0)] for adapter in bench.adapters)
-    ahead.apply(first)
-    ahead.prepare(second)
-    ahead.prepare(second)
-    ahead.apply(third)
-    assert (weights.applied[0][0], ahead.bound) == ("digest-2", 0)
-    ahead.prepare(first)
-    ahead.apply(first)
-    assert (weights.applied[0][0], ahead.bound) == ("digest-0", 1)
-    ahead.prepare(first)  # applied already
-    ahead.apply([])
-    assert (weights.applied, ahead.bound) == ((), 1)
-    ahead.close()
+    prefetcher.apply(first)
+    prefetcher.prepare(second)
+    prefetcher.prepare(second)
+    prefetcher.apply(third)
+    assert (weights.applied[0][0], prefetcher.bound) == ("digest-2", 0)
+    prefetcher.prepare(first)
+    prefetcher.apply(first)
+    assert (weights.applied[0][0], prefetcher.bound) == ("digest-0", 1)
+    prefetcher.prepare(first)  # applied already
+    prefetcher.apply([])
+    assert (weights.applied, prefetcher.bound) == ((), 1)
+    prefetcher.close()
 
 
 def test_a_device_without_room_for_second_twins_goes_on_without(bench: Bench) -> None:
-    class Narrow(AdapterWeights):
+    class Narrow(FusedWeights):
         def prepare(self, composition: Any) -> Any:
             raise torch.OutOfMemoryError("no room")
 
     weights = Narrow(wrap(tiny_pipeline("sd15")).components)
-    ahead = Ahead(weights, torch_threads=1)
+    prefetcher = SwapPrefetcher(weights, torch_threads=1)
     for adapter in bench.adapters:
-        ahead.prepare([(adapter, 1.0)])
-        ahead.apply([(adapter, 1.0)])
+        prefetcher.prepare([(adapter, 1.0)])
+        prefetcher.apply([(adapter, 1.0)])
         assert weights.applied == ((adapter.digest, 1.0),)
-    assert ahead.bound == 0
-    ahead.close()
+    assert prefetcher.bound == 0
+    prefetcher.close()
