@@ -180,7 +180,7 @@ class SleepingReplica:
         return Slept(self._id, sum(lease.tier == "remote" for lease in leases), is_swapped)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        host = self._store.snapshot()
+        host = self._store.state()
         free_bytes = host.budget_bytes - host.used_bytes
         return self._recorder.snapshot(self._device.load(), Tiers(self._store.resident(), host_free_bytes=free_bytes))
 

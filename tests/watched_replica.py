@@ -53,7 +53,7 @@ class WatchedDevice(SleepingDevice):
     def _next(self, now_s: float) -> Batch | None:
         batch = None if self._is_held else super()._next(now_s)
         if batch is not None:
-            waiting = tuple(item.ticket for item in self._waiting)
+            waiting = tuple(item.job_id for item in self._waiting)
             self._history.append(Pass(now_s, batch.tickets, waiting))
         return batch
 
