@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.autoscaling import ray_settings
 from serve_app.core import GenerationResult
 from serve_app.settings import AutoscalingSettings
-from tests.sleeper import Sleeper, sleeping_request
+from tests.replicas.sleeper import Sleeper, sleeping_request
 
 # Replicas are processes, which take a while to start where the machine is busy.
 WAIT_S = 120.0

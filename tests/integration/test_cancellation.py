@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from serve_app.settings import ReplicaSettings
-from tests.held_replica import PATIENCE_S, Device, caller, held_service
 from tests.hub_server import CDN, HubServer
+from tests.replicas.held import PATIENCE_S, Device, caller, held_service
 from tests.service import EMBEDDED, Service
 
 PROMPT = "a white cross on a green background"

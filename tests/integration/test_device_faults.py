@@ -13,7 +13,7 @@ from ray import serve
 from serve_app.app import assemble
 from serve_app.config import AppConfig
 from serve_app.store.quarantine import MAX_FAILURES, PERIOD_S, SAME_PASS_S
-from tests.failing_replica import BREAKS, HANGS, IS_FULL, OVERFLOWS, FailingReplica
+from tests.replicas.failing import BREAKS, HANGS, IS_FULL, OVERFLOWS, FailingReplica
 from tests.service import Service, base_settings, pixels_of, process_of
 
 PROMPT = "a blue square on a red background"

@@ -23,10 +23,10 @@ from serve_app.errors import QueueFull
 from serve_app.routing.router import router_config
 from serve_app.work import LatencyModel
 from tests.engine_cases import use_of
+from tests.replicas.sleeper import BASE, Sleeper, sleeping_request
+from tests.replicas.sleeping import Sleeps
+from tests.replicas.watched import Pass, WatchedReplica
 from tests.service import Service
-from tests.sleeper import BASE, Sleeper, sleeping_request
-from tests.sleeping_replica import Sleeps
-from tests.watched_replica import Pass, WatchedReplica
 
 WAIT_S = 60.0
 

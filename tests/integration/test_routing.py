@@ -18,10 +18,10 @@ from serve_app.routing.stats import decode, tag_of
 from serve_app.work import LatencyModel
 from tests.engine_cases import use_of
 from tests.faults.breaking import until
+from tests.replicas.sleeper import BASE as ASLEEP_BASE
+from tests.replicas.sleeper import sleeping_request
+from tests.replicas.sleeping import SleepingReplica, Sleeps, Slept
 from tests.service import Service, base_settings
-from tests.sleeper import BASE as ASLEEP_BASE
-from tests.sleeper import sleeping_request
-from tests.sleeping_replica import SleepingReplica, Sleeps, Slept
 
 APPLICATION, ASLEEP = "routing", "asleep"
 BASE = "demo/sd15"

@@ -1,4 +1,4 @@
-"""How soon after a burst every replica that it needs is asked for: `python -m tests.bench_scaling [runs]`.
+"""How soon after a burst every replica that it needs is asked for: `python -m tests.bench.scaling [runs]`.
 
 Runs Serve's own controller with the product's policy and default intervals over replicas that sleep: 40 requests of a
 quarter of a second meet one replica, or none, where 2.5 s of work are wanted before each of at most four.
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from serve_app.autoscaling import ray_settings
 from serve_app.settings import AutoscalingSettings
+from tests.replicas.sleeper import Sleeper, sleeping_request
 from tests.service import ray_cluster
-from tests.sleeper import Sleeper, sleeping_request
 
 REPLICAS = 4
 APP = "sleeping"

@@ -8,7 +8,7 @@ from pathlib import Path
 from ray import serve
 
 from serve_app.engine.worker.scheduling import Batch, QueuePolicy
-from tests.sleeping_replica import SleepingDevice, SleepingReplica, Sleeps
+from tests.replicas.sleeping import SleepingDevice, SleepingReplica, Sleeps
 
 
 @dataclass(frozen=True)

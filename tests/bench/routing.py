@@ -1,11 +1,11 @@
 """What routing gains on real Ray, and what it costs; by hand, not by CI.
 
-    python -m tests.bench_routing decisions      how long one decision takes
-    python -m tests.bench_routing day            the calibrated day, compressed, under several routers at once
+    python -m tests.bench.routing decisions      how long one decision takes
+    python -m tests.bench.routing day            the calibrated day, compressed, under several routers at once
 
 `day` sends the same requests at the same times to applications that differ in their router alone: three replicas each,
-whose generations are sleeps (`tests.sleeping_replica`), so that processors do not decide. "Late" is what a service does
-without fetching at admission: the replica gets a request's adapters when its turn comes.
+whose generations are sleeps (`tests.replicas.sleeping`), so that processors do not decide. "Late" is what a service
+does without fetching at admission: the replica gets a request's adapters when its turn comes.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from serve_app.routing.cost import RequestLoad, RequiredAdapter, rank
 from serve_app.routing.ledger import ReplicaSnapshot, ReplicaStateCache
 from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
 from serve_app.work import LatencyModel, work_units
+from tests.replicas.sleeping import LeastLoadedRouter, SleepingReplica, Sleeps, Slept
 from tests.service import ray_cluster
-from tests.sleeping_replica import LeastLoadedRouter, SleepingReplica, Sleeps, Slept
 
 REPLICAS = 3
 # The calibrated day's constants, in seconds of the day: one image, a swap, a fetch. A tenth of an image is not steps.

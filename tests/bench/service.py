@@ -1,4 +1,4 @@
-"""Two promises about waiting, measured on a real service: `python -m tests.bench_service`.
+"""Two promises about waiting, measured on a real service: `python -m tests.bench.service`.
 
 Other adapters while one downloads slowly: rounds of requests with and without a 5-second download under way, in turn,
 so that whatever else the machine does falls on both. The status route while generations run: its latency alone and
@@ -25,7 +25,7 @@ import httpx
 from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.service import Service, base_settings, ray_cluster
 
-EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
+EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PROMPT = "a red circle on a blue background"
 ROUNDS = 6
