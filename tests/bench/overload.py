@@ -2,7 +2,8 @@
 
 First as much as callers who wait for their answers can get out of it, then ten times that whatever the answers. The
 device naps (`tests.replicas.napping`), so that generation takes no processor from refusing; the callers, in processes
-of their own, share the machine. Some that are refused come back when `Retry-After` says, during the overload and after it.
+of their own, share the machine. Some that are refused come back when `Retry-After` says, during the overload and
+after it.
 """
 
 from __future__ import annotations
