@@ -17,7 +17,7 @@ from serve_app.catalog.reading.selection import SAFE_SUFFIX, candidates
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef
-from serve_app.errors import BaseMismatch, LoraplexError, ModelNotFound
+from serve_app.errors import LoraplexError, ModelNotFound
 from serve_app.refusals import MalformedFile, NotAnAdapter, UnsafeFile
 
 MAX_CARD_CHARACTERS = 256 * 1024
@@ -92,9 +92,11 @@ async def inspect_id(
         bases=finding.placement.bases,
     )  # fmt: skip
     try:
-        finding.require_served([served.id for served in sources.config.bases])
-        if base is not None and base.id not in finding.placement.bases:
-            raise BaseMismatch(ref.id, finding.placement.made_for, base.id)
+        served = [known.id for known in sources.config.bases]
+        if base is None:
+            finding.require_served(served)
+        else:
+            finding.require_fit(base, served)
         asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.placement.bases)
         spec = finding.spec_for(asked[0])
         if header_only:
@@ -133,7 +135,9 @@ def _outside_of(path: Path) -> Inspection:
         return seen.refused(MalformedFile(path.name, str(error)))
     seen = replace(seen, header=facts)
     if not facts.has_pairs:
-        return seen.refused(NotAnAdapter(path.name, "it has no paired low-rank matrices of an adapter"))
+        return seen.refused(
+            NotAnAdapter(path.name, "it has no layers of an adapter: no pair of factors, in any spelling that is read")
+        )
     return seen
 
 

@@ -25,6 +25,7 @@ from serve_app.engine.adapters.deltas import (
     Coverage,
     Delta,
     Dense,
+    Direction,
     Dora,
     Hadamard,
     Kronecker,
@@ -143,7 +144,7 @@ def _describe(delta: Delta, body: _Body) -> dict[str, Any]:
         value = getattr(delta, field.name)
         if isinstance(value, Tensor):
             value = _place(value, body)
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             value = _describe(value, body)
         described[field.name] = value
     return described

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, Dense, Dora, Hadamard, Kronecker, LowRank
+from serve_app.engine.adapters.deltas import Delta, Dense, Direction, Dora, Hadamard, LowRank
 
 # The bits of a product may depend on how its operands are aligned; this is how torch places tensors of their own.
 _ALIGNMENT_BYTES = 64
@@ -153,8 +153,12 @@ def fuse_weight(out: Tensor, pristine: Tensor, current: Tensor, delta: Delta, sc
         torch.add(current, weight_delta(delta, pristine, scale), out=out)
         return
     change = weight_delta(delta.direction, pristine, scale)
-    norm = _norm_per_output(pristine + change)
-    ratio = (delta.magnitude.to(pristine.device, non_blocking=True) / norm).view(-1, *[1] * (pristine.ndim - 1))
+    magnitude = delta.magnitude.to(pristine.device, non_blocking=True)
+    if delta.is_per_input:
+        norm = (pristine + change).transpose(0, 1).flatten(1).norm(dim=1)
+        ratio = (magnitude / norm).view(1, -1, *[1] * (pristine.ndim - 2))
+    else:
+        ratio = (magnitude / _norm_per_output(pristine + change)).view(-1, *[1] * (pristine.ndim - 1))
     out.copy_(ratio * (current + change))
 
 
@@ -162,18 +166,22 @@ def fuse_bias(out: Tensor, current: Tensor, delta: Delta, scale: float) -> None:
     """Write `current`, a bias, changed by `delta` to `out`; the change must have a bias."""
     change = delta.direction if isinstance(delta, Dora) else delta
     assert isinstance(change, LowRank | Dense)
-    assert change.bias is not None
-    bias = change.bias.to(current.device, non_blocking=True)
-    torch.add(current, bias * change.factor(scale), out=out)
+    shift = change.shift if isinstance(change, LowRank) else None
+    for addend, factor in ((change.bias, change.factor(scale)), (shift, scale)):
+        if addend is not None:
+            torch.add(current, addend.to(current.device, non_blocking=True) * factor, out=out)
+            current = out
 
 
-def bias_of(delta: Delta) -> Tensor | None:
-    """Return what a change adds to the layer's bias, unscaled."""
+def changes_bias(delta: Delta) -> bool:
+    """Say whether a change adds to the layer's bias."""
     change = delta.direction if isinstance(delta, Dora) else delta
-    return change.bias if isinstance(change, LowRank | Dense) else None
+    if isinstance(change, LowRank):
+        return change.bias is not None or change.shift is not None
+    return isinstance(change, Dense) and change.bias is not None
 
 
-def weight_delta(delta: LowRank | Hadamard | Kronecker | Dense, weight: Tensor, scale: float) -> Tensor:
+def weight_delta(delta: Direction, weight: Tensor, scale: float) -> Tensor:
     """Return what to add to `weight`, in its shape and on its device, in the dtype of the factors."""
     if isinstance(delta, LowRank):
         return _low_rank_delta(delta, weight, scale)

@@ -18,7 +18,7 @@ from serve_app.core import Scale, scale_of
 from serve_app.engine.adapters.deltas import ParsedAdapter, bytes_of
 from serve_app.engine.base.manifest import adaptable_layers
 from serve_app.engine.weights.device_cache import DeviceCache, moved_to
-from serve_app.engine.weights.fuse import LayerUpdate, bias_of, fuse_bias, fuse_weights
+from serve_app.engine.weights.fuse import LayerUpdate, changes_bias, fuse_bias, fuse_weights
 from serve_app.engine.weights.in_place import InPlaceFuser
 from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, layers_among, layers_of
 from serve_app.engine.weights.side_stream import SideStream
@@ -293,7 +293,7 @@ class FusedWeights:
                 self._spare(site, overwrites_bound) if current is site.pristine else current
             )
             changes.append(LayerUpdate(fused_buffer, site.pristine, current, delta, scale))
-            if bias_of(delta) is not None:
+            if changes_bias(delta):
                 assert layer.bias is not None
                 site = layer.bias
                 current = fused_buffers.get(site, site.pristine)

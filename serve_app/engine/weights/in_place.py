@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serve_app.core import Scale, scale_of
 from serve_app.engine.adapters.deltas import Dora, ParsedAdapter
-from serve_app.engine.weights.fuse import LayerUpdate, bias_of, fuse_bias, fuse_weight, fuse_weights
+from serve_app.engine.weights.fuse import LayerUpdate, changes_bias, fuse_bias, fuse_weight, fuse_weights
 from serve_app.engine.weights.parameters import Layers, ParameterSlot
 
 _ALIGNMENT_BYTES = 64
@@ -80,7 +80,7 @@ class InPlaceFuser:
                 fuse_weight(live, pristine, live, delta, scale)
             else:
                 changes.append(LayerUpdate(live, live, live, delta, scale))
-            if bias_of(delta) is not None:
+            if changes_bias(delta):
                 assert layer.bias is not None
                 self._written.add(layer.bias)
                 fuse_bias(layer.bias.parameter.data, layer.bias.parameter.data, delta, scale)
