@@ -7,6 +7,7 @@ Must not know Ray, torch, HTTP or the file system.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Literal
 
 # Who waits for a request: a person, or a job that may take its time.
@@ -67,7 +68,8 @@ class AdapterSpec:
 
     `revision` fixes the bytes: a commit hash for a Hub repository, a content digest for a folder. `location` is where
     the file lies (a Hub repository id or a folder) and never reaches a client. `embeddings` is the file beside it with
-    the words that it teaches the text encoders.
+    the words that it teaches the text encoders, `settings` the text of peft's `adapter_config.json` beside it, which
+    says how it is scaled.
     """
 
     id: str
@@ -79,11 +81,13 @@ class AdapterSpec:
     size_bytes: int
     instance_prompt: str | None = None
     embeddings: str | None = None
+    settings: str | None = None
 
     @property
     def key(self) -> str:
-        """The name of these bytes, the same in every process; scale is never part of it."""
-        return f"{self.id}@{self.revision[:16]}/{self.filename}"
+        """The name of these bytes, the same in every process; a request's scale is never part of it."""
+        name = f"{self.id}@{self.revision[:16]}/{self.filename}"
+        return name if self.settings is None else f"{name}+{sha256(self.settings.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,9 @@ MAX_CHAIN = 3
 MAX_PARENTS = 3
 # A word is a few kilobytes; a file of this size is something else.
 MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
+# How peft scales an adapter that it saved; the file's own tensors do not say.
+SETTINGS = "adapter_config.json"
+MAX_SETTINGS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class AdapterInfo:
     header: HeaderFacts
     placement: BaseMatch
     embeddings: str | None = None
+    settings: str | None = None
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
@@ -68,6 +72,7 @@ class AdapterInfo:
             size_bytes=self.size_bytes,
             instance_prompt=self.instance_prompt,
             embeddings=self.embeddings,
+            settings=self.settings,
         )
 
     def require_served(self, served: Sequence[str]) -> None:
@@ -83,7 +88,7 @@ class AdapterInfo:
         if by_name:
             reason = (
                 f"its card names {made_for}, which is not served. If it is a fine-tune of {' or '.join(by_name)}, "
-                f"which its layers fit, name that base in the request, or have the operator add '{made_for}' to its aliases"
+                f"which its layers fit, name that base in the request, or have '{made_for}' made an alias of it"
             )
         raise BaseNotServed(self.id, reason)
 
@@ -159,7 +164,21 @@ class AdapterInspector:
             header=facts,
             placement=await self._place(model, listing.card, facts),
             embeddings=embeddings,
+            settings=await self._settings(source, listing, chosen),
         )
+
+    async def _settings(self, source: AdapterSource, listing: RepositoryListing, chosen: str) -> str | None:
+        """Return the text of peft's settings beside an adapter's file, where there are any."""
+        folder = chosen.rpartition("/")[0]
+        name = f"{folder}/{SETTINGS}" if folder else SETTINGS
+        if listing.file(name) is None:
+            return None
+        content = await source.read_small(listing.location, listing.revision, name)
+        if content is None:
+            return None
+        if len(content) > MAX_SETTINGS_BYTES:
+            raise TooLarge(f"'{name}', with the settings of adapter {listing.id},", f"{MAX_SETTINGS_BYTES} bytes")
+        return content.decode("utf-8", errors="replace")
 
     async def _choose(
         self, source: AdapterSource, listing: RepositoryListing, filename: str | None

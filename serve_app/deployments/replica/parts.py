@@ -45,7 +45,6 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     Raises:
         BaseUnusable: it cannot be loaded as configured.
     """
-    from serve_app.engine.base.digests import FileDigests
     from serve_app.engine.base.loading import HubAccess, resolve_source
     from serve_app.engine.drawing.pipeline import BasePipeline
 
@@ -54,7 +53,6 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
         resolve_source(base.source, embedded_root()),
         vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
         hub=HubAccess(token=environment.token),
-        digests=FileDigests(environment.cache_dir / "digests"),
     )
 
 
@@ -86,7 +84,7 @@ def make_store(
     on_brought: Callable[[str], None],
 ) -> AdapterStore[ParsedAdapter]:
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
-    from serve_app.engine.adapters.canonical import read_canonical
+    from serve_app.engine.adapters.canonical import read_canonical, reader_version
 
     is_on_gpu = pipeline.device.type == "cuda"
     files: Files = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
@@ -96,15 +94,14 @@ def make_store(
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
         began_s = time.monotonic()
-        await admission.admit(source, spec.id, target, await files.embeddings(spec))
+        await admission.admit(source, spec.id, target, await files.embeddings(spec), spec.settings)
         log.info("%s was admitted in %.1f ms", spec.key, (time.monotonic() - began_s) * 1e3)
 
     return AdapterStore(
         admitted=AdmittedFiles(
             environment.cache_dir / "admitted",
             config.cache_size,
-            base_fingerprint=pipeline.manifest.fingerprint,
-            dtype=pipeline.manifest.dtype,
+            depends_on=(pipeline.manifest.fingerprint, reader_version(), base.adapter_limits.model_dump_json()),
             clock=time.time,
         ),
         fetch=files.path,

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from serve_app.engine.adapters.deltas import divisor_of
@@ -19,7 +18,6 @@ from serve_app.engine.adapters.safetensors_file import shown
 from serve_app.refusals import MalformedFile, UnsupportedMethod
 
 METADATA_KEY = "lora_adapter_metadata"
-MAX_CONFIG_BYTES = 1024 * 1024
 
 # Settings that speak of training or of book-keeping, and change nothing about what the tensors mean.
 FREE = frozenset(
@@ -106,17 +104,15 @@ def read_scalings(
     return scalings
 
 
-def read_config(path: Path, denoiser: str, name: str) -> dict[str, Scaling]:
-    """Return the scaling that peft's `adapter_config.json` gives, which lies beside the file.
+def read_settings(text: str, denoiser: str, name: str) -> dict[str, Scaling]:
+    """Return the scaling that the text of peft's `adapter_config.json` gives, which lies beside the file.
 
     Raises:
         MalformedFile: it is not what peft writes.
         UnsupportedMethod: it asks for something other than scaling, or for another method than LoRA.
     """
-    with path.open("rb") as file:
-        text = file.read(MAX_CONFIG_BYTES + 1)
     try:
-        settings = json.loads(text) if len(text) <= MAX_CONFIG_BYTES else None
+        settings = json.loads(text)
     except (ValueError, RecursionError):
         settings = None
     if not isinstance(settings, dict):

@@ -6,6 +6,7 @@ alone, so that it can run in another process.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, Dora, ParsedAdapter, tensors_of
 from serve_app.engine.adapters.formats import TargetLayer, build_delta, inner_width
 from serve_app.engine.adapters.inversion import bundled_words, with_words
-from serve_app.engine.adapters.metadata import Scaling, read_config, read_scalings
+from serve_app.engine.adapters.metadata import Scaling, read_scalings, read_settings
 from serve_app.engine.adapters.naming import LayerTensors, NamedLayers, is_of_denoiser, name_layers
 from serve_app.engine.adapters.projections import as_floats, fold_alpha, split_projection
 from serve_app.engine.adapters.safetensors_file import read_tensor_file, shown
@@ -36,11 +37,12 @@ def parse_adapter(
     manifest: BaseManifest,
     limits: AdapterLimits,
     embeddings: Path | None = None,
-    config: Path | None = None,
+    settings: str | None = None,
 ) -> ParsedAdapter:
     """Parse one file and check it against a base; `name` is what errors call the adapter.
 
-    `embeddings` is the file with the adapter's own words, `config` peft's `adapter_config.json`, where there is one.
+    `embeddings` is the file with the adapter's own words, `settings` the text of peft's `adapter_config.json`,
+    where there is one.
 
     Every tensor of the file is part of a change, or counted and named in `coverage` as unmatched, or the file is
     refused. A file is taken to be for another base, and refused, when fewer than half of its layers exist here; a
@@ -54,8 +56,10 @@ def parse_adapter(
     tensors, bundled = bundled_words(file.tensors)
     _refuse_unserved(tensors, name)
     scalings = read_scalings(file.metadata, manifest.components, manifest.denoiser, name)
-    if config is not None and not scalings:
-        scalings = read_config(config, manifest.denoiser, name)
+    digest = file.digest
+    if settings is not None and not scalings:
+        scalings = read_settings(settings, manifest.denoiser, name)
+        digest = hashlib.sha256(f"{digest}{settings}".encode()).hexdigest()
     named = name_layers(tensors, manifest, name)
     _check_coverage(named, manifest, name)
     changes = _build(named.layers, manifest, scalings, name, limits)
@@ -69,7 +73,7 @@ def parse_adapter(
         unmatched=tuple(shown(stem) for stem in unmatched[:UNMATCHED_SHOWN]),
         ranks=(min(ranks), max(ranks)),
     )
-    adapter = ParsedAdapter(file.digest, components, coverage)
+    adapter = ParsedAdapter(digest, components, coverage)
     if embeddings is None and not bundled:
         return adapter
     return with_words(adapter, bundled, embeddings, name, manifest, limits)

@@ -54,7 +54,8 @@ def main() -> None:
 def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
     try:
         embeddings = Path(request["embeddings"]) if "embeddings" in request else None
-        adapter = parse_adapter(Path(request["source"]), request["name"], manifest, limits, embeddings)
+        source, settings = Path(request["source"]), request.get("settings")
+        adapter = parse_adapter(source, request["name"], manifest, limits, embeddings, settings)
         write_canonical(adapter, Path(request["target"]))
     except RefusedAdapter as refusal:
         return {"error": type(refusal).__name__, "reason": refusal.reason}

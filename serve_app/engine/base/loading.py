@@ -1,12 +1,11 @@
 """Loading a base model: from a folder or a Hub repository to a frozen pipeline on its device.
 
-Owns where the weights lie, their dtype, the VAE override and the fingerprint. Must not know requests or
+Owns where the weights lie, their dtype and the VAE override. Must not know requests or
 adapters. Weights are read from safetensors alone, and no code of a repository is ever run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +29,6 @@ from huggingface_hub.errors import (
 )
 
 from serve_app.config import BaseModelConfig, DTypeName
-from serve_app.engine.base.digests import FileDigests
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
 from serve_app.engine.base.remote_code import INDEX, RemoteCodeNotAllowed, check_folder, pipeline_name
@@ -66,13 +64,9 @@ class HubAccess:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device.
-
-    `fingerprint` is a hex digest; equal fingerprints mean equal weights in equal dtype.
-    """
+    """A frozen pipeline on its device."""
 
     pipeline: Any
-    fingerprint: str
 
 
 def resolve_source(source: ModelSource, embedded_root: Path | None) -> ResolvedSource:
@@ -96,12 +90,10 @@ def load_base(
     *,
     device: torch.device,
     hub: HubAccess,
-    digests: FileDigests | None = None,
 ) -> LoadedBase:
     """Load a base, freeze it, move it to `device` and set it up as the configuration says.
 
     Its components are those of its own `model_index.json`: a base that comes with a safety checker keeps it.
-    `digests` keeps what a folder's weights add up to, so that they are read for that once.
 
     Raises:
         BaseUnusable: its files are missing, incomplete, pickled, need code of their own, or are no image model.
@@ -126,8 +118,7 @@ def load_base(
     configure_pipeline(pipeline, config)
     if config.compile:
         compile_denoiser(pipeline)
-    fingerprint = _fingerprint(folder, source, pipeline, dtype, digests or FileDigests(None))
-    return LoadedBase(pipeline, fingerprint)
+    return LoadedBase(pipeline)
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
@@ -253,15 +244,3 @@ def _freeze(pipeline: Any) -> None:
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(requires_grad=False).eval()
-
-
-def _fingerprint(folder: Path, source: ResolvedSource, pipeline: Any, dtype: torch.dtype, digests: FileDigests) -> str:
-    """Digest what the adaptable weights are: the commit of a Hub repository, the bytes of a folder."""
-    digest = hashlib.sha256(f"{type(pipeline).__name__} {dtype}".encode())
-    if source.hub is not None:
-        digest.update(f"{source.hub} {folder.name}".encode())
-        return digest.hexdigest()
-    for name in adaptable_components(pipeline):
-        for path in sorted((folder / name).glob("*.safetensors")):
-            digest.update(f"{path.name} {digests.of(path)} ".encode())
-    return digest.hexdigest()

@@ -54,7 +54,7 @@ class BaseManifest:
     """The adaptable layers of one loaded base: component name -> module name -> layer.
 
     `layers_per_block` is the UNet's, which numbers blocks in the original implementation; None where there is no UNet.
-    `fingerprint` tells bases apart on disk: the same fingerprint means the same weights in the same dtype.
+    `fingerprint` tells structures apart: the same fingerprint means the same layers in the same dtype.
     `vocabularies` are those of the text encoders that adapters can teach words, by component, in the pipeline's order.
     """
 
@@ -98,8 +98,8 @@ def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
-def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> BaseManifest:
-    """Describe a loaded pipeline; `fingerprint` None hashes the structure alone, which tells no fine-tunes apart."""
+def manifest_of(pipeline: DiffusionPipeline) -> BaseManifest:
+    """Describe a loaded pipeline."""
     components = adaptable_components(pipeline)
     denoiser = next(iter(components))
     layers = {name: _layers_of(module) for name, module in components.items()}
@@ -111,11 +111,9 @@ def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> 
         dtype=_dtype_name(next(components[denoiser].parameters()).dtype),
         layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
         components=layers,
-        fingerprint=fingerprint or "",
+        fingerprint="",
         vocabularies=_vocabularies_of(pipeline),
     )
-    if fingerprint is not None:
-        return manifest
     structure = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     return dataclasses.replace(manifest, fingerprint=structure)
 

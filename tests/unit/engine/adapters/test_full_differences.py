@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import ParsedAdapter
+from serve_app.engine.adapters.deltas import Dense, ParsedAdapter
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
 from serve_app.engine.weights.fused import FusedWeights
-from serve_app.refusals import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsupportedMethod
+from serve_app.refusals import NonFinite, RefusedAdapter, ShapeMismatch
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, full, lora
