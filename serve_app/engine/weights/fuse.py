@@ -189,7 +189,8 @@ def weight_delta(delta: Direction, weight: Tensor, scale: float) -> Tensor:
         return (_computable(delta.weight, weight.device) * scale).to(weight.dtype)
     if isinstance(delta, Hadamard):
         factors = (delta.up_1, delta.down_1, delta.up_2, delta.down_2)
-        up_1, down_1, up_2, down_2 = (_computable(factor, weight.device) for factor in factors)
+        # In 32 bits on every device: a half may leave the range of 16 bits where the product does not.
+        up_1, down_1, up_2, down_2 = (factor.to(weight.device, torch.float32) for factor in factors)
         product = (up_1 @ down_1) * (up_2 @ down_2)
     else:
         left, right = (_computable(factor, weight.device) for factor in (delta.left, delta.right))

@@ -8,29 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from serve_app.catalog.reading.header import describe, read_header
-from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.adapters.parser import parse_adapter
-from serve_app.engine.weights.fuse import fuse_weight
 from serve_app.families.structure import FAMILIES as TRANSFORMERS
 from serve_app.refusals import UnsupportedMethod
 from serve_app.settings import AdapterLimits
-from tests.spelt_adapters import FAMILIES, METHODS, SPELLINGS, Base, base_of, is_indivisible, spelt
+from tests.adapter_changes import changes
+from tests.spelt_adapters import FAMILIES, METHODS, SPELLINGS, base_of, is_indivisible, spelt
 
 DOCS = Path(__file__).parents[4] / "docs/adapters.md"
-
-
-def changes(base: Base, adapter: ParsedAdapter) -> dict[str, Tensor]:
-    """Return what an adapter changes in the weights: module -> difference."""
-    found: dict[str, Tensor] = {}
-    for _, module, delta in adapter.layers():
-        pristine = base.denoiser.get_submodule(module).weight
-        out = torch.empty_like(pristine)
-        fuse_weight(out, pristine, pristine, delta, 1.0)
-        found[module] = out.double() - pristine.double()
-    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
