@@ -23,8 +23,8 @@ check: $(VENV)/.dev  ## format, lint, types, layers, configuration, known vulner
 	@$(BIN)/python -m tests.audit
 
 bench: $(VENV)/.dev  ## what waiting and swaps cost on this machine
-	@$(BIN)/python -m tests.bench.service
-	@$(BIN)/python -m tests.bench.overhead
+	@$(BIN)/python -m tests.bench_service
+	@$(BIN)/python -m tests.bench_overhead
 	@$(BIN)/loraplex bench swap --model tiny
 
 demo-train: $(VENV)/.run  ## train the embedded models again, from nothing (half an hour on two quiet cores)

@@ -1,7 +1,7 @@
 """What routing gains on real Ray, and what it costs; by hand, not by CI.
 
-    python -m tests.bench.routing decisions      how long one decision takes
-    python -m tests.bench.routing day            the calibrated day, compressed, under several routers at once
+    python -m tests.bench_routing decisions      how long one decision takes
+    python -m tests.bench_routing day            the calibrated day, compressed, under several routers at once
 
 `day` sends the same requests at the same times to applications that differ in their router alone: three replicas each,
 whose generations are sleeps (`tests.replicas.sleeping`), so that processors do not decide. "Late" is what a service

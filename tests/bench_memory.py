@@ -1,4 +1,4 @@
-"""Two hours' requests in ten minutes, and what they leave behind: `python -m tests.bench.memory --minutes 10`.
+"""Two hours' requests in ten minutes, and what they leave behind: `python -m tests.bench_memory --minutes 10`.
 
 A real service with both demo bases, small images of few steps, and caches that hold a few adapters of the hundreds that
 are asked for, new ones all the time. Callers draw, stream, leave, run out of time, ask for what cannot be had, name and
@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 from safetensors.numpy import load_file, save
 
-from tests.bench.footprint import footprints
+from tests.footprint import footprints
 from tests.hub_server import HubServer
 from tests.service import BASES, EMBEDDED, STYLES, base_settings, ray_cluster
 
