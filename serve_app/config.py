@@ -60,10 +60,10 @@ HALF_PRECISION_VAES = {"stabilityai/stable-diffusion-xl-base-1.0": "madebyollin/
 class BaseModelConfig(StrictModel):
     """One base model: its public id, where it comes from, and how it is served.
 
-    `compile` compiles the denoiser when a replica starts, which takes a minute or two and a compiler on the node.
-    `memory_format` is torch's memory format of convolutions; "auto" is channels_last on a GPU. `vae_tiling` decodes
-    large images in tiles, which needs less memory and may leave faint seams; "auto" does so only for images with a side
-    over twice the size that the VAE was trained for.
+    `compile` has torch compile the denoiser when a replica starts, which takes a minute or two and a compiler on the
+    node. `memory_format` is how convolutions lay out their weights and values: "auto" is channels_last on a GPU.
+    `vae_tiling` decodes large images tile by tile, which needs less memory and shows faintly: "auto" does so only for
+    sides over twice those that the VAE was trained for.
     """
 
     id: str
@@ -106,7 +106,7 @@ class BaseModelConfig(StrictModel):
 
     @property
     def vae_source(self) -> ModelSource | None:
-        """The VAE that replaces the base's own: the configured one, or in float16 one that is known to be needed."""
+        """The VAE that replaces the base's own: the configured one, else in float16 the one known to be needed."""
         known = HALF_PRECISION_VAES.get(self.source.hub or "") if self.dtype == "float16" else None
         return self.vae or (ModelSource(hub=known) if known else None)
 

@@ -55,7 +55,7 @@ class _Key:
 
 @dataclass(frozen=True, slots=True)
 class _ResolvedAdapter:
-    info: AdapterInfo
+    finding: AdapterInfo
     is_private: bool = False
 
 
@@ -139,16 +139,16 @@ class Catalog:
         refs = tuple(ref if self._config.base(ref.id) is not None else self._resolve_alias(ref) for ref in asked)
         check_named(refs, self._config)
         # Look-ups are shared and run to their end; the first error in the order of the request is raised.
-        outcomes = await asyncio.gather(*(self._resolve(ref, token) for ref in refs), return_exceptions=True)
-        infos: list[AdapterInfo] = []
+        outcomes = await asyncio.gather(*(self._found(ref, token) for ref in refs), return_exceptions=True)
+        findings: list[AdapterInfo] = []
         is_private = False
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-            infos.append(outcome.info)
+            findings.append(outcome.finding)
             is_private = is_private or outcome.is_private
-        base = named or common_base(infos, self._config)
-        specs = [spec_on(info, base, self._config) for info in infos]
+        base = named or common_base(findings, self._config)
+        specs = [spec_on(finding, base, self._config) for finding in findings]
         check_words(specs)
         uses = [ScaledAdapter(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
         return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)), is_private)
@@ -164,7 +164,7 @@ class Catalog:
             ModelNotFound, AccessDenied, HubUnavailable: it cannot be read.
             RefusedAdapter: it exists but cannot be served; the subclass says why.
         """
-        info = (await self._resolve(ref, token)).info
+        info = (await self._found(ref, token)).finding
         spec = spec_on(info, common_base([info], self._config), self._config)
         return KnownAdapter(spec, info.header.max_rank)
 
@@ -203,12 +203,12 @@ class Catalog:
     async def _exists(self, model: str, token: HubToken | None, *, missing: tuple[type[LoraplexError], ...]) -> bool:
         """Whether an adapter is found; one that is found but refused counts, except for the errors in `missing`."""
         try:
-            await self._resolve(AdapterRef(model), token)
+            await self._found(AdapterRef(model), token)
         except LoraplexError as error:
             return not isinstance(error, missing)
         return True
 
-    async def _resolve(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
+    async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter as anybody sees it, or else as the caller does."""
         if self._config.base(ref.id) is not None:
             raise NotAnAdapter(ref.id, "it is a base model")

@@ -1,9 +1,9 @@
 """Every metric of the service and its labels, declared once.
 
-Owns the names, labels and buckets, and the two objects through which an ingress and a replica report. Serve
-adds the labels deployment, replica and application by itself, to metrics made inside a replica: make these
-objects there. Labels have few values: bases, tiers, error codes and route templates, never callers or prompts, and of
-adapters those that `serve_app.observability.bounded_labels` names. Must not know where its numbers come from.
+Owns the names, labels and buckets, and the objects through which each part of the service reports. Serve adds the
+labels deployment, replica and application to metrics that are created inside a replica, so create these objects there.
+Labels have few values: bases, tiers, error codes and route templates, never callers or prompts; of adapters only those
+that `serve_app.observability.bounded_labels` allows. Must not know where its numbers come from.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def is_valid_revision(revision: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFile:
-    """One file of a repository; a size of None is unknown."""
+    """One file of a repository; a size of None means that the place did not say."""
 
     name: str
     size_bytes: int | None
