@@ -1,7 +1,7 @@
-"""The whole configuration, checked before anything starts.
+"""The whole configuration, validated before anything starts.
 
-Owns `AppConfig`: what `args:` of the application in a Serve file may say. Every model refuses unknown keys and names
-the nearest known one. Must not read the environment, files or the network: `serve_app.environment` does, once.
+Owns `AppConfig`, the `args:` of the application in a Serve file. Every model refuses unknown keys and names the nearest
+known one. Must not read the environment, files or the network: `serve_app.environment` does, once.
 """
 
 from __future__ import annotations
@@ -119,9 +119,9 @@ class BaseModelConfig(StrictModel):
 class HubSettings(StrictModel):
     """How adapters are found on the Hugging Face Hub; `endpoint` None means the environment's, else the public one.
 
-    With `forward_tokens`, adapters are looked up as anybody sees them, and what not everybody may read with the
-    caller's own token; a check of a caller's access counts for `access_ttl_s`. The service's token is then for bases
-    alone. `cache_size` is what fetched files may take of a node's disk beside the admitted ones made of them.
+    With `forward_tokens`, adapters are looked up without a token, and those that are not public with the caller's own;
+    a check of a caller's access is valid for `access_ttl_s`. The service's token is then used for bases only.
+    `cache_size` limits the downloaded files on a node's disk, apart from the admitted ones made from them.
     """
 
     enabled: bool = True
@@ -136,18 +136,20 @@ class HubSettings(StrictModel):
 class SharingSettings(StrictModel):
     """Whether adapter files travel between nodes, so that the cluster fetches each from the Hub once.
 
-    `memory` is what shared files may take of Ray's object store, which spills to disk, over the whole cluster; `disk`
-    what came from peers may take of a node's. After `patience_s` a node no longer waits for another's fetch.
+    `memory` is the limit of shared files in Ray's object store, which spills to disk, over the whole cluster; `disk`
+    is the limit of copies from peers on each node's disk. A node waits for another node's download for at most
+    `wait_timeout_s`, then downloads the file itself.
     """
 
+    renamed = {"patience_s": "wait_timeout_s"}
     enabled: bool = False
-    patience_s: PositiveFloat = 60.0
+    wait_timeout_s: PositiveFloat = 60.0
     memory: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
     disk: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
 
 
 class AdapterSources(StrictModel):
-    """Where adapters may come from, asked in this order: embedded, folders, the Hub.
+    """Where adapters come from. The order of look-up is: embedded, folders, the Hub.
 
     A folder holds Hub-shaped repositories as `<owner>/<name>/`.
     """
@@ -161,20 +163,21 @@ class AdapterSources(StrictModel):
 
 
 class IngressSettings(StrictModel):
-    """The HTTP face: how many replicas, and what a request may weigh.
+    """The ingress: its replicas, and the limits of a request.
 
-    `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a stream is silent before a
-    comment keeps proxies from cutting it. A request whose replica dies is sent again `max_retries` times. A replica of
-    the face that gives no answer to three health checks in a row, each within `health_check_timeout_s`, is replaced.
+    A caller has `body_timeout_s` to send a body. A stream that is silent for `sse_ping_interval_s` gets a comment, so
+    that proxies keep it open. A request whose replica dies is sent again at most `max_retries` times. An ingress
+    replica that fails three health checks in a row, each with `health_check_timeout_s`, is replaced.
     """
 
+    renamed = {"keep_alive_s": "sse_ping_interval_s"}
     replicas: PositiveInt = 2
     num_cpus: NonNegativeFloat = 0.5
     max_ongoing_requests: PositiveInt = 256
     max_body: ByteSize = Field(default=ByteSize(32 * 1024**2), validate_default=True)
     max_image_pixels: PositiveInt = 4096 * 4096
     body_timeout_s: PositiveFloat = 30.0
-    keep_alive_s: PositiveFloat = 15.0
+    sse_ping_interval_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0
     max_retries: int = Field(default=2, ge=0)
     health_check_period_s: PositiveFloat = 5.0
@@ -183,13 +186,13 @@ class IngressSettings(StrictModel):
 
 
 class RegistrySettings(StrictModel):
-    """Where aliases are kept: a file on the head node; None means `registry.sqlite3` in the cache's folder."""
+    """The file with the aliases, on the head node; None means `registry.sqlite3` in `cache_dir`."""
 
     path: Path | None = None
 
 
 class KeyLimits(StrictModel):
-    """What a key may ask of the service; None means no limit. `burst` None means one second's requests."""
+    """The limits of an API key; None means no limit. `burst` None means one second's requests."""
 
     requests_per_s: PositiveFloat | None = None
     burst: PositiveInt | None = None
@@ -198,7 +201,7 @@ class KeyLimits(StrictModel):
 
 
 def digest_of(key: str) -> str:
-    """Return the SHA-256 of a key in hex, as configurations hold it. Keys are random, and so need no salt."""
+    """Return the SHA-256 of a key in hex, as in a configuration. Keys are random and need no salt."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -212,9 +215,9 @@ class ApiKey(StrictModel):
 
 
 class AuthSettings(StrictModel):
-    """Who may use the service: keys here, or in a YAML file that every ingress node has; with none, everybody.
+    """Who may use the service: the keys given here or in a YAML file on every ingress node; without keys, everybody.
 
-    The file holds `keys:` in the same form, and is read again when it changes.
+    The file has `keys:` in the same form, and is read again when it changes.
     """
 
     keys: tuple[ApiKey, ...] = ()
@@ -231,9 +234,9 @@ class AuthSettings(StrictModel):
 
 
 class TracingSettings(StrictModel):
-    """Where OpenTelemetry traces go, by OTLP over HTTP, such as `http://collector:4318`; None for nowhere.
+    """Where OpenTelemetry traces are sent, as OTLP over HTTP, such as `http://collector:4318`; None disables them.
 
-    `sample` is the share of requests that are traced, of those whose caller has not decided that with `traceparent`.
+    `sample` is the fraction of requests that are traced, unless a request's `traceparent` header decides.
     """
 
     endpoint: str | None = None
@@ -253,18 +256,19 @@ class TracingSettings(StrictModel):
 
 
 class MetricsSettings(StrictModel):
-    """How many adapters have metrics of their own: those asked for most of late; the rest are counted together."""
+    """How many adapters have their own label in metrics: the most requested ones; all others share one."""
 
     top_adapters: int = Field(default=20, ge=0, le=200)
 
 
 class AppConfig(StrictModel):
-    """One Loraplex application: its bases, its adapter sources, its HTTP face.
+    """One Loraplex application: its bases, its adapter sources, its ingress.
 
-    `cache_dir` holds the admitted adapters of each node; None means a folder under the user's cache directory. `{node}`
-    in it becomes the Ray node's id, for nodes that share a file system.
+    `cache_dir` is the folder of each node's files; None means a folder in the user's cache directory. `{node}` in it
+    becomes the Ray node's id, for nodes that share a file system. `disk_cache` limits the admitted adapters in it.
     """
 
+    renamed = {"cache_size": "disk_cache"}
     bases: tuple[BaseModelConfig, ...] = Field(min_length=1)
     default_base: str | None = None
     adapters: AdapterSources = AdapterSources()
@@ -274,7 +278,7 @@ class AppConfig(StrictModel):
     tracing: TracingSettings = TracingSettings()
     metrics: MetricsSettings = MetricsSettings()
     cache_dir: Path | None = None
-    cache_size: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
+    disk_cache: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("bases")
@@ -301,13 +305,13 @@ class AppConfig(StrictModel):
 
     @property
     def default(self) -> BaseModelConfig:
-        """The base that serves a request which names none."""
+        """The base for requests that name none."""
         found = self.base(self.default_base) if self.default_base else None
         return found or self.bases[0]
 
 
 class Environment(StrictModel):
-    """What the process environment says, read once by `serve_app.environment` and handed down."""
+    """The values of the process environment, read once by `serve_app.environment` and passed on."""
 
     hub_token: SecretStr | None = None
     hub_endpoint: str | None = None
@@ -315,5 +319,5 @@ class Environment(StrictModel):
 
     @property
     def token(self) -> str | None:
-        """The Hub token in the clear, for the Hub's client alone."""
+        """The Hub token in clear text, for the Hub's client only."""
         return self.hub_token.get_secret_value() if self.hub_token else None

@@ -202,7 +202,7 @@ def start(policy: str, seed: int, sleeps: Sleeps, folder: Path) -> None:
     options: dict[str, Any] = {}
     if policy == OURS:
         bases = [{"id": "sleeping", "source": {"embedded": "demo/sd15"}, "router": {"stats_period_s": 0.1}}]
-        config = AppConfig.model_validate({"bases": bases, "cache_size": 0})
+        config = AppConfig.model_validate({"bases": bases, "disk_cache": 0})
         options["request_router_config"] = router_config(config.bases[0], config)
     elif policy in (LEAST, LATE):
         options["request_router_config"] = RequestRouterConfig(request_router_class=LeastLoadedRouter)  # type: ignore[arg-type]

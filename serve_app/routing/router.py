@@ -39,7 +39,7 @@ def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConf
         "request_router_class": f"{__name__}:PredictedFinishRouter",
         "request_router_kwargs": {
             "base_id": base.id,
-            "disk_bytes": int(config.cache_size),
+            "disk_bytes": int(config.disk_cache),
             "stale_after_s": settings.stale_after_s,
         },
         "request_routing_stats_period_s": settings.stats_period_s,

@@ -85,7 +85,7 @@ def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
         LatencyModel(0.05, 0.0), swap_s=0.0, fetch_s=8.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
     )  # fmt: skip
-    config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "cache_size": 0})
+    config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "disk_cache": 0})
     deployment = SleepingReplica.options(
         num_replicas=2,
         ray_actor_options={"num_cpus": 0.1},

@@ -75,7 +75,7 @@ def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings,
         response = EventStream(
             event_replies(events, accepted, asked, kind, now),
             request_id=request_id,
-            keep_alive_s=settings.keep_alive_s,
+            keep_alive_s=settings.sse_ping_interval_s,
         )
         response.headers["x-base-model"] = header_id(accepted.base_id)
         response.headers["x-seed"] = str(accepted.seed)

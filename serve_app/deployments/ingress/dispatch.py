@@ -158,8 +158,8 @@ class ServiceGateway:
             ModelInfo(id=base.id, base_id=None, owned_by=_owner(base.id), created=0) for base in self._catalog.served()
         ]
         adapters = [
-            ModelInfo(id=spec.id, base_id=spec.base_id, owned_by=_owner(spec.id), created=0)
-            for spec in await self._catalog.known_adapters()
+            ModelInfo(id=known.spec.id, base_id=known.spec.base_id, owned_by=_owner(known.spec.id), created=0)
+            for known in await self._catalog.known()
         ]
         aliases = [
             ModelInfo(id=alias.name, base_id=known.spec.base_id, owned_by=_owner(known.spec.id), created=0)

@@ -65,8 +65,8 @@ def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> WeightPla
 
     asked = base.replica
     chosen = choose_placement(
-        asked.pristine_in,
-        asked.prepare_ahead,
+        asked.base_weights,
+        asked.prefetch_swap,
         layer_bytes=bytes_of_layers(pipeline.components),
         reserved_bytes=asked.device_cache,
         free_bytes=free_bytes_of(pipeline.device),
@@ -102,7 +102,7 @@ def make_store(
     return AdapterStore(
         admitted=AdmittedFiles(
             environment.cache_dir / "admitted",
-            config.cache_size,
+            config.disk_cache,
             base_fingerprint=pipeline.manifest.fingerprint,
             dtype=pipeline.manifest.dtype,
             clock=time.time,

@@ -113,7 +113,9 @@ class BaseModelReplica:
             torch_threads=torch_threads,
             prepares_ahead=residence.prepares_ahead,
             self_check=ThrottledChecker(IntegrityChecker(self._weights.watched, is_modified=self._weights.is_modified)),
-            policy=QueuePolicy(base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_delay_s),
+            policy=QueuePolicy(
+                base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
+            ),
             max_backlog_s=base.replica.max_backlog_s,
             typical_units=typical_units(base),
         )
@@ -123,11 +125,11 @@ class BaseModelReplica:
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
             base, config, environment, pipeline=pipeline, admission=self._admission,
-            shared_files=shared_files, on_brought=self._metrics.file_brought,
+            shared_files=shared_files, on_brought=self._metrics.file_fetched,
         )  # fmt: skip
-        self._hold = multiplexer(base.replica.adapters_per_replica)
+        self._hold = multiplexer(base.replica.max_advertised_adapters)
         self._recorder = RoutingStatsCollector(
-            wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.stall_after_s
+            wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.deprioritize_after_s
         )
         self._demand = UsageTracker(time.monotonic)
         own_id = serve.get_replica_context().replica_id.unique_id
