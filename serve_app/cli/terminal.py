@@ -122,6 +122,10 @@ Url = Annotated[
 ]
 Key = Annotated[str | None, typer.Option("--key", envvar="LORAPLEX_KEY", help="A key for the service, if it asks.")]
 ServeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A Serve config file.", exists=True, dir_okay=False)]
+OptionalServeFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[FILE]", help="A Serve config file; default: the demo bases.", exists=True, dir_okay=False),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(
