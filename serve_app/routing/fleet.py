@@ -36,7 +36,7 @@ class _Sent:
 class _Replica:
     heard_s: float
     wire: Mapping[str, Any] | None = None
-    held: Container[str] = frozenset()
+    held: Container[str] = frozenset[str]()
     stats: ReplicaStats = ReplicaStats(0, 0.0, UNKNOWN_PACE)
     sent: dict[str, _Sent] = field(default_factory=dict[str, _Sent])
     # Of the work reported last, what has ended since.
