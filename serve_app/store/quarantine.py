@@ -78,6 +78,26 @@ class Quarantine:
         self._records.pop(_adapter_set(request), None)
         self._on_change(self.held)
 
+    def hold(self, request: GenerationRequest, reason: str) -> None:
+        """Refuse the adapters of a request from now on.
+
+        Raises:
+            Quarantined: always, where it has any.
+        """
+        if request.adapters:
+            record = self._records.setdefault(_adapter_set(request), _Record())
+            record.failures = max(record.failures + 1, MAX_FAILURES)
+            self._hold(record, reason)
+            self._check(request)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Refuse a request whose adapters are held.
+
+        Raises:
+            Quarantined: they failed too often.
+        """
+        self._check(request)
+
     @property
     def held(self) -> int:
         """How many adapter sets are in quarantine."""
@@ -104,7 +124,8 @@ class Quarantine:
             return
         left_s = record.held_until - self._clock()
         if left_s > 0:
-            raise Quarantined(_names(request), f"its last {record.failures} tries failed", math.ceil(left_s))
+            # What fails on the device may be told to others than its caller, and is not in the refusal.
+            raise Quarantined(_names(request), record.reason.partition(":")[0], math.ceil(left_s))
 
     def _note_failure(self, request: GenerationRequest, error: NonFinite | InternalError) -> None:
         now, adapter_set = self._clock(), _adapter_set(request)
@@ -114,11 +135,14 @@ class Quarantine:
             record.failures, record.counted_at = record.failures + 1, now
             if record.failures >= MAX_FAILURES:
                 last = error.reason if isinstance(error, NonFinite) else "the service failed on it"
-                record.reason = f"its last {record.failures} tries failed: {last}"
-                record.held_until = now + min(PERIOD_S * 2 ** (record.failures - MAX_FAILURES), LONGEST_S)
+                self._hold(record, f"its last {record.failures} tries failed: {last}")
         while len(self._records) > MAX_REMEMBERED:
             self._records.popitem(last=False)
         self._on_change(self.held)
+
+    def _hold(self, record: _Record, reason: str) -> None:
+        record.reason = reason
+        record.held_until = self._clock() + min(PERIOD_S * 2 ** (record.failures - MAX_FAILURES), LONGEST_S)
 
 
 def _adapter_set(request: GenerationRequest) -> KeyedAdapterSet:

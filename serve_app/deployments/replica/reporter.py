@@ -141,11 +141,6 @@ class ReplicaReporter:
             held_back=tuple(QuarantinedAdapters(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
         )
 
-    def on_device(self, state: WorkerState) -> tuple[str, ...]:
-        """Return the keys of the adapters whose copies are on the device, as routers want them."""
-        held = self._uses.holdings(state.applied, self._weights.cached, ())
-        return tuple(holding.key for holding in held if holding.tier == "device")
-
     def forget(self, model: str) -> bool:
         """Drop an adapter from memory once nobody uses it; say whether it was there."""
         keys = self._uses.keys_of(model)
