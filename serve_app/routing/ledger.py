@@ -1,8 +1,8 @@
 """What one router knows of the replicas: what they told, and what it has sent there since.
 
-Owns the optimism: what was just sent somewhere counts there at once, and until the replica has told of itself after it.
-Owns the doubt: a replica that falls silent while others tell, or whose device stands still, is suspect. Must not know
-Ray; time is handed in, in Unix seconds.
+A request counts against a replica as soon as this router sends it there. It stops counting when a newer report of that
+replica includes it. A replica is marked as suspect if its reports stop while other replicas still report, or if its
+device makes no progress. Must not know Ray; time is passed in, in Unix seconds.
 """
 
 from __future__ import annotations

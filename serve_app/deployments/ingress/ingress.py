@@ -147,7 +147,7 @@ class Dispatcher:
             "request %s lost its replica of %s (attempt %d of %d): %s",
             request.request_id, request.base_id, attempt, self._attempts, type(error).__name__,
         )  # fmt: skip
-        self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
+        self._on_retry(request.base_id, error.reason if isinstance(error, ReplicaLost) else "died")
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
         return self._pressures[request.base_id].track(work_units(request))

@@ -192,7 +192,7 @@ class BaseModelReplica:
                 demand = demand_of(request)
                 with self._worker.expecting(request), self._recorder.fetching(demand), use_hub_token(request.hub_token):
                     leases = await self._lease_all(request, pins)
-                pins.enter_context(self._quarantine.watched(request))
+                pins.enter_context(self._quarantine.guard(request))
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
                 job = self._worker.submit(request, adapters, on_event=on_event)
                 self._recorder.queued(demand)
