@@ -1,4 +1,4 @@
-"""Where adapters and bases come from on this machine, for the commands that need no running service.
+"""The sources of adapters and bases on this machine, for commands that need no running service.
 
 Owns the way from a Serve file, or from none, to the very repositories and caches that replicas would use. Ray is loaded
 only to read a Serve file as Serve reads it.
@@ -31,14 +31,14 @@ DEFAULT_FILE = Path("serve_config.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """A configuration, what the environment adds to it, and the places that both name."""
+    """A configuration, the environment, and the sources that both define."""
 
     config: AppConfig
     environment: Environment
     places: tuple[AdapterSource, ...]
 
     def base(self, name: str) -> BaseModelConfig:
-        """Return the configured base of that id or alias.
+        """Return the configured base with that id or alias.
 
         Raises:
             CommandFailed: there is none.
@@ -50,11 +50,11 @@ class Sources:
         return found
 
     def place(self, origin: str) -> AdapterSource:
-        """Return the place of a kind that something was found in."""
+        """Return the source of a kind."""
         return next(place for place in self.places if place.origin == origin)
 
     def examiner(self) -> AdapterInspector:
-        """Return what finds adapters out, in the order in which the service asks."""
+        """Return an inspector that asks the sources in the service's order."""
 
         async def card_of(model: str) -> Card | None:
             found = await examiner.find(model, None)
@@ -68,7 +68,7 @@ class Sources:
 
     @contextlib.asynccontextmanager
     async def base_configurations(self, base: BaseModelConfig) -> AsyncIterator[Path]:
-        """Yield a folder with a base's configuration files; from the Hub, only they are fetched.
+        """Yield a folder with a base's configuration files; from the Hub, only these are downloaded.
 
         Raises:
             BaseUnusable: they are missing.
