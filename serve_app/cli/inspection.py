@@ -76,16 +76,16 @@ async def inspect_id(
     Raises:
         ModelNotFound, AccessDenied, HubUnavailable: there is nothing to look at.
     """
-    examiner = sources.examiner()
-    found = await examiner.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
+    inspector = sources.inspector()
+    found = await inspector.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
     if found is None:
         raise ModelNotFound(ref.id)
-    place, listing = found
+    source, listing = found
     seen = Inspection(ref.id, listing.origin, listing.location, listing.card, revision=listing.revision)
     try:
-        finding = await examiner.examine(ref.id, ref.revision, ref.filename)
+        finding = await inspector.examine(ref.id, ref.revision, ref.filename)
     except LoraplexError as refusal:
-        return (await _with_header(seen, place, listing, ref.filename)).refused(refusal)
+        return (await _with_header(seen, source, listing, ref.filename)).refused(refusal)
     seen = replace(
         seen,
         file=finding.filename, revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
@@ -99,8 +99,8 @@ async def inspect_id(
         spec = finding.spec_for(asked[0])
         if header_only:
             return seen
-        path = await place.download(spec)
-        words = None if spec.embeddings is None else await place.download(spec, spec.embeddings)
+        path = await source.download(spec)
+        words = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
     except LoraplexError as refusal:
         return seen.refused(refusal)
     return replace(seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words))
@@ -138,7 +138,7 @@ def _outside_of(path: Path) -> Inspection:
 
 
 async def _with_header(
-    seen: Inspection, place: AdapterSource, listing: RepositoryListing, filename: str | None
+    seen: Inspection, source: AdapterSource, listing: RepositoryListing, filename: str | None
 ) -> Inspection:
     """Add the facts of the header of the only candidate file, for an adapter that is refused anyway."""
     try:
@@ -147,7 +147,7 @@ async def _with_header(
             return seen
         listed = listing.file(names[0])
         seen = replace(seen, file=names[0], size_bytes=listed.size_bytes if listed else None)
-        return replace(seen, header=describe(await place.header(listing, names[0])))
+        return replace(seen, header=describe(await source.header(listing, names[0])))
     except LoraplexError:
         return seen
 

@@ -62,8 +62,8 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
     from serve_app.catalog.catalog import Catalog
     from serve_app.catalog.files import AdapterFiles
 
-    catalog = Catalog(sources.config, sources.places, clock=time.monotonic)
-    files = AdapterFiles(sources.places)
+    catalog = Catalog(sources.config, sources.adapter_sources, clock=time.monotonic)
+    files = AdapterFiles(sources.adapter_sources)
     pulled: list[Pulled] = []
     for ref in refs:
         spec = await catalog.adapter(ref)
