@@ -59,7 +59,7 @@ class Quarantine:
         self._records: OrderedDict[KeyedAdapterSet, _Record] = OrderedDict()
 
     @contextmanager
-    def watched(self, request: GenerationRequest) -> Generator[None]:
+    def guard(self, request: GenerationRequest) -> Generator[None]:
         """Refuse a request whose adapters are in quarantine; otherwise record how the block ends.
 
         Raises:

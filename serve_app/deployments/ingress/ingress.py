@@ -166,7 +166,7 @@ class Dispatcher:
             "request %s lost its replica of %s (attempt %d of %d): %s",
             request.request_id, request.base_id, len(losses), self._attempts, type(error).__name__,
         )  # fmt: skip
-        self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
+        self._on_retry(request.base_id, error.reason if isinstance(error, ReplicaLost) else "died")
         lost = ReplicaLost(base=request.base_id, attempts=len(losses))
         if isinstance(error, ActorUnavailableError) and not await has_ended(error.actor_id):
             raise lost from None

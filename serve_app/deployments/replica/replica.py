@@ -175,7 +175,7 @@ class BaseModelReplica:
                 pins.enter_context(self._recorder.accepted(request))
                 with self._worker.expecting(request), use_hub_token(request.hub_token):
                     leases = await self._lease_all(request, pins)
-                pins.enter_context(self._quarantine.watched(request))
+                pins.enter_context(self._quarantine.guard(request))
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
                 job = self._worker.submit(request, adapters, on_event=on_event)
                 result = await asyncio.wrap_future(job.future)

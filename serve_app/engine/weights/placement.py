@@ -12,7 +12,7 @@ TargetLayer = Literal["device", "host"]
 
 @dataclass(frozen=True, slots=True)
 class WeightPlacement:
-    """What was chosen; with the pristine weights on the host nothing can be prepared ahead."""
+    """The chosen placement. With the base weights on the host, swaps cannot be prefetched."""
 
     pristine_in: TargetLayer
     prepares_ahead: bool

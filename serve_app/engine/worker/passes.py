@@ -68,7 +68,7 @@ class BatchRunner:
         self._denoise_ms = self._decode_ms = 0.0
 
     def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> BatchOutput:
-        """Draw jobs that share a batch key, with an adapter's words known; their adapters are applied.
+        """Run jobs that share a batch key; `words` are their adapter's tokens. The caller has applied the adapters.
 
         Raises:
             GenerationCancelled: the worker is aborting.

@@ -159,8 +159,8 @@ def unmeetable_deadlines(
 ) -> tuple[int, ...]:
     """Return the tickets of those whose deadline has passed, or cannot be met even at twice the predicted pace.
 
-    `pace` None means that nothing is known yet. A request that waits alone is tried all the same: nobody gains by
-    its being refused, and only what runs can correct a wrong pace.
+    `pace` None means that nothing is known yet. If only one request is waiting, it runs even if its deadline looks
+    unreachable: rejecting it helps nobody, and only a real run can correct a wrong estimate.
     """
 
     def is_in_vain(item: QueuedRequest) -> bool:

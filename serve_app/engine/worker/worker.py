@@ -334,7 +334,7 @@ class EngineWorker:
         return pixels <= self._pipeline.default_pixels and all(isinstance(one, OutOfMemory) for one in endings)
 
     def _lost(self, jobs: Sequence[Job]) -> list[GenerationResult | Exception]:
-        return [ReplicaLost(self._pipeline.base_id, attempts=1, why=self._soundness.failure_reason) for _ in jobs]
+        return [ReplicaLost(self._pipeline.base_id, attempts=1, reason=self._soundness.failure_reason) for _ in jobs]
 
     def _apply(self, adapters: Sequence[tuple[ParsedAdapter, Scale]]) -> None:
         applier = self._weights if self._prefetcher is None else self._prefetcher
@@ -356,12 +356,12 @@ class EngineWorker:
             job.report(step, steps)
 
     def _abandon(self, why: str | None = None) -> None:
-        """Fail whatever is left, so that nobody waits for ever, however the thread came to its end."""
+        """Fail all remaining jobs when the thread ends, for whatever reason."""
         with self._changed:
             self._is_closing = True
             left = self._queue.clear()
         for job in left:
-            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, why=why or self._soundness.failure_reason))
+            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, reason=why or self._soundness.failure_reason))
 
 
 def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:
