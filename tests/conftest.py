@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("untimed")
 
 # Torch's threads spin, the tests share the cores, and the bits of a sum depend on how many threads share it. Children
 # inherit this.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # What runs against a cluster runs in one process, one after the other; everything else runs beside it, by module.
 # The tests of faults have a cluster of several nodes to themselves, and so need a run of their own.
