@@ -45,7 +45,6 @@ PREAMBLE = struct.Struct("<8sQQ")
 TENSOR_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
 KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
-BUFFERS = HostBuffers()
 
 
 @dataclass(eq=False)
@@ -81,15 +80,17 @@ def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_canonical(path: Path, *, pinned: bool = False) -> ParsedAdapter:
+def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | None = None) -> ParsedAdapter:
     """Read a canonical file; its tensors are views of one host buffer, page-locked where `pinned`.
+
+    Memory comes from `buffers`, where there are some, and goes back there.
 
     Raises:
         DamagedCanonicalFile: the file is cut short, altered anywhere, or not one of ours.
     """
     with path.open("rb", buffering=0) as file:
         head, table_size, body_size = _read_head(file, path)
-        body = BUFFERS.take(body_size, pinned=pinned)
+        body = (buffers or HostBuffers(0)).take(body_size, pinned=pinned)
         seal = FileChecksum(head)
         _fill(file, body, seal, path)
         if file.read(SEAL_BYTES) != seal.value():

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from serve_app.core import Scale, scale_of
 from serve_app.engine.adapters.deltas import Delta, Dora, LowRankStack, ParsedAdapter
+from serve_app.engine.adapters.host_buffer import page_locked
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
 from serve_app.engine.weights.fuse import StackFuser, bias_of, fuse_bias, fuse_weight
 from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
 
 _ALIGNMENT_BYTES = 64
-# Torch rounds page-locked memory up to a power of two, so that it is taken in pieces of this size.
+# A page-locked piece takes milliseconds to get, so that small tensors share one.
 _PIECE_BYTES = 256 << 20
 
 
@@ -146,10 +147,11 @@ def host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies: list[Tensor] = []
     piece, used = torch.empty(0, dtype=torch.uint8), 0
     for tensor in tensors:
-        is_pinned = tensor.device.type == "cuda"
-        if used + tensor.nbytes > piece.nbytes or piece.is_pinned() != is_pinned:
-            size = max(tensor.nbytes, _PIECE_BYTES if is_pinned else 0)
-            piece, used = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned), 0
+        is_on_gpu = tensor.device.type == "cuda"
+        if used + tensor.nbytes > piece.nbytes:
+            size = max(tensor.nbytes, _PIECE_BYTES if is_on_gpu else 0)
+            locked = page_locked(size) if is_on_gpu else None
+            piece, used = torch.empty(size, dtype=torch.uint8) if locked is None else locked, 0
         strides = torch.empty_like(tensor, device="meta").stride()
         values = (
             piece[used : used + tensor.nbytes]
