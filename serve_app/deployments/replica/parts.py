@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of host_cache, what may lie idle between two adapters: memory that is warm is faster to fill.
+IDLE_BUFFER_BYTES = 512 << 20
+
 
 def typical_units(base: BaseModelConfig) -> float:
     """Return the work of one image as the base draws it by default, in the units of `serve_app.work`."""
@@ -58,8 +61,8 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     )
 
 
-def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> WeightPlacement:
-    """Choose where the pristine weights live, once the base is loaded."""
+def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_bytes: int) -> WeightPlacement:
+    """Choose where the pristine weights live, once the base is loaded and a pass was seen to take `pass_bytes`."""
     from serve_app.engine.base.manifest import bytes_of_layers
     from serve_app.engine.weights.placement import choose_placement, free_bytes_of
 
@@ -68,8 +71,8 @@ def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> WeightPla
         asked.base_weights,
         asked.prefetch_swap,
         layer_bytes=bytes_of_layers(pipeline.components),
-        reserved_bytes=asked.device_cache,
-        free_bytes=free_bytes_of(pipeline.device),
+        reserved_bytes=asked.device_cache + pass_bytes,
+        free_bytes=free_bytes_of(pipeline.device, asked.num_gpus),
     )
     log.info("%s keeps its pristine weights on the %s", base.id, chosen.pristine_in)
     return chosen
@@ -87,9 +90,14 @@ def make_store(
 ) -> AdapterStore[ParsedAdapter]:
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
     from serve_app.engine.adapters.canonical import read_canonical
+    from serve_app.engine.adapters.host_buffer import HostBuffers, book_page_locked_at_its_size
 
+    idle_bytes = min(IDLE_BUFFER_BYTES, base.replica.host_cache // 8)
+    buffers = HostBuffers(idle_bytes)
     is_on_gpu = pipeline.device.type == "cuda"
     files: Files = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
+    if is_on_gpu:
+        book_page_locked_at_its_size()
     if shared_files is not None:
         sharing = config.adapters.sharing
         files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
@@ -109,9 +117,9 @@ def make_store(
         ),
         fetch=files.path,
         admit=admit,
-        load=lambda spec, path: read_canonical(path, pinned=is_on_gpu),
+        load=lambda spec, path: read_canonical(path, pinned=is_on_gpu, buffers=buffers),
         size_of=lambda adapter: adapter.size_bytes,
-        host_budget_bytes=base.replica.host_cache,
+        host_budget_bytes=base.replica.host_cache - idle_bytes,
         clock=time.monotonic,
         failure_ttl_s=config.adapters.failure_ttl_s,
         release=files.release,

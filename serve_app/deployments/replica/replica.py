@@ -71,6 +71,8 @@ class BaseModelReplica:
         from serve_app.engine.drawing.warmup import warm_up
         from serve_app.engine.weights.fused import FusedWeights
         from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
+        from serve_app.engine.weights.made_up import warm_swaps
+        from serve_app.engine.weights.shortage import is_out_of_memory
         from serve_app.engine.worker.scheduling import QueuePolicy
         from serve_app.engine.worker.worker import EngineWorker
 
@@ -81,16 +83,20 @@ class BaseModelReplica:
         self._base = base
         pipeline = load_pipeline(base, environment)
         torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
-        if base.compile or pipeline.device.type == "cuda":
-            warming_s = warm_up(pipeline, base, torch_threads=torch_threads)
-            log.info("%s is warm after %.1f s", base.id, warming_s)
+        is_on_gpu, pass_bytes = pipeline.device.type == "cuda", 0
+        if base.compile or is_on_gpu:
+            warmth = warm_up(pipeline, base, torch_threads=torch_threads, is_out_of_memory=is_out_of_memory)
+            pass_bytes = warmth.pass_bytes
+            log.info("%s is warm after %.1f s, for %d images", base.id, warmth.seconds, warmth.images)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
-        residence = choose_residence(base, pipeline)
+        residence = choose_residence(base, pipeline, pass_bytes=pass_bytes)
         self._weights = FusedWeights(
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
             pristine_in=residence.pristine_in,
         )
+        if is_on_gpu:
+            warm_swaps(self._weights, pipeline.manifest, residence)
         self._worker = EngineWorker(
             pipeline,
             self._weights,

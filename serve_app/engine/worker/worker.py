@@ -23,7 +23,8 @@ from serve_app.engine.drawing.steps import GenerationCancelled
 from serve_app.engine.weights.fused import FusedWeights, adapter_set_key
 from serve_app.engine.weights.integrity import ThrottledChecker
 from serve_app.engine.weights.prefetch import SwapPrefetcher
-from serve_app.engine.worker.device_health import DeviceHealth, is_out_of_memory
+from serve_app.engine.weights.shortage import is_out_of_memory
+from serve_app.engine.worker.device_health import DeviceHealth
 from serve_app.engine.worker.jobs import Job, JobQueue, OnEvent
 from serve_app.engine.worker.memory import OomCounts, OomRecovery
 from serve_app.engine.worker.pace import LoadStats, LoadTracker, guess_of
@@ -134,7 +135,7 @@ class EngineWorker:
         self._failed_batches = 0
         self._steps = 0
         self._applied: AdapterSetKey = weights.applied
-        self._prefetcher = SwapPrefetcher(weights, torch_threads=torch_threads) if prepares_ahead else None
+        self._prefetcher = SwapPrefetcher(weights, torch_threads=torch_threads, clock=clock) if prepares_ahead else None
         self._soundness = DeviceHealth(pipeline.base_id, pipeline.device, self_check)
         self._memory = OomRecovery(pipeline, weights, self._prefetcher, verify=self._soundness.check_all, clock=clock)
         self._is_abandoned = False
