@@ -117,7 +117,7 @@ class BaseModelReplica:
                 base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
             ),
             max_backlog_s=base.replica.max_backlog_s,
-            typical_units=typical_units(base),
+            typical_units=typical_units(base, pipeline.family),
         )
         self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))
         self._guardian = start_watchdog(base.replica)
