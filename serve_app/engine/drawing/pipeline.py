@@ -7,6 +7,7 @@ adapters' weights, queues or threads: whoever calls sees to it that one thread a
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -36,8 +37,11 @@ from serve_app.engine.drawing.preview import LatentColours, OnPreview, Previewer
 from serve_app.engine.drawing.steps import OnStep, StepCallback
 from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
 from serve_app.engine.drawing.vocabularies import TextualInversion
-from serve_app.errors import LoraplexError, OutOfBounds
+from serve_app.errors import LoraplexError, OutOfBounds, PipelineRefused
+from serve_app.families.abilities import BaseAbilities
 from serve_app.families.family import Family, Task
+
+log = logging.getLogger(__name__)
 
 _UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say some huge number
 
@@ -141,6 +145,20 @@ class BasePipeline:
         """Return the optional parameters that a request for a task may set."""
         return parameters_taken(self._variants.by_task[task], self.family)
 
+    def abilities(self) -> BaseAbilities:
+        """Return what requests may ask for."""
+        family = self.family
+        return BaseAbilities(
+            pipeline=type(self._variants.whole).__name__,
+            family=family.name,
+            parameters={task: self.parameters(task) for task in self.tasks},
+            schedulers=self.schedulers(),
+            side_multiple=family.side_multiple,
+            min_steps=family.min_steps,
+            tokens=family.tokens or _window(_tokenizer(getattr(self._variants.whole, self._tokenizer_name))),
+            previews=family.previews,
+        )
+
     def withdraw(self, task: Task) -> None:
         """Serve a task no more, because it was tried and failed; before anything else uses the pipeline."""
         self._variants = self._variants.without(task)
@@ -175,9 +193,9 @@ class BasePipeline:
         Of several text encoders the one that reads the most decides.
         """
         tokenizer = _tokenizer(getattr(self._variants.whole, self._tokenizer_name))
-        window: int = self.family.tokens or tokenizer.model_max_length
+        window = self.family.tokens or _window(tokenizer)
         # A token stands for one byte at least, so that short prompts need no counting.
-        if window > _UNBOUNDED_TOKENS or (prompt.isascii() and len(prompt) + 2 <= window):
+        if window is None or (prompt.isascii() and len(prompt) + 2 <= window):
             return None
         tokens = tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
         return f"{what} truncated to {window} tokens" if len(tokens) > window else None
@@ -211,9 +229,12 @@ class BasePipeline:
             drawn: Any = output[0]  # its name differs from family to family
             are_sound: list[bool] = (watch.is_finite & are_finite(drawn).cpu()).tolist()
             images = pixel_images(drawn)
-        except BaseException:
+        except BaseException as error:
             # SDXL decodes in float32 and goes back afterwards, unless decoding fails.
             pipeline.vae.to(dtype=self._vae_dtype)
+            if isinstance(error, (ValueError, TypeError)):
+                log.exception("a request passed all checks and was refused by %s: a bug", type(pipeline).__name__)
+                raise PipelineRefused(self.base_id, _sentence(error)) from error
             raise
         finally:
             pipeline.scheduler = self._idle_scheduler
@@ -260,6 +281,18 @@ class BasePipeline:
     def _without_effect(self, request: GenerationRequest) -> list[str]:
         """Name the parameters of a request that change nothing."""
         return parameters_without_effect(request, self.family, self._config.defaults.guidance_scale)
+
+
+def _window(tokenizer: Any) -> int | None:
+    """Return how many tokens a tokenizer reads, None where it has no limit of its own."""
+    window: int = tokenizer.model_max_length
+    return None if window > _UNBOUNDED_TOKENS else window
+
+
+def _sentence(error: BaseException) -> str:
+    """Return the first line of what a pipeline says, without the names of its code."""
+    lines = str(error).strip().splitlines() or ["it says no reason"]
+    return lines[0].replace("`", "'")[:200]
 
 
 def _tokenizer(part: Any) -> Any:
