@@ -36,23 +36,6 @@ from serve_app.settings import (
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-# Noise schedulers of diffusers that accept the epsilon and v-prediction configurations of the Stable Diffusion
-# families and need no further package.
-DIFFUSION_SCHEDULERS: tuple[str, ...] = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
-
 # Bases whose own VAE overflows in float16, and the VAE that is known to replace it.
 HALF_PRECISION_VAES = {"stabilityai/stable-diffusion-xl-base-1.0": "madebyollin/sdxl-vae-fp16-fix"}
 
@@ -63,20 +46,24 @@ class BaseModelConfig(StrictModel):
     `compile` has torch compile the denoiser when a replica starts, which takes a minute or two and a compiler on the
     node. `memory_format` is how convolutions lay out their weights and values: "auto" is channels_last on a GPU.
     `vae_tiling` decodes large images tile by tile, which needs less memory and shows faintly: "auto" does so only for
-    sides over twice those that the VAE was trained for.
+    sides over twice those that the VAE was trained for. `parts` replaces parts of the base, by the names in its index;
+    `vae` is short for the part of that name. `schedulers` None means all that fit the base; `scheduler_options` change
+    the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
     """
 
     id: str
     aliases: tuple[str, ...] = ()
     source: ModelSource
     vae: ModelSource | None = None
+    parts: dict[str, ModelSource] = Field(default_factory=dict)
     dtype: DTypeName = "auto"
     variant: str | None = None
     compile: bool = False
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     vae_tiling: Literal["auto", "always", "never"] = "auto"
     scheduler: str | None = None
-    schedulers: tuple[str, ...] = DIFFUSION_SCHEDULERS
+    schedulers: tuple[str, ...] | None = None
+    scheduler_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     adapter_limits: AdapterLimits = AdapterLimits()
@@ -95,6 +82,8 @@ class BaseModelConfig(StrictModel):
                     f"{self.id}: default side {side} must be a multiple of 8 "
                     f"from {limits.min_side} to {limits.max_side}"
                 )
+        if self.vae is not None and "vae" in self.parts:
+            raise ValueError(f"{self.id}: name the VAE once, in 'vae' or in 'parts'")
         if defaults.width * defaults.height > limits.max_pixels:
             raise ValueError(f"{self.id}: the default size is over max_pixels {limits.max_pixels}")
         if self.replica.max_ongoing_requests < self.autoscaling.target_ongoing_requests:
@@ -105,10 +94,11 @@ class BaseModelConfig(StrictModel):
         return self
 
     @property
-    def vae_source(self) -> ModelSource | None:
-        """The VAE that replaces the base's own: the configured one, else in float16 the one known to be needed."""
+    def part_sources(self) -> dict[str, ModelSource]:
+        """What replaces parts of the base: what is configured, and in float16 the VAE that is known to be needed."""
         known = HALF_PRECISION_VAES.get(self.source.hub or "") if self.dtype == "float16" else None
-        return self.vae or (ModelSource(hub=known) if known else None)
+        vae = self.vae or (ModelSource(hub=known) if known else None)
+        return ({"vae": vae} if vae else {}) | self.parts
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -121,6 +121,34 @@ class WallClockDeadline:
 
 
 @dataclass(frozen=True, slots=True)
+class PipelineOptions:
+    """Parameters that only some base families take, by the names that diffusers has for them; None for not asked."""
+
+    true_cfg_scale: float | None = None
+    guidance_rescale: float | None = None
+    clip_skip: int | None = None
+    max_sequence_length: int | None = None
+    prompt_2: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[int, ...] | None = None
+
+    def given(self) -> dict[str, object]:
+        """Return what was asked, by name."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+NO_OPTIONS = PipelineOptions()
+
+# The value of an option of a noise scheduler; options come in pairs of name and value, sorted by name.
+SchedulerOption = bool | float | str
+
+
+@dataclass(frozen=True, slots=True)
 class UnresolvedRequest:
     """A parsed request; values that are None get the base's defaults.
 
@@ -143,6 +171,8 @@ class UnresolvedRequest:
     image: PixelImage | None = None
     strength: float | None = None
     mask: PixelMask | None = None
+    options: PipelineOptions = NO_OPTIONS
+    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
     num_previews: int = 0
     priority: Priority = "interactive"
     due: WallClockDeadline | None = None
@@ -155,8 +185,9 @@ class GenerationRequest:
     """A request with nothing left open: the same value gives the same image on any replica.
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
-    None means the base's own. With `image`, width and height are the output's size. `num_previews`, `priority`, `due`
-    and `trace` change no image.
+    None means the base's own. With `image`, width and height are the output's size. `denoiser_runs` is how often the
+    denoiser runs in each step for one image, None where nobody knows the base's family. `num_previews`, `priority`,
+    `due` and `trace` change no image.
     """
 
     request_id: str
@@ -174,6 +205,9 @@ class GenerationRequest:
     image: PixelImage | None = None
     strength: float | None = None
     mask: PixelMask | None = None
+    options: PipelineOptions = NO_OPTIONS
+    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
+    denoiser_runs: int | None = None
     num_previews: int = 0
     priority: Priority = "interactive"
     due: WallClockDeadline | None = None

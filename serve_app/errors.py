@@ -6,6 +6,7 @@
     │   ├── UnknownParameter        a parameter that does not exist, with the nearest that does
     │   ├── OutOfBounds             a value outside the base's limits
     │   ├── UnknownScheduler        a noise scheduler the base does not offer
+    │   ├── PipelineRefused         the base's own pipeline does not take what is asked
     │   └── BaseMismatch            an adapter made for another base than the one the request names
     ├── Unauthorised 401
     ├── AccessDenied 403            a gated or private repository
@@ -132,6 +133,19 @@ class UnknownScheduler(BadRequest):
     choices: str
     code = "unknown_scheduler"
     template = "scheduler '{name}' is not offered by {base}; choose one of: {choices}"
+
+
+@dataclass(eq=False)
+class PipelineRefused(BadRequest):
+    """The base's own pipeline does not take what is asked; a check that should have come before the device is missing.
+
+    `reason` is the pipeline's own sentence.
+    """
+
+    base: str
+    reason: str
+    code = "pipeline_refused"
+    template = "{base} cannot draw this request: {reason}"
 
 
 @dataclass(eq=False)

@@ -27,16 +27,20 @@ class LatencyModel:
 
 
 def work_units(request: GenerationRequest) -> float:
-    """Return the work of a request in megapixel-steps: images x steps x pixels, twice where guidance needs two."""
+    """Return the work of a request in megapixel-steps: images x steps x runs of the denoiser in a step x pixels."""
     steps = max(request.planned_steps, 1)
-    return request.num_images * image_units(steps, request.guidance_scale, request.width, request.height)
+    runs = request.denoiser_runs or usual_runs(request.guidance_scale)
+    return request.num_images * image_units(steps, runs, request.width, request.height)
 
 
-def image_units(steps: int, guidance_scale: float, width: int, height: int) -> float:
-    """Return the work of one image from a prompt."""
-    # Pipelines of diffusers run the denoiser once more for the unguided half when the scale is over 1.
-    evaluations = 2.0 if guidance_scale > 1 else 1.0
-    return steps * evaluations * width * height / 1e6
+def usual_runs(guidance_scale: float) -> int:
+    """Return how often the denoiser of most families runs in a step: once more, unguided, where the scale is over 1."""
+    return 2 if guidance_scale > 1 else 1
+
+
+def image_units(steps: int, denoiser_runs: int, width: int, height: int) -> float:
+    """Return the work of one image drawn from a prompt."""
+    return steps * denoiser_runs * width * height / 1e6
 
 
 class LatencyEstimator:

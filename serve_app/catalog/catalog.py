@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_app.catalog.reading.bases import BaseArchitectureReader
+from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseFamilies
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
 from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource
@@ -26,6 +26,7 @@ from serve_app.catalog.sources.hub import HubSource
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
+from serve_app.families.family import Family
 from serve_app.refusals import NotAnAdapter
 from serve_app.settings import nearest
 
@@ -111,6 +112,7 @@ class Catalog:
                 on_check=on_access_check,
             )
         self._inspector = AdapterInspector(config.bases, self._sources, architectures, self._card)
+        self._families = BaseFamilies(architectures)
 
     def served(self) -> tuple[BaseModelConfig, ...]:
         """Return every configured base."""
@@ -119,6 +121,10 @@ class Catalog:
     def default(self) -> BaseModelConfig:
         """Return the base for requests that name none."""
         return self._config.default
+
+    async def family(self, base: BaseModelConfig) -> Family | None:
+        """Return the family of a base, None while its files are not read."""
+        return await self._families.of(base)
 
     async def resolve(
         self, model: str | None, adapters: tuple[AdapterRef, ...], *, token: HubToken | None = None

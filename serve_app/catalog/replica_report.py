@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.core import AdapterSpec, Scale
+from serve_app.families.abilities import BaseAbilities
 
 # From the fastest to the slowest tier; an applied adapter is in the tiers below too.
 HeldIn = Literal["applied", "device", "host"]
@@ -73,6 +74,7 @@ class ReplicaReport:
     holdings: tuple[ResidentAdapter, ...] = ()
     uses: tuple[AdapterUsage, ...] = ()
     held_back: tuple[QuarantinedAdapters, ...] = ()
+    abilities: BaseAbilities | None = None
 
 
 @dataclass(frozen=True, slots=True)

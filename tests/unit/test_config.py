@@ -72,11 +72,10 @@ def test_sizes_may_be_written_with_units() -> None:
 def test_sdxl_in_float16_gets_the_vae_that_does_not_overflow_unless_another_is_named() -> None:
     sdxl = {"hub": "stabilityai/stable-diffusion-xl-base-1.0"}
     half = BaseModelConfig.model_validate(base(source=sdxl, dtype="float16"))
-    assert half.vae_source is not None
-    assert half.vae_source.hub == "madebyollin/sdxl-vae-fp16-fix"
+    assert half.part_sources["vae"].hub == "madebyollin/sdxl-vae-fp16-fix"
     named = BaseModelConfig.model_validate(base(source=sdxl, dtype="float16", vae={"hub": "a/b"}))
-    assert named.vae_source == named.vae
-    assert BaseModelConfig.model_validate(base(source=sdxl, dtype="bfloat16")).vae_source is None
+    assert named.part_sources == {"vae": named.vae}
+    assert BaseModelConfig.model_validate(base(source=sdxl, dtype="bfloat16")).part_sources == {}
 
 
 RENAMED = {

@@ -177,6 +177,8 @@ def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelM
         image=image,
         strength=asked.strength if isinstance(asked, ImageEdit) else None,
         mask=mask,
+        options=asked.options(),
+        scheduler_options=asked.sorted_scheduler_options(),
         num_previews=asked.partial_images or 0,
     )
 

@@ -123,7 +123,10 @@ class ServiceGateway:
                 draft.model, draft.adapters, token=draft.hub_token
             )
         seed = self._draw_seed()
-        request = resolve_defaults(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+        family = await self._catalog.family(resolution.base)
+        request = resolve_defaults(
+            draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed, family=family
+        )
         # A caller's token goes no further than it is needed.
         request = replace(request, hub_token=draft.hub_token) if resolution.is_private else request
         request_span().describe(request)

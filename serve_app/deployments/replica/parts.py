@@ -20,6 +20,7 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.shared.sharing import Files, share
+from serve_app.families.family import Family
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
 from serve_app.work import image_units
@@ -36,10 +37,11 @@ log = logging.getLogger(__name__)
 IDLE_BUFFER_BYTES = 512 << 20
 
 
-def typical_units(base: BaseModelConfig) -> float:
+def typical_units(base: BaseModelConfig, family: Family) -> float:
     """Return the work of one image as the base draws it by default, in the units of `serve_app.work`."""
     defaults = base.defaults
-    return image_units(defaults.steps, defaults.guidance_scale, defaults.width, defaults.height)
+    runs = family.evaluations(defaults.guidance_scale, None, has_negative_prompt=False)
+    return image_units(defaults.steps, runs, defaults.width, defaults.height)
 
 
 def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeline:
@@ -55,7 +57,7 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     return BasePipeline.load(
         base,
         resolve_source(base.source, embedded_root()),
-        vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
+        parts={name: resolve_source(part, embedded_root()) for name, part in base.part_sources.items()},
         hub=HubAccess(token=environment.token),
         digests=FileDigests(environment.cache_dir / "digests"),
     )

@@ -68,6 +68,7 @@ class BaseModelReplica:
     ) -> None:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission.process import AdmissionProcess
+        from serve_app.engine.drawing.trial import try_tasks
         from serve_app.engine.drawing.warmup import warm_up
         from serve_app.engine.weights.fused import FusedWeights
         from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
@@ -82,6 +83,7 @@ class BaseModelReplica:
         started = time.monotonic()
         self._base = base
         pipeline = load_pipeline(base, environment)
+        try_tasks(pipeline, base)
         torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
         is_on_gpu, pass_bytes = pipeline.device.type == "cuda", 0
         if base.compile or is_on_gpu:
@@ -108,7 +110,7 @@ class BaseModelReplica:
                 base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
             ),
             max_backlog_s=base.replica.max_backlog_s,
-            typical_units=typical_units(base),
+            typical_units=typical_units(base, pipeline.family),
         )
         self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))
         self._guardian = start_watchdog(base.replica)
@@ -123,7 +125,13 @@ class BaseModelReplica:
         self._demand = UsageTracker(time.monotonic)
         own_id = serve.get_replica_context().replica_id.unique_id
         self._residency = ReplicaReporter(
-            own_id, base.id, pipeline.device_name, store=self._store, weights=self._weights, clock=time.time
+            own_id,
+            base.id,
+            pipeline.device_name,
+            store=self._store,
+            weights=self._weights,
+            clock=time.time,
+            abilities=pipeline.abilities(),
         )
         warmed = await prefetch_adapters(
             collect_peer_usage, self._bring, warm_up_limits(base.replica), clock=time.monotonic
