@@ -1,4 +1,4 @@
-"""One adapter looked at as the service would look at it, down to each layer, without a service.
+"""Inspection of one adapter as the service does it, down to each layer, without a service.
 
 Owns the order of the looks and what they came to; how it is shown is `serve_app.cli.inspect`'s.
 """
@@ -26,7 +26,7 @@ MAX_CARD_CHARACTERS = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one base makes of the file: how many layers match and the smallest and largest rank, or why not."""
+    """The result for one base: the number of matching layers and the ranks, or the refusal."""
 
     base_id: str
     layers_matched: int = 0
@@ -39,7 +39,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that could be found out; what could not is None or empty.
+    """The facts about an adapter; unknown ones are None or empty.
 
     `refusal` is why no base at all can serve the adapter; `verdicts` has one entry for each base that was asked, none
     where the weights were not read.
@@ -61,7 +61,7 @@ class Inspection:
 
     @property
     def is_served(self) -> bool:
-        """Whether some base can serve it, as far as was looked."""
+        """Whether some base can serve it, as far as it was checked."""
         return self.refusal is None and (not self.verdicts or any(v.refusal is None for v in self.verdicts))
 
     def refused(self, error: LoraplexError) -> Inspection:
@@ -72,21 +72,21 @@ class Inspection:
 async def inspect_id(
     sources: Sources, ref: AdapterRef, base: BaseModelConfig | None, *, header_only: bool
 ) -> Inspection:
-    """Look at an adapter by its id; `base` None asks the bases that it is for.
+    """Inspect an adapter by its id; `base` None checks the bases that it was made for.
 
     Raises:
         ModelNotFound, AccessDenied, HubUnavailable: there is nothing to look at.
     """
-    examiner = sources.examiner()
-    found = await examiner.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
+    inspector = sources.inspector()
+    found = await inspector.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
     if found is None:
         raise ModelNotFound(ref.id)
-    place, listing = found
+    source, listing = found
     seen = Inspection(ref.id, listing.origin, listing.location, listing.card, revision=listing.revision)
     try:
-        finding = await examiner.examine(ref.id, ref.revision, ref.filename)
+        finding = await inspector.examine(ref.id, ref.revision, ref.filename)
     except LoraplexError as refusal:
-        return (await _with_header(seen, place, listing, ref.filename)).refused(refusal)
+        return (await _with_header(seen, source, listing, ref.filename)).refused(refusal)
     seen = replace(
         seen,
         file=finding.filename, revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
@@ -102,8 +102,8 @@ async def inspect_id(
         spec = finding.spec_for(asked[0])
         if header_only:
             return seen
-        path = await place.download(spec)
-        words = None if spec.embeddings is None else await place.download(spec, spec.embeddings)
+        path = await source.download(spec)
+        words = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
     except LoraplexError as refusal:
         return seen.refused(refusal)
     return replace(
@@ -112,7 +112,7 @@ async def inspect_id(
 
 
 async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | None, *, header_only: bool) -> Inspection:
-    """Look at a local file, and at the card beside it; `base` None asks every configured base."""
+    """Inspect a local file and the card beside it; `base` None checks every configured base."""
     seen = _outside_of(path)
     if seen.refusal is not None or header_only:
         return seen
@@ -126,7 +126,7 @@ async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | Non
 
 
 def _outside_of(path: Path) -> Inspection:
-    """Return what a file shows without its weights being read."""
+    """Return the facts of a file without reading its weights."""
     card_path = path.parent / "README.md"
     text = card_path.read_text(encoding="utf-8", errors="replace")[:MAX_CARD_CHARACTERS] if card_path.is_file() else ""
     seen = Inspection(
@@ -148,16 +148,16 @@ def _outside_of(path: Path) -> Inspection:
 
 
 async def _with_header(
-    seen: Inspection, place: AdapterSource, listing: RepositoryListing, filename: str | None
+    seen: Inspection, source: AdapterSource, listing: RepositoryListing, filename: str | None
 ) -> Inspection:
-    """Add what the header of the one candidate file says, for an adapter that is refused anyway."""
+    """Add the facts of the header of the only candidate file, for an adapter that is refused anyway."""
     try:
         names = candidates(listing, filename)
         if len(names) != 1:
             return seen
         listed = listing.file(names[0])
         seen = replace(seen, file=names[0], size_bytes=listed.size_bytes if listed else None)
-        return replace(seen, header=describe(await place.header(listing, names[0])))
+        return replace(seen, header=describe(await source.header(listing, names[0])))
     except LoraplexError:
         return seen
 

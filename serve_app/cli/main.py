@@ -58,7 +58,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Serve LoRA adapters over diffusion base models, and draw with them."""
+    """Serve LoRA adapters over diffusion base models, and generate images with them."""
 
 
 @app.command(rich_help_panel="The service")
@@ -124,7 +124,7 @@ def init(
 
 
 def _valid(config: Path, *, as_json: bool) -> ServeFileReport:
-    """Return what a valid file says; every fault of another is printed, and ends the command."""
+    """Return the contents of a valid file; the errors of an invalid one are printed, and end the command."""
     from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
 
     try:

@@ -21,7 +21,7 @@ IMPORT_PATH = "serve_app.app:build"
 
 
 class ServeFileInvalid(Exception):
-    """The file is refused; `faults` has one line for each reason."""
+    """The file is invalid; `faults` has one line for each reason."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__(*faults)
@@ -30,19 +30,19 @@ class ServeFileInvalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServeFileReport:
-    """A valid file: where it will answer, and its Loraplex applications."""
+    """A valid file: its address, and its Loraplex applications."""
 
     url: str
     applications: tuple[AppConfig, ...]
 
     @property
     def summary(self) -> list[str]:
-        """What the file serves, in a few words each."""
+        """A short description of each served model."""
         return [f"{base.id} ({base.dtype})" for config in self.applications for base in config.bases]
 
     @property
     def what_to_try(self) -> str:
-        """What a person can paste into a terminal once the service is ready."""
+        """Commands to try once the service is ready."""
         lines = [f"\n[bold green]ready[/] at {self.url}", ""]
         body = """-d '{"inputs": "a large yellow star on a blue background"}'"""
         for config in self.applications:
@@ -54,7 +54,7 @@ class ServeFileReport:
 
 
 def check_serve_file(path: Path) -> ServeFileReport:
-    """Return what a Serve file says, every key of it known and every value valid.
+    """Return the contents of a Serve file after checking every key and value.
 
     Raises:
         ServeFileInvalid: with every fault that was found.
@@ -74,7 +74,7 @@ def check_serve_file(path: Path) -> ServeFileReport:
 
 
 def applications_of(path: Path) -> tuple[AppConfig, ...]:
-    """Return the Loraplex applications of a Serve file, without Ray: what is Serve's own is not looked at.
+    """Return the Loraplex applications of a Serve file, without Ray; Serve's own keys are not checked.
 
     Raises:
         ServeFileInvalid: with every fault that was found.
@@ -125,7 +125,7 @@ def _readable(error: ValidationError, prefix: str) -> list[str]:
 
 
 def _unknown_keys(data: Any, model: type[BaseModel], place: str) -> list[str]:
-    """Return a fault for every key below `data` that `model` does not know; free-form mappings are left alone."""
+    """Return an error for every key below `data` that `model` does not know; free-form mappings are not checked."""
     if not isinstance(data, dict):
         return []
     fields = model.model_fields

@@ -10,8 +10,8 @@ from itertools import count
 import numpy as np
 import pytest
 
-from tests.bench.footprint import footprints
-from tests.bench.open_loop import Connections, Reply
+from tests.footprint import footprints
+from tests.open_loop import Connections, Reply
 from tests.service import Service, base_settings, ray_cluster
 
 BASE = "demo/sd15"

@@ -118,7 +118,7 @@ def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         LatencyModel(PASS_S, 0.0), swap_s=0.005, fetch_s=0.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
     )  # fmt: skip
-    config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": BASE}}], "cache_size": 0})
+    config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": BASE}}], "disk_cache": 0})
     deployment = WatchedReplica.options(
         num_replicas=REPLICAS,
         max_ongoing_requests=BEFORE + AFTER,

@@ -109,7 +109,7 @@ class Device:
         return state
 
     def wait_until_idle(self) -> Any:
-        return self.wait_until(lambda state: state.waiting == state.running == state.work.coming == 0)
+        return self.wait_until(lambda state: state.waiting == state.running == state.work.pending_fetches == 0)
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -20,7 +20,8 @@ from typing import Any
 from ray import serve
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
-from serve_app.core import AdapterSpec, GenerationRequest, Timings
+from serve_app.core import AdapterSpec, GenerationRequest
+from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
 from serve_app.engine.worker.pace import LoadTracker
 from serve_app.engine.worker.scheduling import (
     AdapterSetKey,
@@ -31,8 +32,7 @@ from serve_app.engine.worker.scheduling import (
     next_batch,
     remaining_after,
 )
-from serve_app.routing.cost import demand_of
-from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
+from serve_app.routing.stats import DeviceLoad, RoutingStatsCollector
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
 from serve_app.work import LatencyModel, work_units
@@ -137,15 +137,11 @@ class SleepingReplica:
     """One replica of a base that sleeps."""
 
     def __init__(self, sleeps: Sleeps, folder: Path) -> None:
-        # The very multiplexer of production; its module is heavy, so it is imported where it is needed.
-        from serve_app.deployments.replica.replica import multiplexer
-
         self._sleeps = sleeps
         self._folder = folder
         self._id = serve.get_replica_context().replica_id.unique_id
-        self._hold = multiplexer(sleeps.host_adapters)
         self._device = SleepingDevice(self._sleeps)
-        self._recorder = RoutingStatsCollector(wall_clock=time.time, clock=time.monotonic)
+        self._recorder = RoutingStatsCollector(clock=time.monotonic)
         self._turn = asyncio.Lock() if sleeps.is_fetching_late else nullcontext()
         self._store: AdapterStore[bytes] = AdapterStore(
             admitted=AdmittedFiles(
@@ -161,27 +157,30 @@ class SleepingReplica:
             host_budget_bytes=sleeps.host_adapters * sleeps.file_bytes,
             clock=time.monotonic,
         )
+        self._ids = MultiplexedIds(self._store.resident)
 
     async def generate(self, request: GenerationRequest) -> Slept:
-        demand = demand_of(request)
-        self._device.add_pending(demand.units)
+        self._device.add_pending(work_units(request))
         async with self._turn, AsyncExitStack() as pins:
-            with self._recorder.fetching(demand):
-                leases = await asyncio.gather(
-                    *(pins.enter_async_context(self._store.lease(use.spec)) for use in request.adapters)
-                )
-            for lease in leases:
-                await asyncio.shield(self._hold(lease.spec.key))
-            self._recorder.queued(demand)
+            pins.enter_context(self._recorder.accepted(request))
+            leases = await asyncio.gather(
+                *(pins.enter_async_context(self._store.lease(use.spec)) for use in request.adapters)
+            )
+            await self._ids.update()
             is_swapped = await asyncio.wrap_future(self._device.submit(request))
-            timings = Timings(swap_ms=self._sleeps.swap_s * 1000 if is_swapped else 0.0)
-            self._recorder.served(leases, timings)
         return Slept(self._id, sum(lease.tier == "remote" for lease in leases), is_swapped)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        host = self._store.state()
-        free_bytes = host.budget_bytes - host.used_bytes
-        return self._recorder.snapshot(self._device.load(), Tiers(self._store.resident(), host_free_bytes=free_bytes))
+        await self._ids.update()
+        return self._recorder.snapshot(self._device.load())
+
+    async def forget(self, key: str) -> None:
+        """Drop an adapter, as a caller's DELETE does."""
+        self._store.forget(key)
+
+    async def held(self) -> tuple[str, frozenset[str]]:
+        """Return this replica's id and the keys of the adapters that it has in memory."""
+        return self._id, frozenset(self._store.resident())
 
     async def _fetch(self, spec: AdapterSpec) -> Path:
         await asyncio.sleep(self._sleeps.fetch_s)

@@ -63,7 +63,7 @@ class TokenBucket:
         return max(0.0, min(count, self._capacity) - 1e-9 - self._level) / self._rate_s
 
     def take(self, count: float) -> None:
-        """Take so many, though it be more than there is; negative gives back."""
+        """Remove `count` tokens; the level may become negative. A negative `count` returns tokens."""
         self._level = min(self._capacity, self._level - count)
 
     def drain(self, count: float) -> None:
@@ -84,8 +84,8 @@ class TokenBucket:
 
 
 class KeyQuota:
-    """What one key may still do. Times are promises: whoever waits as long as `retry_after_s` says and is alone with
-    its key is let in, but for a limit of concurrency, where nobody knows.
+    """The state of one key's limits. A caller that waits `retry_after_s` seconds will be accepted, if no other caller
+    uses the same key. This does not hold for the concurrency limit.
 
     `share` is the part of the limits that is granted here, at least one request at once and one image.
     """

@@ -19,7 +19,7 @@ from serve_app.api.http.schemas import (
     LoraEntry,
     LoraEntryOrId,
     Name,
-    RequestModel,
+    PipelineParameters,
     Seed,
 )
 
@@ -56,7 +56,7 @@ LoraInput = Annotated[
 Size = Annotated[str, AfterValidator(_known_size)]
 
 
-class ImageGeneration(RequestModel):
+class ImageGeneration(PipelineParameters):
     """A request for images; whatever is absent or null is the base's default."""
 
     prompt: str

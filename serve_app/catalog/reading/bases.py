@@ -7,10 +7,11 @@ against the loaded base.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,15 @@ from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.repository import EMBEDDED, HUB, AdapterSource
 from serve_app.config import BaseModelConfig
 from serve_app.errors import LoraplexError
+from serve_app.families.family import Family
 from serve_app.families.structure import UNET_FAMILIES, pipeline_family, transformer_shape
+from serve_app.families.table import family_of
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
+# The first request to a base waits so long for its family; a replica checks what the ingress does not know.
+FAMILY_WAIT_S = 1.0
 MAX_CONFIG_BYTES = 1024 * 1024
 
 # Repositories that the Hub moved: cards still carry the old names.
@@ -47,6 +52,7 @@ class BaseArchitecture:
     text_width: int | None = None
     hidden_widths: frozenset[int] = field(default=frozenset())
     depths: tuple[tuple[str, int], ...] = ()
+    row: Family | None = None
 
 
 class BaseNames:
@@ -99,7 +105,10 @@ class BaseArchitectureReader:
             content = await self._file(base, f"{denoiser}/config.json")
             if content is not None:
                 index = await self._file(base, "model_index.json")
-                return facts_from(base.id, denoiser, _table(content), _table(index or b"{}"))
+                config, entries = _table(content), _table(index or b"{}")
+                facts = facts_from(base.id, denoiser, config, entries)
+                pipeline = entries.get("_class_name")
+                return replace(facts, row=family_of(pipeline, entries, config)) if isinstance(pipeline, str) else facts
         raise ValueError("it has neither a unet nor a transformer")
 
     async def _file(self, base: BaseModelConfig, name: str) -> bytes | None:
@@ -112,6 +121,22 @@ class BaseArchitectureReader:
         if source is None or model is None:
             raise ValueError("its source is not configured")
         return await source.read_small(model, base_source.revision, name)
+
+
+class BaseFamilies:
+    """The family of each base, for requests: they wait for a base's files once, and briefly."""
+
+    def __init__(self, architectures: BaseArchitectureReader) -> None:
+        self._architectures = architectures
+        self._reads: dict[str, asyncio.Task[BaseArchitecture]] = {}
+
+    async def of(self, base: BaseModelConfig) -> Family | None:
+        """Return the family of a base, None while its files are not read."""
+        read = self._reads.get(base.id)
+        if read is None or (read.done() and read.result().row is None):
+            read = self._reads[base.id] = asyncio.create_task(self._architectures.facts(base))
+            await asyncio.wait({read}, timeout=FAMILY_WAIT_S)
+        return read.result().row if read.done() else None
 
 
 def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseArchitecture:

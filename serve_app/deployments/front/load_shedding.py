@@ -1,10 +1,9 @@
-"""Refusing at the door: what keeps a flood of requests from standing before the very refusals that it is to get.
+"""Load shedding in the proxy.
 
-One process for each node takes in all HTTP, and hands it on one after another, however much there is: under a flood the
-ingress replicas would refuse within milliseconds what has waited for minutes. So the proxy counts what it has handed on
-and is not answered, and refuses beyond what the ingress replicas hold for the bases, which is theirs to wait for, and a
-little more. Owns that count, on the proxy's side, and how ingress replicas tell what they hold and may hold, on theirs.
-Runs inside the proxy, so it knows no configuration and no Ray.
+Under overload, requests would wait minutes in the proxy's queue only to be rejected by the ingress within milliseconds;
+so the proxy rejects them at once. It counts the requests in flight and rejects new ones when that number exceeds what
+the ingress replicas may hold, plus a small slack. Owns that count in the proxy, and the header by which ingress
+replicas report their capacity. Runs inside the proxy, so it knows no configuration and no Ray.
 """
 
 from __future__ import annotations

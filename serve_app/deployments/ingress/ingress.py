@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -31,6 +31,7 @@ from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.keys import Keys
 from serve_app.deployments.ingress.middleware import MetricsMiddleware, TracingMiddleware
+from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.limits.limit_keeper import RateLimitClient
 from serve_app.deployments.limits.shared_rate_limiter import SharedRateLimiter
 from serve_app.deployments.registry.alias_keeper import AliasClient
@@ -43,12 +44,15 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
+from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
 
 log = logging.getLogger(__name__)
 
 READINESS_TTL_S = 1.0
 SEED_BITS = 32
+# A request whose process died on so many replicas is not sent to another.
+MAX_DEATHS = 2
 # A new ingress waits this long for the aliases before it serves without them.
 ALIASES_PATIENCE_S = 5.0
 
@@ -63,7 +67,7 @@ class Dispatcher:
 
     A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
     image. A stream is sent again while no picture of it has been passed on, and then tells its progress from the start.
-    Cancelling a call stops the work.
+    One that two replicas died of is sent no more, and its adapters are quarantined. Cancelling a call stops the work.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Dispatcher:
     ) -> None:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
+        self._quarantine = Quarantine(clock=time.monotonic)
         self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
         self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
@@ -82,14 +87,17 @@ class Dispatcher:
             QueueFull: the base has as much waiting as it accepts.
             ReplicaLost: every attempt lost its replica.
         """
-        self._check_room(request)
-        for attempt in range(1, self._attempts + 1):
+        self._check(request)
+        losses: list[Exception] = []
+        while len(losses) < self._attempts:
             response = self._handle(request).generate.remote(request)
             try:
                 with self._sending(request), self._errors_of(request):
                     return await response
             except (RayActorError, ReplicaLost) as error:
-                self._note_loss(request, attempt, error)
+                response.cancel()
+                losses.append(error)
+                await self._check_losses(request, losses)
             except asyncio.CancelledError:
                 response.cancel()
                 raise
@@ -103,8 +111,9 @@ class Dispatcher:
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
         has_shown = False
-        self._check_room(request)
-        for attempt in range(1, self._attempts + 1):
+        self._check(request)
+        losses: list[Exception] = []
+        while len(losses) < self._attempts:
             # With this option a call is an asynchronous generator, which Ray's types do not say.
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
             try:
@@ -114,9 +123,11 @@ class Dispatcher:
                         yield event
                 return
             except (RayActorError, ReplicaLost) as error:
+                response.cancel()
+                losses.append(error)
                 if has_shown:
-                    raise ReplicaLost(base=request.base_id, attempts=attempt) from None
-                self._note_loss(request, attempt, error)
+                    raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
+                await self._check_losses(request, losses)
             except (asyncio.CancelledError, GeneratorExit):
                 response.cancel()
                 raise
@@ -129,7 +140,8 @@ class Dispatcher:
         is_at_limit = any(pressure.was_full_lately for pressure in pressures)
         return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
 
-    def _check_room(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest) -> None:
+        self._quarantine.check(request)
         if self._pressures[request.base_id].is_at_limit:
             raise self._queue_full(request)
 
@@ -142,12 +154,28 @@ class Dispatcher:
         model_id = request.adapters[0].spec.key if request.adapters else ""
         return self._handles[request.base_id].options(multiplexed_model_id=model_id)
 
-    def _note_loss(self, request: GenerationRequest, attempt: int, error: Exception) -> None:
+    async def _check_losses(self, request: GenerationRequest, losses: list[Exception]) -> None:
+        """Return where a request that lost its replica may be sent to another.
+
+        Raises:
+            Quarantined: it ended the processes of two replicas, and has adapters.
+            ReplicaLost: it ended those of two, or it may still run on one that could not be reached.
+        """
+        error = losses[-1]
         log.warning(
             "request %s lost its replica of %s (attempt %d of %d): %s",
-            request.request_id, request.base_id, attempt, self._attempts, type(error).__name__,
+            request.request_id, request.base_id, len(losses), self._attempts, type(error).__name__,
         )  # fmt: skip
-        self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
+        self._on_retry(request.base_id, error.reason if isinstance(error, ReplicaLost) else "died")
+        lost = ReplicaLost(base=request.base_id, attempts=len(losses))
+        if isinstance(error, ActorUnavailableError) and not await has_ended(error.actor_id):
+            raise lost from None
+        # A replica that is lost may be found dead a second time before Serve has another.
+        died = {loss.actor_id for loss in losses if isinstance(loss, RayActorError) and not loss.preempted}
+        if len(died) >= MAX_DEATHS:
+            log.error("request %s is not sent again: %d processes ended on it", request.request_id, len(died))
+            self._quarantine.hold(request, f"{len(died)} replicas ended while they drew with it")
+            raise lost from None
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
         return self._pressures[request.base_id].track(work_units(request))

@@ -23,6 +23,7 @@ def test_a_run_prints_a_table_and_writes_its_report(tmp_path: Path) -> None:
     assert report["command"] in " ".join(outcome.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "shown"),
     [

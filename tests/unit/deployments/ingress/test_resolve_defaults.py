@@ -76,6 +76,12 @@ def test_a_value_out_of_bounds_is_refused_by_name(draft: UnresolvedRequest, name
     assert caught.value.name == name
 
 
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_text_of_exactly_the_longest_length_is_taken(field: str) -> None:
+    text = "p" * BASE.limits.max_prompt_characters
+    assert getattr(settled(UnresolvedRequest(**{"prompt": "p", field: text})), field) == text
+
+
 def test_too_many_adapters_are_refused() -> None:
     with pytest.raises(OutOfBounds, match="at most 2"):
         settled(UnresolvedRequest("p"), *(ScaledAdapter(spec(f"x/{name}"), 1.0) for name in "abc"))

@@ -1,4 +1,4 @@
-"""Ten times as much as can be done, for minutes, on a real service: `python -m tests.bench.overload --minutes 2`.
+"""Ten times as much as can be done, for minutes, on a real service: `python -m tests.bench_overload --minutes 2`.
 
 First as much as callers who wait for their answers can get out of it, then ten times that whatever the answers. The
 device naps (`tests.replicas.napping`), so that generation takes no processor from refusing; the callers, in processes
@@ -20,7 +20,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from tests.bench.footprint import Footprint, footprints
+from tests.footprint import Footprint, footprints
 from tests.replicas.napping import IMAGE_S
 from tests.service import base_settings, ray_cluster
 
@@ -34,7 +34,7 @@ REST_S = 10.0
 def begin(mode: str, url: str, seconds: float, **options: Any) -> subprocess.Popen[str]:
     """Start callers."""
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "tests.bench.open_loop", mode, url, "--seconds", str(seconds), *words]
+    command = [sys.executable, "-m", "tests.open_loop", mode, url, "--seconds", str(seconds), *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 

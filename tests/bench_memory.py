@@ -1,4 +1,4 @@
-"""Two hours' requests in ten minutes, and what they leave behind: `python -m tests.bench.memory --minutes 10`.
+"""Two hours' requests in ten minutes, and what they leave behind: `python -m tests.bench_memory --minutes 10`.
 
 A real service with both demo bases, small images of few steps, and caches that hold a few adapters of the hundreds that
 are asked for, new ones all the time. Callers draw, stream, leave, run out of time, ask for what cannot be had, name and
@@ -27,7 +27,7 @@ from typing import Any
 import httpx
 from safetensors.numpy import load_file, save
 
-from tests.bench.footprint import footprints
+from tests.footprint import footprints
 from tests.hub_server import HubServer
 from tests.service import BASES, EMBEDDED, STYLES, base_settings, ray_cluster
 
@@ -228,7 +228,8 @@ def by_fifth(series: list[tuple[float, int]], seconds: float) -> list[float]:
 
 def settings(folder: str, hub: HubServer) -> dict[str, Any]:
     replica = {
-        "num_cpus": 0.1, "torch_threads": 1, "host_cache": "3MB", "adapters_per_replica": 8, "max_queued_requests": 64,
+        "num_cpus": 0.1, "torch_threads": 1, "host_cache": "3MB", "max_advertised_adapters": 8,
+        "max_queued_requests": 64,
     }  # fmt: skip
     defaults = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
     return {
@@ -236,7 +237,7 @@ def settings(folder: str, hub: HubServer) -> dict[str, Any]:
         "adapters": {"embedded": True, "hub": {"endpoint": hub.endpoint}, "resolution_ttl_s": 20},
         "ingress": {"replicas": 2, "num_cpus": 0.1},
         "cache_dir": f"{folder}/cache",
-        "cache_size": "30MB",
+        "disk_cache": "30MB",
     }
 
 

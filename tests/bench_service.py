@@ -1,4 +1,4 @@
-"""Two promises about waiting, measured on a real service: `python -m tests.bench.service`.
+"""Two promises about waiting, measured on a real service: `python -m tests.bench_service`.
 
 Other adapters while one downloads slowly: rounds of requests with and without a 5-second download under way, in turn,
 so that whatever else the machine does falls on both. The status route while generations run: its latency alone and

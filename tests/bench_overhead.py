@@ -1,4 +1,4 @@
-"""What the service adds to an image: `python -m tests.bench.overhead`.
+"""What the service adds to an image: `python -m tests.bench_overhead`.
 
 Each round draws one image through HTTP and the same image directly on an engine in this process, in turn, so that
 whatever else the machine does falls on both. The overhead of a round is the time from sending the request to holding

@@ -1,6 +1,6 @@
 """What a node pays for an adapter's file: from the Hub, or from a peer through Ray's object store.
 
-    python -m tests.bench.sharing [megabytes]
+    python -m tests.bench_sharing [megabytes]
 
 Both are measured in one run on one machine: the Hub is a server on loopback and its network costs nothing, so that the
 numbers compare what the two ways cost in processor and disk. A real Hub adds its network; a real peer a faster one.

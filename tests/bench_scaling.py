@@ -1,4 +1,4 @@
-"""How soon after a burst every replica that it needs is asked for: `python -m tests.bench.scaling [runs]`.
+"""How soon after a burst every replica that it needs is asked for: `python -m tests.bench_scaling [runs]`.
 
 Runs Serve's own controller with the product's policy and default intervals over replicas that sleep: 40 requests of a
 quarter of a second meet one replica, or none, where 2.5 s of work are wanted before each of at most four.

@@ -1,4 +1,4 @@
-"""How busy the device is while somebody waits for it: `python -m tests.bench.queueing [--service]`.
+"""How busy the device is while somebody waits for it: `python -m tests.bench_queue [--service]`.
 
 Runs a demo base with a queue that is never empty, adapters in turn, and prints the share of that time in which a
 pass ran (swap, denoising and decoding), and how well the passes were predicted. With `--service` it does the same
