@@ -42,15 +42,12 @@ def candidates(listing: RepositoryListing, filename: str | None) -> tuple[str, .
     at_root = [name for name in safe if "/" not in name]
     nested = [name for name in safe if "/" in name and not _is_part(name)]
     found = tuple(sorted(at_root or nested))
-    if not found:
-        # What peft saves for each model of a pipeline lies in a folder of that model's name.
-        found = tuple(sorted(name for name in safe if name.endswith("/adapter_model.safetensors")))
-        if len(found) > 1:
-            raise NotAnAdapter(
-                listing.id, f"its parts lie in {len(found)} files, which are served as one: {_some(found)}"
-            )
-    if any(_SHARD.search(name) for name in found):
-        raise NotAnAdapter(listing.id, f"it is cut into {len(found)} files, which are served as one: {_some(found)}")
+    # What peft saves for each model of a pipeline lies in a folder of that model's name.
+    of_parts = () if found else tuple(sorted(name for name in safe if name.endswith("/adapter_model.safetensors")))
+    found = found or of_parts
+    if len(of_parts) > 1 or any(_SHARD.search(name) for name in found):
+        what = f"it lies in {len(found)} files ({_some(found)}), and only adapters in one file are served"
+        raise NotAnAdapter(listing.id, f"{what}: publish it as one")
     if not found:
         raise _nothing(listing, names)
     return found

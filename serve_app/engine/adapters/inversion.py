@@ -47,7 +47,7 @@ def bundled_words(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
         if match is None or not 1 <= tensor.ndim <= 2 or not tensor.is_floating_point():
             others[key] = tensor
         else:
-            rows.setdefault(_BUNDLED_NAMES.get(match[1], match[1]), []).append(tensor.float().atleast_2d())
+            rows.setdefault(_BUNDLED_NAMES.get(match[1], match[1]), []).append(torch.atleast_2d(tensor.float()))
     aligned = all(len({part.shape[1] for part in parts}) == 1 for parts in rows.values())
     return (others, {key: torch.cat(parts) for key, parts in rows.items()}) if aligned else (dict(tensors), {})
 
