@@ -1,4 +1,4 @@
-"""Files as the tools themselves write them: LyCORIS, peft and diffusers save, and what they merge is the truth."""
+"""Files as the tools themselves write them: what LyCORIS, peft and diffusers compute with them is the truth."""
 
 from __future__ import annotations
 
@@ -42,6 +42,19 @@ def compare(base: Base, path: Path, truth: dict[str, Tensor], settings: str | No
         torch.testing.assert_close(found[module], expected, rtol=1e-4, atol=1e-6, msg=module)
 
 
+def computed(base: Base, denoiser: nn.Module) -> dict[str, Tensor]:
+    """Return what linear layers with an adapter compute, less their pristine weights: module -> difference."""
+    found: dict[str, Tensor] = {}
+    for name, module in base.denoiser.named_modules():
+        if isinstance(module, nn.Linear):
+            layer = denoiser.get_submodule(name)
+            with torch.no_grad():
+                change = (layer(torch.eye(module.in_features)) - layer(torch.zeros(1, module.in_features))).T
+            if (change - module.weight).abs().max() > 1e-5:
+                found[name] = change.double() - module.weight.double()
+    return found
+
+
 def lora_config(**options: Any) -> LoraConfig:
     return LoraConfig(r=4, lora_alpha=3, init_lora_weights=False, target_modules=list(TARGETS), **options)
 
@@ -71,28 +84,25 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "lora": {"algo": "lora"},
     "DoRA": {"algo": "lora", "dora_wd": True},
     "DoRA per input": {"algo": "lora", "dora_wd": True, "wd_on_output": False},
-    "lora with a core": {"algo": "lora", "use_tucker": True},
     "loha": {"algo": "loha"},
-    "loha with a core": {"algo": "loha", "use_tucker": True},
     "loha with DoRA": {"algo": "loha", "dora_wd": True},
     "lokr": {"algo": "lokr", "factor": 4},
-    "lokr, whole": {"algo": "lokr", "factor": 4, "full_matrix": True, "linear_dim": 10000, "conv_dim": 10000},
+    "lokr, whole": {"algo": "lokr", "factor": 4, "full_matrix": True, "linear_dim": 10000},
     "lokr with DoRA": {"algo": "lokr", "factor": 4, "dora_wd": True},
     "full": {"algo": "full"},
-    "norms too": {"algo": "lora", "train_norm": True},
 }
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("family", ["sd15", "flux"])
-def test_what_lycoris_saves_is_what_it_merges(family: str, algorithm: str, tmp_path: Path) -> None:
+def test_what_lycoris_saves_is_what_its_layers_compute(family: str, algorithm: str, tmp_path: Path) -> None:
     logging.getLogger("LyCORIS").setLevel(logging.ERROR)
-    lycoris = pytest.importorskip("lycoris")
+    import lycoris
+
     base = base_of(family)
     denoiser = copy.deepcopy(base.denoiser)
-    modules = ["Attention", "FluxAttention", "FeedForward"] + ["ResnetBlock2D"] * (family == "sd15")
-    lycoris.LycorisNetwork.apply_preset({"enable_conv": True, "target_module": modules})
-    settings = {"linear_dim": 4, "linear_alpha": 2, "conv_dim": 4, "conv_alpha": 2} | ALGORITHMS[algorithm]
+    lycoris.LycorisNetwork.apply_preset({"target_module": ["Attention", "FluxAttention", "FeedForward"]})
+    settings = {"linear_dim": 4, "linear_alpha": 3} | ALGORITHMS[algorithm]
     with torch.random.fork_rng():
         torch.manual_seed(3)
         network = lycoris.create_lycoris(denoiser, 1.0, **settings)
@@ -105,6 +115,4 @@ def test_what_lycoris_saves_is_what_it_merges(family: str, algorithm: str, tmp_p
                     parameter.add_(torch.randn_like(parameter) * 0.05)
     path = tmp_path / "lycoris.safetensors"
     save_file({key: tensor.detach().clone().contiguous() for key, tensor in network.state_dict().items()}, path)
-    network.restore()
-    network.merge_to(1.0)
-    compare(base, path, merged(base, denoiser))
+    compare(base, path, computed(base, denoiser))
