@@ -49,9 +49,12 @@ def computed(base: Base, denoiser: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, nn.Linear):
             layer = denoiser.get_submodule(name)
             with torch.no_grad():
-                change = (layer(torch.eye(module.in_features)) - layer(torch.zeros(1, module.in_features))).T
-            if (change - module.weight).abs().max() > 1e-5:
-                found[name] = change.double() - module.weight.double()
+                bias = layer(torch.zeros(1, module.in_features))[0]
+                weight = (layer(torch.eye(module.in_features)) - bias).T
+            if (weight - module.weight).abs().max() > 1e-5:
+                found[name] = weight.double() - module.weight.double()
+            if module.bias is not None and (bias - module.bias).abs().max() > 1e-5:
+                found[f"{name}.bias"] = bias.double() - module.bias.double()
     return found
 
 
