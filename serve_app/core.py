@@ -7,6 +7,7 @@ Must not know Ray, torch, HTTP or the file system.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Literal
 
 # A person waits for an interactive request, a program for a batch one.
@@ -67,7 +68,7 @@ class AdapterSpec:
 
     `revision` is a commit hash of a Hub repository, or a content digest for a folder. `location` is the Hub
     repository id or the folder of the file and never reaches a client. `embeddings` is the file with the adapter's
-    textual-inversion tokens.
+    textual-inversion tokens, `settings` the text of peft's `adapter_config.json`, which says how it is scaled.
     """
 
     id: str
@@ -79,11 +80,13 @@ class AdapterSpec:
     size_bytes: int
     instance_prompt: str | None = None
     embeddings: str | None = None
+    settings: str | None = None
 
     @property
     def key(self) -> str:
-        """A name of these bytes, the same in every process; it does not contain the scale."""
-        return f"{self.id}@{self.revision[:16]}/{self.filename}"
+        """A name of these bytes, the same in every process; it does not contain the scale of a request."""
+        name = f"{self.id}@{self.revision[:16]}/{self.filename}"
+        return name if self.settings is None else f"{name}+{sha256(self.settings.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ def served(name: str, **settings: Any) -> BasePipeline:
 def served_as(live: Any, **settings: Any) -> BasePipeline:
     """Return a base over a pipeline that the test holds too."""
     config = BaseModelConfig(id=BASE, source=ModelSource(embedded="none"), **settings)
-    return BasePipeline(config, LoadedBase(live, "fingerprint"))
+    return BasePipeline(config, LoadedBase(live))
 
 
 def asked(task: Task, **changes: Any) -> GenerationRequest:

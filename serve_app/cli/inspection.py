@@ -12,12 +12,13 @@ from pathlib import Path
 
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import HeaderFacts, MalformedHeader, describe, read_header
+from serve_app.catalog.reading.inspector import SETTINGS
 from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
 from serve_app.catalog.reading.selection import SAFE_SUFFIX, candidates
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef
-from serve_app.errors import BaseMismatch, LoraplexError, ModelNotFound
+from serve_app.errors import LoraplexError, ModelNotFound
 from serve_app.refusals import MalformedFile, NotAnAdapter, UnsafeFile
 
 MAX_CARD_CHARACTERS = 256 * 1024
@@ -92,9 +93,11 @@ async def inspect_id(
         bases=finding.placement.bases,
     )  # fmt: skip
     try:
-        finding.require_served([served.id for served in sources.config.bases])
-        if base is not None and base.id not in finding.placement.bases:
-            raise BaseMismatch(ref.id, finding.placement.made_for, base.id)
+        served = [known.id for known in sources.config.bases]
+        if base is None:
+            finding.require_served(served)
+        else:
+            finding.require_fit(base, served)
         asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.placement.bases)
         spec = finding.spec_for(asked[0])
         if header_only:
@@ -103,7 +106,9 @@ async def inspect_id(
         words = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
     except LoraplexError as refusal:
         return seen.refused(refusal)
-    return replace(seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words))
+    return replace(
+        seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words, finding.settings)
+    )
 
 
 async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | None, *, header_only: bool) -> Inspection:
@@ -111,7 +116,10 @@ async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | Non
     seen = _outside_of(path)
     if seen.refusal is not None or header_only:
         return seen
-    verdicts = await _judge(sources, path, path.name, (base,) if base is not None else sources.config.bases)
+    beside = path.parent / SETTINGS
+    settings = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else None
+    asked = (base,) if base is not None else sources.config.bases
+    verdicts = await _judge(sources, path, path.name, asked, None, settings)
     return replace(
         seen, verdicts=verdicts, bases=tuple(verdict.base_id for verdict in verdicts if verdict.refusal is None)
     )
@@ -133,7 +141,9 @@ def _outside_of(path: Path) -> Inspection:
         return seen.refused(MalformedFile(path.name, str(error)))
     seen = replace(seen, header=facts)
     if not facts.has_pairs:
-        return seen.refused(NotAnAdapter(path.name, "it has no paired low-rank matrices of an adapter"))
+        return seen.refused(
+            NotAnAdapter(path.name, "it has no layers of an adapter: no pair of factors, in any spelling that is read")
+        )
     return seen
 
 
@@ -153,19 +163,26 @@ async def _with_header(
 
 
 async def _judge(
-    sources: Sources, path: Path, name: str, bases: Sequence[BaseModelConfig], words: Path | None = None
+    sources: Sources,
+    path: Path,
+    name: str,
+    bases: Sequence[BaseModelConfig],
+    words: Path | None,
+    settings: str | None,
 ) -> tuple[Verdict, ...]:
-    return tuple([await _verdict(sources, path, name, base, words) for base in bases])
+    return tuple([await _verdict(sources, path, name, base, words, settings) for base in bases])
 
 
-async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None) -> Verdict:
+async def _verdict(
+    sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None, settings: str | None
+) -> Verdict:
     from serve_app.engine.adapters.parser import parse_adapter
     from serve_app.engine.base.manifest import structure_of
 
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
-        coverage = parse_adapter(path, name, manifest, base.adapter_limits, words).coverage
+        coverage = parse_adapter(path, name, manifest, base.adapter_limits, words, settings).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))
     return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)

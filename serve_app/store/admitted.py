@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ _START_BYTES = 1024**2
 
 
 class AdmittedFiles:
-    """The files of one base and dtype, in a folder and a byte budget that all bases of the node share.
+    """The files of one base, reader and limits, in a folder and a byte budget that all bases of the node share.
 
     Invariants: a published file is whole. A file in use by any process is never evicted. After a publication the files
     fit the budget, or only files in use are left. Thread-safe.
@@ -48,8 +48,7 @@ class AdmittedFiles:
         folder: Path,
         budget_bytes: int,
         *,
-        base_fingerprint: str,
-        dtype: str,
+        depends_on: Sequence[str],
         clock: Callable[[], float],
     ) -> None:
         """Open or create the folder, and remove the files of dead processes.
@@ -57,14 +56,14 @@ class AdmittedFiles:
         Args:
             folder: The folder of all bases of this node.
             budget_bytes: For all bases together; drafts do not count.
-            base_fingerprint: Everything that the canonical form depends on apart from the adapter's bytes.
-            dtype: The dtype in which the base is served.
+            depends_on: What a canonical form depends on besides the adapter's own bytes: the base's structure and
+                dtype, the limits and the reader. Files that were admitted under others are not seen.
             clock: Unix seconds, comparable between the processes of the node.
         """
         self._folder = folder
         self._budget_bytes = budget_bytes
         self._clock = clock
-        self._base_folder = folder / _digest(f"{base_fingerprint}\0{dtype}")
+        self._base_folder = folder / _digest("\0".join(depends_on))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._base_folder.mkdir(mode=0o700, exist_ok=True)
         with self._exclusive():

@@ -147,8 +147,7 @@ class SleepingReplica:
             admitted=AdmittedFiles(
                 Path(tempfile.mkdtemp(prefix="sleeping-", dir=folder.parent)),
                 1,
-                base_fingerprint="sleeping",
-                dtype="none",
+                depends_on=("sleeping",),
                 clock=time.time,
             ),
             fetch=self._fetch,

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.catalog.reading.blocking import run_blocking
-from serve_app.catalog.reading.header import UNET_FAMILIES
 from serve_app.catalog.reading.repository import EMBEDDED, HUB, AdapterSource
 from serve_app.config import BaseModelConfig
 from serve_app.errors import LoraplexError
 from serve_app.families.family import Family
+from serve_app.families.structure import UNET_FAMILIES, pipeline_family, transformer_shape
 from serve_app.families.table import family_of
 
 log = logging.getLogger(__name__)
@@ -35,14 +35,6 @@ MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
-_PIPELINE_FAMILIES = (
-    ("StableDiffusionXL", "sdxl"),
-    ("StableDiffusion3", "sd3"),
-    ("StableDiffusion", "sd1"),
-    ("Flux", "flux"),
-    ("QwenImage", "qwen-image"),
-    ("ZImage", "z-image"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +42,8 @@ class BaseArchitecture:
     """What is known of one base's structure: None and empty where it is not known.
 
     `denoiser` is "unet" or "transformer"; `text_width` the width of the text features that its
-    cross-attention takes; `hidden_widths` the widths of its blocks.
+    cross-attention takes; `hidden_widths` the widths of its blocks; `depths` how many blocks of each kind a
+    transformer has.
     """
 
     id: str
@@ -58,6 +51,7 @@ class BaseArchitecture:
     denoiser: str | None = None
     text_width: int | None = None
     hidden_widths: frozenset[int] = field(default=frozenset())
+    depths: tuple[tuple[str, int], ...] = ()
     row: Family | None = None
 
 
@@ -147,19 +141,18 @@ class BaseFamilies:
 
 def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseArchitecture:
     """Return the facts that a denoiser's `config.json` and the pipeline's `model_index.json` tell."""
-    is_unet = denoiser == "unet"
-    width = config.get("cross_attention_dim")
-    text_width = width if is_unet and type(width) is int else None
-    channels = config.get("block_out_channels")
-    hidden = frozenset(n for n in channels if type(n) is int) if is_unet and isinstance(channels, list) else ()
-    pipeline = str(index.get("_class_name", ""))
-    stated = next((family for prefix, family in _PIPELINE_FAMILIES if pipeline.startswith(prefix)), None)
+    stated = pipeline_family(str(index.get("_class_name", "")))
+    if denoiser != "unet":
+        widths, depths = transformer_shape(config)
+        return BaseArchitecture(base_id, stated, denoiser, hidden_widths=widths, depths=tuple(depths.items()))
+    width, channels = config.get("cross_attention_dim"), config.get("block_out_channels")
+    text_width = width if type(width) is int else None
     return BaseArchitecture(
         id=base_id,
         family=UNET_FAMILIES.get(text_width or 0) or stated,
         denoiser=denoiser,
         text_width=text_width,
-        hidden_widths=frozenset(hidden),
+        hidden_widths=frozenset(n for n in channels if type(n) is int) if isinstance(channels, list) else frozenset(),
     )
 
 

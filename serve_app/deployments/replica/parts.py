@@ -50,7 +50,6 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     Raises:
         BaseUnusable: it cannot be loaded as configured.
     """
-    from serve_app.engine.base.digests import FileDigests
     from serve_app.engine.base.loading import HubAccess, resolve_source
     from serve_app.engine.drawing.pipeline import BasePipeline
 
@@ -59,7 +58,6 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
         resolve_source(base.source, embedded_root()),
         parts={name: resolve_source(part, embedded_root()) for name, part in base.part_sources.items()},
         hub=HubAccess(token=environment.token),
-        digests=FileDigests(environment.cache_dir / "digests"),
     )
 
 
@@ -91,7 +89,7 @@ def make_store(
     on_brought: Callable[[str], None],
 ) -> AdapterStore[ParsedAdapter]:
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
-    from serve_app.engine.adapters.canonical import read_canonical
+    from serve_app.engine.adapters.canonical import read_canonical, reader_version
     from serve_app.engine.adapters.host_buffer import HostBuffers, book_page_locked_at_its_size
 
     idle_bytes = min(IDLE_BUFFER_BYTES, base.replica.host_cache // 8)
@@ -106,15 +104,14 @@ def make_store(
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
         began_s = time.monotonic()
-        await admission.admit(source, spec.id, target, await files.embeddings(spec))
+        await admission.admit(source, spec.id, target, await files.embeddings(spec), spec.settings)
         log.info("%s was admitted in %.1f ms", spec.key, (time.monotonic() - began_s) * 1e3)
 
     return AdapterStore(
         admitted=AdmittedFiles(
             environment.cache_dir / "admitted",
             config.disk_cache,
-            base_fingerprint=pipeline.manifest.fingerprint,
-            dtype=pipeline.manifest.dtype,
+            depends_on=(pipeline.manifest.fingerprint, reader_version(), base.adapter_limits.model_dump_json()),
             clock=time.time,
         ),
         fetch=files.path,

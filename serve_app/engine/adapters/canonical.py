@@ -8,6 +8,7 @@ again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from serve_app.engine.adapters.deltas import (
     Coverage,
     Delta,
     Dense,
+    Direction,
     Dora,
     Hadamard,
     Kronecker,
@@ -39,6 +42,7 @@ from serve_app.engine.adapters.deltas import (
 from serve_app.engine.adapters.host_buffer import HostBuffers
 from serve_app.engine.adapters.stacks import memory_of, row_stride, rows_of, stack_layers
 from serve_app.errors import LoraplexError
+from serve_app.families import spellings
 
 MAGIC = b"LPXADPT3"
 PREAMBLE = struct.Struct("<8sQQ")
@@ -54,6 +58,18 @@ class DamagedCanonicalFile(LoraplexError, ValueError):
     digest: str
     code = "damaged_canonical_file"
     template = "a prepared adapter file is damaged ({digest})"
+
+
+def reader_version() -> str:
+    """Return what tells readers apart: a digest of the code that decides what a file becomes, and diffusers' version.
+
+    Files that another reader admitted are admitted again.
+    """
+    digest = hashlib.sha256(diffusers.__version__.encode())
+    for folder in (Path(__file__).parent, Path(spellings.__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
@@ -169,7 +185,7 @@ def _describe(delta: Delta, body: _Body) -> dict[str, Any]:
         value = getattr(delta, field.name)
         if isinstance(value, Tensor):
             value = _place(value, body)
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             value = _describe(value, body)
         described[field.name] = value
     return described
@@ -237,11 +253,21 @@ WORD_BYTES = 8
 SEAL_BYTES = 32
 
 
+@functools.cache
+def _place_weights() -> numpy.ndarray[Any, numpy.dtype[numpy.uint64]]:
+    """Return an odd weight for each word of a chunk: the numbers of the splitmix64 generator."""
+    mixed = numpy.arange(1, CHUNK_BYTES // WORD_BYTES + 1, dtype=numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
+    return (mixed ^ (mixed >> numpy.uint64(31))) | numpy.uint64(1)
+
+
 class FileChecksum:
     """Takes bytes in pieces of any size; the value does not depend on where they were cut.
 
-    Each chunk of `CHUNK_BYTES` is added up in 64-bit words, which any single change shows in; the sums, in order,
-    and the head are hashed, so that chunks cannot change places either.
+    Each chunk of `CHUNK_BYTES` is added up in 64-bit words, each multiplied by an odd weight of its place: any single
+    change shows, and so do words or pages that changed places. The sums, in order, and the head are hashed, so that
+    chunks cannot change places either.
     """
 
     def __init__(self, head: bytes) -> None:
@@ -260,7 +286,9 @@ class FileChecksum:
             view = view[:whole]
         while view:
             part = view[: CHUNK_BYTES - self._length]
-            self._sum += int(numpy.frombuffer(part, numpy.uint64).sum(dtype=numpy.uint64))
+            words = numpy.frombuffer(part, numpy.uint64)
+            first = self._length // WORD_BYTES
+            self._sum += int((words * _place_weights()[first : first + len(words)]).sum(dtype=numpy.uint64))
             self._length += len(part)
             view = view[len(part) :]
             if self._length == CHUNK_BYTES:

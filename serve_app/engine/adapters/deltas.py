@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """W + s * (up @ down), with s = scale * alpha / divisor; the bias, where there is one, gets s * bias.
+    """W + s * (up @ down), with s = scale * alpha / divisor; the layer's bias gets s * bias + scale * shift.
 
     Linear: down [rank, in], up [out, rank]. Convolution: down [rank, in, kh, kw], up [out, rank, 1, 1].
     `divisor` is the rank, or its square root under rank stabilisation. Kept apart from `alpha` because peft
@@ -28,6 +28,7 @@ class LowRank:
     alpha: float
     divisor: float
     bias: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -37,14 +38,6 @@ class LowRank:
     def factor(self, scale: float) -> float:
         """Return the number that multiplies the product at a request's scale."""
         return scale * self.alpha / self.divisor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dora:
-    """magnitude * (W + d) / ||W + d||, d the change of `direction`; norms are per output. `magnitude` is [out]."""
-
-    direction: LowRank
-    magnitude: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +70,7 @@ class Kronecker:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """W + scale * weight, in the layer's own shape (a full difference); the bias, where there is one, alike."""
+    """W + scale * weight, in the shape of the layer or norm (a full difference); a bias alike."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -85,6 +78,21 @@ class Dense:
     def factor(self, scale: float) -> float:
         """Return the number that multiplies the difference at a request's scale."""
         return scale
+
+
+Direction = LowRank | Hadamard | Kronecker | Dense
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dora:
+    """magnitude * (W + d) / ||W + d||, d the change of `direction`.
+
+    Norms and magnitudes are per output, [out], or, where `is_per_input`, per input channel, [in].
+    """
+
+    direction: Direction
+    magnitude: Tensor
+    is_per_input: bool = False
 
 
 Delta = LowRank | Dora | Hadamard | Kronecker | Dense
@@ -170,8 +178,8 @@ class StackedLayers(Mapping[str, Mapping[str, Delta]]):
 class Coverage:
     """How much of a file the base understood.
 
-    Counts are in layers; `unmatched` names some of the layers the base does not have, `ranks` the smallest and the
-    largest inner width.
+    Counts are in layers, and a tensor that is no part of one counts as one; `unmatched` names some of what the base
+    does not have, `ranks` the smallest and the largest inner width.
     """
 
     layers_matched: int
@@ -221,7 +229,7 @@ def tensors_of(delta: Delta) -> Iterator[Tensor]:
         value = getattr(delta, part.name)
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             yield from tensors_of(value)
 
 

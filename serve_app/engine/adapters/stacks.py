@@ -26,7 +26,7 @@ def stack_layers(components: Mapping[str, Mapping[str, Delta]]) -> StackedLayers
     singles: list[SingleLayer] = []
     for component, modules in components.items():
         for module, delta in modules.items():
-            if isinstance(delta, LowRank) and delta.down.ndim == 2 and delta.bias is None:
+            if isinstance(delta, LowRank) and delta.down.ndim == 2 and delta.bias is delta.shift is None:
                 shapes = delta.down.shape, delta.up.shape
                 alike = (component, *shapes, delta.down.dtype, delta.up.dtype, delta.down.device, delta.alpha,
                          delta.divisor)  # fmt: skip

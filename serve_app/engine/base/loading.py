@@ -1,12 +1,11 @@
 """Loading a base model: from a folder or a Hub repository to a frozen pipeline on its device.
 
-Owns where the weights lie, their dtype, the parts from elsewhere and the fingerprint. Must not know requests or
+Owns where the weights lie, their dtype and the parts from elsewhere. Must not know requests or
 adapters. Weights are read from safetensors alone, and no code of a repository is ever run.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from huggingface_hub.errors import (
 )
 
 from serve_app.config import BaseModelConfig, DTypeName
-from serve_app.engine.base.digests import FileDigests
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.parts import files_of, load_part
 from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
@@ -66,13 +64,9 @@ class HubAccess:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device.
-
-    `fingerprint` is a hex digest; equal fingerprints mean equal weights in equal dtype.
-    """
+    """A frozen pipeline on its device."""
 
     pipeline: Any
-    fingerprint: str
 
 
 def resolve_source(source: ModelSource, embedded_root: Path | None) -> ResolvedSource:
@@ -96,12 +90,11 @@ def load_base(
     *,
     device: torch.device,
     hub: HubAccess,
-    digests: FileDigests | None = None,
 ) -> LoadedBase:
     """Load a base, freeze it, move it to `device` and set it up as the configuration says.
 
     Its components are those of its own `model_index.json`: a base that comes with a safety checker keeps it.
-    `parts` replaces some of them. `digests` keeps what a folder's weights add up to, so that they are read once.
+    `parts` replaces some of them.
 
     Raises:
         BaseUnusable: its files are missing, incomplete, pickled, quantised, need code of their own or a package that
@@ -126,8 +119,7 @@ def load_base(
     configure_pipeline(pipeline, config)
     if config.compile:
         compile_denoiser(pipeline)
-    fingerprint = _fingerprint(folder, source, folders, pipeline, dtype, digests or FileDigests(None))
-    return LoadedBase(pipeline, fingerprint)
+    return LoadedBase(pipeline)
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
@@ -215,25 +207,3 @@ def _freeze(pipeline: Any) -> None:
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(requires_grad=False).eval()
-
-
-def _fingerprint(
-    folder: Path,
-    source: ResolvedSource,
-    parts: Mapping[str, Path],
-    pipeline: Any,
-    dtype: torch.dtype,
-    digests: FileDigests,
-) -> str:
-    """Digest what the adaptable weights are: the commit of a Hub repository, the bytes of a folder."""
-    digest = hashlib.sha256(f"{type(pipeline).__name__} {dtype}".encode())
-    if source.hub is not None:
-        digest.update(f"{source.hub} {folder.name}".encode())
-    for name in adaptable_components(pipeline):
-        if source.hub is not None and name not in parts:
-            continue  # the commit says it
-        place = parts.get(name, folder)
-        place = place / name if (place / name).is_dir() else place
-        for path in sorted(place.glob("*.safetensors")):
-            digest.update(f"{path.name} {digests.of(path)} ".encode())
-    return digest.hexdigest()

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.engine.base.digests import FileDigests
 from serve_app.engine.base.loading import HubAccess, LoadedBase, ResolvedSource, default_device, load_base
 from serve_app.engine.base.manifest import BaseManifest, adaptable_components, manifest_of
 from serve_app.engine.base.schedulers import NoiseSchedulers
@@ -80,7 +79,7 @@ class BasePipeline:
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
         self._latent_colours: LatentColours | None = None
-        self.manifest: BaseManifest = manifest_of(loaded.pipeline, loaded.fingerprint)
+        self.manifest: BaseManifest = manifest_of(loaded.pipeline)
 
     @classmethod
     def load(
@@ -91,7 +90,6 @@ class BasePipeline:
         parts: Mapping[str, ResolvedSource] | None = None,
         device: torch.device | None = None,
         hub: HubAccess | None = None,
-        digests: FileDigests | None = None,
     ) -> BasePipeline:
         """Load a base onto `device`, by default the GPU where there is one; the rest is `load_base`'s.
 
@@ -100,7 +98,7 @@ class BasePipeline:
             HubUnavailable: its files are not all at hand and the Hub does not answer.
         """
         device, hub = device or default_device(), hub or HubAccess()
-        return cls(config, load_base(config, source, parts or {}, device=device, hub=hub, digests=digests))
+        return cls(config, load_base(config, source, parts or {}, device=device, hub=hub))
 
     @property
     def base_id(self) -> str:

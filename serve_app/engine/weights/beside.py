@@ -15,7 +15,7 @@ from serve_app.core import Scale, scale_of
 from serve_app.engine.adapters.deltas import Delta, LowRankStack, ParsedAdapter
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
-from serve_app.engine.weights.fuse import StackFuser, bias_of, fuse_bias, fuse_weight
+from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
 from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
 from serve_app.engine.weights.side_stream import SideStream
 
@@ -130,7 +130,7 @@ class BesideFuser:
         current = fused.get(weight, weight.pristine)
         out = fused[weight] = _buffer_of(weight, which)
         fuse_weight(out, weight.pristine, current, delta, scale)
-        if bias_of(delta) is not None:
+        if changes_bias(delta):
             assert bias is not None
             current = fused.get(bias, bias.pristine)
             out = fused[bias] = _buffer_of(bias, which)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, LowRank, ParsedAdapter, StackedLayers
+from serve_app.engine.adapters.deltas import Delta, Direction, ParsedAdapter, StackedLayers
 from serve_app.store.budget import ByteBudget, EvictionPlan
 
 HoldAdapters = Callable[[Sequence[ParsedAdapter]], AbstractContextManager[Sequence[ParsedAdapter]]]
@@ -120,6 +120,6 @@ def _mapped_delta(delta: Any, change: Callable[[Tensor], Tensor]) -> Any:
         value = getattr(delta, part.name)
         if isinstance(value, Tensor):
             changes[part.name] = change(value)
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             changes[part.name] = _mapped_delta(value, change)
     return replace(delta, **changes)

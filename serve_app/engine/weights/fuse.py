@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, Dense, Dora, Hadamard, Kronecker, LowRank
+from serve_app.engine.adapters.deltas import Delta, Dense, Direction, Dora, Hadamard, LowRank
 from serve_app.engine.adapters.stacks import empty_rows
 from serve_app.engine.weights.parameters import LARGE_ELEMENTS
 
@@ -122,8 +122,12 @@ def _fuse_in_blocks(out: Tensor, current: Tensor, delta: LowRank, scale: float) 
 
 def _fuse_dora(out: Tensor, pristine: Tensor, current: Tensor, delta: Dora, scale: float) -> None:
     change = weight_delta(delta.direction, pristine, scale)
-    norm = _norm_per_output(pristine + change)
-    ratio = (delta.magnitude.to(pristine.device, non_blocking=True) / norm).view(-1, *[1] * (pristine.ndim - 1))
+    magnitude = delta.magnitude.to(pristine.device, non_blocking=True)
+    if delta.is_per_input:
+        norm = (pristine + change).transpose(0, 1).flatten(1).norm(dim=1)
+        ratio = (magnitude / norm).view(1, -1, *[1] * (pristine.ndim - 2))
+    else:
+        ratio = (magnitude / _norm_per_output(pristine + change)).view(-1, *[1] * (pristine.ndim - 1))
     out.copy_(ratio * (current + change))
 
 
@@ -131,18 +135,22 @@ def fuse_bias(out: Tensor, current: Tensor, delta: Delta, scale: float) -> None:
     """Write `current`, a bias, changed by `delta` to `out`; the change must have a bias."""
     change = delta.direction if isinstance(delta, Dora) else delta
     assert isinstance(change, LowRank | Dense)
-    assert change.bias is not None
-    bias = change.bias.to(current.device, non_blocking=True)
-    torch.add(current, bias * change.factor(scale), out=out)
+    shift = change.shift if isinstance(change, LowRank) else None
+    for addend, factor in ((change.bias, change.factor(scale)), (shift, scale)):
+        if addend is not None:
+            torch.add(current, addend.to(current.device, non_blocking=True) * factor, out=out)
+            current = out
 
 
-def bias_of(delta: Delta) -> Tensor | None:
-    """Return what a change adds to the layer's bias, unscaled."""
+def changes_bias(delta: Delta) -> bool:
+    """Say whether a change adds to the layer's bias."""
     change = delta.direction if isinstance(delta, Dora) else delta
-    return change.bias if isinstance(change, LowRank | Dense) else None
+    if isinstance(change, LowRank):
+        return change.bias is not None or change.shift is not None
+    return isinstance(change, Dense) and change.bias is not None
 
 
-def weight_delta(delta: LowRank | Hadamard | Kronecker | Dense, weight: Tensor, scale: float) -> Tensor:
+def weight_delta(delta: Direction, weight: Tensor, scale: float) -> Tensor:
     """Return what to add to `weight`, in its shape and on its device, in the dtype of the factors."""
     if isinstance(delta, LowRank):
         return _low_rank_delta(delta, weight, scale)
@@ -150,7 +158,8 @@ def weight_delta(delta: LowRank | Hadamard | Kronecker | Dense, weight: Tensor, 
         return (_computable(delta.weight, weight.device) * scale).to(weight.dtype)
     if isinstance(delta, Hadamard):
         factors = (delta.up_1, delta.down_1, delta.up_2, delta.down_2)
-        up_1, down_1, up_2, down_2 = (_computable(factor, weight.device) for factor in factors)
+        # In 32 bits on every device: a half may leave the range of 16 bits where the product does not.
+        up_1, down_1, up_2, down_2 = (factor.to(weight.device, torch.float32) for factor in factors)
         product = (up_1 @ down_1) * (up_2 @ down_2)
     else:
         left, right = (_computable(factor, weight.device) for factor in (delta.left, delta.right))

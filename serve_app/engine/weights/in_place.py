@@ -17,7 +17,7 @@ from serve_app.engine.adapters.deltas import Delta, Dora, LowRankStack, ParsedAd
 from serve_app.engine.adapters.host_buffer import page_locked
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
-from serve_app.engine.weights.fuse import StackFuser, bias_of, fuse_bias, fuse_weight
+from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
 from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
 
 _ALIGNMENT_BYTES = 64
@@ -125,7 +125,7 @@ class InPlaceFuser:
         is_apart = isinstance(delta, Dora) and not is_first
         pristine = weight.pristine.to(live.device, non_blocking=True) if is_apart else live
         fuse_weight(live, pristine, live, delta, scale)
-        if bias_of(delta) is not None:
+        if changes_bias(delta):
             assert bias is not None
             self._written.add(bias)
             fuse_bias(bias.parameter.data, bias.parameter.data, delta, scale)
