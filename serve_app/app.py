@@ -11,6 +11,7 @@ from ray.serve import Application
 
 from serve_app.autoscaling import ray_settings
 from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.deployments.ingress.backpressure import most_held
 from serve_app.deployments.ingress.ingress import Ingress, deployment_name
 from serve_app.deployments.limits.limit_keeper import LimitKeeper, is_needed
@@ -45,6 +46,7 @@ def assemble(config: AppConfig, replica: Any) -> Application:
     handles = {base.id: _base_deployment(replica, base, config, environment, files) for base in config.bases}
     ingress = config.ingress
     return Ingress.options(
+        name=INGRESS_NAME,
         num_replicas=ingress.replicas,
         max_ongoing_requests=ingress.max_ongoing_requests + most_held(config),
         # What waits for the bases must not stand before health checks and refusals. What finds all replicas full

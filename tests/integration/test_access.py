@@ -75,7 +75,7 @@ class Guarded:
 
 def logged(phrase: bytes) -> dict[Path, int]:
     """How often each ingress replica that has ever logged a phrase has done so."""
-    counts = {path: content.count(phrase) for path, content in logs("*guarded_Ingress*").items()}
+    counts = {path: content.count(phrase) for path, content in logs("*guarded_LoraplexIngress*").items()}
     return {path: count for path, count in counts.items() if count}
 
 

@@ -30,7 +30,7 @@ from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.keys import Keys
-from serve_app.deployments.ingress.middleware import MetricsMiddleware, TracingMiddleware
+from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.limits.limit_keeper import RateLimitClient
 from serve_app.deployments.limits.shared_rate_limiter import SharedRateLimiter
@@ -295,7 +295,7 @@ class Ingress:
             answered(route=route, status=status, base_id=base_id)
 
         own_id = serve.get_replica_context().replica_id.unique_id
-        measured, most = MetricsMiddleware(app, count), most_held(self._config)
+        measured, most = MetricsMiddleware(FrontCheckMiddleware(app), count), most_held(self._config)
         return TracingMiddleware(
             CapacityHeaderMiddleware(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held)
         )

@@ -41,7 +41,7 @@ def test_a_planted_typo_is_found_and_placed(tmp_path: Path, right: str, typo: st
 
 def test_a_typo_in_a_deployment_override_is_found(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
-    data["applications"][0]["deployments"] = [{"name": "Ingress", "num_replica": 3}]
+    data["applications"][0]["deployments"] = [{"name": "LoraplexIngress", "num_replica": 3}]
     assert "deployments.0.num_replica: unknown key; did you mean 'num_replicas'?" in faults(
         tmp_path, yaml.safe_dump(data)
     )
