@@ -100,5 +100,5 @@ def _base_deployment(
         request_router_config=router_config(base, config),
         health_check_period_s=replica.health_check_period_s,
         health_check_timeout_s=replica.health_check_timeout_s,
-        graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s,
+        graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s or config.ingress.request_timeout_s,
     ).bind(base, config, environment, files)

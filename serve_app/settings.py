@@ -155,6 +155,8 @@ class ReplicaSettings(StrictModel):
     A replica is replaced after three health checks without a reply within `health_check_timeout_s`, or if its device
     has work and makes no progress for `stall_timeout_s`. None means 300 s, or 1200 s with `compile`; it must be longer
     than a whole batch, since a GPU's steps may be launched long before they run.
+    `max_backlog_s` and `graceful_shutdown_timeout_s`, the time that a replica has to finish when it is to end, are
+    `ingress.request_timeout_s` where they are not set.
     """
 
     renamed = {
@@ -174,7 +176,7 @@ class ReplicaSettings(StrictModel):
     max_overtakes: int = Field(default=4, ge=0)
     max_overtaken_s: NonNegativeFloat = 5.0
     batch_priority_delay_s: NonNegativeFloat = 60.0
-    max_backlog_s: PositiveFloat = 300.0
+    max_backlog_s: PositiveFloat | None = None
     warm_up_timeout_s: NonNegativeFloat = 10.0
     warm_up_size: ByteSize = Field(default=ByteSize(1024**3), validate_default=True)
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
@@ -186,7 +188,7 @@ class ReplicaSettings(StrictModel):
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0
     stall_timeout_s: PositiveFloat | None = None
-    graceful_shutdown_timeout_s: PositiveFloat = 120.0
+    graceful_shutdown_timeout_s: PositiveFloat | None = None
 
 
 class RouterSettings(StrictModel):
