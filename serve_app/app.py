@@ -14,7 +14,6 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.deployments.ingress.backpressure import most_held
 from serve_app.deployments.ingress.ingress import Ingress, deployment_name
-from serve_app.deployments.limits.limit_keeper import LimitKeeper, is_needed
 from serve_app.deployments.registry.alias_keeper import AliasKeeper
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.deployments.shared.file_index import FileIndex
@@ -28,8 +27,6 @@ HEAD_NODE = "node:__internal_head__"
 KEEPER_MAX_ONGOING = 1000
 KEEPER_SHUTDOWN_S = 5.0
 MAX_QUEUED_IN_PROXY = 1000
-# Its answers take no time; what waits for it is bounded by what the ingress replicas let in.
-LIMITS_MAX_ONGOING = 10_000
 
 
 def build(config: AppConfig) -> Application:
@@ -58,7 +55,7 @@ def assemble(config: AppConfig, replica: Any) -> Application:
         health_check_timeout_s=ingress.health_check_timeout_s,
         # Longer than the longest request, or a scale-down would cut requests off.
         graceful_shutdown_timeout_s=ingress.request_timeout_s,
-    ).bind(config, environment, handles, _keeper_deployment(config, environment), _limits_deployment(config))
+    ).bind(config, environment, handles, _keeper_deployment(config, environment))
 
 
 def _keeper_deployment(config: AppConfig, environment: Environment) -> Application:
@@ -69,18 +66,6 @@ def _keeper_deployment(config: AppConfig, environment: Environment) -> Applicati
         graceful_shutdown_timeout_s=KEEPER_SHUTDOWN_S,
         health_check_period_s=5.0,
     ).bind(config.registry.path, environment, config.log_level)
-
-
-def _limits_deployment(config: AppConfig) -> Application | None:
-    if not is_needed(config):
-        return None
-    # On the head node, so that no node that comes and goes takes it along.
-    return LimitKeeper.options(
-        max_ongoing_requests=LIMITS_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
-        graceful_shutdown_timeout_s=KEEPER_SHUTDOWN_S,
-        health_check_period_s=5.0,
-    ).bind(config.log_level)
 
 
 def _base_deployment(
