@@ -141,10 +141,11 @@ class ReplicaSettings(StrictModel):
     hold.
 
     `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory: bytes alone decide what a
-    replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says where the loaded weights are kept while adapters are fused: on the device, beside
-    the fused ones, or on the host, which needs no further device memory but makes each swap copy; "auto" chooses the
-    host if a GPU is too small. `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only
-    does so on GPUs, since on a CPU it slows the running image.
+    replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says
+    where the loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host,
+    which needs no further device memory but makes each swap copy; "auto" chooses the host if a GPU is too small.
+    `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only does so on GPUs, since on a
+    CPU it slows the running image.
 
     Requests that need no swap may overtake a waiting one `max_overtakes` times and for `max_overtaken_s`. A request of
     priority "batch" is queued as if it had arrived `batch_priority_delay_s` later. Requests are refused with more than
@@ -194,10 +195,10 @@ class ReplicaSettings(StrictModel):
 class RouterSettings(StrictModel):
     """How a base's requests are spread over its replicas: `router: ray` is short for `router: {policy: ray}`.
 
-    The policy "loraplex" chooses the replica with the least predicted work, and counts missing adapters as work; "ray"
-    is Serve's own policy. Replicas report their work every `stats_period_s`. A replica is used only as a last resort if its report is `stale_after_s`
-    older than the others' or if its device makes no progress for `deprioritize_after_s`. While all replicas are full, a
-    request waits at most `max_backoff_s` for the next try.
+    The policy "loraplex" chooses the replica with the least predicted work, and counts missing adapters as work;
+    "ray" is Serve's own policy. Replicas report their work every `stats_period_s`. A replica is used only as a last
+    resort if its report is `stale_after_s` older than the others' or if its device makes no progress for
+    `deprioritize_after_s`. While all replicas are full, a request waits at most `max_backoff_s` for the next try.
     """
 
     renamed = {"stall_after_s": "deprioritize_after_s"}
