@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig
+from serve_app.families.config_files import unusable_reason
 from serve_app.observability.tracing import TracingUnavailable, check_tracing
 from serve_app.settings import nearest
 
@@ -124,6 +125,7 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
         try:
             applications.append(AppConfig.model_validate(args))
             check_tracing(applications[-1].tracing)
+            faults += _unusable_bases(applications[-1], f"applications.{index}.args.bases.")
         except ValidationError as error:
             faults += _readable(error, f"applications.{index}.args.")
         except TracingUnavailable as error:
@@ -133,6 +135,15 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
     if faults:
         raise ServeFileInvalid(faults)
     return tuple(applications)
+
+
+def _unusable_bases(config: AppConfig, place: str) -> list[str]:
+    """Return a fault for each base whose folder is here and shows that it cannot be served."""
+    reasons = [
+        unusable_reason(base.source.folder) if base.source.folder is not None and base.source.folder.exists() else None
+        for base in config.bases
+    ]
+    return [f"{place}{index}: {reason}" for index, reason in enumerate(reasons) if reason is not None]
 
 
 def _read(path: Path) -> dict[str, Any]:
