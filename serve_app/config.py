@@ -207,11 +207,20 @@ class ApiKey(StrictModel):
 class AuthSettings(StrictModel):
     """Who may use the service: the keys given here or in a YAML file on every ingress node; without keys, everybody.
 
-    The file has `keys:` in the same form, and is read again when it changes.
+    The file has `keys:` in the same form, and is read again when it changes. Limits of keys are counted in Redis at
+    `limits_redis`, such as `redis://redis:6379/0`; without it each ingress replica grants its share of them.
     """
 
     keys: tuple[ApiKey, ...] = ()
     keys_file: Path | None = None
+    limits_redis: SecretStr | None = None
+
+    @field_validator("limits_redis")
+    @classmethod
+    def _redis_address(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
+            raise ValueError("limits_redis must begin with 'redis://' or 'rediss://'")
+        return url
 
     @field_validator("keys")
     @classmethod

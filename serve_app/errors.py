@@ -8,7 +8,7 @@
     │   ├── UnknownScheduler        a noise scheduler the base does not offer
     │   ├── PipelineRefused         the base's own pipeline does not take what is asked
     │   └── BaseMismatch            an adapter made for another base than the one the request names
-    ├── Unauthorised 401
+    ├── Unauthorized 401
     ├── AccessDenied 403            a gated or private repository
     ├── AdminRequired 403           a key that may not change the registry
     ├── ModelNotFound 404           neither a base nor an adapter

@@ -140,12 +140,12 @@ class ReplicaSettings(StrictModel):
     `resources` are further Ray resources, such as `accelerator_type:H100: 0.001` for a base that only such nodes can
     hold.
 
-    `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory. `max_advertised_adapters` is
-    how many adapter ids a replica reports to Ray Serve, and at most fetches when it starts; it does not limit what a
-    replica holds. `base_weights` says where the loaded weights are kept while adapters are fused: on the device, beside
-    the fused ones, or on the host, which needs no further device memory but makes each swap copy; "auto" chooses the
-    host if a GPU is too small. `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only
-    does so on GPUs, since on a CPU it slows the running image.
+    `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory: bytes alone decide what a
+    replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says
+    where the loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host,
+    which needs no further device memory but makes each swap copy; "auto" chooses the host if a GPU is too small.
+    `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only does so on GPUs, since on a
+    CPU it slows the running image.
 
     Requests that need no swap may overtake a waiting one `max_overtakes` times and for `max_overtaken_s`. A request of
     priority "batch" is queued as if it had arrived `batch_priority_delay_s` later. Requests are refused with more than
@@ -155,11 +155,14 @@ class ReplicaSettings(StrictModel):
     A replica is replaced after three health checks without a reply within `health_check_timeout_s`, or if its device
     has work and makes no progress for `stall_timeout_s`. None means 300 s, or 1200 s with `compile`; it must be longer
     than a whole batch, since a GPU's steps may be launched long before they run.
+    `max_backlog_s` and `graceful_shutdown_timeout_s`, the time that a replica has to finish when it is to end, are
+    `ingress.request_timeout_s` where they are not set.
     """
 
     renamed = {
         "batch_delay_s": "batch_priority_delay_s",
-        "adapters_per_replica": "max_advertised_adapters",
+        "adapters_per_replica": "max_warm_up_adapters",
+        "max_advertised_adapters": "max_warm_up_adapters",
         "prepare_ahead": "prefetch_swap",
         "pristine_in": "base_weights",
         "stall_after_s": "stall_timeout_s",
@@ -174,11 +177,11 @@ class ReplicaSettings(StrictModel):
     max_overtakes: int = Field(default=4, ge=0)
     max_overtaken_s: NonNegativeFloat = 5.0
     batch_priority_delay_s: NonNegativeFloat = 60.0
-    max_backlog_s: PositiveFloat = 300.0
+    max_backlog_s: PositiveFloat | None = None
     warm_up_timeout_s: NonNegativeFloat = 10.0
     warm_up_size: ByteSize = Field(default=ByteSize(1024**3), validate_default=True)
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
-    max_advertised_adapters: PositiveInt = 32
+    max_warm_up_adapters: PositiveInt = 32
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     prefetch_swap: Literal["auto", "always", "never"] = "auto"
@@ -186,16 +189,16 @@ class ReplicaSettings(StrictModel):
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0
     stall_timeout_s: PositiveFloat | None = None
-    graceful_shutdown_timeout_s: PositiveFloat = 120.0
+    graceful_shutdown_timeout_s: PositiveFloat | None = None
 
 
 class RouterSettings(StrictModel):
     """How a base's requests are spread over its replicas: `router: ray` is short for `router: {policy: ray}`.
 
-    The policy "loraplex" chooses the replica that is predicted to finish first; "ray" is Serve's own policy. Replicas
-    report their state every `stats_period_s`. A replica is used only as a last resort if its report is `stale_after_s`
-    older than the others' or if its device makes no progress for `deprioritize_after_s`. While all replicas are full, a
-    request waits at most `max_backoff_s` for the next try.
+    The policy "loraplex" chooses the replica with the least predicted work, and counts missing adapters as work;
+    "ray" is Serve's own policy. Replicas report their work every `stats_period_s`. A replica is used only as a last
+    resort if its report is `stale_after_s` older than the others' or if its device makes no progress for
+    `deprioritize_after_s`. While all replicas are full, a request waits at most `max_backoff_s` for the next try.
     """
 
     renamed = {"stall_after_s": "deprioritize_after_s"}

@@ -228,7 +228,7 @@ def by_fifth(series: list[tuple[float, int]], seconds: float) -> list[float]:
 
 def settings(folder: str, hub: HubServer) -> dict[str, Any]:
     replica = {
-        "num_cpus": 0.1, "torch_threads": 1, "host_cache": "3MB", "max_advertised_adapters": 8,
+        "num_cpus": 0.1, "torch_threads": 1, "host_cache": "3MB", "max_warm_up_adapters": 8,
         "max_queued_requests": 64,
     }  # fmt: skip
     defaults = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}

@@ -29,7 +29,8 @@ class Family:
     of the base's own tokenizer. `guidance` are the parameters that a request's guidance sets. The denoiser runs
     `guided_runs` times a step where guidance is over `guided_above`, and once otherwise. `has_own_true_cfg` says that
     `true_cfg_scale` is a parameter beside the guidance: with a negative prompt and a scale over 1 it runs twice.
-    `sends_sigmas` says that the pipeline sets the scheduler's noise levels itself, which not every scheduler takes.
+    `sends_levels` are the arguments ("sigmas", "timesteps") by which the pipeline
+    always tells the scheduler its steps, which not every scheduler takes.
     `area_parameter` names what must say how many pixels are drawn, where the pipeline otherwise draws its own number.
     `reads_guidance` is False where guidance changes nothing.
     """
@@ -45,7 +46,7 @@ class Family:
     reads_guidance: bool = True
     latents: LatentLayout = "picture"
     shares_passes: bool = True
-    sends_sigmas: bool = False
+    sends_levels: tuple[str, ...] = ()
     min_steps: int = 1
     area_parameter: Literal["max_area", "default_sample_size"] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])

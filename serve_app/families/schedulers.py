@@ -118,6 +118,11 @@ def listed_name(name: str, kind: PredictionKind) -> str:
     return known.get(_key(name), name)
 
 
+def known_names() -> tuple[str, ...]:
+    """Return the names of all lists, sorted."""
+    return tuple(sorted({name for choices in SCHEDULERS.values() for name in choices}))
+
+
 def is_known_name(name: str) -> bool:
     """Say whether a name means a scheduler of any kind; which base offers it is for the base to say."""
     return any(listed_name(name, kind) in choices for kind, choices in SCHEDULERS.items())

@@ -21,14 +21,16 @@ def _tasks(prefix: str, *, inpaint: bool = True) -> dict[Task, str]:
 
 _FLUX = Family(
     "FLUX.1", side_multiple=16, tokens=512, latents="packed", guided_above=NEVER, has_own_true_cfg=True,
-    sends_sigmas=True,
+    sends_levels=("sigmas",),
     tasks=_tasks("Flux"),
 )  # fmt: skip
-_FLUX_2 = Family("FLUX.2", side_multiple=16, tokens=512, latents="patched", shares_passes=False, sends_sigmas=True)
+_FLUX_2 = Family(
+    "FLUX.2", side_multiple=16, tokens=512, latents="patched", shares_passes=False, sends_levels=("sigmas",)
+)
 # One step is NaN: the schedule is stretched to end at `shift_terminal`, which one step alone cannot.
 _QWEN = Family(
     "Qwen-Image", side_multiple=16, tokens=512, latents="packed", guidance=("true_cfg_scale",), min_steps=2,
-    sends_sigmas=True,
+    sends_levels=("sigmas",),
     tasks=_tasks("QwenImage"),
 )  # fmt: skip
 _SD3 = Family("SD3", side_multiple=16, tokens=256, tasks=_tasks("StableDiffusion3"))
@@ -83,7 +85,7 @@ FAMILIES: Mapping[str, Family] = {
         side_multiple=16,
         tokens=512,
         latents="packed",
-        sends_sigmas=True,
+        sends_levels=("sigmas",),
         tasks=_tasks("Chroma", inpaint=False),
     ),
     "QwenImagePipeline": _QWEN,
@@ -102,7 +104,7 @@ FAMILIES: Mapping[str, Family] = {
         tasks={"edit": "QwenImageEditPlusPipeline"},
     ),
     "ZImagePipeline": Family(
-        "Z-Image", side_multiple=16, tokens=512, guided_above=0.0, sends_sigmas=True, tasks=_tasks("ZImage")
+        "Z-Image", side_multiple=16, tokens=512, guided_above=0.0, sends_levels=("sigmas",), tasks=_tasks("ZImage")
     ),
     "HiDreamImagePipeline": Family(
         "HiDream",
@@ -112,7 +114,7 @@ FAMILIES: Mapping[str, Family] = {
         tasks={"text": "HiDreamImagePipeline"},
     ),
     "Lumina2Pipeline": Family(
-        "Lumina 2", side_multiple=16, tokens=256, sends_sigmas=True, tasks={"text": "Lumina2Pipeline"}
+        "Lumina 2", side_multiple=16, tokens=256, sends_levels=("sigmas",), tasks={"text": "Lumina2Pipeline"}
     ),
     "SanaPipeline": Family(
         "Sana",
@@ -132,14 +134,14 @@ FAMILIES: Mapping[str, Family] = {
         tasks=_tasks("SanaSprint", inpaint=False),
     ),
     "AuraFlowPipeline": Family(
-        "AuraFlow", side_multiple=16, tokens=256, sends_sigmas=True, tasks={"text": "AuraFlowPipeline"}
+        "AuraFlow", side_multiple=16, tokens=256, sends_levels=("sigmas",), tasks={"text": "AuraFlowPipeline"}
     ),
     "CogView4Pipeline": Family(
         "CogView4",
         side_multiple=16,
         tokens=1024,
         shares_passes=False,
-        sends_sigmas=True,
+        sends_levels=("sigmas", "timesteps"),
         tasks={"text": "CogView4Pipeline"},
     ),
     "Kandinsky5T2IPipeline": replace(_KANDINSKY, tasks={"text": "Kandinsky5T2IPipeline"}),
@@ -150,7 +152,7 @@ FAMILIES: Mapping[str, Family] = {
         latents="packed",
         guided_above=0.0,
         shares_passes=False,
-        sends_sigmas=True,
+        sends_levels=("sigmas",),
         tasks={"text": "Krea2Pipeline"},
     ),
     "ErnieImagePipeline": Family(
@@ -158,7 +160,7 @@ FAMILIES: Mapping[str, Family] = {
         side_multiple=16,
         latents="none",
         shares_passes=False,
-        sends_sigmas=True,
+        sends_levels=("sigmas",),
         fixed={"use_pe": False},
         tasks={"text": "ErnieImagePipeline"},
     ),
@@ -168,7 +170,7 @@ FAMILIES: Mapping[str, Family] = {
         tokens=2048,
         latents="none",
         shares_passes=False,
-        sends_sigmas=True,
+        sends_levels=("sigmas",),
         fixed={"guidance_schedule": None},
         tasks={"text": "Ideogram4Pipeline"},
     ),

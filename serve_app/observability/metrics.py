@@ -104,10 +104,9 @@ ROUTED = MetricSpec(
 )
 ALIASES = MetricSpec("loraplex_aliases", "Aliases that an ingress replica knows.", ())
 ACCESS = MetricSpec("loraplex_access_checks", "Checks of a caller's access with its own Hub token.", ("outcome",))
-GRANTS = MetricSpec("loraplex_key_grants", "Accepted requests of keys with limits, by who counted them.", ("by",))
 
 DECLARED = (
-    ALIASES, ACCESS, GRANTS,
+    ALIASES, ACCESS,
     REQUESTS, REFUSALS, RETRIES, LOST,
     QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, LOOKUPS, FILES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
     QUARANTINED, SHORTAGES, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED, BY_ADAPTER, DEVICE_BY_ADAPTER, SPANS,
@@ -213,7 +212,6 @@ class IngressMetrics:
         self._retries = factory.counter(RETRIES)
         self._aliases = factory.gauge(ALIASES)
         self._access = factory.counter(ACCESS)
-        self._grants = factory.counter(GRANTS)
 
     def answered(self, *, route: str, status: int, base_id: str | None) -> None:
         """Count a reply; `route` is the template, not the path; `base_id` is None if unknown."""
@@ -230,10 +228,6 @@ class IngressMetrics:
     def access_checked(self, outcome: str) -> None:
         """Count a check of a caller's access: "ok", or the code of its refusal."""
         self._access.inc(1, {"outcome": outcome})
-
-    def granted(self, by: str) -> None:
-        """Count an accepted request of a key with limits: counted by the "keeper", or in this replica's "share"."""
-        self._grants.inc(1, {"by": by})
 
     def retried(self, base_id: str, reason: str) -> None:
         """Count a request that goes to another replica, by the reason its first one was lost."""

@@ -1,7 +1,7 @@
 """What one router knows of the replicas: what they reported, and what it has sent there since.
 
-Owns the optimism: what was just sent counts at its replica until that has reported it. Must not know Ray. Time is
-handed in, in seconds of this process's own clock: no two clocks are compared.
+A request counts against a replica as soon as this router sends it there, until a report of that replica includes it.
+Must not know Ray. Time is passed in, in seconds of this process's own clock: no two clocks are compared.
 """
 
 from __future__ import annotations

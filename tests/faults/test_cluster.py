@@ -183,7 +183,7 @@ def test_an_adapter_asked_for_on_every_node_is_fetched_once(nodes: LocalCluster,
 
 
 def test_a_lost_node_costs_no_request(nodes: LocalCluster) -> None:
-    victim = next(node for node in nodes.nodes if not node_holds(node, "Ingress"))
+    victim = next(node for node in nodes.nodes if not node_holds(node, "LoraplexIngress"))
     with under_load(nodes.url, callers=8) as load:
         nodes.kill(victim)
         asked = sum(load.statuses.values())

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
-import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -40,14 +38,6 @@ def deploy(app: str, **autoscaling: float) -> DeploymentHandle:
         graceful_shutdown_timeout_s=10,
     )
     return serve.run(deployment.bind(), name=app, route_prefix=None)
-
-
-@pytest.fixture
-def app(cluster: int) -> Iterator[str]:
-    """A name of its own: Serve keeps handles by name, and one made before may take a while to see new replicas."""
-    name = f"sleeping-{secrets.token_hex(4)}"
-    yield name
-    serve.delete(name)
 
 
 def replicas(app: str) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
-from tests.sleeper import BASE, sleeping_request
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest
@@ -19,6 +18,7 @@ from serve_app.deployments.ingress.ingress import Dispatcher
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.errors import LoraplexError
 from tests.engine_cases import use_of
+from tests.replicas.sleeper import BASE, sleeping_request
 
 POISON = 666
 pytestmark = pytest.mark.timeout(600)

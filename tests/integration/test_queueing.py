@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -44,14 +43,6 @@ def deploy(app: str, num_replicas: int) -> DeploymentHandle:
         ray_actor_options={"num_cpus": 0.1},
     )
     return serve.run(deployment.bind(), name=app, route_prefix=None)
-
-
-@pytest.fixture
-def app(cluster: int) -> Iterator[str]:
-    """A name of its own: Serve keeps handles by name, and one made before may take a while to see new replicas."""
-    name = f"sleeping-{secrets.token_hex(4)}"
-    yield name
-    serve.delete(name)
 
 
 async def all_of(handle: DeploymentHandle, num_replicas: int, method: str, *args: Any) -> list[Any]:

@@ -83,7 +83,7 @@ RENAMED = {
     ("adapters", "sharing", "patience_s"): ("wait_timeout_s", 7.0),
     ("ingress", "keep_alive_s"): ("sse_ping_interval_s", 7.0),
     ("bases", "replica", "batch_delay_s"): ("batch_priority_delay_s", 7.0),
-    ("bases", "replica", "adapters_per_replica"): ("max_advertised_adapters", 7),
+    ("bases", "replica", "adapters_per_replica"): ("max_warm_up_adapters", 7),
     ("bases", "replica", "prepare_ahead"): ("prefetch_swap", "always"),
     ("bases", "replica", "pristine_in"): ("base_weights", "host"),
     ("bases", "replica", "stall_after_s"): ("stall_timeout_s", 7.0),

@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.http.error_responses import error_response
+from serve_app.deployments.front.own_routes import as_own, own_path
 from serve_app.errors import Overloaded
 
 log = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class LoadSheddingMiddleware:
                 self._hear(message)
             await send(message)
 
-        if scope["method"] != "POST" or scope["path"].startswith(_ALWAYS_LET_IN):
+        if scope["method"] != "POST" or own_path(scope).startswith(_ALWAYS_LET_IN):
             await self._app(scope, receive, send_heard)
             return
         if not self.limit.is_open:
@@ -130,7 +131,7 @@ class LoadSheddingMiddleware:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._on_shed()
         self._note()
-        response = error_response(scope, Overloaded(self.limit.retry_after_s))
+        response = error_response(as_own(scope), Overloaded(self.limit.retry_after_s))
         response.headers["x-request-id"] = Headers(scope=scope).get("x-request-id") or str(uuid.uuid4())
         response.headers["access-control-expose-headers"] = "x-request-id"
         await response(scope, receive, send)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
+from serve_app.api.http.limits import LocalRateLimiter, RateLimiter
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
@@ -30,10 +31,9 @@ from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.keys import Keys
-from serve_app.deployments.ingress.middleware import MetricsMiddleware, TracingMiddleware
+from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.process_state import has_ended
-from serve_app.deployments.limits.limit_keeper import RateLimitClient
-from serve_app.deployments.limits.shared_rate_limiter import SharedRateLimiter
+from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
 from serve_app.deployments.registry.alias_keeper import AliasClient
 from serve_app.deployments.registry.alias_mirror import AliasMirror
 from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount, replica_counts
@@ -233,7 +233,6 @@ class Ingress:
         environment: Environment,
         handles: dict[str, DeploymentHandle],
         keeper: DeploymentHandle,
-        limits: DeploymentHandle | None = None,
     ) -> None:
         set_up_logging(config.log_level)
         set_up_tracing(config.tracing, part="ingress", on_sent=TracingMetrics().sent)
@@ -260,7 +259,7 @@ class Ingress:
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,
-            meter=None if limits is None else self._shared_meter(limits),
+            meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
         )
         self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried)
@@ -272,15 +271,6 @@ class Ingress:
             can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
             on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
-        )
-
-    def _shared_meter(self, limits: DeploymentHandle) -> SharedRateLimiter:
-        return SharedRateLimiter(
-            RateLimitClient(limits),
-            holder=secrets.token_hex(8),
-            replicas=self._config.ingress.replicas,
-            clock=time.monotonic,
-            on_grant=self._metrics.granted,
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -295,7 +285,16 @@ class Ingress:
             answered(route=route, status=status, base_id=base_id)
 
         own_id = serve.get_replica_context().replica_id.unique_id
-        measured, most = MetricsMiddleware(app, count), most_held(self._config)
+        measured, most = MetricsMiddleware(FrontCheckMiddleware(app), count), most_held(self._config)
         return TracingMiddleware(
             CapacityHeaderMiddleware(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held)
         )
+
+
+def _rate_limiter(config: AppConfig) -> RateLimiter:
+    """Return what counts for keys with limits: Redis where it is configured, else this replica, for its share."""
+    share = 1 / config.ingress.replicas
+    redis = config.auth.limits_redis
+    if redis is None:
+        return LocalRateLimiter(clock=time.monotonic, share=share)
+    return RedisRateLimiter(redis.get_secret_value(), share=share)

@@ -10,7 +10,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, ScaledAdapter, UnresolvedRequest, scale_of
 from serve_app.errors import MalformedRequest, OutOfBounds, UnknownScheduler
 from serve_app.families.family import Family
-from serve_app.families.schedulers import REQUEST_OPTIONS, TIMESTEP_SPACINGS, is_known_name
+from serve_app.families.schedulers import REQUEST_OPTIONS, TIMESTEP_SPACINGS, is_known_name, known_names
 
 MAX_SEED = 2**63 - 1
 
@@ -96,8 +96,7 @@ def _check_scheduler(draft: UnresolvedRequest, base: BaseModelConfig) -> None:
     is_listed = name in base.schedulers if base.schedulers is not None else name is None or is_known_name(name)
     is_own = name is None or name == base.scheduler or (base.schedulers is None and name.endswith("Scheduler"))
     if name is not None and not (is_listed or is_own):
-        choices = ", ".join(base.schedulers) if base.schedulers is not None else "those of /v1/bases"
-        raise UnknownScheduler(name=name, base=base.id, choices=choices)
+        raise UnknownScheduler(name=name, base=base.id, choices=", ".join(base.schedulers or known_names()))
     for option, value in draft.scheduler_options:
         kind = REQUEST_OPTIONS.get(option)
         if kind is None:

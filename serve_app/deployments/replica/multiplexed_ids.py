@@ -35,7 +35,7 @@ class MultiplexedIds:
 
     async def _update(self) -> None:
         add: Any = self._add
-        for key in tuple(self._held()):
+        for key in frozenset(self._held()) - self.reported():
             await add(key)
         wrapper: Any = getattr(self, WRAPPER, None)
         if wrapper is None:

@@ -109,7 +109,7 @@ class BaseModelReplica:
             policy=QueuePolicy(
                 base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
             ),
-            max_backlog_s=base.replica.max_backlog_s,
+            max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
             typical_units=typical_units(base, pipeline.family),
         )
         self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))

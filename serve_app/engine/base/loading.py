@@ -30,7 +30,7 @@ from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.parts import files_of, load_part
 from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
 from serve_app.engine.base.remote_code import INDEX, check_folder, pipeline_name
-from serve_app.engine.base.unusable import check_base_folder, refusal
+from serve_app.engine.base.unusable import check_base_folder, check_medium, refusal
 from serve_app.errors import BaseUnusable
 from serve_app.settings import ModelSource
 
@@ -103,7 +103,7 @@ def load_base(
     """
     _quieten()
     try:
-        folder = source.folder or _fetch_base(source, config.variant, hub)
+        folder = source.folder or _fetch_base(config, source, hub)
         check_base_folder(config.id, folder)
         dtype = resolve_dtype(config.dtype, check_folder(folder), device)
         folders = {name: part.folder or _fetch_part(name, part, hub) for name, part in parts.items()}
@@ -131,7 +131,7 @@ def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
     folders: list[Path] = []
     try:
         if config.source.hub is not None:
-            folders.append(_fetch_base(resolve_source(config.source, None), config.variant, hub))
+            folders.append(_fetch_base(config, resolve_source(config.source, None), hub))
         for name, part in config.part_sources.items():
             if part.hub is not None:
                 folders.append(_fetch_part(name, resolve_source(part, None), hub))
@@ -158,15 +158,15 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _fetch_base(source: ResolvedSource, variant: str | None, hub: HubAccess) -> Path:
+def _fetch_base(config: BaseModelConfig, source: ResolvedSource, hub: HubAccess) -> Path:
     """Return the folder of a Hub base in the local cache, fetching what is missing; works offline from the cache."""
     assert source.hub is not None
     # Before anything else of it is here: what fetches the rest looks into the index for code to load.
-    pipeline_name(_fetch_index(source.hub, source.revision, hub))
+    check_medium(config.id, pipeline_name(_fetch_index(source.hub, source.revision, hub)))
     folder = DiffusionPipeline.download(
         source.hub,
         revision=source.revision,
-        variant=variant,
+        variant=config.variant,
         use_safetensors=True,
         trust_remote_code=False,
         token=hub.token,

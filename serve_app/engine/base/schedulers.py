@@ -12,6 +12,8 @@ from inspect import signature
 from typing import Any
 
 import diffusers
+import numpy
+import torch
 
 from serve_app.config import BaseModelConfig
 from serve_app.errors import BaseUnusable, MalformedRequest, OutOfBounds, UnknownScheduler
@@ -138,7 +140,7 @@ class NoiseSchedulers:
             template = scheduler_class.from_config(config)
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
             return _Unfit(f"cannot be made from this base's configuration ({type(error).__name__})")
-        if self._family.sends_sigmas and "sigmas" not in _step_parameters(template):
+        if not set(self._family.sends_levels) <= _step_parameters(template):
             return _Unfit("cannot take the noise levels that this base's pipeline sets")
         fewest = _fewest_steps(template)
         return _Offer(template, fewest) if fewest else _Unfit("cannot run with this base's configuration")
@@ -180,8 +182,11 @@ def _fewest_steps(template: Any) -> int | None:
     extra = _SHIFTED_BY_SIZE if template.config.get("use_dynamic_shifting") else {}
     for steps in _TRIED_STEPS:
         try:
-            copy.deepcopy(template).set_timesteps(steps, **extra)
+            tried = copy.deepcopy(template)
+            with numpy.errstate(all="ignore"):  # one step alone may be stretched to an end that it has not
+                tried.set_timesteps(steps, **extra)
         except (ImportError, ValueError, TypeError, RuntimeError, IndexError, AssertionError):
             continue
-        return steps
+        if torch.isfinite(torch.as_tensor(tried.timesteps)).all():
+            return steps
     return None

@@ -5,11 +5,9 @@ Owns the sentences that an operator reads. Must not fetch or load anything.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -22,15 +20,10 @@ from huggingface_hub.errors import (
 
 from serve_app.engine.base.remote_code import INDEX, RemoteCodeNotAllowed
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
+from serve_app.families.config_files import SINGLE_FILE, missing_package, unusable_reason
 from serve_app.families.table import other_medium
 
-SINGLE_FILE = (
-    "it is a single file of weights; convert it once with diffusers' `from_single_file` and `save_pretrained`, "
-    "and name the folder"
-)
 _NEEDED_LIBRARY = re.compile(r"requires the (\w+) library|requires (\w+) to be installed|No module named '(\w+)")
-# What `pip install loraplex[...]` brings for the packages that bases need.
-_EXTRAS = {"torchvision": "vision"}
 
 
 def check_base_folder(base_id: str, folder: Path) -> None:
@@ -44,18 +37,14 @@ def check_base_folder(base_id: str, folder: Path) -> None:
         raise BaseUnusable(base_id, reason)
 
 
-def unusable_reason(folder: Path) -> str | None:
-    """Return why the configuration files of a base say that it cannot be served, None where they do not."""
-    if folder.is_file() or (not (folder / INDEX).is_file() and any(folder.glob("*.safetensors"))):
-        return SINGLE_FILE
-    index = _table(folder / INDEX)
-    pipeline = str(index.get("_class_name", ""))
+def check_medium(base_id: str, pipeline: str) -> None:
+    """Refuse a pipeline class that makes no pictures, before its weights are fetched.
+
+    Raises:
+        BaseUnusable: so it is.
+    """
     if (medium := other_medium(pipeline)) is not None:
-        return f"{pipeline} makes {medium}, and images alone are served"
-    for part, entry in index.items():
-        if isinstance(entry, list) and (how := _quantisation(folder / part / "config.json")) is not None:
-            return f"its part '{part}' is quantised ({how}), and adapters can be fused into full weights alone"
-    return None
+        raise BaseUnusable(base_id, f"{pipeline} makes {medium}, and only images are served")
 
 
 def refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:
@@ -66,9 +55,7 @@ def refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexErro
         return BaseUnusable(base_id, f"{error}, and no code of a base is ever run")
     causes = tuple(_causes(error))
     if (library := _missing_library(causes)) is not None:
-        extra = _EXTRAS.get(library)
-        how = f"pip install 'loraplex[{extra}]'" if extra else f"pip install {library}"
-        return BaseUnusable(base_id, f"it needs the package {library}, which is not installed ({how})")
+        return BaseUnusable(base_id, missing_package(library))
     if is_hub and (found := _of_the_hub(base_id, causes)) is not None:
         return found
     return BaseUnusable(base_id, "its files are missing, incomplete or not in safetensors form")
@@ -103,18 +90,3 @@ def _missing_library(causes: tuple[BaseException, ...]) -> str | None:
         if found is not None:
             return next(name for name in found.groups() if name).lower()
     return None
-
-
-def _quantisation(path: Path) -> str | None:
-    settings = _table(path).get("quantization_config")
-    if not isinstance(settings, dict):
-        return None
-    return str(settings.get("quant_method", "in an unknown way"))
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return data if isinstance(data, dict) else {}

@@ -254,7 +254,6 @@ import torch
 from tests.engine_cases import request
 from tests.unit.engine.worker.test_out_of_memory import Bench
 
-torch.set_num_threads(1)
 bench = Bench()
 image = bench.image(request(steps=1))
 taken = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")][0] << 10
