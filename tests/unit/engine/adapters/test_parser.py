@@ -172,8 +172,8 @@ def test_sdxl_blocks_in_the_original_numbering_are_found(tmp_path: Path) -> None
     tensors: dict[str, Tensor] = {}
     for spelling, module in names.items():
         weight = modules[module].weight
-        tensors[f"lora_unet_{spelling}.lora_down.weight"] = torch.zeros(2, *weight.shape[1:])
-        tensors[f"lora_unet_{spelling}.lora_up.weight"] = torch.zeros(weight.shape[0], 2, *[1] * (weight.ndim - 2))
+        tensors[f"lora_unet_{spelling}.lora_down.weight"] = torch.ones(2, *weight.shape[1:])
+        tensors[f"lora_unet_{spelling}.lora_up.weight"] = torch.ones(weight.shape[0], 2, *[1] * (weight.ndim - 2))
         tensors[f"lora_unet_{spelling}.alpha"] = torch.tensor(1.0)
     adapter = read(tmp_path, tensors, family="sdxl")
     assert set(adapter.components["unet"]) == set(names.values())
@@ -181,7 +181,7 @@ def test_sdxl_blocks_in_the_original_numbering_are_found(tmp_path: Path) -> None
 
 
 def test_one_odd_kohya_name_does_not_hide_the_others(tmp_path: Path) -> None:
-    weight = torch.zeros(4, 64)
+    weight = torch.ones(4, 64)
     stems = ["lora_unet_middle_block_1_proj_in", "lora_unet_middle_block_99_proj_in"]
     tensors = {f"{name}.lora_down.weight": weight.clone() for name in stems}
     tensors |= {f"{name}.lora_up.weight": weight.T.clone() for name in stems}
@@ -193,9 +193,9 @@ def test_one_odd_kohya_name_does_not_hide_the_others(tmp_path: Path) -> None:
 def test_what_the_flux_converter_leaves_out_is_reported(tmp_path: Path) -> None:
     pipeline = tiny_pipeline("flux")
     stem_name = "lora_unet_double_blocks_0_img_attn_proj"
-    tensors = {f"{stem_name}.lora_down.weight": torch.zeros(4, 64), f"{stem_name}.lora_up.weight": torch.zeros(64, 4)}
+    tensors = {f"{stem_name}.lora_down.weight": torch.ones(4, 64), f"{stem_name}.lora_up.weight": torch.ones(64, 4)}
     lost = "lora_te1_text_projection"
-    tensors |= {f"{lost}.lora_down.weight": torch.zeros(4, 32), f"{lost}.lora_up.weight": torch.zeros(32, 4)}
+    tensors |= {f"{lost}.lora_down.weight": torch.ones(4, 32), f"{lost}.lora_up.weight": torch.ones(32, 4)}
     path = put(tmp_path, "adapter", Form(tensors))
     coverage = parse_adapter(path, "owner/adapter", manifest_of(pipeline), LIMITS).coverage
     assert (coverage.layers_matched, coverage.unmatched) == (1, (lost,))
