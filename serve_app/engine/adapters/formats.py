@@ -124,8 +124,8 @@ def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLay
     down, up = _fitted(parts, place)
     alpha, divisor = alpha_and_divisor(parts, down.shape[0], scaling, place)
     bias, shift = parts.get("bias"), parts.get("diff_b")
-    if shift is not None and not place.layer.has_bias and not shift.any():
-        shift = None  # some tools write zeros for every layer
+    if shift is not None and not shift.any():
+        shift = None  # some tools write zeros for every layer, whether or not it has a bias
     bias, shift = (_vector(tensor, "bias", place) for tensor in (bias, shift))
     if (bias is not None or shift is not None) and not place.layer.has_bias:
         raise place.mismatch("the file changes a bias that it does not have")

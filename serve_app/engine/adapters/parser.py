@@ -108,10 +108,10 @@ def _build(
 
 
 def _refuse_unserved(tensors: Mapping[str, Tensor], name: str) -> None:
-    """Refuse a method that is understood but not served, by its name."""
-    for key in tensors:
+    """Refuse a method that is understood but not served, by its name; nothing but zeros changes nothing."""
+    for key, tensor in tensors.items():
         method = unserved_method(key)
-        if method is not None:
+        if method is not None and tensor.double().any():
             raise UnsupportedMethod(name, f"it uses {method} (tensor {shown(key)}), which is not served")
 
 
