@@ -218,7 +218,7 @@ def run_kit(chosen: Sequence[str], *, limit_s: float, device: Device) -> GpuRepo
         if chosen and name not in chosen:
             continue
         parts.append(_run(kit, name, act, is_late=time.monotonic() - began > limit_s))
-        print(f"{name}: {parts[-1].error or 'done'} after {parts[-1].seconds:.0f} s", flush=True)
+        sys.stderr.write(f"{name}: {parts[-1].error or 'done'} after {parts[-1].seconds:.0f} s\n")
     found = {part.name: part for part in parts}
     command = " ".join(["make gpu", *([f'GPU="{" ".join(f"--part {name!r}" for name in chosen)}"'] if chosen else [])])
     verdicts = tuple(_verdict(bar, found.get(bar.part), is_on_gpu=kit.is_on_gpu) for bar in BARS)
@@ -260,7 +260,7 @@ def main() -> int:
     asked = parser.parse_args()
     device = asked.device or (Device.CUDA if torch.cuda.is_available() else Device.CPU)
     report = run_kit(asked.part, limit_s=asked.limit, device=device)
-    print(report.to_markdown())
+    sys.stdout.write(report.to_markdown())
     if asked.out is not None:
         asked.out.with_suffix(".md").write_text(report.to_markdown())
         asked.out.with_suffix(".json").write_text(report.to_json())
