@@ -5,6 +5,7 @@ Owns what exactly is called, so that it can be said what was timed.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ class DiffusersBaseline:
 
     def load_as(self, path: Path, name: str) -> None:
         """Load an adapter beside others, under a name."""
-        self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft asks whether several adapters are meant
+            self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
 
     def hotswap(self, path: Path, name: str) -> None:
         """Write another adapter of the same kind over a loaded one."""
