@@ -1,4 +1,4 @@
-# make run | test | test-faults | check | bench | demo-train | clean
+# make run | test | test-faults | check | bench | gpu | demo-train | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PYTEST ?= tests
 # On both cores, a module in one process; what needs the cluster in one process of its own.
 TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
-.PHONY: run test test-faults check bench demo-train clean
+.PHONY: run test test-faults check bench gpu demo-train clean
 
 run: $(VENV)/.run  ## install, serve the embedded models, print what to try
 	@$(BIN)/loraplex serve serve_config.yaml
@@ -34,6 +34,12 @@ bench: $(VENV)/.dev  ## what waiting and swaps cost on this machine
 	@$(BIN)/python -m tests.bench_service
 	@$(BIN)/python -m tests.bench_overhead
 	@$(BIN)/loraplex bench swap --model tiny
+
+# Needs no network and no virtual environment: WHEELS=folder installs wheels that were carried along, GPU="--part tests"
+# runs a part.
+gpu:  ## tests and benchmarks of a GPU against their bars; narrow without one
+	@test -z "$(WHEELS)" || $(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target build/gpu $(WHEELS)/*.whl
+	@PYTHONPATH=.:build/gpu $(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m serve_app.bench.machine.gpu_kit $(GPU)
 
 demo-train: $(VENV)/.run  ## train the embedded models again, from nothing (half an hour on two quiet cores)
 	@$(BIN)/python -m serve_app.demo.train

@@ -5,6 +5,7 @@ Owns what exactly is called, so that it can be said what was timed.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,20 @@ class DiffusersBaseline:
     def load(self, path: Path) -> None:
         """Read the file, convert its keys, and put peft's layers into the denoiser."""
         self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=NAME)
+
+    def load_as(self, path: Path, name: str) -> None:
+        """Load an adapter beside others, under a name."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft asks whether several adapters are meant
+            self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+
+    def hotswap(self, path: Path, name: str) -> None:
+        """Write another adapter of the same kind over a loaded one."""
+        self._pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name, hotswap=True)
+
+    def activate(self, name: str) -> None:
+        """Have one of the loaded adapters used."""
+        self._pipeline.set_adapters(name)
 
     def fuse(self) -> None:
         """Add the adapter's products to the weights."""

@@ -68,6 +68,12 @@ class LoraplexSwap:
                 self._read(self._files.kohya)
         return first
 
+    def first(self, adapter: ParsedAdapter) -> None:
+        """Base -> A -> B and back, for the first time in this process."""
+        with self._stopwatch.timed(Step.FIRST_SWAP):
+            self._weights.apply([(adapter, 1.0)])
+        self.change(adapter, 0)
+
     def change(self, first: ParsedAdapter, round_number: int) -> list[Fused]:
         """Base -> A -> B -> B prepared anew -> base.
 
@@ -79,8 +85,7 @@ class LoraplexSwap:
             self._weights.apply([(first, 1.0)])
         with self._stopwatch.timed(Step.SWAP):
             self._weights.apply([(second, 1.0)])
-        if self._device.type == "cuda":
-            self._from_device(first, second)
+        self._from_device(first, second)
         fused = [self._bound()]
         if self._options.is_preparing:
             fused.append(self._prepared(_renamed(second, round_number)))
@@ -116,9 +121,14 @@ class LoraplexSwap:
             preparing.result()
 
     def _from_device(self, first: ParsedAdapter, second: ParsedAdapter) -> None:
-        """The same swap with both adapters in the device's memory already; and the way there alone."""
+        """The way to the device alone; and the same swap with both adapters in the device's memory already.
+
+        A CPU has no such way: what is timed there is a copy in host memory, with the calls that a GPU takes.
+        """
         with self._stopwatch.timed(Step.TO_DEVICE):
             moved_to(second, self._device)
+        if self._device.type != "cuda":
+            return
         self._weights.apply([(first, 1.0)])
         with self._stopwatch.timed(Step.SWAP_RESIDENT):
             self._weights.apply([(second, 1.0)])

@@ -61,12 +61,12 @@ class _SwapRun:
         before = reset_peak(self._device)
         denoiser = fill_outline(outline, self._options)
         ours = LoraplexSwap(denoiser, files, self._options, self._stopwatch)
-        ours.change(ours.admit(), 0)  # allocates the twins
+        ours.first(ours.admit())  # allocates the buffers
         peak = peak_bytes(self._device)
         baseline = DiffusersBaseline(denoiser) if self._options.baseline is Baseline.DIFFUSERS else None
         if baseline is not None:
             self._theirs(baseline, denoiser, files, [])  # imports and caches
-        self._stopwatch.forget()
+        self._stopwatch.forget(but=Step.FIRST_SWAP)
         for round_number in range(1, self._options.repeats + 1):
             fused = ours.change(ours.admit(), round_number)
             self._is_restored &= not denoiser.changed(fused[0])
@@ -75,6 +75,8 @@ class _SwapRun:
             del fused
         images = ImageSteps(denoiser, self._options)
         ours.stream(images, ours.admit())
+        if baseline is not None:
+            self._unfused(baseline, files)
         twins = self._options.twins_held * self._sizes.touched_bytes
         expected = self._sizes.base_bytes + twins + 2 * ours.adapter_bytes
         memory = Memory(before, peak, peak_bytes(self._device), expected)
@@ -97,6 +99,18 @@ class _SwapRun:
         with self._stopwatch.timed(Step.UNLOAD):
             baseline.unload()
         denoiser.refill(theirs)
+
+    def _unfused(self, baseline: DiffusersBaseline, files: AdapterFiles) -> None:
+        """Change adapters without fusing, as diffusers can too: hotswap, and two resident; passes are slower for it."""
+        baseline.load_as(files.first, "one")
+        for path in [files.second, files.first] * self._options.repeats:
+            with self._stopwatch.timed(Step.HOTSWAP):
+                baseline.hotswap(path, "one")
+        baseline.load_as(files.second, "other")
+        for name in ["one", "other"] * self._options.repeats:
+            with self._stopwatch.timed(Step.SET_ADAPTERS):
+                baseline.activate(name)
+        baseline.unload()
 
     def _summary(self, images: ImageSteps, memory: Memory) -> SwapReport:
         touched = Touched(self._shapes, self._options.rank)

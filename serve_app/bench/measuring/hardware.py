@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -30,8 +31,24 @@ def describe_machine(device: torch.device, threads: int) -> Machine:
         load_average=round(os.getloadavg()[0], 2),
         accelerator=accelerator,
         system=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        versions={package: version(package) for package in PACKAGES},
+        versions={package: _version(package) for package in PACKAGES},
     )
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's driver; None where there is none."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "a checkout"  # of this project, or of what is carried along
 
 
 def _processor() -> str:

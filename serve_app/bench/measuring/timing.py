@@ -23,11 +23,14 @@ class Step(StrEnum):
     FUSE = "diffusers.fuse_lora"
     UNFUSE = "diffusers.unfuse_lora"
     UNLOAD = "diffusers.unload_lora_weights"
+    HOTSWAP = "diffusers.hotswap"
+    SET_ADAPTERS = "diffusers.set_adapters"
     READ = "loraplex.read"
     READ_KOHYA = "loraplex.read_kohya"
     WRITE_CANONICAL = "loraplex.write_canonical"
     READ_CANONICAL = "loraplex.read_canonical"
     TO_DEVICE = "loraplex.to_device"
+    FIRST_SWAP = "loraplex.first_swap"
     APPLY = "loraplex.apply"
     SWAP = "loraplex.swap"
     SWAP_RESIDENT = "loraplex.swap_resident"
@@ -86,9 +89,9 @@ class Stopwatch(Generic[Named]):
         device_ms = start.elapsed_time(end) if start is not None and end is not None else None
         self._timings.setdefault(step, []).append(Timing(wall_ms, cpu_ms, device_ms))
 
-    def forget(self) -> None:
-        """Drop what was measured so far, such as a first round that allocates and imports."""
-        self._timings.clear()
+    def forget(self, *, but: Named | None = None) -> None:
+        """Drop what was measured so far, such as a first round that allocates and imports, but for one step."""
+        self._timings = {step: timings for step, timings in self._timings.items() if step == but}
 
     def medians(self) -> dict[Named, Timing]:
         """Return the median of each clock for each step that was timed, in the order of their definition."""

@@ -16,7 +16,7 @@ from serve_app.bench.models.adapter_files import write_adapter_files
 from serve_app.bench.models.denoisers import fill_outline, outline_of
 
 OPTIONS = SwapOptions(rank=4, repeats=2, steps=1)
-GPU_STEPS = {Step.TO_DEVICE, Step.SWAP_RESIDENT}
+GPU_STEPS = {Step.SWAP_RESIDENT}
 DIFFUSERS_STEPS = {Step.LOAD, Step.FUSE, Step.UNFUSE, Step.UNLOAD}
 
 

@@ -68,9 +68,9 @@ CONTEXT = GB // 2
 # From published parameter counts at 2 bytes: the base, the layers that adapters may change, a pass as the bases of
 # cluster/serve_config.gpu.yaml are drawn (an allowance: not measured on a device).
 BASES = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": (int(2.2 * GB), int(1.7 * GB), int(1.5 * GB)),
-    "stabilityai/stable-diffusion-xl-base-1.0": (int(6.9 * GB), int(6.2 * GB), 4 * GB),
-    "black-forest-labs/FLUX.1-dev": (int(33.7 * GB), int(23.9 * GB), 6 * GB),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (int(2.2 * GB), int(1.9 * GB), int(1.5 * GB)),
+    "stabilityai/stable-diffusion-xl-base-1.0": (int(6.9 * GB), int(6.6 * GB), 4 * GB),
+    "black-forest-labs/FLUX.1-dev": (int(33.7 * GB), 24 * GB, 6 * GB),
 }
 SD15, SDXL, FLUX = BASES
 CONFIG: Any = yaml.safe_load(Path("cluster/serve_config.gpu.yaml").read_text())

@@ -1,0 +1,142 @@
+"""No access of the side stream races one of the device's own, whatever is prepared, bound, dropped or fails when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from serve_app.core import Scale
+from serve_app.engine.adapters.deltas import Coverage, Delta, Dora, LowRank, ParsedAdapter
+from serve_app.engine.adapters.stacks import stack_layers
+from serve_app.engine.weights.beside import BesideFuser
+from serve_app.engine.weights.device_cache import DeviceCache, moved_to
+from serve_app.engine.weights.fused import FusedWeights, PreparedSwap, StalePreparation
+from tests.streams import RaceChecker
+
+HISTORIES, ACTIONS = 60, 40
+LINEAR = [f"m.l{place}" for place in range(4)]
+CONV = [f"c.c{place}" for place in range(2)]
+
+
+class Failed(Exception):
+    """What an injected failure raises."""
+
+
+def adapter(chance: random.Random, digest: str) -> ParsedAdapter:
+    layers: dict[str, Delta] = {}
+    for name in LINEAR:
+        if chance.random() < 0.6:
+            rank = chance.choice([2, 3])
+            bias = torch.randn(8) if chance.random() < 0.3 else None
+            change = LowRank(torch.randn(rank, 8), torch.randn(8, rank), chance.choice([rank, 1.5]), rank, bias)
+            layers[name] = Dora(change, torch.rand(8) + 0.5) if chance.random() < 0.25 else change
+    for name in CONV:
+        if chance.random() < 0.6:
+            layers[name] = LowRank(torch.randn(2, 4, 3, 3), torch.randn(4, 2, 1, 1), 2.0, 2.0)
+    layers = layers or {LINEAR[0]: LowRank(torch.randn(2, 8), torch.randn(8, 2), 2.0, 2.0)}
+    return ParsedAdapter(digest, stack_layers({"unet": layers}), Coverage(1, 1))
+
+
+class History:
+    """A small base whose device thread acts at random, with preparations in the middle of passes."""
+
+    def __init__(self, seed: int, checker: RaceChecker, break_it: Callable[[Any], None]) -> None:
+        self.chance, self.checker = random.Random(seed), checker
+        torch.manual_seed(seed)
+        linear = nn.ModuleDict({f"l{place}": nn.Linear(8, 8) for place in range(4)})
+        conv = nn.ModuleDict({f"c{place}": nn.Conv2d(4, 4, 3) for place in range(2)})
+        self.net = nn.ModuleDict({"m": linear, "c": conv}).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.adapters = [adapter(self.chance, f"d{place}") for place in range(5)]
+        self.weights = FusedWeights({"unet": self.net})
+        assert isinstance(self.weights._fuser, BesideFuser)
+        self.fuser: Any = self.weights._fuser
+        self.fuser._side._stream = checker.side
+        cpu = torch.device("cpu")
+        cache = DeviceCache(self.chance.choice([0, 1, 2, 9]) * 400, lambda one: moved_to(one, cpu))
+        self.weights._cache, self.fuser._hold = cache, cache.holding
+        if self.chance.random() < 0.5:
+            self.weights.reserve(ahead=True)
+        break_it(self.fuser._side)
+
+    def composition(self) -> list[tuple[ParsedAdapter, Scale]]:
+        count = self.chance.choice([0, 1, 1, 2, 3])
+        return [(self.chance.choice(self.adapters), self.chance.choice([1.0, 0.5])) for _ in range(count)]
+
+    def play(self) -> None:
+        prepared: PreparedSwap | None = None
+        with torch.no_grad(), self.checker:
+            for _ in range(ACTIONS):
+                self.act(prepared)
+                prepared = self.run_pass(is_preparing=self.chance.random() < 0.6)
+
+    def act(self, prepared: PreparedSwap | None) -> None:
+        drawn = self.chance.random()
+        if drawn < 0.35 and prepared is not None:
+            with suppress(StalePreparation):
+                self.weights.bind(prepared)
+        elif drawn < 0.75:
+            self.weights.apply(self.composition())
+        elif drawn < 0.80:
+            self.weights.drop_spare_twins()
+        elif drawn < 0.85:
+            self.checker.wait_for(self.checker.main, self.checker.side)
+            self.weights.drop_spares()
+        elif drawn < 0.88:
+            self.weights.restore()
+        elif drawn < 0.92:
+            self.weights.forget(self.chance.choice(self.adapters).digest)
+        elif drawn < 0.96:
+            self.fail()
+
+    def fail(self) -> None:
+        """Apply something that fails at one of its stacks."""
+        fuse, left = self.fuser._stacks.fuse, [self.chance.randrange(3)]
+
+        def fail_late(*arguments: Any) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise Failed
+            fuse(*arguments)
+
+        self.fuser._stacks.fuse = fail_late
+        with suppress(Failed):
+            self.weights.apply(self.composition())
+        self.fuser._stacks.fuse = fuse
+
+    def run_pass(self, *, is_preparing: bool) -> PreparedSwap | None:
+        prepared = None
+        parameters = list(self.net.parameters())
+        for place, parameter in enumerate(parameters):
+            parameter.data.sum()
+            if is_preparing and place == len(parameters) // 2:
+                prepared = self.weights.prepare(self.composition())
+        if self.chance.random() < 0.7:
+            self.checker.wait_for(self.checker.main)
+        return prepared
+
+
+def races(monkeypatch: pytest.MonkeyPatch, histories: int, break_it: Callable[[Any], None]) -> list[str]:
+    found: list[str] = []
+    for seed in range(histories):
+        checker = RaceChecker()
+        monkeypatch.setattr(torch.cuda, "stream", checker.on)
+        monkeypatch.setattr(torch.cuda, "current_stream", checker.current_stream)
+        History(seed, checker, break_it).play()
+        found += checker.races
+    return found
+
+
+def test_nothing_races(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert races(monkeypatch, HISTORIES, lambda side: None) == []
+
+
+@pytest.mark.parametrize("missing", ["release", "join"])
+def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """The checker's own control."""
+    assert races(monkeypatch, 10, lambda side: setattr(side, missing, lambda: None))
