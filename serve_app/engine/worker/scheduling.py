@@ -128,9 +128,11 @@ def next_batch(
     no turn.
     """
     order = in_order(waiting, policy)
-    if not order:
-        return None
-    first = _first(order, applied, now_s, policy)
+    return batch_of(_first(order, applied, now_s, policy), order, max_images=max_images) if order else None
+
+
+def batch_of(first: QueuedRequest, order: Sequence[QueuedRequest], *, max_images: int) -> Batch:
+    """Return the pass that `first` begins: itself, and those of `order` that can share it and still fit."""
     tickets, num_images = [first.job_id], first.num_images
     for item in order:
         if num_images >= max_images:
