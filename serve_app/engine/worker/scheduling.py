@@ -137,7 +137,7 @@ def batch_of(first: QueuedRequest, order: Sequence[QueuedRequest], *, max_images
     for item in order:
         if num_images >= max_images:
             break
-        if item is not first and item.key == first.key and num_images + item.num_images <= max_images:
+        if item.job_id != first.job_id and item.key == first.key and num_images + item.num_images <= max_images:
             tickets.append(item.job_id)
             num_images += item.num_images
     return Batch(first.key, tuple(tickets), num_images)

@@ -216,7 +216,7 @@ BY_STEPS = replace(BY_HAND, bases={"*": BaseTimings(LatencyModel(0.0, 1 / (2 * 1
 
 def images(*requests: tuple[float, int]) -> Workload:
     """Return one request a pair of a time and a number of images of 20 s each."""
-    return Workload(tuple(Arrival(at_s, "b", steps=20, images=count) for at_s, count in requests), {})
+    return Workload(tuple(Arrival(at_s, "b", (), steps=20, images=count) for at_s, count in requests), {})
 
 
 def test_a_short_request_overtakes_a_long_one_at_its_next_step() -> None:
