@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.routing.spread import spread_images
@@ -23,6 +23,7 @@ def test_one_image_goes_to_the_least_backlog() -> None:
     assert spread_images(1, 4.0, [3.0, 1.0, 2.0], SECOND_EACH) == (0, 1, 0)
 
 
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 16), st.floats(0.01, 50), st.lists(st.floats(0, 300), min_size=1, max_size=12), st.floats(0, 2))
 def test_no_image_is_lost_and_no_request_ends_later_for_being_spread(
     count: int, units: float, backlogs_s: list[float], fixed_s: float

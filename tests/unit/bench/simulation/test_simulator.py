@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.autoscaling import ScalingRule
@@ -232,7 +232,7 @@ def test_a_request_s_images_are_drawn_where_each_would_end_first() -> None:
     assert list(play(images((0, 2)), SPREAD, 2, BY_STEPS).latencies_s) == pytest.approx([20 * 1.15])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.floats(0, 300), st.sampled_from([1, 2, 8])), min_size=1, max_size=25), st.integers(1, 3))
 def test_taking_turns_loses_no_work_and_spreading_no_image(asked_for: list[tuple[float, int]], replicas: int) -> None:
     workload = images(*sorted(asked_for))

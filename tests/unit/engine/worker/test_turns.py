@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine.worker.scheduling import AdapterSetKey
@@ -114,7 +114,7 @@ def test_two_busy_callers_get_half_of_the_device_each() -> None:
     assert device.books.changing_s <= MAX_CHANGE_SHARE * device.books.working_s
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(
