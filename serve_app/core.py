@@ -189,8 +189,9 @@ class GenerationRequest:
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
     None means the base's own. With `image`, width and height are the output's size. `denoiser_runs` is how often the
-    denoiser runs in each step for one image, None where nobody knows the base's family. `num_previews`, `priority`,
-    `due` and `trace` change no image.
+    denoiser runs in each step for one image, None where nobody knows the base's family. `share` names the caller whose
+    part of the devices' time it takes, without telling who that is. It, `num_previews`, `priority`, `due` and `trace`
+    change no image.
     """
 
     request_id: str
@@ -216,6 +217,7 @@ class GenerationRequest:
     due: WallClockDeadline | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
     trace: TraceContext | None = field(default=None, repr=False, compare=False)
+    share: str = ""
 
     @property
     def planned_steps(self) -> int:
@@ -225,11 +227,12 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Where the milliseconds of one request went."""
+    """Where the milliseconds of one request went; `suspended_ms` while others had the device between two steps."""
 
     queue_ms: float = 0.0
     fetch_ms: float = 0.0
     swap_ms: float = 0.0
+    suspended_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
 
@@ -280,7 +283,8 @@ class Accepted:
 class Progress:
     """How far a request is.
 
-    `queue_position` counts the requests that go before it on its replica, waiting or running: 0 when it is its turn.
+    `queue_position` counts the requests that go before it on its replica, waiting or running: 0 when it is its turn. A
+    request that has made steps and is not at 0 was set aside for others.
     `steps` is how many it will really run, which image-to-image lowers with its strength.
     """
 

@@ -147,8 +147,14 @@ class ReplicaSettings(StrictModel):
     `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only does so on GPUs, since on a
     CPU it slows the running image.
 
-    Requests that need no swap may overtake a waiting one `max_overtakes` times and for `max_overtaken_s`. A request of
-    priority "batch" is queued as if it had arrived `batch_priority_delay_s` later. Requests are refused with more than
+    With `step_sharing` requests take turns on the device between their steps: callers get equal parts of its time, and
+    of one caller's requests the one with the least work left goes first, unless another's time from its arrival to its
+    end would reach `max_slowdown` times what it takes alone. At most `max_jobs_in_progress` passes have begun at a
+    time; all but one wait with their latents in the device's memory. Without it each pass has the device to its end,
+    and requests that need no swap may overtake a waiting one `max_overtakes` times and for `max_overtaken_s`. A request
+    of priority "batch" is queued as if it had arrived `batch_priority_delay_s` later.
+
+    Requests are refused with more than
     `max_backlog_s` of predicted work waiting. A new replica fetches the adapters that others use most before it takes
     requests, within `warm_up_timeout_s` and `warm_up_size`.
 
@@ -174,6 +180,9 @@ class ReplicaSettings(StrictModel):
     max_ongoing_requests: PositiveInt = 8
     max_queued_requests: PositiveInt = 64
     max_batch_images: PositiveInt = 4
+    step_sharing: bool = True
+    max_jobs_in_progress: PositiveInt = 8
+    max_slowdown: float = Field(default=10.0, ge=1)
     max_overtakes: int = Field(default=4, ge=0)
     max_overtaken_s: NonNegativeFloat = 5.0
     batch_priority_delay_s: NonNegativeFloat = 60.0

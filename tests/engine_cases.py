@@ -16,7 +16,7 @@ from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.base.loading import LoadedBase, ResolvedSource
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.worker.jobs import OnEvent
+from serve_app.engine.worker.job import OnEvent
 from serve_app.settings import ModelSource
 from tests.tiny import tiny_folder
 

@@ -173,7 +173,8 @@ def _draw_sheet(
 
 def _how_far(step: Step) -> str:
     if step.step:
-        return f"drawing: step {step.step} of {step.steps}"
+        aside = ", set aside for shorter requests" if step.queue_position else ""
+        return f"drawing: step {step.step} of {step.steps}{aside}"
     return f"waiting: {step.queue_position} before it" if step.queue_position else "drawing ..."
 
 

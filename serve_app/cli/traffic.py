@@ -76,8 +76,8 @@ def simulate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Repeatable; all by default, for --p95 loraplex. loraplex, least-loaded, least-loaded-late, "
-            "ray-multiplexed, consistent-hash, affinity, blog."
+            help="Repeatable; all by default, for --p95 loraplex. loraplex, loraplex-whole, loraplex-spread, "
+            "least-loaded, least-loaded-late, ray-multiplexed, consistent-hash, affinity, blog."
         ),
     ] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Replicas of each base, one GPU each.")] = 3,

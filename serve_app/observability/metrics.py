@@ -2,12 +2,13 @@
 
 Owns the names, labels and buckets, and the objects through which each part of the service reports. Serve adds the
 labels deployment, replica and application to metrics that are created inside a replica, so create these objects there.
-Labels have few values: bases, tiers, error codes and route templates, never callers or prompts; of adapters only those
-that `serve_app.observability.bounded_labels` allows. Must not know where its numbers come from.
+Labels have few values: bases, tiers, error codes and route templates, never prompts; of adapters, and of callers by a
+hash, only those that `serve_app.observability.bounded_labels` allows. Must not know where its numbers come from.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from serve_app.observability.bounded_labels import PRIVATE, BoundedLabels
 # From a swap of a millisecond to a download of minutes.
 SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 IMAGES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
+FACTORS = (1.0, 1.1, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 30.0)
+# How many callers' shares of the device's time are told apart.
+SHARES_TOLD = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,15 @@ LOST = MetricSpec("loraplex_ingress_losses", "Requests that lost their ingress r
 QUEUE = MetricSpec("loraplex_queue_seconds", "Wait in a replica for the device.", ("base",), SECONDS)
 FETCH = MetricSpec("loraplex_fetch_seconds", "Wait for the request's adapters.", ("base",), SECONDS)
 SWAP = MetricSpec("loraplex_swap_seconds", "Applying the request's adapters.", ("base",), SECONDS)
+SUSPENDED = MetricSpec("loraplex_suspended_seconds", "Set aside between steps for others.", ("base",), SECONDS)
+SLOWDOWN = MetricSpec(
+    "loraplex_slowdown", "A request's time in a replica's queue and device over its device time.", ("base",), FACTORS
+)
+CHANGES = MetricSpec("loraplex_adapter_changes", "Changes of the adapters in the weights.", ("base",))
+CHANGING = MetricSpec("loraplex_changing_seconds", "Device time of those changes.", ("base",))
+SHARE = MetricSpec(
+    "loraplex_share_device_seconds", "Device time by key, each told by a hash; few of them.", ("base", "share")
+)
 DENOISE = MetricSpec("loraplex_denoise_seconds", "Denoising steps.", ("base",), SECONDS)
 DECODE = MetricSpec("loraplex_decode_seconds", "Decoding latents to pixels.", ("base",), SECONDS)
 BATCH = MetricSpec("loraplex_batch_images", "Images that shared the device pass.", ("base",), IMAGES)
@@ -108,6 +121,7 @@ ACCESS = MetricSpec("loraplex_access_checks", "Checks of a caller's access with 
 DECLARED = (
     ALIASES, ACCESS,
     REQUESTS, REFUSALS, RETRIES, LOST,
+    SUSPENDED, SLOWDOWN, CHANGES, CHANGING, SHARE,
     QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, LOOKUPS, FILES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
     QUARANTINED, SHORTAGES, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED, BY_ADAPTER, DEVICE_BY_ADAPTER, SPANS,
 )  # fmt: skip
@@ -249,9 +263,18 @@ class RouterMetrics:
 class ReplicaMetrics:
     """Metrics of one replica of a base."""
 
-    def __init__(self, base_id: str, factory: MetricFactory | None = None) -> None:
+    def __init__(
+        self, base_id: str, factory: MetricFactory | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         factory = factory or MetricFactory()
         self._base = {"base": base_id}
+        self._suspended = factory.histogram(SUSPENDED)
+        self._slowdown = factory.histogram(SLOWDOWN)
+        self._changes = factory.counter(CHANGES)
+        self._changing = factory.counter(CHANGING)
+        self._changes_reported, self._changing_reported = 0, 0.0
+        self._share = factory.counter(SHARE)
+        self._shares = BoundedLabels(SHARES_TOLD, clock=clock)
         self._queue = factory.histogram(QUEUE)
         self._fetch = factory.histogram(FETCH)
         self._swap = factory.histogram(SWAP)
@@ -285,6 +308,24 @@ class ReplicaMetrics:
         self._denoise.observe(timings.denoise_ms / 1000, self._base)
         self._decode.observe(timings.decode_ms / 1000, self._base)
         self._batch.observe(batch_size, self._base)
+        self._suspended.observe(timings.suspended_ms / 1000, self._base)
+        device_ms = timings.swap_ms + timings.denoise_ms + timings.decode_ms
+        if device_ms > 0:
+            self._slowdown.observe((timings.queue_ms + timings.suspended_ms + device_ms) / device_ms, self._base)
+
+    def shared(self, share: str, device_s: float) -> None:
+        """Count device time of a caller, told by a hash; callers without a key are "none"."""
+        label = self._shares.label(share) if share else "none"
+        self._share.inc(device_s, {**self._base, "share": label})
+
+    def changed(self, *, changes: int, changing_s: float) -> None:
+        """Report how often the adapters in the weights changed since the start, and how long that took."""
+        if changes > self._changes_reported:
+            self._changes.inc(changes - self._changes_reported, self._base)
+            self._changes_reported = changes
+        if changing_s > self._changing_reported:
+            self._changing.inc(changing_s - self._changing_reported, self._base)
+            self._changing_reported = changing_s
 
     def cancelled(self, stage: str) -> None:
         """Count a cancelled request, by its stage "fetching", "queued" or "running"."""

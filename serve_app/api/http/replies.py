@@ -81,6 +81,7 @@ def _server_timing(timings: Timings, stages: Stages) -> str:
         "queue": timings.queue_ms,
         "fetch": timings.fetch_ms,
         "swap": timings.swap_ms,
+        "suspended": timings.suspended_ms,
         "denoise": timings.denoise_ms,
         "decode": timings.decode_ms,
     }

@@ -29,8 +29,9 @@ MOST_OVER_OFFERED = 16
 class Figures:
     """What one seed's requests came to over all bases.
 
-    `fetches` and `swaps` are for each request, `busy` is the share of paid time in passes, `replicas` the most at
-    once, `replica_hours` what was paid for.
+    `fewest_*` are of the requests for the fewest images that were asked for, `most_*` of those for the most.
+    `slowdown` is the largest of a request's time over what it would take alone. `fetches` and `swaps` are for each
+    request, `busy` is the share of paid time in passes, `replicas` the most at once, `replica_hours` what was paid for.
     """
 
     requests: int
@@ -39,6 +40,12 @@ class Figures:
     p99_s: float
     mean_s: float
     worst_s: float
+    fewest_p95_s: float
+    fewest_p99_s: float
+    most_mean_s: float
+    most_p95_s: float
+    most_p99_s: float
+    slowdown: float
     fetches: float
     disk_reads: float
     swaps: float
@@ -225,6 +232,9 @@ def figures_of(runs: Sequence[Run]) -> Figures:
     for run in runs:
         latencies.extend(run.latencies_s)
     ordered = sorted(latencies)
+    images = [count for run in runs for count in run.images]
+    fewest, most = _of(latencies, images, min(images)), _of(latencies, images, max(images))
+    alone_s = [seconds for run in runs for seconds in run.alone_s]
     count, paid_s = len(ordered), sum(run.replica_s for run in runs)
     return Figures(
         requests=count,
@@ -233,6 +243,12 @@ def figures_of(runs: Sequence[Run]) -> Figures:
         p99_s=quantile(ordered, 0.99),
         mean_s=statistics.fmean(ordered),
         worst_s=ordered[-1],
+        fewest_p95_s=quantile(fewest, 0.95),
+        fewest_p99_s=quantile(fewest, 0.99),
+        most_mean_s=statistics.fmean(most),
+        most_p95_s=quantile(most, 0.95),
+        most_p99_s=quantile(most, 0.99),
+        slowdown=max(took / alone for took, alone in zip(latencies, alone_s, strict=True) if alone),
         fetches=sum(run.fetches for run in runs) / count,
         disk_reads=sum(run.disk_reads for run in runs) / count,
         swaps=sum(run.swaps for run in runs) / count,
@@ -240,6 +256,10 @@ def figures_of(runs: Sequence[Run]) -> Figures:
         replicas=sum(run.most for run in runs),
         replica_hours=paid_s / 3600,
     )
+
+
+def _of(latencies: Sequence[float], images: Sequence[int], count: int) -> list[float]:
+    return sorted(took for took, of in zip(latencies, images, strict=True) if of == count)
 
 
 def spread_of(values: Sequence[float]) -> Spread:

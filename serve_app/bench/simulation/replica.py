@@ -1,34 +1,20 @@
-"""One replica in the simulator: it fetches, queues, swaps and draws as production's does, in simulated time.
+"""One replica in the simulator: it fetches, and has its device draw, as production's does, in simulated time.
 
-Owns a replica's course. The next pass is chosen by the engine's own queue, and what leaves host memory by the store's
-own budget; this file only lets time pass between them.
+Owns what a replica holds and waits for. What leaves host memory is decided by the store's own budget; this file only
+lets time pass.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from serve_app.bench.simulation.device import Counts, Schedule, SharedSteps, Surroundings, WholePasses
 from serve_app.bench.simulation.job import Job, Setting
 from serve_app.bench.simulation.pool import Pool
-from serve_app.engine.worker.scheduling import AdapterSetKey, QueuedRequest, next_batch, remaining_after
 from serve_app.routing.cost import RequiredAdapter
 from serve_app.store.budget import ByteBudget
-
-# Called with a time, a function and its argument: the function is to run then.
-Schedule = Callable[[float, Callable[..., None], object], None]
-
-
-class Counts:
-    """What all replicas of a run did."""
-
-    def __init__(self) -> None:
-        self.fetches = 0
-        self.disk_reads = 0
-        self.swaps = 0
-        self.passes = 0
-        self.busy_s = 0.0
 
 
 class Replica:
@@ -40,9 +26,11 @@ class Replica:
         pool: Pool,
         setting: Setting,
         schedule: Schedule,
-        on_done: Callable[[Replica, list[Job], float], None],
+        on_done: Callable[[Replica, Sequence[Job], float], None],
         rng: random.Random,
         counts: Counts,
+        *,
+        has_steps: bool,
     ) -> None:
         self.index = index
         self._pool, self._setting, self._schedule = pool, setting, schedule
@@ -50,10 +38,12 @@ class Replica:
         self._node = index // pool.per_node
         self._budget = ByteBudget(setting.profile.host_cache_bytes)
         self._jobs: dict[int, Job] = {}
-        self._waiting: list[QueuedRequest] = []
         self._wanting: dict[str, list[Job]] = {}
-        self._applied: AdapterSetKey = ()
-        self._is_running = False
+        self._coming_s = 0.0
+        around = Surroundings(
+            setting, counts, schedule, self._ended, self._late_fetch_s, self._set_backlog, self._chance
+        )
+        self._device = SharedSteps(around) if has_steps else WholePasses(around)
 
     @property
     def is_idle(self) -> bool:
@@ -63,7 +53,8 @@ class Replica:
     def accept(self, job: Job, now_s: float) -> None:
         """Take on a job: fetch what it needs now, or leave that to its turn."""
         pool = self._pool
-        self._jobs[job.number] = job
+        self._jobs[job.ticket] = job
+        self._coming_s += job.predicted_s
         pool.ongoing[self.index] += 1
         pool.queued_s[self.index] += job.predicted_s
         pool.last[self.index] = job.demand.composition
@@ -120,70 +111,34 @@ class Replica:
         self._pool.host_changed(self.index, need.key, plan.evict)
 
     def _enqueue(self, job: Job, now_s: float) -> None:
-        self._waiting.append(QueuedRequest(job.number, job.key, job.images, arrived_s=job.at_s, units=job.demand.units))
-        if not self._is_running:
-            self._begin(now_s)
+        self._coming_s -= job.predicted_s
+        self._device.enqueue(job, now_s)
 
-    def _begin(self, now_s: float) -> None:
-        """Begin the next pass, if anything waits."""
-        setting, pool = self._setting, self._pool
-        batch = next_batch(
-            self._waiting,
-            applied=self._applied,
-            now_s=now_s,
-            policy=setting.queue,
-            max_images=setting.profile.max_batch_images,
-        )
-        if batch is None:
-            return
-        self._waiting = remaining_after(self._waiting, batch, now_s=now_s, policy=setting.queue)
-        jobs = [self._jobs[job_id] for job_id in batch.tickets]
-        took_s = self._late_fetch_s(jobs, now_s) + self._swap_s(batch.key.composition, jobs[0])
-        took_s += setting.timings.pace.seconds(sum(job.demand.units for job in jobs)) * self._chance()
-        for job in jobs:
-            job.began_s = now_s
-            pool.queued_s[self.index] -= job.predicted_s
-        if len(self._jobs) == len(jobs):
-            # Sums of differences drift; with nothing else accepted the truth is known.
-            pool.queued_s[self.index] = 0.0
-        self._is_running = True
-        pool.end_s[self.index] = now_s + took_s
-        self._counts.passes += 1
-        self._counts.busy_s += took_s
-        self._schedule(now_s + took_s, self._ended, jobs)
+    def _set_backlog(self, others_s: float, end_s: float) -> None:
+        self._pool.queued_s[self.index] = others_s + max(self._coming_s, 0.0)
+        self._pool.end_s[self.index] = end_s
 
-    def _late_fetch_s(self, jobs: list[Job], now_s: float) -> float:
+    def _late_fetch_s(self, job: Job, now_s: float) -> float:
         """Fetch on the device's own time, where nothing was fetched at admission."""
         late_s = 0.0
         if not self._setting.is_fetching_early:
-            for need in jobs[0].demand.adapters:
+            for need in job.demand.adapters:
                 if need.key not in self._budget:
                     late_s = max(late_s, self._way_s(need, now_s))
                     self._hold(need)
         return late_s
 
-    def _swap_s(self, composition: AdapterSetKey, job: Job) -> float:
-        if composition == self._applied:
-            return 0.0
-        self._applied = composition
-        self._counts.swaps += 1
-        if self._setting.swap_s is not None:
-            return self._setting.swap_s
-        costs = self._setting.profile.costs
-        sizes = [need.size_bytes for need in job.demand.adapters]
-        return costs.swap.seconds(sum(sizes)) + sum(costs.to_device.seconds(size) for size in sizes)
-
-    def _ended(self, jobs: list[Job], now_s: float) -> None:
-        self._is_running = False
+    def _ended(self, jobs: Sequence[Job], now_s: float) -> None:
         for job in jobs:
-            job.done_s = now_s
-            del self._jobs[job.number]
+            del self._jobs[job.ticket]
             self._pool.ongoing[self.index] -= 1
             for need in job.demand.adapters:
                 plan = self._budget.unpin(need.key)
                 if plan.evict:
                     self._pool.host_changed(self.index, None, plan.evict)
-        self._begin(now_s)
+        if not self._jobs:
+            # Sums of differences drift; with nothing accepted the truth is known.
+            self._coming_s = self._pool.queued_s[self.index] = 0.0
         self._on_done(self, jobs, now_s)
 
     def _chance(self) -> float:

@@ -31,13 +31,18 @@ Router = Callable[[Job, float], "int | None"]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A way to place requests, and what goes with it: when adapters are fetched, and how they are changed."""
+    """A way to place requests, and what goes with it: when adapters are fetched, and how they are changed.
+
+    With `has_steps` passes take turns between their steps, with `is_spread` a request's images go to several replicas.
+    """
 
     name: str
     about: str
     router: type[LoraplexRouter | LeastWork | RandomTwo | LeastLoaded | RayMultiplexed | Affinity | ConsistentHash]
     is_fetching_early: bool = True
     has_blog_swap: bool = False
+    has_steps: bool = False
+    is_spread: bool = False
 
 
 class _Over:
@@ -196,7 +201,16 @@ class ConsistentHash(_Over):
 
 
 POLICIES = (
-    Policy("loraplex", "the service's own: least work, missing adapters counted as work", LoraplexRouter),
+    Policy(
+        "loraplex",
+        "the service's own: least work, missing adapters counted as work; passes take turns",
+        LoraplexRouter,
+        has_steps=True,
+    ),
+    Policy("loraplex-whole", "the same with step_sharing: false", LoraplexRouter),
+    Policy(
+        "loraplex-spread", "as loraplex, with a request's images spread", LoraplexRouter, has_steps=True, is_spread=True
+    ),
     Policy("least-work", "least predicted work, adapters ignored", LeastWork),
     Policy("random-two", "two by chance, the shorter queue", RandomTwo),
     Policy("least-loaded", "fewest requests, adapters fetched at admission", LeastLoaded),

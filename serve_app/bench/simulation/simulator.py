@@ -10,17 +10,19 @@ import heapq
 import random
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from serve_app.autoscaling import ScalingRule
+from serve_app.bench.simulation.device import Counts
 from serve_app.bench.simulation.job import Job, Jobs, Setting
 from serve_app.bench.simulation.pool import Pool
 from serve_app.bench.simulation.profile import Profile
-from serve_app.bench.simulation.replica import Counts, Replica
+from serve_app.bench.simulation.replica import Replica
 from serve_app.bench.simulation.routers import Policy
 from serve_app.bench.simulation.scale import Scaler
 from serve_app.bench.traffic.workload import Workload
+from serve_app.routing.spread import spread_images
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,10 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one base's requests came to; `latencies_s` in order of arrival.
+    """What one base's requests came to; `latencies_s`, `images` and `alone_s` in order of arrival.
 
-    `replica_s` is the time that all replicas were paid for, from the first arrival to the last answer; `most` is how
-    many there were at once.
+    `alone_s` is what each would take on an idle replica that holds its adapters. `replica_s` is the time that all
+    replicas were paid for, from the first arrival to the last answer; `most` is how many there were at once.
     """
 
     base_id: str
@@ -59,6 +61,8 @@ class Run:
     busy_s: float
     replica_s: float
     most: int
+    images: array[int]
+    alone_s: array[float]
 
 
 def simulate(
@@ -96,10 +100,16 @@ class _Simulation:
         self._now_s = 0.0
         self._parked: deque[Job] = deque()
         self._latencies_s = array("d", [-1.0]) * len(self._arrivals)
+        self._alone_s = array("d", [0.0]) * len(self._arrivals)
+        self._parts = array("i", [0]) * len(self._arrivals)
         self._left = len(self._arrivals)
+        self._pace = setting.timings.pace
+        self._is_spread = policy.is_spread
         self._route = policy.router(self._pool, setting, rng)
         self._replicas = [
-            Replica(index, self._pool, setting, self._schedule, self._done, rng, self._counts)
+            Replica(
+                index, self._pool, setting, self._schedule, self._done, rng, self._counts, has_steps=policy.has_steps
+            )
             for index in range(fleet.most)
         ]
         start_s = setting.timings.start_s
@@ -123,6 +133,7 @@ class _Simulation:
         return Run(
             self._arrivals[0].base_id, self._latencies_s, counts.fetches, counts.disk_reads, counts.swaps,
             counts.passes, counts.busy_s, self._scaler.paid_s(self._now_s), self._scaler.most,
+            array("i", [arrival.images for arrival in self._arrivals]), self._alone_s,
         )  # fmt: skip
 
     def _schedule(self, at_s: float, act: Callable[..., None], what: object) -> None:
@@ -143,8 +154,22 @@ class _Simulation:
 
     def _arrive(self, job: Job) -> None:
         self._scaler.arrived(job.predicted_s, self._now_s)
-        if self._parked or not self._place(job):
-            self._parked.append(job)
+        self._alone_s[job.number] = job.predicted_s
+        parts = self._split(job)
+        self._parts[job.number] = len(parts)
+        for part in parts:
+            if self._parked or not self._place(part):
+                self._parked.append(part)
+
+    def _split(self, job: Job) -> list[Job]:
+        """Return the parts of a request that go their own ways."""
+        if not self._is_spread or job.images == 1:
+            return [job]
+        backlogs_s = self._pool.backlog_s(self._now_s)[self._pool.is_open].tolist()
+        if len(backlogs_s) < 2:
+            return [job]
+        counts = spread_images(job.images, job.demand.units / job.images, backlogs_s, self._pace)
+        return [self._jobs.part(job, count) for count in counts if count] if max(counts) < job.images else [job]
 
     def _place(self, job: Job) -> bool:
         index = self._route(job, self._now_s)
@@ -153,12 +178,14 @@ class _Simulation:
         self._replicas[index].accept(job, self._now_s)
         return True
 
-    def _done(self, replica: Replica, jobs: list[Job], now_s: float) -> None:
+    def _done(self, replica: Replica, jobs: Sequence[Job], now_s: float) -> None:
         for job in jobs:
             if self._latencies_s[job.number] >= 0:
                 raise RuntimeError(f"request {job.number} was answered twice")
-            self._latencies_s[job.number] = now_s - job.at_s
-            self._left -= 1
+            self._parts[job.number] -= 1
+            if not self._parts[job.number]:
+                self._latencies_s[job.number] = now_s - job.at_s
+                self._left -= 1
         self._place_parked()
         if replica.is_idle:
             self._scaler.idled(replica.index, now_s)

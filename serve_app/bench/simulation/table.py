@@ -23,9 +23,24 @@ def render_statistics(found: Sequence[Statistic]) -> Table:
 
 
 def render_comparison(comparison: Comparison) -> Table:
-    """Return a row for each policy: means over seeds, with the least and most of p95."""
+    """Return a row for each policy: means over seeds, with the least and most of p95, and the largest slowdown.
+
+    "1 p95" is of the requests for the fewest images, "8 p99" of those for the most.
+    """
     table = _table("policy")
-    for name in ("p50 s", "p95 s (seeds)", "p99 s", "/first", "fetch", "swap", "busy", "GPU h"):
+    for name in (
+        "p50 s",
+        "p95 s (seeds)",
+        "p99 s",
+        "/first",
+        "1 p95",
+        "8 p99",
+        "slow",
+        "fetch",
+        "swap",
+        "busy",
+        "GPU h",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for result in comparison.results:
         table.add_row(result.policy, *_cells(result))
@@ -46,6 +61,9 @@ def _cells(result: PolicyResult) -> list[str]:
         f"{p95.mean:.2f} ({p95.least:.2f}-{p95.most:.2f})",
         f"{result.spread('p99_s').mean:.2f}",
         f"{ratio:.2f}",
+        f"{result.spread('fewest_p95_s').mean:.1f}",
+        f"{result.spread('most_p99_s').mean:.1f}",
+        f"{result.spread('slowdown').most:.1f}",
         f"{result.spread('fetches').mean:.3f}",
         f"{result.spread('swaps').mean:.3f}",
         f"{result.spread('busy').mean:.0%}",

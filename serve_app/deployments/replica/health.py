@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from serve_app.config import BaseModelConfig
-    from serve_app.engine.worker.worker import WorkerState
+    from serve_app.engine.worker.state import WorkerState
 
 # After this many batches in a row that failed for reasons of ours, the device is taken to be broken.
 MAX_FAILED_BATCHES = 3

@@ -41,8 +41,8 @@ from serve_app.store.store import Lease
 
 if TYPE_CHECKING:
     from serve_app.engine.adapters.deltas import ParsedAdapter
-    from serve_app.engine.worker.jobs import Job
-    from serve_app.engine.worker.worker import WorkerState
+    from serve_app.engine.worker.job import Job
+    from serve_app.engine.worker.state import WorkerState
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class BaseModelReplica:
         from serve_app.engine.weights.made_up import warm_swaps
         from serve_app.engine.weights.shortage import is_out_of_memory
         from serve_app.engine.worker.scheduling import QueuePolicy
+        from serve_app.engine.worker.turns import SharingPolicy
         from serve_app.engine.worker.worker import EngineWorker
 
         set_up_logging(config.log_level)
@@ -109,6 +110,11 @@ class BaseModelReplica:
             policy=QueuePolicy(
                 base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
             ),
+            sharing=SharingPolicy(
+                base.replica.max_jobs_in_progress, base.replica.max_slowdown, base.replica.batch_priority_delay_s
+            )
+            if base.replica.step_sharing
+            else None,
             max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
             typical_units=typical_units(base, pipeline.family),
         )
@@ -207,10 +213,13 @@ class BaseModelReplica:
             raise InternalError(request_id=request.request_id) from error
         fetch_ms = max((lease.fetch_ms for lease in leases), default=0.0)
         log.info(
-            "request %s on %s: adapters %s, fetch %.1f ms, queue %.1f ms, swap %.1f ms, denoise %.1f ms, batch %d",
+            "request %s on %s: adapters %s, fetch %.1f ms, queue %.1f ms, swap %.1f ms, suspended %.1f ms, "
+            "denoise %.1f ms, batch %d",
             request.request_id, self._base.id, [lease.spec.key for lease in leases] or "none", fetch_ms,
-            result.timings.queue_ms, result.timings.swap_ms, result.timings.denoise_ms, result.batch_size,
+            result.timings.queue_ms, result.timings.swap_ms, result.timings.suspended_ms, result.timings.denoise_ms,
+            result.batch_size,
         )  # fmt: skip
+        self._metrics.shared(request.share, result.compute_s * len(result.images) / result.batch_size)
         return self._measured(dataclasses.replace(result.timings, fetch_ms=fetch_ms), leases, result)
 
     def _measured(
@@ -273,6 +282,7 @@ class BaseModelReplica:
         state = self._worker.snapshot()
         work = state.work
         self._metrics.worked(backlog_s=work.backlog_s, predicted_s=work.predicted_s, busy_s=work.busy_s)
+        self._metrics.changed(changes=state.changes, changing_s=state.changing_s)
         return replica_report(
             backlog_s=work.backlog_s,
             request_s=work.request_s,

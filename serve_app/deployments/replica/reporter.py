@@ -26,7 +26,7 @@ from serve_app.store.store import AdapterStore, Lease
 if TYPE_CHECKING:
     from serve_app.engine.adapters.deltas import ParsedAdapter
     from serve_app.engine.weights.fused import FusedWeights
-    from serve_app.engine.worker.worker import WorkerState
+    from serve_app.engine.worker.state import WorkerState
 
 MAX_REMEMBERED = 4096
 

@@ -6,11 +6,12 @@ adapters' weights, queues or threads: whoever calls sees to it that one thread a
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from serve_app.engine.drawing.arguments import (
 )
 from serve_app.engine.drawing.pixels import are_finite, pixel_images, share_out
 from serve_app.engine.drawing.preview import LatentColours, OnPreview, Previewer, fit_latent_colours
-from serve_app.engine.drawing.steps import OnStep, StepCallback
+from serve_app.engine.drawing.steps import BetweenSteps, OnStep, StepCallback
 from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
 from serve_app.engine.drawing.vocabularies import TextualInversion
 from serve_app.errors import LoraplexError, OutOfBounds, PipelineRefused
@@ -58,9 +59,10 @@ class PassOutcome:
 class BasePipeline:
     """A base on its device: the pipelines of all its tasks over the very same modules.
 
-    A call leaves nothing behind: each has its own scheduler and generators, and the modules are as they were,
-    be it finished, cancelled or failed. The same requests in the same pass give the same bits, and those of
-    the plain diffusers call.
+    A call leaves nothing behind: each has its own pipeline object, scheduler and generators, and the modules are as
+    they were, be it finished, cancelled or failed. The same requests in the same pass give the same bits, and those of
+    the plain diffusers call. So calls may take turns between their steps, as long as the modules' weights are at each
+    step those of the call.
     """
 
     def __init__(self, config: BaseModelConfig, loaded: LoadedBase) -> None:
@@ -72,7 +74,6 @@ class BasePipeline:
         self._config = config
         self._variants = variants_of(loaded.pipeline)
         self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler, self._variants.family)
-        self._idle_scheduler = loaded.pipeline.scheduler
         self._text_encoders = text_encoders_of(loaded.pipeline)
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
         self._vocabularies = TextualInversion(loaded.pipeline)
@@ -182,7 +183,7 @@ class BasePipeline:
             raise OutOfBounds("strength", strength, f"at least 1/{request.steps} with {request.steps} steps")
 
     def with_ti_tokens(self, words: Mapping[str, Tensor]) -> AbstractContextManager[None]:
-        """Let the prompts of passes inside it name an adapter's words, rows by component; for the device thread."""
+        """Let the prompts of passes begun in it name an adapter's words, rows by component; for the device thread."""
         return self._vocabularies.loaded(words, self._variants.all)
 
     def truncation_warning(self, prompt: str, what: str = "prompt") -> str | None:
@@ -205,43 +206,51 @@ class BasePipeline:
         on_step: OnStep | None = None,
         is_cancelled: Callable[[], bool] | None = None,
         on_preview: OnPreview | None = None,
+        between_steps: BetweenSteps | None = None,
+        words: Mapping[str, Tensor] | None = None,
     ) -> PassOutcome:
         """Run requests that share a batch key in one pass; each has passed `check`.
 
         `on_step` hears (passes of the denoiser done, passes in all) after each; `on_preview` the previews that are
-        due. All three callables run in this thread.
+        due. `between_steps` may let other passes of this thread go on before it returns. All callables run in this
+        thread. `words` are those of an adapter that prompts may name, rows by component.
 
         Raises:
             GenerationCancelled: `is_cancelled` said so after a step.
         """
-        pipeline: Any = self._variants.of(requests[0])
-        arguments = arguments_of(requests, pipeline, self.family, strength=self._strength(requests[0]))
-        set_area(requests[0], pipeline, self.family)
         scheduler = self._schedulers.fresh(requests[0].scheduler, requests[0].scheduler_options)
-        watch = StepCallback(on_step, is_cancelled, self._previewer(requests, scheduler, on_preview))
+        previewer = self._previewer(requests, scheduler, on_preview)
         started = time.perf_counter()
         try:
-            pipeline.scheduler = scheduler
-            with encode_individually(self._text_encoders):
-                output = pipeline(**arguments, callback_on_step_end=watch)
+            with ExitStack() as encoding:
+                encoding.enter_context(self.with_ti_tokens(words or {}))
+                encoding.enter_context(encode_individually(self._text_encoders))
+                notes = [self._notes(request) for request in requests]
+                pipeline = _own_view(self._variants.of(requests[0]), scheduler)
+
+                def pause() -> None:
+                    encoding.close()  # texts are encoded before the first step
+                    if between_steps is not None:
+                        between_steps()
+
+                watch = StepCallback(on_step, is_cancelled, previewer, pause)
+                output = pipeline(**self._arguments(requests, pipeline), callback_on_step_end=watch)
             drawn: Any = output[0]  # its name differs from family to family
             are_sound: list[bool] = (watch.is_finite & are_finite(drawn).cpu()).tolist()
             images = pixel_images(drawn)
         except BaseException as error:
             # SDXL decodes in float32 and goes back afterwards, unless decoding fails.
-            pipeline.vae.to(dtype=self._vae_dtype)
+            self.restore_dtypes()
             if isinstance(error, (ValueError, TypeError)):
-                log.exception("a request passed all checks and was refused by %s: a bug", type(pipeline).__name__)
+                log.exception("a request passed all checks and was refused by %s: a bug", self.base_id)
                 raise PipelineRefused(self.base_id, _sentence(error)) from error
             raise
-        finally:
-            pipeline.scheduler = self._idle_scheduler
         ended = time.perf_counter()
         blacked_out = getattr(output, "nsfw_content_detected", None) or [False] * len(images)
         return PassOutcome(
             images=share_out(requests, images, are_sound, blacked_out),
-            warnings=self._warnings(requests, blacked_out),
-            denoise_ms=(watch.denoised_at - started) * 1e3,
+            warnings=_warnings(requests, notes, blacked_out),
+            denoise_ms=(watch.denoised_at - started - watch.paused_s) * 1e3,
             decode_ms=(ended - watch.denoised_at) * 1e3,
         )
 
@@ -262,23 +271,39 @@ class BasePipeline:
     def _strength(self, request: GenerationRequest) -> float:
         return self._config.defaults.strength if request.strength is None else request.strength
 
-    def _warnings(
-        self, requests: Sequence[GenerationRequest], blacked_out: Sequence[bool]
-    ) -> tuple[tuple[str, ...], ...]:
-        flags = iter(blacked_out)
-        found: list[tuple[str, ...]] = []
-        for request in requests:
-            lines = [self.truncation_warning(request.prompt), *self._without_effect(request)]
-            if request.negative_prompt is not None:
-                lines.append(self.truncation_warning(request.negative_prompt, "negative prompt"))
-            if any(list(itertools.islice(flags, request.num_images))):
-                lines.append("the base's safety checker blacked out an image")
-            found.append(tuple(line for line in lines if line is not None))
-        return tuple(found)
+    def _arguments(self, requests: Sequence[GenerationRequest], pipeline: Any) -> dict[str, Any]:
+        set_area(requests[0], pipeline, self.family)
+        return arguments_of(requests, pipeline, self.family, strength=self._strength(requests[0]))
+
+    def _notes(self, request: GenerationRequest) -> list[str | None]:
+        """Say what of a request has no effect, while its words are known."""
+        lines = [self.truncation_warning(request.prompt), *self._without_effect(request)]
+        if request.negative_prompt is not None:
+            lines.append(self.truncation_warning(request.negative_prompt, "negative prompt"))
+        return lines
 
     def _without_effect(self, request: GenerationRequest) -> list[str]:
         """Name the parameters of a request that change nothing."""
         return parameters_without_effect(request, self.family, self._config.defaults.guidance_scale)
+
+
+def _own_view(pipeline: Any, scheduler: Any) -> Any:
+    """Return a pipeline over the same modules that keeps for itself what a call notes on its pipeline."""
+    view = copy.copy(pipeline)
+    view.scheduler = scheduler
+    return view
+
+
+def _warnings(
+    requests: Sequence[GenerationRequest], notes: Sequence[Sequence[str | None]], blacked_out: Sequence[bool]
+) -> tuple[tuple[str, ...], ...]:
+    flags = iter(blacked_out)
+    found: list[tuple[str, ...]] = []
+    for request, lines in zip(requests, notes, strict=True):
+        is_blacked_out = any(list(itertools.islice(flags, request.num_images)))
+        censored = "the base's safety checker blacked out an image" if is_blacked_out else None
+        found.append(tuple(line for line in (*lines, censored) if line is not None))
+    return tuple(found)
 
 
 def _window(tokenizer: Any) -> int | None:

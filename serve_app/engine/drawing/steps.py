@@ -1,4 +1,4 @@
-"""What happens between two steps of denoising: progress and previews out, cancellation in, the time it ended."""
+"""What happens between two steps of denoising: progress and previews out, cancellation and suspension in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from serve_app.engine.drawing.pixels import are_finite
 from serve_app.engine.drawing.preview import Previewer
 
 OnStep = Callable[[int, int], None]
+# Called where a pass may be suspended; returns when it is to go on.
+BetweenSteps = Callable[[], None]
 
 
 class GenerationCancelled(Exception):
@@ -22,18 +24,24 @@ class StepCallback:
     """The `callback_on_step_end` of one pipeline call.
 
     After the last step, `denoised_at` is the time on `time.perf_counter` and `is_finite` says of each image
-    whether its latents are sound, [n] bool.
+    whether its latents are sound, [n] bool. `paused_s` is how long `between_steps` took altogether.
     """
 
     denoised_at: float
     is_finite: torch.Tensor
 
     def __init__(
-        self, on_step: OnStep | None, is_cancelled: Callable[[], bool] | None, previewer: Previewer | None = None
+        self,
+        on_step: OnStep | None,
+        is_cancelled: Callable[[], bool] | None,
+        previewer: Previewer | None = None,
+        between_steps: BetweenSteps | None = None,
     ) -> None:
         self._on_step = on_step
         self._is_cancelled = is_cancelled
         self._previewer = previewer
+        self._between_steps = between_steps
+        self.paused_s = 0.0
 
     def __call__(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Take note of one step.
@@ -53,4 +61,8 @@ class StepCallback:
             self._on_step(step + 1, steps)
         if self._previewer is not None:
             self._previewer.after(step + 1, steps)
+        if self._between_steps is not None and step + 1 < steps:
+            paused_at = time.perf_counter()
+            self._between_steps()
+            self.paused_s += time.perf_counter() - paused_at
         return tensors

@@ -1,18 +1,16 @@
-"""The jobs of one worker: those that wait, in the queue's order, and those that run, with the books of their work.
+"""The jobs of one worker: those that wait, and those whose pass has begun, with the books of their work.
 
 Owns admission to the queue, deadlines and the choice of what runs next. Must not know threads, pipelines or weights.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
-from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult, PixelImage, Preview, Progress, Scale
+from serve_app.core import GenerationRequest, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter
+from serve_app.engine.worker.job import Job, OnEvent
 from serve_app.engine.worker.pace import LoadStats, LoadTracker
 from serve_app.engine.worker.scheduling import (
     FASTEST_SHARE,
@@ -21,19 +19,57 @@ from serve_app.engine.worker.scheduling import (
     BatchKey,
     QueuedRequest,
     QueuePolicy,
+    batch_of,
     in_order,
     next_batch,
     remaining_after,
     unmeetable_deadlines,
 )
+from serve_app.engine.worker.turns import ChooseTurn, Claim, DeviceBooks, SharingPolicy, next_claim, ranked
 from serve_app.errors import DeadlineExceeded, DeadlineOutOfReach, QueueFull
 from serve_app.work import work_units
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """Jobs that share a pass that has begun; `left` is the part of its work that is still to come.
+
+    `swap_s` and `suspended_s` are how long changes to its adapters took, and how long others had the device.
+    """
+
+    jobs: tuple[Job, ...]
+    units: float
+    began_s: float
+    left: float = 1.0
+    swap_s: float = 0.0
+    suspended_s: float = 0.0
+
+    @property
+    def ticket(self) -> int:
+        """The ticket of its first job."""
+        return self.jobs[0].waiting.job_id
+
+    @property
+    def adapters(self) -> Sequence[tuple[ParsedAdapter, Scale]]:
+        """The adapters that it is drawn with."""
+        return self.jobs[0].adapters
+
+    @property
+    def composition(self) -> AdapterSetKey:
+        """What tells its adapters and their scales from others."""
+        return self.jobs[0].waiting.key.composition
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for one of its jobs."""
+        return not all(job.is_cancelled for job in self.jobs)
 
 
 class JobQueue:
     """What a worker has to do. Not thread-safe: whoever calls holds the worker's lock.
 
-    A job is in `running`, or waits, or has been handed out by `drop_expired` or `clear` to be ended.
+    A job waits, or is in one of `runs`, or has been handed out by `drop_expired`, `ended` or `clear` to be ended.
+    Without `sharing` a run has the device from its beginning to its end.
     """
 
     def __init__(
@@ -45,17 +81,24 @@ class JobQueue:
         max_backlog_s: float | None,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
+        sharing: SharingPolicy | None = None,
+        choose: ChooseTurn = next_claim,
     ) -> None:
         """Start empty; `clock` only grows, `wall_clock` is in seconds since 1970, in which deadlines come."""
         self._books = books
         self._policy = policy
+        self._sharing = sharing
+        self._choose = choose
         self._max_images = max_images
         self._max_backlog_s = max_backlog_s
         self._clock = clock
         self._wall_clock = wall_clock
         self._tickets = 0
         self._waiting: list[Job] = []
-        self.running: tuple[Job, ...] = ()
+        self._holder: int | None = None
+        self._worked_until_s = 0.0
+        self.runs: list[Run] = []
+        self.device_books = DeviceBooks()
 
     def add(
         self,
@@ -79,8 +122,8 @@ class JobQueue:
             priority=request.priority,
             units=work_units(request),
         )
-        self._check_deadline(request, waiting)
         job = Job(request, tuple(adapters), waiting, now_s, on_event)
+        self._check_deadline(job)
         self._tickets += 1
         self._waiting.append(job)
         self._books.arrived(waiting.units, now_s)
@@ -98,23 +141,41 @@ class JobQueue:
             limit = len(self._units()) + len(self.running)
             raise QueueFull(request.base_id, limit, retry_after_s=max(1, round(backlog_s - self._max_backlog_s)))
 
+    @property
+    def running(self) -> tuple[Job, ...]:
+        """The jobs whose pass has begun."""
+        return tuple(job for run in self.runs for job in run.jobs)
+
+    @property
+    def num_suspended(self) -> int:
+        """How many jobs have begun and not the device."""
+        return sum(len(run.jobs) for run in self.runs if run.ticket != self._holder)
+
     def waiting(self) -> list[Job]:
-        """Return the jobs that wait and are still wanted, in order."""
+        """Return the jobs that wait and are still wanted, in the order in which they would run."""
         jobs = {job.waiting.job_id: job for job in self._waiting if not job.is_cancelled}
-        return [jobs[item.job_id] for item in in_order((job.waiting for job in jobs.values()), self._policy)]
+        if self._sharing is None:
+            return [jobs[item.job_id] for item in in_order((job.waiting for job in jobs.values()), self._policy)]
+        claims = self._ranked(map(self._claim_of, jobs.values()), self._sharing)
+        return [jobs[claim.ticket] for claim in claims]
 
     def drop_expired(self) -> list[tuple[Job, DeadlineExceeded]]:
-        """Take out the jobs whose deadline has passed or cannot be met, each with the error that it is to end in."""
+        """Return the jobs whose deadline has passed or cannot be met, each with the error that it is to end in.
+
+        Those that wait are taken out; a run ends by itself once none of its jobs is wanted.
+        """
         jobs = self.waiting()
         tickets = set(
             unmeetable_deadlines([job.waiting for job in jobs], now_s=self._clock(), pace=self._books.measured)
         )
         self._waiting = [job for job in jobs if job.waiting.job_id not in tickets]
-        late = [(job, job.request.due) for job in jobs if job.waiting.job_id in tickets]
-        return [(job, DeadlineExceeded(due.limit_s)) for job, due in late if due is not None]
+        late = [job for job in jobs if job.waiting.job_id in tickets]
+        if self._sharing is not None:
+            late += [job for job in self.running if not job.is_cancelled and self._is_past_deadline(job)]
+        return [(job, DeadlineExceeded(job.request.due.limit_s)) for job in late if job.request.due is not None]
 
     def next(self, applied: AdapterSetKey) -> tuple[Job, ...]:
-        """Return the jobs of the batch that would run now, with `applied` in the weights; none where none waits."""
+        """Return the jobs of the batch that would begin now, with `applied` in the weights; none where none waits."""
         jobs = {job.waiting.job_id: job for job in self._waiting if not job.is_cancelled}
         batch = next_batch(
             (job.waiting for job in jobs.values()),
@@ -125,7 +186,46 @@ class JobQueue:
         )
         return () if batch is None else tuple(jobs[job_id] for job_id in batch.tickets)
 
-    def begin(self, batch: tuple[Job, ...]) -> None:
+    def take_turn(self, applied: AdapterSetKey) -> Run | None:
+        """Give the device to the run that is to have it, begun or not; None where there is nothing to do."""
+        if self._sharing is None:
+            jobs = self.next(applied)
+            return self.begin(jobs) if jobs else None
+        run = next((run for run in self.runs if not run.is_wanted), None)  # ends at once, and makes room
+        if run is None:
+            claim = self._next_claim(applied, self._holder, self._sharing)
+            if claim is None:
+                return None
+            run = next((run for run in self.runs if run.ticket == claim.ticket), None)
+            if run is None:
+                return self.begin(self._batch_of(claim))
+        self._hold(run)
+        self._books.resumed(self._clock(), run.ticket)
+        return run
+
+    def is_to_suspend(self, run: Run, applied: AdapterSetKey) -> bool:
+        """Whether another should have the device before the next step of a run."""
+        if self._sharing is None or not (self._waiting or len(self.runs) > 1):
+            return False
+        if any(not other.is_wanted for other in self.runs):
+            return True
+        claim = self._next_claim(applied, run.ticket, self._sharing)
+        return claim is not None and claim.ticket != run.ticket
+
+    def upcoming(self, applied: AdapterSetKey) -> Sequence[tuple[ParsedAdapter, Scale]]:
+        """Return the adapters that will probably be needed next; none where nothing else is to be done."""
+        if self._sharing is None:
+            jobs = self.next(applied)
+            return jobs[0].adapters if jobs else ()
+        others = [claim for claim in self._claims() if claim.ticket != self._holder]
+        claim = next_claim(
+            others, holder=None, applied=applied, now_s=self._clock(), books=self.device_books, policy=self._sharing
+        )
+        if claim is None:
+            return ()
+        return next(job.adapters for job in (*self.running, *self._waiting) if job.waiting.job_id == claim.ticket)
+
+    def begin(self, batch: tuple[Job, ...]) -> Run:
         """Note that a batch runs, and whom it overtakes."""
         now_s = self._clock()
         tickets = tuple(job.waiting.job_id for job in batch)
@@ -135,122 +235,110 @@ class JobQueue:
         self._waiting = [jobs[item.job_id] for item in left]
         for job, item in zip(self._waiting, left, strict=True):
             job.waiting = item
-        self.running = batch
-        self._books.begun(sum(job.waiting.units for job in batch), now_s)
+        run = Run(batch, sum(job.waiting.units for job in batch), now_s)
+        self.runs.append(run)
+        self._hold(run)
+        self._books.begun(run.units, now_s, run.ticket)
+        return run
 
-    def ended(self, *, denoise_s: float | None) -> None:
-        """Note that nothing runs any more; `denoise_s` is None where the pass made nothing."""
-        self.running = ()
-        self._books.ended(self._clock(), denoise_s=denoise_s)
+    def advanced(self, run: Run, left: float) -> None:
+        """Note that a run has had the device until now, and which part of its work is left."""
+        now_s = self._clock()
+        run.left = left
+        self.device_books.worked({job.request.share for job in run.jobs}, now_s - self._worked_until_s, now_s)
+        self._worked_until_s = now_s
+
+    def changed(self, run: Run, seconds: float) -> None:
+        """Note a change to the adapters of a run that ends now."""
+        run.swap_s += seconds
+        self.device_books.changed(seconds)
+        self._worked_until_s = self._clock()
+
+    def suspended(self, run: Run) -> None:
+        """Note that a run stands still."""
+        self._books.suspended(self._clock(), run.ticket)
+
+    def ended(self, run: Run, *, denoise_s: float | None) -> None:
+        """Note that a run is over; `denoise_s` is None where it made nothing."""
+        self.advanced(run, 0.0)
+        self._holder = None
+        self.runs = [other for other in self.runs if other is not run]
+        self._books.ended(self._clock(), run.ticket, denoise_s=denoise_s)
 
     def clear(self) -> tuple[Job, ...]:
         """Take out everything, and return it."""
         left = (*self.running, *self._waiting)
-        self.running, self._waiting = (), []
+        self.runs, self._waiting = [], []
         return left
 
     def work(self) -> LoadStats:
         """Return what there is to do, in seconds."""
         return self._books.snapshot(self._units(), self._clock())
 
+    def _hold(self, run: Run) -> None:
+        self._holder = run.ticket
+        self._worked_until_s = self._clock()
+
+    def _next_claim(self, applied: AdapterSetKey, holder: int | None, sharing: SharingPolicy) -> Claim | None:
+        return self._choose(
+            self._claims(), holder=holder, applied=applied, now_s=self._clock(), books=self.device_books, policy=sharing
+        )
+
+    def _ranked(self, claims: Iterable[Claim], sharing: SharingPolicy) -> list[Claim]:
+        return ranked(claims, applied=(), now_s=self._clock(), books=self.device_books, policy=sharing)
+
+    def _claims(self) -> list[Claim]:
+        waiting = [self._claim_of(job) for job in self._waiting if not job.is_cancelled]
+        return [*map(self._claim_of_run, self.runs), *waiting]
+
+    def _claim_of(self, job: Job) -> Claim:
+        item, whole_s = job.waiting, self._books.pace.seconds(job.waiting.units)
+        return Claim(
+            item.job_id, item.key.composition, item.arrived_s, whole_s, whole_s, job.request.share, item.priority
+        )
+
+    def _claim_of_run(self, run: Run) -> Claim:
+        """Return the claim of a pass: as urgent as the most urgent of those who share it."""
+        whole_s, pace = self._books.pace.seconds(run.units), self._books.pace
+        return Claim(
+            run.ticket,
+            run.composition,
+            arrived_s=min(job.waiting.arrived_s for job in run.jobs),
+            remaining_s=pace.seconds(run.units * run.left),
+            whole_s=whole_s,
+            share=min((job.request.share for job in run.jobs), key=self.device_books.had_s),
+            priority=max(job.waiting.priority for job in run.jobs),
+            is_begun=True,
+        )
+
+    def _batch_of(self, claim: Claim) -> tuple[Job, ...]:
+        jobs = {job.waiting.job_id: job for job in self.waiting()}
+        order = [job.waiting for job in jobs.values()]
+        batch = batch_of(jobs[claim.ticket].waiting, order, max_images=self._max_images)
+        return tuple(jobs[ticket] for ticket in batch.tickets)
+
+    def _is_past_deadline(self, job: Job) -> bool:
+        return job.waiting.deadline_s is not None and self._clock() >= job.waiting.deadline_s
+
     def _units(self) -> list[float]:
         return [job.waiting.units for job in self._waiting if not job.is_cancelled]
 
-    def _check_deadline(self, request: GenerationRequest, waiting: QueuedRequest) -> None:
+    def _check_deadline(self, job: Job) -> None:
         """Refuse what has no time left, and what would have none even if all before it ran at twice the pace."""
-        if request.due is None or waiting.deadline_s is None:
+        due, item = job.request.due, job.waiting
+        if due is None or item.deadline_s is None:
             return
-        left_s = waiting.deadline_s - waiting.arrived_s
+        left_s = item.deadline_s - item.arrived_s
         if left_s <= 0:
-            raise DeadlineExceeded(request.due.limit_s)
-        ahead_s = self._books.backlog_s(self._units(), waiting.arrived_s)
-        pace = self._books.measured
-        if pace is not None and ahead_s > 0 and FASTEST_SHARE * (ahead_s + pace.seconds(waiting.units)) >= left_s:
-            raise DeadlineOutOfReach(request.due.limit_s)
+            raise DeadlineExceeded(due.limit_s)
+        ahead_s, pace = self._ahead_s(job), self._books.measured
+        if pace is not None and ahead_s > 0 and FASTEST_SHARE * (ahead_s + pace.seconds(item.units)) >= left_s:
+            raise DeadlineOutOfReach(due.limit_s)
 
-
-log = logging.getLogger(__name__)
-
-OnEvent = Callable[[Progress | Preview], None]
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """A submitted request. `future` ends in its result, in an error of `serve_app.errors`, or cancelled.
-
-    Cancelling the future is cancelling the job, from any thread and at any time: a waiting job leaves the
-    queue, a running one stops at the next step unless others share its pass. `on_event` is called on the device
-    thread, and at submission, with whatever a stream tells. `waiting` is the device thread's to replace.
-    """
-
-    request: GenerationRequest
-    adapters: Sequence[tuple[ParsedAdapter, Scale]]
-    waiting: QueuedRequest
-    submitted_at: float
-    on_event: OnEvent | None = None
-    future: Future[GenerationResult] = field(default_factory=Future)
-    is_started: bool = False
-    _position: int | None = None
-    _previews: int = 0
-
-    def cancel(self) -> bool:
-        """Stop wanting the result; False where it is already there."""
-        return self.future.cancel()
-
-    @property
-    def is_cancelled(self) -> bool:
-        """Whether nobody wants the result any more."""
-        return self.future.cancelled()
-
-    def end(self, ending: GenerationResult | Exception) -> None:
-        """Deliver the result or the error, unless nobody wants it or it has ended; from any thread."""
-        # The caller may have left, and a device thread that hung may come back when its jobs have been given up.
-        with contextlib.suppress(InvalidStateError):
-            if isinstance(ending, Exception):
-                self.future.set_exception(ending)
-            else:
-                self.future.set_result(ending)
-
-    def report(self, step: int, steps: int) -> None:
-        """Tell the submitter how far it is; whatever is wrong with a listener stays with this job."""
-        self._tell(Progress(0, step, steps))
-
-    def start(self) -> None:
-        """Note that its pass begins."""
-        self.is_started = True
-        self.place(0)
-
-    def place(self, position: int) -> None:
-        """Tell the submitter how many requests go before it, if that has changed."""
-        if position != self._position:
-            self._position = position
-            self._tell(Progress(position, 0, self.request.planned_steps))
-
-    def show(self, images: Sequence[PixelImage]) -> None:
-        """Give the submitter one preview of each image."""
-        for image_index, image in enumerate(images):
-            self._tell(Preview(self._previews, image_index, image))
-        self._previews += 1
-
-    def _tell(self, event: Progress | Preview) -> None:
-        if self.on_event is None or self.is_cancelled:
-            return
-        try:
-            self.on_event(event)
-        except Exception:
-            log.exception("the listener of request %s failed and is dropped", self.request.request_id)
-            self.on_event = None
-
-    def applied(self) -> tuple[AppliedAdapter, ...]:
-        """Say what was applied for each adapter of the request."""
-        uses = zip(self.request.adapters, self.adapters, strict=True)
-        return tuple(
-            AppliedAdapter(
-                id=use.spec.id,
-                revision=use.spec.revision,
-                scale=scale,
-                layers_matched=adapter.coverage.layers_matched,
-                layers_in_file=adapter.coverage.layers_in_file,
-            )
-            for use, (adapter, scale) in uses
-        )
+    def _ahead_s(self, job: Job) -> float:
+        """Return the work that goes before a request that comes now."""
+        if self._sharing is None:
+            return self._books.backlog_s(self._units(), self._clock())
+        claims = self._ranked([*self._claims(), self._claim_of(job)], self._sharing)
+        places = [claim.ticket for claim in claims]
+        return sum(claim.remaining_s for claim in claims[: places.index(job.waiting.job_id)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from serve_app.work import LatencyEstimator, LatencyModel
 
@@ -47,6 +47,18 @@ class LoadStats:
     pending_fetches: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A pass that has begun: its work, its time on the device before `since_s`, which is None while it stands still."""
+
+    units: float
+    before_s: float
+    since_s: float | None
+
+    def active_s(self, now_s: float) -> float:
+        return self.before_s + (0.0 if self.since_s is None else now_s - self.since_s)
+
+
 class LoadTracker:
     """The books of one worker. Work is in the units of `serve_app.work`. Not thread-safe."""
 
@@ -54,7 +66,7 @@ class LoadTracker:
         """Start with nothing measured: with a guess of the pace, and of a request's work."""
         self._meter = LatencyEstimator(guess)
         self._coming: list[float] = []
-        self._running: tuple[float, float] | None = None
+        self._running: dict[int, _Begun] = {}
         self._mean_units = typical_units
         self._units_per_s = 0.0
         self._requests_per_s = 0.0
@@ -88,30 +100,35 @@ class LoadTracker:
         self._requests_per_s += 1 / LOAD_WINDOW_S
         self._mean_units += NEWEST_SHARE * (units - self._mean_units)
 
-    def begun(self, units: float, now_s: float) -> None:
-        """Note that a pass begins."""
-        self._running = (units, now_s)
+    def begun(self, units: float, now_s: float, run: int = 0) -> None:
+        """Note that a pass begins; `run` tells passes apart where several have begun."""
+        self._running[run] = _Begun(units, 0.0, now_s)
 
-    def ended(self, now_s: float, *, denoise_s: float | None) -> None:
-        """Note that the pass is over; `denoise_s` None where it failed or was cancelled, which teaches nothing."""
-        if self._running is None:
+    def suspended(self, now_s: float, run: int = 0) -> None:
+        """Note that a pass stands still, for others to go on."""
+        if (begun := self._running.get(run)) is not None:
+            self._running[run] = _Begun(begun.units, begun.active_s(now_s), None)
+
+    def resumed(self, now_s: float, run: int = 0) -> None:
+        """Note that a pass goes on."""
+        if (begun := self._running.get(run)) is not None:
+            self._running[run] = replace(begun, since_s=now_s)
+
+    def ended(self, now_s: float, run: int = 0, *, denoise_s: float | None) -> None:
+        """Note that a pass is over; `denoise_s` None where it failed or was cancelled, which teaches nothing."""
+        begun = self._running.pop(run, None)
+        if begun is None or denoise_s is None:
             return
-        units, began_s = self._running
-        self._running = None
-        if denoise_s is None:
-            return
-        self._predicted_s += self._meter.pace.seconds(units)
-        self._busy_s += now_s - began_s
+        active_s = begun.active_s(now_s)
+        self._predicted_s += self._meter.pace.seconds(begun.units)
+        self._busy_s += active_s
         self._passes += 1
-        self._meter.observe(units=units, denoise_s=denoise_s, other_s=now_s - began_s - denoise_s)
+        self._meter.observe(units=begun.units, denoise_s=denoise_s, other_s=active_s - denoise_s)
 
     def backlog_s(self, waiting: Iterable[float], now_s: float) -> float:
         """Return the seconds of work ahead; `waiting` is the work of each request in the queue."""
         pace = self._meter.pace
-        running_s = 0.0
-        if self._running is not None:
-            units, began_s = self._running
-            running_s = max(0.0, pace.seconds(units) - (now_s - began_s))
+        running_s = sum(max(0.0, pace.seconds(one.units) - one.active_s(now_s)) for one in self._running.values())
         return running_s + sum(map(pace.seconds, waiting)) + sum(map(pace.seconds, self._coming))
 
     def snapshot(self, waiting: Iterable[float], now_s: float) -> LoadStats:

@@ -13,8 +13,9 @@ from torch import Tensor
 from serve_app.core import GenerationRequest, GenerationResult, PixelImage, Timings
 from serve_app.engine.drawing.arguments import seeds_of
 from serve_app.engine.drawing.pipeline import BasePipeline
-from serve_app.engine.drawing.steps import GenerationCancelled
-from serve_app.engine.worker.jobs import Job
+from serve_app.engine.drawing.steps import BetweenSteps, GenerationCancelled
+from serve_app.engine.worker.job import Job
+from serve_app.engine.worker.jobs import Run
 from serve_app.engine.worker.memory import OomRecovery
 from serve_app.errors import LoraplexError, OutOfMemory, ReplicaLost
 
@@ -60,16 +61,26 @@ class BatchRunner:
     """Draws batches. A job whose images did not fit beside others is drawn again, image by image, once."""
 
     def __init__(
-        self, pipeline: BasePipeline, room: OomRecovery, *, on_step: OnJobsStep, is_aborting: Callable[[], bool]
+        self,
+        pipeline: BasePipeline,
+        room: OomRecovery,
+        *,
+        bind: Callable[[], None],
+        on_step: OnJobsStep,
+        between_steps: BetweenSteps,
+        is_aborting: Callable[[], bool],
     ) -> None:
+        """`bind` sees to it that the batch's adapters are applied."""
         self._pipeline = pipeline
         self._memory = room
+        self._bind = bind
         self._on_step = on_step
+        self._between_steps = between_steps
         self._is_aborting = is_aborting
         self._denoise_ms = self._decode_ms = 0.0
 
     def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> BatchOutput:
-        """Run jobs that share a batch key; `words` are their adapter's tokens. The caller has applied the adapters.
+        """Run jobs that share a batch key; `words` are their adapter's tokens.
 
         Raises:
             GenerationCancelled: the worker is aborting.
@@ -105,14 +116,16 @@ class BatchRunner:
         if not parts:
             return
         jobs = [shares[part.request_index].job for part in parts]
+        self._bind()
         try:
-            with self._pipeline.with_ti_tokens(words):
-                outcome = self._pipeline.generate(
-                    [part.of(job.request) for part, job in zip(parts, jobs, strict=True)],
-                    on_step=lambda step, steps: self._on_step(jobs, step, steps),
-                    is_cancelled=lambda: self._is_aborting() or all(job.is_cancelled for job in jobs),
-                    on_preview=None if is_again else lambda images: _show(jobs, images),
-                )
+            outcome = self._pipeline.generate(
+                [part.of(job.request) for part, job in zip(parts, jobs, strict=True)],
+                on_step=lambda step, steps: self._on_step(jobs, step, steps),
+                is_cancelled=lambda: self._is_aborting() or all(job.is_cancelled for job in jobs),
+                on_preview=None if is_again else lambda images: _show(jobs, images),
+                between_steps=self._between_steps,
+                words=words,
+            )
         except GenerationCancelled:
             if self._is_aborting():
                 raise
@@ -200,17 +213,15 @@ def _passes(counts: Sequence[int], at_most: int) -> Iterator[Pass]:
         yield tuple(pending)
 
 
-def results_of(
-    drawn: BatchOutput, *, device: str, started_s: float, applied_s: float
-) -> list[GenerationResult | Exception]:
-    """Return each job's result or error.
-
-    The times, queueing apart, are those of the whole batch, which began at `started_s` and had its adapters applied
-    at `applied_s`, on the clock of the jobs' submission.
-    """
-    swap_ms = (applied_s - started_s) * 1e3
-    timings = Timings(swap_ms=swap_ms, denoise_ms=drawn.denoise_ms, decode_ms=drawn.decode_ms)
-    return [share.error or _result(share, timings, device, started_s) for share in drawn.shares]
+def results_of(drawn: BatchOutput, run: Run, *, device: str) -> list[GenerationResult | Exception]:
+    """Return each job's result or error; the times, queueing apart, are those of the whole batch."""
+    timings = Timings(
+        swap_ms=run.swap_s * 1e3,
+        suspended_ms=run.suspended_s * 1e3,
+        denoise_ms=drawn.denoise_ms,
+        decode_ms=drawn.decode_ms,
+    )
+    return [share.error or _result(share, timings, device, run.began_s) for share in drawn.shares]
 
 
 def _result(share: JobOutput, timings: Timings, device: str, started_s: float) -> GenerationResult:

@@ -128,14 +128,16 @@ def next_batch(
     no turn.
     """
     order = in_order(waiting, policy)
-    if not order:
-        return None
-    first = _first(order, applied, now_s, policy)
+    return batch_of(_first(order, applied, now_s, policy), order, max_images=max_images) if order else None
+
+
+def batch_of(first: QueuedRequest, order: Sequence[QueuedRequest], *, max_images: int) -> Batch:
+    """Return the pass that `first` begins: itself, and those of `order` that can share it and still fit."""
     tickets, num_images = [first.job_id], first.num_images
     for item in order:
         if num_images >= max_images:
             break
-        if item is not first and item.key == first.key and num_images + item.num_images <= max_images:
+        if item.job_id != first.job_id and item.key == first.key and num_images + item.num_images <= max_images:
             tickets.append(item.job_id)
             num_images += item.num_images
     return Batch(first.key, tuple(tickets), num_images)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from serve_app.core import GenerationResult
-from serve_app.engine.worker.jobs import Job
+from serve_app.engine.worker.job import Job
 from serve_app.observability.tracing import record
 
 log = logging.getLogger(__name__)
@@ -51,12 +51,12 @@ def trace_dropped(job: Job, error: Exception, *, now_s: float) -> None:
 def _trace_image(job: Job, result: GenerationResult, *, began_s: float, ended_s: float) -> None:
     request, timings = job.request, result.timings
     swap_s, denoise_s, decode_s = timings.swap_ms / 1e3, timings.denoise_ms / 1e3, timings.decode_ms / 1e3
-    pass_s = ended_s - began_s
+    pass_s, suspended_s = ended_s - began_s, timings.suspended_ms / 1e3
     # Decoding comes last and denoising right before it: what else a pass does lies between swap and denoising.
     record("swap", request.trace, began_ago_s=pass_s, lasted_s=swap_s)
     record(
-        "denoise", request.trace, began_ago_s=denoise_s + decode_s, lasted_s=denoise_s,
+        "denoise", request.trace, began_ago_s=suspended_s + denoise_s + decode_s, lasted_s=suspended_s + denoise_s,
         steps=request.planned_steps, images=result.batch_size,
-        pixels=request.width * request.height * result.batch_size,
+        pixels=request.width * request.height * result.batch_size, suspended_ms=round(timings.suspended_ms),
     )  # fmt: skip
     record("decode", request.trace, began_ago_s=decode_s, lasted_s=decode_s, images=result.batch_size)

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -25,60 +24,24 @@ from serve_app.engine.weights.integrity import ThrottledChecker
 from serve_app.engine.weights.prefetch import SwapPrefetcher
 from serve_app.engine.weights.shortage import is_out_of_memory
 from serve_app.engine.worker.device_health import DeviceHealth
-from serve_app.engine.worker.jobs import Job, JobQueue, OnEvent
-from serve_app.engine.worker.memory import OomCounts, OomRecovery
-from serve_app.engine.worker.pace import LoadStats, LoadTracker, guess_of
+from serve_app.engine.worker.greenlets import RunGreenlets
+from serve_app.engine.worker.job import Job, OnEvent
+from serve_app.engine.worker.jobs import JobQueue, Run
+from serve_app.engine.worker.memory import OomRecovery
+from serve_app.engine.worker.pace import LoadTracker, guess_of
 from serve_app.engine.worker.passes import BatchRunner, no_room_for_adapters, results_of
 from serve_app.engine.worker.scheduling import AdapterSetKey, QueuePolicy, batch_key
+from serve_app.engine.worker.state import WorkerState
 from serve_app.engine.worker.traces import log_start, trace_dropped, trace_pass
+from serve_app.engine.worker.turns import ChooseTurn, SharingPolicy, next_claim
 from serve_app.errors import InternalError, LoraplexError, OutOfMemory, ReplicaLost, strip_traceback
-from serve_app.work import LatencyModel, work_units
+from serve_app.work import work_units
 
 log = logging.getLogger(__name__)
 
-NO_WORK = LoadStats(0.0, guess_of("cpu"), 0.0, 0.0, 0.0, 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerState:
-    """What a worker is doing: requests waiting and running, the adapters in the weights, and whether it can go on.
-
-    `steps` counts the denoising steps run since the start, whoever they were for.
-
-    `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
-    is broken for good shows as a number that grows. `is_corrupt` says that the loaded weights have changed, after
-    which the worker takes nothing more; `self_checks` counts the times that all of them were found sound. `is_lost`
-    says the same of the device itself, and `stalled_s` for how long it has made no headway though there is work.
-    `prepared` counts the swaps that had been prepared while the batch before them ran. `work` is the same in seconds.
-    """
-
-    waiting: int
-    running: int
-    applied: AdapterSetKey
-    is_alive: bool
-    failed_batches: int
-    steps: int = 0
-    is_corrupt: bool = False
-    self_checks: int = 0
-    prepared: int = 0
-    work: LoadStats = NO_WORK
-    is_lost: bool = False
-    stalled_s: float = 0.0
-    shortages: OomCounts = OomCounts()
-
-    @property
-    def backlog_s(self) -> float:
-        """Seconds of work that run, wait or are on their way here."""
-        return self.work.backlog_s
-
-    @property
-    def pace(self) -> LatencyModel:
-        """The pace measured of late."""
-        return self.work.pace
-
 
 class EngineWorker:
-    """Runs requests on one base, batch after batch, in a thread of its own.
+    """Runs requests on one base in a thread of its own, batch after batch or taking turns between their steps.
 
     Nothing but that thread touches the pipeline and the weights, except that a helper may prepare the next swap.
     Every job that was accepted ends: in its result, an error or its cancellation. What goes wrong in a batch reaches
@@ -96,6 +59,8 @@ class EngineWorker:
         prepares_ahead: bool = False,
         self_check: ThrottledChecker | None = None,
         policy: QueuePolicy | None = None,
+        sharing: SharingPolicy | None = None,
+        choose: ChooseTurn = next_claim,
         max_backlog_s: float | None = None,
         typical_units: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
@@ -110,7 +75,9 @@ class EngineWorker:
             torch_threads: How many threads it computes with; None leaves torch's own choice.
             prepares_ahead: Fuse the next batch's adapters while a batch runs; on a CPU the batch pays for it.
             self_check: Checks the loaded weights between batches and while nothing waits.
-            policy: How far the order of arrival may be broken.
+            policy: How far the order of arrival may be broken where runs do not take turns.
+            sharing: How runs take turns between two steps; None where each has the device to its end.
+            choose: Decides whose turn it is.
             max_backlog_s: Beyond how much work nothing more is accepted; None for no such limit.
             typical_units: The work of a request, until there have been some.
             clock: Seconds that only grow.
@@ -128,7 +95,10 @@ class EngineWorker:
             max_backlog_s=max_backlog_s,
             clock=clock,
             wall_clock=wall_clock,
+            sharing=sharing,
+            choose=choose,
         )
+        self._greenlets = RunGreenlets(self._run)
         self._changed = threading.Condition()
         self._is_closing = False
         self._is_aborting = False
@@ -204,6 +174,9 @@ class EngineWorker:
                 is_lost=self._soundness.is_lost,
                 stalled_s=self._clock() - self._last_progress_s if self._has_work else 0.0,
                 shortages=self._memory.shortages,
+                suspended=self._queue.num_suspended,
+                changes=self._queue.device_books.changes,
+                changing_s=self._queue.device_books.changing_s,
             )
 
     def close(self, *, is_draining: bool = False) -> None:
@@ -229,6 +202,8 @@ class EngineWorker:
     def _work(self) -> None:
         if self._torch_threads is not None:
             torch.set_num_threads(self._torch_threads)  # counts for the thread that says it
+        # So does this: a pass that is suspended inside `no_grad` would hand its state to the next, and take its own.
+        torch.set_grad_enabled(False)
         try:
             while self._turn():
                 pass
@@ -238,68 +213,78 @@ class EngineWorker:
                 self._prefetcher.close()
 
     def _turn(self) -> bool:
-        """Run the next batch; False when there will be no more. Its jobs and tensors are let go on return."""
-        jobs = self._take()
-        if not jobs:
+        """Have one run go on until it ends or is set aside; False when there will be no more."""
+        run = self._take()
+        if run is None:
+            for left in self._greenlets.suspended:
+                self._go_on(left)  # which ends it, as the worker is stopping
             return False
-        self._report_positions(jobs)
-        log_start(jobs)
-        began_s = self._clock()
-        endings = self._run(jobs)
-        trace_pass(jobs, endings, began_s=began_s, ended_s=self._clock())
-        with self._changed:
-            self._queue.ended(denoise_s=_denoise_s(endings))
-        for job, ending in zip(jobs, endings, strict=True):
-            job.end(ending)
-        self._soundness.check_slice()
+        self._go_on(run)
         return True
 
-    def _take(self) -> tuple[Job, ...]:
-        """Wait for the next batch and return its jobs; none when there will be no more."""
+    def _go_on(self, run: Run) -> None:
+        endings = self._greenlets.go_on(run)
+        if endings is None:
+            return
+        trace_pass(run.jobs, endings, began_s=run.began_s, ended_s=self._clock())
+        with self._changed:
+            self._queue.ended(run, denoise_s=_denoise_s(endings))
+        for job, ending in zip(run.jobs, endings, strict=True):
+            job.end(ending)
+        self._soundness.check_slice()
+
+    def _take(self) -> Run | None:
+        """Wait for a run that is to have the device, and return it; None when there will be no more."""
         while self._soundness.is_healthy:
             with self._changed:
                 if self._is_aborting:
                     break
                 self._last_progress_s = self._clock()
                 late = self._queue.drop_expired()
-                if jobs := self._queue.next(self._applied):
-                    self._queue.begin(jobs)
-                is_over = self._is_closing and not jobs
-                is_idle = not (jobs or late or is_over) and not self._changed.wait(self._soundness.pause_s)
+                run = self._queue.take_turn(self._applied)
+                is_over = self._is_closing and run is None
+                is_idle = not (run or late or is_over) and not self._changed.wait(self._soundness.pause_s)
             for job, error in late:
                 trace_dropped(job, error, now_s=self._clock())
                 job.end(error)
-            if jobs or is_over:
-                return jobs
+            if run is not None or is_over:
+                return run
             if is_idle:
                 self._soundness.check_slice()
-        return ()
+        return None
 
     def _prefetch_next(self) -> None:
-        """Have the adapters of the next batch fused, as far as one can know which that will be."""
+        """Have the adapters of the next run fused, as far as one can know which that will be."""
         if self._prefetcher is None:
             return
         with self._changed:
-            jobs = self._queue.next(self._applied)
-        if jobs:
-            self._prefetcher.prepare(jobs[0].adapters)
+            adapters = self._queue.upcoming(self._applied)
+        self._prefetcher.prepare(adapters)
 
     @property
     def _has_work(self) -> bool:
         return bool(self._queue.running or self._queue.waiting())
 
-    def _report_positions(self, running: Sequence[Job]) -> None:
+    @property
+    def _is_stopping(self) -> bool:
+        """Whether no run is to go on."""
+        return self._is_aborting or not self._soundness.is_healthy
+
+    def _report_positions(self, run: Run) -> None:
         with self._changed:
-            waiting = self._queue.waiting()
-        for job in running:
+            waiting, begun = self._queue.waiting(), len(self._queue.running)
+        for job in run.jobs:
             job.start()
         for index, job in enumerate(waiting):
-            job.place(len(running) + index)
+            job.place(begun + index)
 
-    def _run(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
-        """Run one batch and return how it ended for each of its jobs."""
+    def _run(self, run: Run) -> Sequence[GenerationResult | Exception]:
+        """Draw one run and return how it ended for each of its jobs; in its greenlet."""
+        jobs = run.jobs
+        self._report_positions(run)
+        log_start(jobs)
         try:
-            endings = self._draw(jobs)
+            endings = self._draw(run)
         except GenerationCancelled:
             return self._lost(jobs)
         except LoraplexError as error:
@@ -316,17 +301,22 @@ class EngineWorker:
             )
         return endings if self._soundness.is_healthy else self._lost(jobs)
 
-    def _draw(self, jobs: Sequence[Job]) -> Sequence[GenerationResult | Exception]:
-        """Apply the adapters of a batch and draw it, each tried once more with memory freed where that runs out."""
-        started_s = self._clock()
-        if not self._memory.run_with_oom_retry(lambda: self._apply(jobs[0].adapters)):
-            return [no_room_for_adapters(job) for job in jobs]
-        applied_s = self._clock()
+    def _draw(self, run: Run) -> Sequence[GenerationResult | Exception]:
+        """Apply the adapters of a run and draw it, each tried once more with memory freed where that runs out."""
+        if not self._memory.run_with_oom_retry(lambda: self._bind(run)):
+            return [no_room_for_adapters(job) for job in run.jobs]
         self._prefetch_next()
-        passes = BatchRunner(self._pipeline, self._memory, on_step=self._report, is_aborting=lambda: self._is_aborting)
-        drawn = passes.draw(jobs, words_of(adapter for adapter, _ in jobs[0].adapters))
-        endings = results_of(drawn, device=self._pipeline.device_name, started_s=started_s, applied_s=applied_s)
-        self._failed_batches = self._failed_batches + 1 if self._is_starved(jobs, endings) else 0
+        passes = BatchRunner(
+            self._pipeline,
+            self._memory,
+            bind=lambda: self._bind(run),
+            on_step=lambda jobs, step, steps: self._report(run, jobs, step, steps),
+            between_steps=lambda: self._yield_device(run),
+            is_aborting=lambda: self._is_stopping,
+        )
+        drawn = passes.draw(run.jobs, words_of(adapter for adapter, _ in run.adapters))
+        endings = results_of(drawn, run, device=self._pipeline.device_name)
+        self._failed_batches = self._failed_batches + 1 if self._is_starved(run.jobs, endings) else 0
         return endings
 
     def _is_starved(self, jobs: Sequence[Job], endings: Sequence[object]) -> bool:
@@ -337,10 +327,14 @@ class EngineWorker:
     def _lost(self, jobs: Sequence[Job]) -> list[GenerationResult | Exception]:
         return [ReplicaLost(self._pipeline.base_id, attempts=1, reason=self._soundness.failure_reason) for _ in jobs]
 
-    def _apply(self, adapters: Sequence[tuple[ParsedAdapter, Scale]]) -> None:
+    def _bind(self, run: Run) -> None:
+        """Have the run's adapters in the weights, and only those."""
+        if self._applied == run.composition:
+            return
+        began_s = self._clock()
         applier = self._weights if self._prefetcher is None else self._prefetcher
         try:
-            applier.apply(adapters)
+            applier.apply(run.adapters)
         except Exception as error:
             if not is_out_of_memory(error):  # else once there is room for the check
                 self._soundness.check_all()
@@ -348,13 +342,36 @@ class EngineWorker:
         finally:
             self._applied = self._weights.applied
             self._last_progress_s = self._clock()
+            with self._changed:
+                self._queue.changed(run, self._last_progress_s - began_s)
 
-    def _report(self, jobs: Sequence[Job], step: int, steps: int) -> None:
+    def _report(self, run: Run, jobs: Sequence[Job], step: int, steps: int) -> None:
         self._steps += 1
         self._last_progress_s = self._clock()
+        with self._changed:
+            self._queue.advanced(run, left=1 - step / steps)
         self._prefetch_next()
         for job in jobs:
             job.report(step, steps)
+
+    def _yield_device(self, run: Run) -> None:
+        """Set a run aside where another's turn has come, until its own comes again.
+
+        Raises:
+            GenerationCancelled: nobody wants it any more.
+        """
+        with self._changed:
+            if not self._queue.is_to_suspend(run, self._applied):
+                return
+            self._queue.suspended(run)
+        for job in run.jobs:
+            job.set_aside()
+        since_s = self._clock()
+        self._greenlets.suspend()
+        run.suspended_s += self._clock() - since_s
+        if self._is_stopping or not run.is_wanted:
+            raise GenerationCancelled
+        self._bind(run)
 
     def _abandon(self, why: str | None = None) -> None:
         """Fail all remaining jobs when the thread ends, for whatever reason."""

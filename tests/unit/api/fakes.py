@@ -138,7 +138,7 @@ class FakeGateway:
             images=tuple(gradient(width, height, shade) for shade in range(draft.num_images)),
             seeds=tuple(seed + i for i in range(draft.num_images)),
             adapters=tuple(AppliedAdapter(ref.id, "0123abcd", ref.scale, 48, 50) for ref in draft.adapters),
-            timings=Timings(1.0, 2.0, 3.25, 400.0, 50.0),
+            timings=Timings(1.0, 2.0, 3.25, 7.0, 400.0, 50.0),
             compute_s=0.4531,
             device="cpu",
             batch_size=1,

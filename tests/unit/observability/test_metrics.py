@@ -210,7 +210,9 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     ingress.retried("demo/sd15", "died")
     ingress.aliases_known(1)
     ingress.access_checked("ok")
-    replica.served(Timings(), batch_size=1)
+    replica.served(Timings(denoise_ms=1.0), batch_size=1)
+    replica.shared("", 1.0)
+    replica.changed(changes=1, changing_s=1.0)
     replica.adapter_found("host")
     replica.file_fetched("hub")
     replica.host_tier(used_bytes=1, evictions=1)
@@ -225,3 +227,21 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     TracingMetrics(METERS).sent(3, True)
     ProxyMetrics(METERS).lost("resent")
     assert {name for name, _, _ in points} == {declared.name for declared in DECLARED} | set(FORMER_NAMES.values())
+
+
+def test_a_request_s_slowdown_counts_its_waits_against_its_time_on_the_device(points: Any) -> None:
+    timings = Timings(queue_ms=500.0, suspended_ms=1500.0, swap_ms=100.0, denoise_ms=800.0, decode_ms=100.0)
+    ReplicaMetrics("demo/sd15", METERS).served(timings, batch_size=1)
+    assert ("loraplex_slowdown", 3.0, {"base": "demo/sd15"}) in Remembered.points
+
+
+def test_callers_shares_of_a_device_are_told_by_few_hashes(points: Any) -> None:
+    Remembered.points.clear()
+    replica = ReplicaMetrics("demo/sd15", METERS, clock=lambda: 0.0)
+    for number in range(100):
+        replica.shared(f"{number:016x}", 1.0)
+    replica.shared("", 2.0)
+    told = [labels["share"] for name, _, labels in Remembered.points if name == "loraplex_share_device_seconds"]
+    assert len(set(told)) == 16 + 2
+    assert told[-1] == "none"
+    assert told.count("other") == 84

@@ -60,7 +60,8 @@ export class Card {
     if (step > 0) this.bar.value = step;
     else this.bar.removeAttribute("value");
     const waiting = position === null ? "On its way to a replica" : `Waiting, ${plural(position, "request")} ahead`;
-    this.said.textContent = step > 0 || position === 0 ? `Step ${step} of ${steps}` : waiting;
+    const drawing = `Step ${step} of ${steps}${position > 0 ? ", set aside for shorter requests" : ""}`;
+    this.said.textContent = step > 0 || position === 0 ? drawing : waiting;
     return this.said.textContent;
   }
 

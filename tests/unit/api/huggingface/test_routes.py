@@ -198,7 +198,9 @@ def test_the_headers_tell_how_the_image_came_about(client: TestClient, gateway: 
     }
     assert {name: response.headers.get(name) for name in expected} == expected
     timing = response.headers["server-timing"]
-    assert timing.startswith("queue;dur=1.0, fetch;dur=2.0, swap;dur=3.2, denoise;dur=400.0, decode;dur=50.0, ")
+    assert timing.startswith(
+        "queue;dur=1.0, fetch;dur=2.0, swap;dur=3.2, suspended;dur=7.0, denoise;dur=400.0, decode;dur=50.0, "
+    )
     assert re.search(r"parse;dur=[0-9.]+, hop;dur=[0-9.]+, encode;dur=[0-9.]+, total;dur=[0-9.]+$", timing)
     exposed = response.headers["access-control-expose-headers"].split(", ")
     assert {*expected, "server-timing"} <= set(exposed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.autoscaling import ScalingRule
@@ -31,7 +31,7 @@ BY_HAND = Profile(
     sources={},
     unproved=(),
 )
-LORAPLEX, LEAST_WORK, RANDOM_TWO, LEAST_LOADED, LATE, RAY, HASH, AFFINITY, BLOG = POLICIES
+LORAPLEX, WHOLE, SPREAD, LEAST_WORK, RANDOM_TWO, LEAST_LOADED, LATE, RAY, HASH, AFFINITY, BLOG = POLICIES
 
 
 def asked(*requests: tuple[float, str]) -> Workload:
@@ -208,3 +208,36 @@ def test_new_replicas_get_what_the_first_has_not_taken_on() -> None:
     }
     assert worst[16] == 80
     assert worst[2] < 40
+
+
+# One image of 20 steps takes 20 s, on the base alone without a swap.
+BY_STEPS = replace(BY_HAND, bases={"*": BaseTimings(LatencyModel(0.0, 1 / (2 * 1.024**2 * 1000**2 / 1e6)), 4.0)})
+
+
+def images(*requests: tuple[float, int]) -> Workload:
+    """Return one request a pair of a time and a number of images of 20 s each."""
+    return Workload(tuple(Arrival(at_s, "b", (), steps=20, images=count) for at_s, count in requests), {})
+
+
+def test_a_short_request_overtakes_a_long_one_at_its_next_step() -> None:
+    workload = images((0, 8), (10.5, 1))
+    assert list(play(workload, LORAPLEX, 1, BY_STEPS).latencies_s) == pytest.approx([180, 16 + 20 - 10.5 + 0])
+    assert list(play(workload, WHOLE, 1, BY_STEPS).latencies_s) == pytest.approx([160, 160 + 20 - 10.5])
+
+
+def test_a_request_s_images_are_drawn_where_each_would_end_first() -> None:
+    alone = list(play(images((0, 8)), SPREAD, 4, BY_STEPS).latencies_s)
+    assert alone == pytest.approx([40])
+    assert list(play(images((0, 8)), LORAPLEX, 4, BY_STEPS).latencies_s) == pytest.approx([160])
+    assert list(play(images((0, 2)), SPREAD, 2, BY_STEPS).latencies_s) == pytest.approx([20 * 1.15])
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.floats(0, 300), st.sampled_from([1, 2, 8])), min_size=1, max_size=25), st.integers(1, 3))
+def test_taking_turns_loses_no_work_and_spreading_no_image(asked_for: list[tuple[float, int]], replicas: int) -> None:
+    workload = images(*sorted(asked_for))
+    whole = play(workload, WHOLE, replicas, BY_STEPS)
+    shared = play(workload, LORAPLEX, replicas, BY_STEPS)
+    assert shared.busy_s == pytest.approx(whole.busy_s)
+    assert min(shared.latencies_s) >= 20 - 1e-6
+    assert min(play(workload, SPREAD, replicas, BY_STEPS).latencies_s) >= 20 - 1e-6

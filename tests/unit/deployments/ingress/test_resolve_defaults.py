@@ -199,3 +199,10 @@ def test_schedulers_go_by_the_names_that_people_type() -> None:
     assert settled(UnresolvedRequest("p", scheduler="DPM++ 2M Karras")).scheduler == "DPM++ 2M Karras"
     with pytest.raises(UnknownScheduler):
         settled(UnresolvedRequest("p", scheduler="Euler z"))
+
+
+def test_each_key_is_a_share_that_does_not_tell_its_name() -> None:
+    first, again, other = (settled(UnresolvedRequest("p", key=key)).share for key in ("mobile", "mobile", "batch"))
+    assert first == again != other
+    assert "mobile" not in first
+    assert settled(UnresolvedRequest("p")).share == ""

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from serve_app.deployments.replica.fail_fast import FailFast
-from serve_app.engine.worker.worker import WorkerState
+from serve_app.engine.worker.state import WorkerState
 
 WELL = WorkerState(waiting=0, running=1, applied=(), is_alive=True, failed_batches=0)
 

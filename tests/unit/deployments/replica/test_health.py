@@ -14,7 +14,7 @@ from serve_app.deployments.replica.health import (
     diagnose,
     stall_after_s,
 )
-from serve_app.engine.worker.worker import WorkerState
+from serve_app.engine.worker.state import WorkerState
 
 WELL = WorkerState(
     waiting=3, running=1, applied=(), is_alive=True, failed_batches=MAX_FAILED_BATCHES - 1, stalled_s=STALL_AFTER_S

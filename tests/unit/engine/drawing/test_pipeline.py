@@ -334,3 +334,18 @@ def test_each_text_is_encoded_once_and_alone_for_all_images_of_a_pass(
     shares = [images for images in outcome.images if isinstance(images, tuple)]
     assert [len(images) for images in shares] == [1, 2]
     assert largest_difference(shares[0][0], one_image(pipeline, single)) <= 1
+
+
+def test_a_pass_between_the_steps_of_another_changes_no_bit_of_either(pipeline: BasePipeline) -> None:
+    outer = request(steps=4, negative_prompt="red", num_previews=2, prompt="a dog")
+    mask = PixelMask(64, 64, bytes(64 * 32) + bytes([255]) * (64 * 32))
+    inner = [request(image=photo(), strength=0.8, mask=mask), request(scheduler="DPMSolverMultistepScheduler")]
+    expected = [one_image(pipeline, wanted) for wanted in (outer, *inner)]
+    drawn: list[PixelImage] = []
+
+    def other() -> None:
+        drawn.append(one_image(pipeline, inner[len(drawn) % 2]))
+
+    (images,) = pipeline.generate([outer], between_steps=other, on_preview=lambda _: None).images
+    assert images == (expected[0],)
+    assert drawn == [expected[1], expected[2], expected[1]]

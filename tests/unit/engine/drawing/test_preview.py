@@ -16,7 +16,7 @@ from serve_app.engine.base.loading import resolve_source
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.preview import estimate_finished, fit_latent_colours, preview_steps
 from serve_app.engine.weights.fused import FusedWeights
-from serve_app.engine.worker.jobs import OnEvent
+from serve_app.engine.worker.job import OnEvent
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.families.schedulers import SCHEDULERS
 from serve_app.settings import ModelSource

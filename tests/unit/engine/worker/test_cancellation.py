@@ -12,7 +12,7 @@ import pytest
 
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.engine.weights.fused import FusedWeights
-from serve_app.engine.worker.jobs import Job
+from serve_app.engine.worker.job import Job
 from serve_app.engine.worker.worker import EngineWorker
 from tests.engine_cases import on_steps, one_image, parsed_adapter, request, use_of, wrap
 from tests.tiny import tiny_pipeline

@@ -23,7 +23,7 @@ from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.prefetch import SwapPrefetcher
 from serve_app.engine.weights.shortage import is_out_of_memory
 from serve_app.engine.worker.device_health import is_fatal
-from serve_app.engine.worker.jobs import Job
+from serve_app.engine.worker.job import Job
 from serve_app.engine.worker.memory import RECOVERY_S
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import OutOfMemory

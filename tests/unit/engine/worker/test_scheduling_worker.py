@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.core import GenerationRequest, WallClockDeadline
 from serve_app.engine.weights.fused import FusedWeights
-from serve_app.engine.worker.jobs import Job
+from serve_app.engine.worker.job import Job
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, DeadlineOutOfReach, QueueFull

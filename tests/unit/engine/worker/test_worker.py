@@ -17,7 +17,7 @@ from serve_app.core import AppliedAdapter, GenerationRequest, GenerationResult, 
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.weights.fused import FusedWeights
-from serve_app.engine.worker.jobs import Job
+from serve_app.engine.worker.job import Job
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import InternalError, OutOfBounds, ReplicaLost
 from serve_app.refusals import NonFinite

@@ -14,7 +14,8 @@ from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter, b
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
-from serve_app.engine.worker.worker import EngineWorker, WorkerState
+from serve_app.engine.worker.state import WorkerState
+from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import InternalError, ReplicaLost
 from tests.engine_cases import on_steps, parsed_adapter, request, use_of, wrap
 from tests.tiny import tiny_pipeline

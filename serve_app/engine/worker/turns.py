@@ -1,0 +1,211 @@
+"""Who has the device for the next step: pure decisions, no thread, no tensor.
+
+Owns the order of passes that may be suspended between two steps and of requests that have not begun, the books of
+device time that the order goes by, and what a change of adapters may cost. Used by the device thread and by the
+simulator. Must not know pipelines or weights; every time is handed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve_app.core import Priority
+from serve_app.engine.worker.scheduling import AdapterSetKey
+
+# What changes of adapters may take of the device's time, for the sake of taking turns.
+MAX_CHANGE_SHARE = 0.03
+# Time without changes counts for later ones as far back as this.
+CREDIT_WINDOW_S = 300.0
+# The device time that a caller has had is forgotten with this time constant.
+FAIRNESS_WINDOW_S = 20.0
+# The newest change's share in what a change is taken to cost.
+NEWEST_CHANGE = 0.2
+# A second of waiting counts as so much less work: among requests that are alike, the older one goes first.
+AGE_SHARE = 0.15
+_FORGOTTEN_S = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class SharingPolicy:
+    """How passes take turns on one device.
+
+    At most `max_in_progress` passes have begun and not ended. A request whose slowdown, the time from its arrival to
+    its end over the time that it takes alone, would reach `max_slowdown` even if it ran now goes before all others of
+    its caller that arrived later. For one of priority "batch" that time begins `batch_delay_s` after its arrival.
+    """
+
+    max_in_progress: int = 8
+    max_slowdown: float = 10.0
+    batch_delay_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What may have the device next: a pass that has begun, or a request that waits.
+
+    `ticket` names it, `share` is whose it is. `remaining_s` is the device time that it still needs, `whole_s` what it
+    needs in all.
+    """
+
+    ticket: int
+    composition: AdapterSetKey
+    arrived_s: float
+    remaining_s: float
+    whole_s: float
+    share: str = ""
+    priority: Priority = "interactive"
+    is_begun: bool = False
+
+    def is_overdue(self, now_s: float, policy: SharingPolicy) -> bool:
+        """Whether its slowdown would reach the bound even if it ran now to its end."""
+        since_s = self.arrived_s + (policy.batch_delay_s if self.priority == "batch" else 0.0)
+        return now_s - since_s + self.remaining_s >= policy.max_slowdown * self.whole_s
+
+
+class DeviceBooks:
+    """The device time that each caller has had, and what changes of adapters took. Not thread-safe."""
+
+    def __init__(self, change_s: float = 0.0) -> None:
+        """Start with nothing used; `change_s` is what a change is taken to cost until one was measured."""
+        self.change_s = change_s
+        self.changes = 0
+        self.changing_s = 0.0
+        self.working_s = 0.0
+        self._credit_s = MAX_CHANGE_SHARE * CREDIT_WINDOW_S
+        self._had_s: dict[str, float] = {}
+        self._decayed_at = -math.inf
+
+    def worked(self, shares: Set[str], seconds: float, now_s: float) -> None:
+        """Note device time that ended at `now_s`, in equal parts for the callers who shared it."""
+        self.working_s += seconds
+        self._gain(MAX_CHANGE_SHARE * seconds)
+        self._decay(now_s)
+        for share in shares:
+            self._had_s[share] = self._had_s.get(share, 0.0) + seconds / len(shares)
+
+    def changed(self, seconds: float) -> None:
+        """Note a change of adapters."""
+        newest = NEWEST_CHANGE if self.changes else 1.0
+        self.change_s += newest * (seconds - self.change_s)
+        self.changes += 1
+        self.changing_s += seconds
+        self._gain(-seconds)
+
+    def had_s(self, share: str) -> float:
+        """Return the device time that a caller has had, forgotten by and by."""
+        return self._had_s.get(share, 0.0)
+
+    @property
+    def can_change(self) -> bool:
+        """Whether setting a pass aside, which costs two changes, leaves changes within their share of the time."""
+        return self._credit_s >= 2 * self.change_s
+
+    @property
+    def quantum_s(self) -> float:
+        """How far a caller may get ahead of others before the device changes hands: changes are to stay cheap."""
+        return 2 * self.change_s / MAX_CHANGE_SHARE
+
+    def _gain(self, seconds: float) -> None:
+        most_s = MAX_CHANGE_SHARE * CREDIT_WINDOW_S
+        self._credit_s = max(-most_s, min(self._credit_s + seconds, most_s))
+
+    def _decay(self, now_s: float) -> None:
+        share = math.exp(-max(0.0, now_s - self._decayed_at) / FAIRNESS_WINDOW_S)
+        self._had_s = {name: had_s * share for name, had_s in self._had_s.items() if had_s * share > _FORGOTTEN_S}
+        self._decayed_at = now_s
+
+
+class ChooseTurn(Protocol):
+    """What decides whose turn it is: `next_claim`, but for tests."""
+
+    def __call__(
+        self,
+        claims: Sequence[Claim],
+        *,
+        holder: int | None,
+        applied: AdapterSetKey,
+        now_s: float,
+        books: DeviceBooks,
+        policy: SharingPolicy,
+    ) -> Claim | None:
+        """Return one of the claims."""
+        ...
+
+
+def next_claim(
+    claims: Sequence[Claim],
+    *,
+    holder: int | None,
+    applied: AdapterSetKey,
+    now_s: float,
+    books: DeviceBooks,
+    policy: SharingPolicy,
+) -> Claim | None:
+    """Choose who has the device for the next step; None only where there are no claims.
+
+    First comes the caller that had the least device time, then who is overdue, by arrival, then interactive before
+    batch, then the shortest remaining work, counting a change of adapters and a little of its age. `holder` is the
+    ticket of the pass that had the device for the last step, None where it has ended: it keeps the device unless a
+    change is worth its cost.
+    """
+    able = _able(claims, now_s, policy)
+    if not able:
+        return None
+    order = _Order(applied, now_s, books, policy)
+    current = next((claim for claim in able if claim.ticket == holder), None)
+    share = min((claim.share for claim in able), key=books.had_s)
+    if current is not None and books.had_s(current.share) - books.had_s(share) <= books.quantum_s:
+        share = current.share
+    first = min((claim for claim in able if claim.share == share), key=order.place)
+    if current is None or current.share != share or order.is_worth_a_change(current, first):
+        return first
+    return current
+
+
+def ranked(
+    claims: Iterable[Claim], *, applied: AdapterSetKey, now_s: float, books: DeviceBooks, policy: SharingPolicy
+) -> list[Claim]:
+    """Return claims in the order in which they would have the device if nothing else came."""
+    order = _Order(applied, now_s, books, policy)
+    return sorted(claims, key=lambda claim: (books.had_s(claim.share), order.place(claim)))
+
+
+def _able(claims: Sequence[Claim], now_s: float, policy: SharingPolicy) -> list[Claim]:
+    """Return those that may go on or begin; the last place is kept for one that is overdue, where there are several."""
+    free = policy.max_in_progress - sum(claim.is_begun for claim in claims)
+    needed = 1 if policy.max_in_progress <= 2 else 2
+    return [
+        claim for claim in claims if claim.is_begun or free >= needed or (free > 0 and claim.is_overdue(now_s, policy))
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """The order among the claims of one caller."""
+
+    applied: AdapterSetKey
+    now_s: float
+    books: DeviceBooks
+    policy: SharingPolicy
+
+    def place(self, claim: Claim) -> tuple[bool, bool, float, int]:
+        """Return what sorts claims: those that are overdue by arrival, the others by priority and remaining work."""
+        if claim.is_overdue(self.now_s, self.policy):
+            return False, False, claim.arrived_s, claim.ticket
+        change_s = 0.0 if claim.composition == self.applied else self.books.change_s
+        worth_s = claim.remaining_s + change_s - AGE_SHARE * (self.now_s - claim.arrived_s)
+        return True, claim.priority == "batch", worth_s, claim.ticket
+
+    def is_worth_a_change(self, current: Claim, first: Claim) -> bool:
+        """Whether a pass should be set aside for another of the same caller."""
+        if first is current or first.is_overdue(self.now_s, self.policy):
+            return True
+        if first.composition == current.composition:
+            return first.priority != current.priority or first.remaining_s < current.remaining_s
+        if not self.books.can_change:
+            return False
+        gain_s = current.remaining_s - first.remaining_s - 2 * self.books.change_s
+        return first.priority != current.priority or gain_s > 0
