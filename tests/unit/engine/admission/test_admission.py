@@ -54,7 +54,7 @@ LIGHT = """
 import json, os, sys
 setup = json.loads(sys.stdin.readline())
 assert setup["parent"] == os.getppid()
-print(json.dumps({}), json.dumps({"warm": True}), sep="\\n", flush=True)
+print(json.dumps({}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     answer = {}
