@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve_app.api.http.auth import DrawingRoute
 from serve_app.api.http.body import parse_json, read_body
 from serve_app.api.http.caller import charge_quota
-from serve_app.api.http.gateway import Gateway
+from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.images import (
     decode_base64,
     decode_image,
@@ -80,45 +81,39 @@ _BODY: dict[str, Any] = {
 }
 
 
-def add_inference_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings) -> None:
-    """Add the routes of this family over a gateway."""
+router = APIRouter(
+    route_class=DrawingRoute, tags=["Hugging Face shape"], responses=_REPLIES, default_response_class=Response
+)
 
-    async def answer(request: Request, model: str | None) -> Response:
-        stages: Stages = request.state.stages
-        deadline = deadline_of(request, settings.request_timeout_s)
-        priority = priority_of(request)
-        form = choose_format(",".join(request.headers.getlist("accept")))
-        read = await _read_draft(request, model, settings)
-        draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
-        stages.end("parse")
-        result = await run_until_disconnect(
-            request,
-            gateway.generate(draft, request_id=request.state.request_id),
-            deadline=deadline,
-        )
-        stages.end("service")
-        content = await off_loop(pixels_of(result.images[0]), encode_image, result.images[0], form)
-        stages.end("encode")
-        response = Response(content, media_type=f"image/{form}")
-        describe(response, result, draft.prompt, stages)
-        return response
 
-    documented: dict[str, Any] = {
-        "tags": ["Hugging Face shape"],
-        "responses": _REPLIES,
-        "openapi_extra": _BODY,
-        "response_class": Response,
-    }
+@router.post("/", operation_id="infer", openapi_extra=_BODY)
+async def infer(request: Request, services: ServicesOf) -> Response:
+    """Draw with the default base, or with the base of the adapter that the request names."""
+    return await _answer(request, services, None)
 
-    @app.post("/", operation_id="infer", **documented)
-    async def infer(request: Request) -> Response:
-        """Draw with the default base, or with the base of the adapter that the request names."""
-        return await answer(request, None)
 
-    @app.post("/models/{id:path}", operation_id="infer_with_model", **documented)
-    async def infer_with_model(id: str, request: Request) -> Response:
-        """Draw with a base, or with an adapter on the base that it was made for."""
-        return await answer(request, _model_id(id))
+@router.post("/models/{id:path}", operation_id="infer_with_model", openapi_extra=_BODY)
+async def infer_with_model(id: str, request: Request, services: ServicesOf) -> Response:
+    """Draw with a base, or with an adapter on the base that it was made for."""
+    return await _answer(request, services, _model_id(id))
+
+
+async def _answer(request: Request, services: Services, model: str | None) -> Response:
+    stages: Stages = request.state.stages
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    priority = priority_of(request)
+    form = choose_format(",".join(request.headers.getlist("accept")))
+    read = await _read_draft(request, model, services.settings)
+    draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
+    stages.end("parse")
+    call = services.gateway.generate(draft, request_id=request.state.request_id)
+    result = await run_until_disconnect(request, call, deadline=deadline)
+    stages.end("service")
+    content = await off_loop(pixels_of(result.images[0]), encode_image, result.images[0], form)
+    stages.end("encode")
+    response = Response(content, media_type=f"image/{form}")
+    describe(response, result, draft.prompt, stages)
+    return response
 
 
 def _model_id(path: str) -> str:
