@@ -166,6 +166,8 @@ class IngressSettings(StrictModel):
     `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a stream is silent before a
     comment keeps proxies from cutting it. A request whose replica dies is sent again `max_retries` times. A replica of
     the face that gives no answer to three health checks in a row, each within `health_check_timeout_s`, is replaced.
+    Web pages of `cors_origins`, and of no other origin but the service's own, may draw and change. A service that is
+    bound to loopback answers to names of this machine, to addresses, and to `hosts`.
     """
 
     replicas: PositiveInt = 2
@@ -180,6 +182,7 @@ class IngressSettings(StrictModel):
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
 
 class RegistrySettings(StrictModel):

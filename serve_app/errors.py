@@ -10,11 +10,13 @@
     ├── Unauthorised 401
     ├── AccessDenied 403            a gated or private repository
     ├── AdminRequired 403           a key that may draw, but not change the registry
+    ├── ForeignOrigin 403           a web page of another origin
     ├── ModelNotFound 404           neither a base nor an adapter
     ├── NotAcceptable 406
     ├── NameTaken 409               a name that means something else already
     ├── BodyTimeout 408             the body did not arrive in time
     ├── TooLarge 413
+    ├── UnknownHost 421             a name that a service on loopback does not have
     ├── HeadersTooLarge 431
     ├── RefusedAdapter 422
     │   ├── UnsafeFile              anything but safetensors
@@ -177,6 +179,29 @@ class AdminRequired(LoraplexError):
     status = 403
     code = "admin_required"
     template = "the key '{key}' may not change the registry; use an admin key"
+
+
+@dataclass(eq=False)
+class ForeignOrigin(LoraplexError):
+    """A web page of another origin had its visitor's browser ask."""
+
+    origin: str
+    status = 403
+    code = "foreign_origin"
+    template = "pages of {origin} may not use this service; its operator can name them in ingress.cors_origins"
+
+
+@dataclass(eq=False)
+class UnknownHost(LoraplexError):
+    """A service on loopback was asked by a name that is none of this machine's."""
+
+    host: str
+    status = 421
+    code = "unknown_host"
+    template = (
+        "this service is bound to loopback and does not answer to the name '{host}'; ask 127.0.0.1 or localhost, or "
+        "have its operator name it in ingress.hosts"
+    )
 
 
 @dataclass(eq=False)

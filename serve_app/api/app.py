@@ -18,6 +18,7 @@ from serve_app.api.http import error_responses
 from serve_app.api.http.auth import Access, Authentication
 from serve_app.api.http.boundary import RequestIdMiddleware, new_uuid
 from serve_app.api.http.gateway import Gateway, Services
+from serve_app.api.http.origins import OriginCheck
 from serve_app.api.huggingface import routes as inference
 from serve_app.api.openai import models
 from serve_app.api.openai import routes as images
@@ -53,6 +54,7 @@ def create_app(
     app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
     error_responses.install(app)
     app.add_middleware(Authentication, access=access or Access(), clock=clock)
+    app.add_middleware(OriginCheck, origins=settings.cors_origins, hosts=settings.hosts)
     app.add_middleware(RequestIdMiddleware, new_request_id=new_request_id, echo_request_id=echo_request_id)
     if settings.cors_origins:
         # Added last, so outermost: a page must be able to read our own failures too.

@@ -18,15 +18,6 @@ from serve_app.api.http.auth import DrawingRoute
 from serve_app.api.http.body import parse_json, read_body
 from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.gateway import Services, ServicesOf
-from serve_app.api.http.images import (
-    decode_base64,
-    decode_image,
-    encode_image,
-    is_base64_image,
-    is_image,
-    off_loop,
-    pixels_of,
-)
 from serve_app.api.http.negotiation import FORMATS, choose_format
 from serve_app.api.http.openapi_responses import (
     IMAGE_HEADERS,
@@ -47,6 +38,15 @@ from serve_app.api.http.waiting import (
     with_scheduling,
 )
 from serve_app.api.huggingface.schemas import InferenceBody, Parameters
+from serve_app.api.pictures.images import (
+    decode_base64,
+    decode_image,
+    encode_image,
+    is_base64_image,
+    is_image,
+    off_loop,
+    pixels_of,
+)
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, PixelImage, UnresolvedRequest
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds

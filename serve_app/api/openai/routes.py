@@ -18,7 +18,6 @@ from serve_app.api.http.body import Form, parse_json, read_body, read_form, type
 from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.events import EventStream
 from serve_app.api.http.gateway import Services, ServicesOf
-from serve_app.api.http.images import decode_image, decode_mask, off_loop, pixels_of
 from serve_app.api.http.openapi_responses import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
 from serve_app.api.http.replies import Stages, describe, header_id
 from serve_app.api.http.schemas import ERROR_REPLIES, validate_model
@@ -36,6 +35,7 @@ from serve_app.api.http.waiting import (
 )
 from serve_app.api.openai.replies import event_replies, images_reply, own_names
 from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
+from serve_app.api.pictures.images import decode_image, decode_mask, off_loop, pixels_of
 from serve_app.core import Accepted, AdapterRef, PixelImage, PixelMask, UnresolvedRequest
 from serve_app.errors import MalformedRequest
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
-from serve_app.api.http.images import encode_image
+from serve_app.api.pictures.images import encode_image
 from serve_app.config import IngressSettings
 from tests.unit.api.fakes import FakeGateway, gradient
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from serve_app.api.http.images import decode_image, encode_image
+from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.core import AdapterRef, Scales, UnresolvedRequest
 from tests.unit.api.fakes import FakeGateway, gradient
 

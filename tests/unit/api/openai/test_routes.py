@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
-from serve_app.api.http.images import decode_image, encode_image
+from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, ModelInfo, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
