@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-HOST = "service.example"
+HOST = "localhost"
 TOKEN = "hf_" + "SecretSecretSecretSecret"
 KEY = "sk-" + "live-secret-of-a-caller"
 SECRETS = (TOKEN, KEY)

@@ -19,7 +19,8 @@ from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
 from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource
 from serve_app.catalog.replica_report import KnownAdapter
 from serve_app.catalog.resolving.access import CallerAccess
-from serve_app.catalog.resolving.compatibility import check_named, check_words, common_base, spec_on
+from serve_app.catalog.resolving.aliases import told_as
+from serve_app.catalog.resolving.compatibility import check_distinct, check_named, check_words, common_base, spec_on
 from serve_app.catalog.resolving.lookups import SingleFlightCache
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
@@ -143,7 +144,10 @@ class Catalog:
         refs = tuple(ref if self._config.base(ref.id) is not None else self._resolve_alias(ref) for ref in asked)
         check_named(refs, self._config)
         # Each look-up is shared and goes on by itself; the first fault in the request's order is reported.
-        outcomes = await asyncio.gather(*(self._found(ref, token) for ref in refs), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(self._found_as(named.id, ref, token) for ref, named in zip(refs, asked, strict=True)),
+            return_exceptions=True,
+        )
         findings: list[AdapterInfo] = []
         is_private = False
         for outcome in outcomes:
@@ -151,6 +155,7 @@ class Catalog:
                 raise outcome
             findings.append(outcome.finding)
             is_private = is_private or outcome.is_private
+        check_distinct(asked, findings)
         base = named or common_base(findings, self._config)
         specs = [spec_on(finding, base, self._config) for finding in findings]
         check_words(specs)
@@ -233,6 +238,10 @@ class Catalog:
         names = list(models)
         seen = await asyncio.gather(*(is_visible(model) for model in names))
         return frozenset(model for model, is_so in zip(names, seen, strict=True) if is_so)
+
+    async def _found_as(self, name: str, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
+        with told_as(name, ref.id):
+            return await self._found(ref, token)
 
     async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter as anybody sees it, else as the caller does."""

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.api.http.waiting import PROXY_HEADERS
 from serve_app.deployments.front.load_shedding import LoadSheddingMiddleware
 from serve_app.deployments.front.retry import RetryMiddleware
-from serve_app.deployments.shared.logs import keep_credentials_out
+from serve_app.deployments.shared.logs import keep_lines_safe
 from serve_app.observability.metrics import ProxyMetrics
 from serve_app.redaction import contains_secret
 
@@ -37,7 +37,7 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 def guards() -> list[Middleware]:
     """Return the layers around Serve's proxy, the outermost last; called by Serve."""
     # It logs paths, and callers put tokens and keys into those too.
-    keep_credentials_out()
+    keep_lines_safe()
     metrics = ProxyMetrics()
     return [
         Middleware(RetryMiddleware, metrics.lost),

@@ -41,6 +41,12 @@ class AdapterInfo:
     header: HeaderFacts
     placement: BaseMatch
     embeddings: str | None = None
+    digest: str | None = None
+
+    @property
+    def content(self) -> str:
+        """What tells the bytes of this file from others': the same for all names and revisions of one file."""
+        return self.digest or f"{self.location}@{self.revision}/{self.filename}"
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
@@ -138,6 +144,7 @@ class AdapterInspector:
             header=facts,
             placement=await self._place(model, listing.card, facts),
             embeddings=embeddings,
+            digest=listed.digest if listed else None,
         )
 
     async def _choose(

@@ -43,6 +43,7 @@ from serve_app.catalog.sources.token_context import current_hub_token
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.errors import HubUnavailable, ModelNotFound
+from serve_app.redaction import contains_secret
 from serve_app.refusals import MalformedFile
 
 log = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ class HubSource:
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
         """Return the repository at the commit where it stands now; at the last one seen, if the Hub is
         away."""
-        if not is_valid_id(model):
+        # What looks like a key or token was pasted there by mistake, and is nobody's to know.
+        if not is_valid_id(model) or contains_secret(f"{model} {revision}"):
             return None
         if revision is not None and not is_valid_revision(revision):
             raise ModelNotFound(model, "a revision is a branch, a tag or a commit")
@@ -243,6 +245,9 @@ def _listing(model: str, info: ModelInfo) -> RepositoryListing:
         origin=HUB,
         location=info.id,
         revision=info.sha,
-        files=tuple(RepositoryFile(file.rfilename, file.size) for file in info.siblings or ()),
+        files=tuple(
+            RepositoryFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+            for file in info.siblings or ()
+        ),
         card=card_from(card, tuple(info.tags or ())),
     )
