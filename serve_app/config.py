@@ -163,18 +163,22 @@ class AdapterSources(StrictModel):
 class IngressSettings(StrictModel):
     """The HTTP face: how many replicas, and what a request may weigh.
 
-    `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a stream is silent before a
-    comment keeps proxies from cutting it. A request whose replica dies is sent again `max_retries` times. A replica of
-    the face that gives no answer to three health checks in a row, each within `health_check_timeout_s`, is replaced.
-    Web pages of `cors_origins`, and of no other origin but the service's own, may draw and change. A service that is
-    bound to loopback answers to names of this machine, to addresses, and to `hosts`.
+    `max_json` is what JSON may weigh beside a picture in base64. `decode_timeout_s` is how much of a processor's time
+    one picture may take. `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a
+    stream is silent before a comment keeps proxies from cutting it. A request whose replica dies is sent again
+    `max_retries` times. A replica of the face that gives no answer to three health checks in a row, each within
+    `health_check_timeout_s`, is replaced. Web pages of `cors_origins`, and of no other origin but the service's own,
+    may draw and change. A service that is bound to loopback answers to names of this machine, to addresses, and to
+    `hosts`.
     """
 
     replicas: PositiveInt = 2
     num_cpus: NonNegativeFloat = 0.5
     max_ongoing_requests: PositiveInt = 256
     max_body: ByteSize = Field(default=ByteSize(32 * 1024**2), validate_default=True)
+    max_json: ByteSize = Field(default=ByteSize(1024**2), validate_default=True)
     max_image_pixels: PositiveInt = 4096 * 4096
+    decode_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
     keep_alive_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0

@@ -1,13 +1,15 @@
-"""Request bodies: read under a limit, parsed as strict JSON.
+"""Request bodies: read under a limit, parsed as strict JSON or as a form.
 
-Owns bytes to JSON values; which fields they may have is `serve_app.api.huggingface.schemas`'.
+Owns bytes to JSON values, and what those may weigh before anybody looks at them; which fields they may have is
+`serve_app.api.huggingface.schemas`'.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -19,9 +21,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
 from serve_app.api.http.waiting import ClientDisconnected
+from serve_app.api.pictures.images import is_base64_image
 from serve_app.errors import BodyTimeout, MalformedRequest, TooLarge
 
 MAX_DEPTH = 16
+# Of a whole body: 64 adapters with all that can be said of each are a tenth of it.
+MAX_VALUES = 4096
+# Up to here parsing takes less time than the way to a thread and back.
+SMALL_BYTES = 16 * 1024
+# A string of this length in a body is cut out of it before the rest is parsed.
+LONG_STRING_BYTES = 64 * 1024
 BODY_TIMEOUT_S = 30.0
 
 
@@ -53,11 +62,60 @@ async def read_body(request: Request, max_bytes: int, *, timeout_s: float = BODY
     return b"".join(chunks)
 
 
+async def read_json(body: bytes, *, max_bytes: int, pictures: Sequence[str] = ()) -> JsonValue:
+    """Return the JSON value of a body, parsed away from the event loop unless it is small.
+
+    A picture in base64 in a field of `pictures` may be longer than `max_bytes`: it is not parsed but taken out.
+
+    Raises:
+        MalformedRequest: it is no JSON, or too deep.
+        TooLarge: without such a string it is over `max_bytes`, or it has too many values.
+    """
+    if len(body) <= SMALL_BYTES:
+        return parse_json(body)
+    return await asyncio.to_thread(_parse_large, body, max_bytes, pictures)
+
+
+def _parse_large(body: bytes, max_bytes: int, pictures: Sequence[str]) -> JsonValue:
+    too_large = TooLarge("the JSON", f"{ByteSize(max_bytes).human_readable()}, a picture in base64 aside")
+    if len(body) <= max_bytes:
+        return parse_json(body)
+    cut = _long_string(body) if pictures else None
+    if cut is None or len(body) - (cut.stop - cut.start) > max_bytes:
+        raise too_large
+    # A caller cannot know it, so that it stands where the string stood and nowhere else.
+    mark = secrets.token_hex(16)
+    value = parse_json(body[: cut.start] + mark.encode() + body[cut.stop :])
+    field = next((name for name in pictures if isinstance(value, dict) and value.get(name) == mark), None)
+    if field is None or not isinstance(value, dict):
+        raise too_large
+    # What encoders of JSON and of base64 put into such text; whatever else is no base64 is refused with the picture.
+    text = body[cut].replace(b"\\/", b"/").replace(b"\\n", b"").replace(b"\\r", b"").decode("ascii", "replace")
+    if not is_base64_image(text):
+        raise too_large
+    value[field] = text
+    return value
+
+
+def _long_string(body: bytes) -> slice | None:
+    """Return where the first string of at least twice `LONG_STRING_BYTES` stands, without its quotes."""
+    position = LONG_STRING_BYTES
+    while position < len(body):
+        begin, end = body.rfind(b'"', 0, position), body.find(b'"', position)
+        if begin < 0 or end < 0:
+            return None
+        if end - begin > 2 * LONG_STRING_BYTES:
+            return slice(begin + 1, end)
+        position = max(end + 1, position + LONG_STRING_BYTES)
+    return None
+
+
 def parse_json(body: bytes) -> JsonValue:
     """Return the JSON value of a body: UTF-8, finite numbers, at most `MAX_DEPTH` levels deep.
 
     Raises:
         MalformedRequest: it is none of that.
+        TooLarge: it has more than `MAX_VALUES` values.
     """
     if not body.strip():
         raise MalformedRequest('the body is empty; send JSON such as {"inputs": "a prompt"}')
@@ -65,18 +123,25 @@ def parse_json(body: bytes) -> JsonValue:
         value: JsonValue = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
         raise MalformedRequest(f"the body is not JSON: {error}") from None
-    if _is_deeper(value, MAX_DEPTH):
-        raise MalformedRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
+    _check_shape(value)
     return value
 
 
-def _is_deeper(value: JsonValue, levels: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return False
-    if levels == 0:
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return any(_is_deeper(item, levels - 1) for item in inner)
+def _check_shape(value: JsonValue) -> None:
+    """Refuse what would take long to look through, as soon as that is seen."""
+    level, count = [value], 1
+    for _ in range(MAX_DEPTH + 1):
+        below: list[JsonValue] = []
+        for item in level:
+            if isinstance(item, (dict, list)):
+                count += len(item)
+                if count > MAX_VALUES:
+                    raise TooLarge("the number of values in the JSON", str(MAX_VALUES))
+                below.extend(item.values() if isinstance(item, dict) else item)
+        if not below:
+            return
+        level = below
+    raise MalformedRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
 
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
@@ -96,14 +161,19 @@ class Form:
 
 
 async def read_form(headers: Headers, body: bytes) -> Form:
-    """Return the form of a body.
+    """Return the form of a body, taken apart away from the event loop unless it is small.
 
     Raises:
         MalformedRequest: it is no multipart form.
     """
     if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise MalformedRequest("the body must be a multipart form with an 'image' file")
+    if len(body) <= SMALL_BYTES:
+        return await _form_of(headers, body)
+    return await asyncio.to_thread(asyncio.run, _form_of(headers, body))
 
+
+async def _form_of(headers: Headers, body: bytes) -> Form:
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 

@@ -12,6 +12,7 @@ from typing import Annotated, Protocol
 from fastapi import Depends
 from starlette.requests import Request
 
+from serve_app.api.pictures.decoder import PictureDecoder
 from serve_app.catalog.replica_report import LoraReport, Preloaded, Removal, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig, IngressSettings
@@ -116,6 +117,7 @@ class Services:
 
     gateway: Gateway
     settings: IngressSettings
+    decoder: PictureDecoder
     now: Callable[[], float]
 
 

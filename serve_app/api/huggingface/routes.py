@@ -6,7 +6,6 @@ the limits of any base.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.auth import DrawingRoute
-from serve_app.api.http.body import parse_json, read_body
+from serve_app.api.http.body import read_body, read_json
 from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.negotiation import FORMATS, choose_format
@@ -32,22 +31,21 @@ from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
     PRIORITY_PARAMETER,
     TIMEOUT_PARAMETER,
+    Deadline,
     deadline_of,
     priority_of,
     run_until_disconnect,
     with_scheduling,
 )
 from serve_app.api.huggingface.schemas import InferenceBody, Parameters
+from serve_app.api.pictures.decoder import EncodedPicture
 from serve_app.api.pictures.images import (
-    decode_base64,
-    decode_image,
     encode_image,
     is_base64_image,
     is_image,
     off_loop,
     pixels_of,
 )
-from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, PixelImage, UnresolvedRequest
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 
@@ -103,7 +101,7 @@ async def _answer(request: Request, services: Services, model: str | None) -> Re
     deadline = deadline_of(request, services.settings.request_timeout_s)
     priority = priority_of(request)
     form = choose_format(",".join(request.headers.getlist("accept")))
-    read = await _read_draft(request, model, services.settings)
+    read = await _read_draft(request, model, services, deadline)
     draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
     stages.end("parse")
     call = services.gateway.generate(draft, request_id=request.state.request_id)
@@ -123,22 +121,24 @@ def _model_id(path: str) -> str:
     return model
 
 
-async def _read_draft(request: Request, model: str | None, settings: IngressSettings) -> UnresolvedRequest:
+async def _read_draft(request: Request, model: str | None, services: Services, deadline: Deadline) -> UnresolvedRequest:
+    settings = services.settings
     body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     lora = _lora_header(request.headers)
     if is_image(body) or (_says_image(request.headers) and not body.lstrip().startswith(b"{")):
-        image = await asyncio.to_thread(decode_image, body, "body", max_pixels=settings.max_image_pixels)
+        decoding = services.decoder.image(EncodedPicture("body", body))
+        image = await run_until_disconnect(request, decoding, deadline=deadline)
         return UnresolvedRequest(prompt="", model=model, adapters=_adapters(lora, Parameters()), image=image)
-    asked = validate_model(InferenceBody, parse_json(body))
+    value = await read_json(body, max_bytes=settings.max_json, pictures=("image", "inputs"))
+    asked = validate_model(InferenceBody, value)
     parameters = asked.parameters or Parameters()
     adapters = _adapters(lora, parameters)
     prompt, encoded = _prompt_and_image(asked, parameters)
     _check_one_image(parameters)
     if encoded is None:
         return _draft(parameters, prompt, model, adapters, None)
-    name = "image" if asked.image is not None else "inputs"
-    content = await asyncio.to_thread(decode_base64, encoded, name)
-    image = await asyncio.to_thread(decode_image, content, name, max_pixels=settings.max_image_pixels)
+    decoding = services.decoder.image(EncodedPicture("image" if asked.image is not None else "inputs", encoded))
+    image = await run_until_disconnect(request, decoding, deadline=deadline)
     return _draft(parameters, prompt, model, adapters, image)
 
 

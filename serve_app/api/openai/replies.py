@@ -11,7 +11,6 @@ from contextlib import aclosing, contextmanager
 from dataclasses import asdict
 
 from serve_app.api.http.events import PROGRESS, ServerEvent
-from serve_app.api.http.negotiation import ImageFormat
 from serve_app.api.openai.schemas import (
     AdapterReport,
     CompletedEvent,
@@ -23,7 +22,7 @@ from serve_app.api.openai.schemas import (
     ProgressEvent,
     Report,
 )
-from serve_app.api.pictures.images import encode_image, off_loop, pixels_of, resized
+from serve_app.api.pictures.images import ImageFormat, encode_image, off_loop, pixels_of, resized
 from serve_app.core import Accepted, GenerationEvent, GenerationResult, PixelImage, Preview, Progress
 from serve_app.errors import OutOfBounds
 

@@ -6,7 +6,6 @@ know the limits of any base.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.auth import DrawingRoute
-from serve_app.api.http.body import Form, parse_json, read_body, read_form, typed
+from serve_app.api.http.body import Form, read_body, read_form, read_json, typed
 from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.events import EventStream
 from serve_app.api.http.gateway import Services, ServicesOf
@@ -35,7 +34,8 @@ from serve_app.api.http.waiting import (
 )
 from serve_app.api.openai.replies import event_replies, images_reply, own_names
 from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
-from serve_app.api.pictures.images import decode_image, decode_mask, off_loop, pixels_of
+from serve_app.api.pictures.decoder import EncodedPicture, PictureDecoder
+from serve_app.api.pictures.images import off_loop, pixels_of
 from serve_app.core import Accepted, AdapterRef, PixelImage, PixelMask, UnresolvedRequest
 from serve_app.errors import MalformedRequest
 
@@ -67,7 +67,9 @@ router = APIRouter(route_class=DrawingRoute, tags=["OpenAI shape"], responses=_R
 async def generations(request: Request, services: ServicesOf) -> Response:
     """Draw images from a prompt."""
     deadline = deadline_of(request, services.settings.request_timeout_s)
-    asked = validate_model(ImageGeneration, parse_json(await _body_of(request, services)))
+    settings = services.settings
+    body = await read_body(request, min(settings.max_json, settings.max_body), timeout_s=settings.body_timeout_s)
+    asked = validate_model(ImageGeneration, await read_json(body, max_bytes=settings.max_json))
     return await _answer(request, services, asked, _draft(asked), "image_generation", deadline)
 
 
@@ -75,14 +77,11 @@ async def generations(request: Request, services: ServicesOf) -> Response:
 async def edits(request: Request, services: ServicesOf) -> Response:
     """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
     deadline = deadline_of(request, services.settings.request_timeout_s)
-    form = await read_form(request.headers, await _body_of(request, services))
+    body = await read_body(request, services.settings.max_body, timeout_s=services.settings.body_timeout_s)
+    form = await read_form(request.headers, body)
     asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
-    image, mask = await asyncio.to_thread(_pictures, form, services.settings.max_image_pixels)
+    image, mask = await run_until_disconnect(request, _pictures(form, services.decoder), deadline=deadline)
     return await _answer(request, services, asked, _draft(asked, image, mask), "image_edit", deadline)
-
-
-async def _body_of(request: Request, services: Services) -> bytes:
-    return await read_body(request, services.settings.max_body, timeout_s=services.settings.body_timeout_s)
 
 
 async def _answer(
@@ -140,15 +139,15 @@ async def _draw(
     return response
 
 
-def _pictures(form: Form, max_pixels: int) -> tuple[PixelImage, PixelMask | None]:
+async def _pictures(form: Form, decoder: PictureDecoder) -> tuple[PixelImage, PixelMask | None]:
     """Return the one picture of an edit, and its mask where there is one."""
     unknown = next((name for name in form.files if name not in ("image", "mask")), None)
     if unknown is not None:
         raise MalformedRequest(f"unknown file '{clip(unknown)}'; the picture is 'image', and 'mask' says which part")
-    image = decode_image(_file(form, "image"), "image", max_pixels=max_pixels)
+    image = await decoder.image(EncodedPicture("image", _file(form, "image")))
     if "mask" not in form.files:
         return image, None
-    mask = decode_mask(_file(form, "mask"), "mask", max_pixels=max_pixels)
+    mask = await decoder.mask(EncodedPicture("mask", _file(form, "mask")))
     if (mask.width, mask.height) != (image.width, image.height):
         sizes = f"{mask.width}x{mask.height}, but 'image' is {image.width}x{image.height}"
         raise MalformedRequest(f"'mask' is {sizes}; both must have one size")

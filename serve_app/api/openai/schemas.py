@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError, from_json
 
-from serve_app.api.http.negotiation import ImageFormat
 from serve_app.api.http.schemas import (
     MAX_ADAPTERS_NAMED,
     ErrorEnvelope,
@@ -22,8 +21,11 @@ from serve_app.api.http.schemas import (
     RequestModel,
     Seed,
 )
+from serve_app.api.pictures.images import ImageFormat
 
 MAX_PARTIAL_IMAGES = 3
+# JSON text of as many adapters as are read, each with all that can be said of it.
+MAX_ADAPTERS_TEXT = 64 * 1024
 EventKind = Literal["image_generation", "image_edit"]
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -35,6 +37,8 @@ def _entries(value: Any) -> Any:
         text = value.strip()
         if not text.startswith(("[", "{")):
             return [text] if text else []
+        if len(text) > MAX_ADAPTERS_TEXT:
+            raise PydanticCustomError("unfit", f"is text of over {MAX_ADAPTERS_TEXT} characters")
         try:
             value = from_json(text, allow_inf_nan=False)
         except ValueError as error:

@@ -128,8 +128,10 @@ class HubSource:
                 raise
             head = remembered
         listed = listing.file(filename)
+        file_bytes = listed.size_bytes if listed else None
         try:
-            return parse_header(head, file_bytes=listed.size_bytes if listed else None)
+            # Away from the loop: a header of many megabytes takes seconds.
+            return await run_blocking(lambda: parse_header(head, file_bytes=file_bytes))
         except MalformedHeader as error:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 

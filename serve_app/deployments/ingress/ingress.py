@@ -23,6 +23,7 @@ from starlette.types import ASGIApp
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
 from serve_app.catalog.catalog import Catalog, build_sources
+from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
 from serve_app.demo.embedded import embedded_root
@@ -185,7 +186,8 @@ class Readiness:
             return True
         async with self._lock:
             if time.monotonic() - self._checked_at > READINESS_TTL_S:
-                self._is_ready = await asyncio.to_thread(self._any_running)
+                # A thread of its own: health waits for nobody's work.
+                self._is_ready = await run_blocking(self._any_running)
                 self._checked_at = time.monotonic()
         return self._is_ready
 
