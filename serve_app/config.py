@@ -169,7 +169,7 @@ class IngressSettings(StrictModel):
     `max_retries` times. A replica of the face that gives no answer to three health checks in a row, each within
     `health_check_timeout_s`, is replaced. Web pages of `cors_origins`, and of no other origin but the service's own,
     may draw and change. A service that is bound to loopback answers to names of this machine, to addresses, and to
-    `hosts`.
+    `hosts`. An ingress replica looks up `unknown_ids_per_minute` ids that nothing is known of for a key or an address.
     """
 
     replicas: PositiveInt = 2
@@ -187,6 +187,7 @@ class IngressSettings(StrictModel):
     health_check_timeout_s: PositiveFloat = 10.0
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    unknown_ids_per_minute: PositiveInt = 60
 
 
 class RegistrySettings(StrictModel):

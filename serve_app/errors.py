@@ -34,6 +34,7 @@
     ├── QueueFull 429
     ├── Overloaded 429              more comes in than can be looked at
     ├── KeyLimitReached 429         a key that asks for more than it may
+    ├── UnknownIdLimitReached 429   a caller that asks for too many ids that nobody knows
     ├── InternalError 500           ours
     ├── Unavailable 503
     │   ├── NotReady                the base is starting
@@ -304,6 +305,21 @@ class KeyLimitReached(LoraplexError):
     code = "key_limit_reached"
     retry_after = True
     template = "the key '{key}' is limited to {limit}; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class UnknownIdLimitReached(LoraplexError):
+    """A caller that asks for one id after the other that nobody knows."""
+
+    limit: int
+    retry_after_s: int = 1
+    status = 429
+    code = "unknown_id_limit_reached"
+    retry_after = True
+    template = (
+        "too many ids that are not known here were asked for; at most {limit} a minute are looked up for a key or an "
+        "address; try again in {retry_after_s} s, or name a known one"
+    )
 
 
 @dataclass(eq=False)

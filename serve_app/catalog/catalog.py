@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.catalog.reading.bases import BaseArchitectureReader
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
-from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource
+from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource, is_valid_id
 from serve_app.catalog.replica_report import KnownAdapter
 from serve_app.catalog.resolving.access import CallerAccess
 from serve_app.catalog.resolving.aliases import told_as
@@ -74,6 +75,7 @@ class Catalog:
         clock: Callable[[], float],
         resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
         on_access_check: Callable[[str], None] = lambda _: None,
+        counting_unknown: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Know nothing yet.
 
@@ -83,7 +85,9 @@ class Catalog:
             clock: Monotonic seconds.
             resolve_alias: Replaces an alias by what it stands for; any other name is itself.
             on_access_check: Told how each check of a caller's access ended.
+            counting_unknown: Entered around each look-up of a name that nothing is known of, on behalf of whoever asks.
         """
+        self._counting_unknown = counting_unknown
         self._config = config
         self._resolve_alias = resolve_alias
         self._local_ttl_s = min(LOCAL_TTL_S, config.adapters.resolution_ttl_s)
@@ -173,13 +177,16 @@ class Catalog:
         finding = await self._finding(ref)
         return spec_on(finding, named_base or common_base([finding], self._config), self._config)
 
-    async def lookup_adapter(self, ref: AdapterRef, *, token: HubToken | None = None) -> KnownAdapter:
-        """Return one adapter on its own base, with what lists say of it; `token` is the caller's own.
+    async def lookup_adapter(
+        self, ref: AdapterRef, *, token: HubToken | None = None, is_listing: bool = False
+    ) -> KnownAdapter:
+        """Return one adapter on its own base, with what lists say of it; `token` is the caller's own. What is looked up
+        for a list was not the caller's to choose, and is not counted.
 
         Raises:
             LoraplexError: whatever `adapter` raises.
         """
-        finding = (await self._found(ref, token)).finding
+        finding = (await (self._seen if is_listing else self._found)(ref, token)).finding
         spec = spec_on(finding, common_base([finding], self._config), self._config)
         return KnownAdapter(spec, finding.header.max_rank)
 
@@ -228,7 +235,7 @@ class Catalog:
         async def is_visible(model: str) -> bool:
             async with turn:
                 try:
-                    await self._found(AdapterRef(model), token)
+                    await self._seen(AdapterRef(model), token)
                 except (ModelNotFound, AccessDenied, HubUnavailable):
                     return False
                 except LoraplexError:
@@ -244,6 +251,13 @@ class Catalog:
             return await self._found(ref, token)
 
     async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
+        """Return an adapter that a caller named; a name that nothing is known of is counted."""
+        if self._findings.knows(_Key(ref.id, ref.revision, ref.filename)) or not is_valid_id(ref.id):
+            return await self._seen(ref, token)
+        with self._counting_unknown():
+            return await self._seen(ref, token)
+
+    async def _seen(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter as anybody sees it, else as the caller does."""
         try:
             return _ResolvedAdapter(await self._finding(ref))

@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.http.waiting import PROXY_HEADERS
+from serve_app.deployments.front.connection import SlowReaderMiddleware, bound_heads
 from serve_app.deployments.front.load_shedding import LoadSheddingMiddleware
 from serve_app.deployments.front.retry import RetryMiddleware
 from serve_app.deployments.shared.logs import keep_lines_safe
@@ -38,11 +39,14 @@ def guards() -> list[Middleware]:
     """Return the layers around Serve's proxy, the outermost last; called by Serve."""
     # It logs paths, and callers put tokens and keys into those too.
     keep_lines_safe()
+    # Serve makes its server after this.
+    bound_heads()
     metrics = ProxyMetrics()
     return [
         Middleware(RetryMiddleware, metrics.lost),
         Middleware(LoadSheddingMiddleware, metrics.shed),
         Middleware(ServeHeaderFilter),
+        Middleware(SlowReaderMiddleware),
     ]
 
 

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.http.caller import Caller, read_hub_token
+from serve_app.api.http.caller import Caller, accounts_of, asked_by, read_hub_token
 from serve_app.api.http.error_responses import error_response
 from serve_app.api.http.limits import UNLIMITED, LocalRateLimiter, RateLimiter
 from serve_app.config import ApiKey, digest_of
@@ -88,6 +88,7 @@ class Authentication:
             await self._refuse(error, scope, receive, send)
             return
         scope["state"]["caller"] = caller
+        asked_by.set(accounts_of(scope, caller.key))
         if key is None:
             await self._app(scope, receive, send)
             return

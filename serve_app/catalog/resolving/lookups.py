@@ -23,6 +23,8 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 MAX_ENTRIES = 10_000
+# Anybody can ask for names that nobody has; what is said of them is kept apart, so that it drives out no answer.
+MAX_FAILURES = 1000
 GRACE_S = 0.5
 
 
@@ -43,7 +45,8 @@ class SingleFlightCache(Generic[K, V]):
 
     At most one look-up per key runs at a time, and it outlives askers who leave. A value that has grown old
     is renewed on demand: an asker waits for that at most `grace_s` from its start and then takes the old
-    value, which also stays where the renewal fails with HubUnavailable. Any other failure replaces it.
+    value, which also stays where the renewal fails with HubUnavailable. Any other failure replaces it. Failures have a
+    place of their own, smaller than that of values, and leave it when their time is over.
     """
 
     def __init__(
@@ -62,7 +65,8 @@ class SingleFlightCache(Generic[K, V]):
         self._clock = clock
         self._grace_s = grace_s
         self._max_entries = max_entries
-        self._entries: OrderedDict[K, _Cached[V] | _Failed] = OrderedDict()
+        self._entries: OrderedDict[K, _Cached[V]] = OrderedDict()
+        self._failures: OrderedDict[K, _Failed] = OrderedDict()
         self._flights: dict[K, asyncio.Task[_Cached[V] | _Failed]] = {}
 
     async def get(self, key: K) -> V:
@@ -75,14 +79,22 @@ class SingleFlightCache(Generic[K, V]):
         if entry is not None:
             self._entries.move_to_end(key)
             if self._clock() < entry.expires_at:
-                return self._outcome(entry)
-        if isinstance(entry, _Cached):
+                return entry.value
             return self._outcome(await self._renewed(key, entry))
+        failure = self._failures.get(key)
+        if failure is not None and self._clock() < failure.expires_at:
+            return self._outcome(failure)
         return self._outcome(await asyncio.shield(self._task(key)))
+
+    def knows(self, key: K) -> bool:
+        """Whether `get` would answer without a look-up of something new."""
+        failure = self._failures.get(key)
+        is_refused = failure is not None and self._clock() < failure.expires_at
+        return is_refused or key in self._entries or key in self._flights
 
     def values(self) -> Iterator[V]:
         """Yield every value that is remembered, old ones included."""
-        return (entry.value for entry in list(self._entries.values()) if isinstance(entry, _Cached))
+        return (entry.value for entry in list(self._entries.values()))
 
     async def _renewed(self, key: K, old: _Cached[V]) -> _Cached[V] | _Failed:
         patience_s = 0.0 if key in self._flights else self._grace_s
@@ -111,11 +123,21 @@ class SingleFlightCache(Generic[K, V]):
             entry = _Cached(value, self._clock() + self._ttl_s_of(value))
         except LoraplexError as error:
             entry = self._after_failure(key, error)
-        self._entries[key] = entry
-        self._entries.move_to_end(key)
-        while len(self._entries) > self._max_entries:
-            self._entries.popitem(last=False)
+        self._entries.pop(key, None)
+        self._failures.pop(key, None)
+        if isinstance(entry, _Cached):
+            self._entries[key] = entry
+            while len(self._entries) > self._max_entries:
+                self._entries.popitem(last=False)
+        else:
+            self._keep_failure(key, entry)
         return entry
+
+    def _keep_failure(self, key: K, failure: _Failed) -> None:
+        now = self._clock()
+        self._failures[key] = failure
+        while len(self._failures) > MAX_FAILURES or next(iter(self._failures.values())).expires_at < now:
+            self._failures.popitem(last=False)
 
     def _after_failure(self, key: K, error: LoraplexError) -> _Cached[V] | _Failed:
         # The Hub's own word counts where it asked for more time than failures are kept for.
@@ -124,7 +146,7 @@ class SingleFlightCache(Generic[K, V]):
         )
         expires_at = self._clock() + kept_s
         old = self._entries.get(key)
-        if isinstance(old, _Cached) and isinstance(error, HubUnavailable):
+        if old is not None and isinstance(error, HubUnavailable):
             log.warning("what was known before is served on: %s", error.reason)
             return _Cached(old.value, expires_at)
         return _Failed(strip_traceback(error), expires_at)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
+from serve_app.api.http.limits import UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.config import AppConfig, Environment
@@ -217,12 +218,14 @@ class Ingress:
         repositories = build_sources(config, environment, embedded_root=embedded_root())
         app_name = serve.get_replica_context().app_name
         self._aliases = AliasMirror(AliasClient(keeper), on_change=self._metrics.aliases_known)
+        unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
         catalog = Catalog(
             config,
             repositories,
             clock=time.monotonic,
             resolve_alias=self._aliases.resolve_alias,
             on_access_check=self._metrics.access_checked,
+            counting_unknown=unknown_ids.counting,
         )
 
         def counts() -> dict[str, ReplicaCount]:

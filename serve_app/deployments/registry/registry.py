@@ -78,7 +78,7 @@ class ServiceRegistry:
 
         async def resolved(alias: Alias) -> tuple[Alias, KnownAdapter] | None:
             with contextlib.suppress(LoraplexError):
-                return alias, await self._catalog.lookup_adapter(alias.target, token=token)
+                return alias, await self._catalog.lookup_adapter(alias.target, token=token, is_listing=True)
             return None
 
         aliases = sorted(self._aliases.table.aliases.values(), key=lambda alias: alias.name)

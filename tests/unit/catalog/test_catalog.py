@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections import Counter
@@ -390,3 +391,26 @@ async def test_a_known_adapter_resolves_at_once_in_a_few_turns_of_the_loop(
     assert resolving.done()
     assert resolving.result() == before
     assert calls["call"] < MAX_CALLS
+
+
+async def test_only_names_that_nothing_is_known_of_are_counted(world: World):
+    world.put("me/a", adapter_files("demo/sd"))
+    counted: list[str] = []
+
+    @contextlib.contextmanager
+    def counting():
+        try:
+            yield
+        except ModelNotFound as error:
+            counted.append(error.model)
+            raise
+
+    catalog = world.catalog(counting_unknown=counting)
+    for name in ("me/a", "me/nobody", "me/nobody", "../x", "demo/sd", "me/else"):
+        with contextlib.suppress(ModelNotFound):
+            await catalog.resolve(name, ())
+    assert counted == ["me/nobody", "me/else"]
+    await catalog.visible(["me/gone"], None)
+    with pytest.raises(ModelNotFound):
+        await catalog.lookup_adapter(ref("me/listed"), is_listing=True)
+    assert counted == ["me/nobody", "me/else"]
