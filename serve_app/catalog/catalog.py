@@ -34,6 +34,10 @@ from serve_app.settings import nearest
 # A folder is cheap to look at again, and people edit it in place.
 LOCAL_TTL_S = 2.0
 LISTED_AT_ONCE = 8
+# Comparing takes half a millisecond for ten names.
+MAX_COMPARED = 300
+# What clients of OpenAI's shape ask for where nobody tells them otherwise.
+CLIENTS_OWN_MODELS = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "dall-e-2", "dall-e-3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,8 +288,16 @@ class Catalog:
         try:
             return await self._examiner.examine(key.id, key.revision, key.filename)
         except ModelNotFound as error:
-            hint = nearest(key.id, [name for base in self._config.bases for name in base.names])
-            raise ModelNotFound(error.model, error.detail + hint) from None
+            raise ModelNotFound(error.model, error.detail + await self._hint(key.id)) from None
+
+    async def _hint(self, name: str) -> str:
+        """Return what may have been meant: the nearest base or adapter that everybody may know of."""
+        if name in CLIENTS_OWN_MODELS:
+            return f"; a client that always asks for it needs 'aliases: [{name}]' at a base of the configuration"
+        bases = [name for base in self._config.bases for name in base.names]
+        listed = [model for source in self._sources for model in await source.ids()]
+        known = [*bases, *listed, *(finding.id for finding in self._findings.values())]
+        return nearest(name, known[:MAX_COMPARED])
 
     async def _look_up_card(self, model: str) -> Card | None:
         found = await self._examiner.find(model, None)

@@ -20,6 +20,7 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
+from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import ClientDisconnected
 from serve_app.api.pictures.images import is_base64_image
 from serve_app.errors import BodyTimeout, MalformedRequest, TooLarge
@@ -146,6 +147,9 @@ def _check_shape(value: JsonValue) -> None:
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
+_OBJECT_FIELD = re.compile(r"(?P<list>\w{1,64})(?:\[(?P<index>[0-9]{0,3})\])?\[(?P<key>[A-Za-z_]\w{0,63})\]", re.ASCII)
+# What is a number in such an object.
+_NUMBERS = ("scale", "weight")
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -153,10 +157,10 @@ _BOOLEANS = {"true": True, "false": False}
 class Form:
     """A form as it was sent: text fields, the last of each name, and the files under each name.
 
-    `name[]` is a list of text.
+    `name[]` is a list of text; `name[key]`, `name[][key]` and `name[0][key]` are a list of objects.
     """
 
-    fields: Mapping[str, str | list[str]]
+    fields: Mapping[str, Any]
     files: Mapping[str, tuple[bytes, ...]]
 
 
@@ -178,13 +182,16 @@ async def _form_of(headers: Headers, body: bytes) -> Form:
         return {"type": "http.request", "body": body, "more_body": False}
 
     request = Request({"type": "http", "method": "POST", "headers": headers.raw}, replay)
-    fields: dict[str, str | list[str]] = {}
+    fields: dict[str, Any] = {}
+    objects = _ObjectFields()
     files: dict[str, list[bytes]] = {}
     try:
         async with request.form(max_files=16, max_fields=128) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     files.setdefault(name.removesuffix("[]"), []).append(await value.read())
+                elif (found := _OBJECT_FIELD.fullmatch(name)) is not None:
+                    objects.add(found["list"], found["index"] or "", found["key"], value)
                 elif name.endswith("[]"):
                     entries = fields.setdefault(name.removesuffix("[]"), [])
                     fields[name.removesuffix("[]")] = [*entries, value] if isinstance(entries, list) else [value]
@@ -193,15 +200,52 @@ async def _form_of(headers: Headers, body: bytes) -> Form:
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:
         reason = error.message if isinstance(error, MultiPartException) else "it is damaged"
         raise MalformedRequest(f"the multipart form cannot be read: {reason}") from None
-    return Form(fields, {name: tuple(contents) for name, contents in files.items()})
+    return Form(objects.joined_to(fields), {name: tuple(contents) for name, contents in files.items()})
 
 
-def typed(model: type[BaseModel], fields: Mapping[str, str | list[str]]) -> dict[str, Any]:
+class _ObjectFields:
+    """Objects that come field by field: numbered, or without a number in columns, as OpenAI's clients write them."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, dict[str, dict[str, str]]] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def add(self, name: str, index: str, key: str, value: str) -> None:
+        """Take one field."""
+        if not index:
+            self._counts[name, key] = self._counts.get((name, key), 0) + 1
+            index = f"column {self._counts[name, key]}"
+        self._lists.setdefault(name, {}).setdefault(index, {})[key] = value
+
+    def joined_to(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return other fields with the objects beside them.
+
+        Raises:
+            MalformedRequest: a name comes both ways, or it cannot be told which fields belong together.
+        """
+        for name in self._lists:
+            counts = {count for (counted, _), count in self._counts.items() if counted == name}
+            if name in fields or len(counts) > 1:
+                raise MalformedRequest(
+                    f"it cannot be told which fields of '{clip(name)}' belong together; send it as JSON text"
+                )
+        lists = {name: list(rows.values()) for name, rows in self._lists.items()}
+        return fields | {
+            name: [{key: _number(text) if key in _NUMBERS else text for key, text in row.items()} for row in rows]
+            for name, rows in lists.items()
+        }
+
+
+def _number(text: str) -> Any:
+    return float(text) if _NUMBER.fullmatch(text) else text
+
+
+def typed(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return text fields as the JSON values that a model expects: numbers, booleans; empty text means absent."""
     values: dict[str, Any] = {}
     for name, text in fields.items():
         field = model.model_fields.get(name)
-        if isinstance(text, list) or field is None:
+        if not isinstance(text, str) or field is None:
             values[name] = text
         elif text or field.is_required():
             values[name] = _typed(text, _kinds(field.annotation))

@@ -6,6 +6,7 @@ know the limits of any base.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -18,7 +19,7 @@ from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.events import EventStream
 from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.openapi_responses import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
-from serve_app.api.http.replies import Stages, describe, header_id
+from serve_app.api.http.replies import Stages, add_warnings, describe, header_id
 from serve_app.api.http.schemas import ERROR_REPLIES, validate_model
 from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
@@ -81,7 +82,7 @@ async def edits(request: Request, services: ServicesOf) -> Response:
     form = await read_form(request.headers, body)
     asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
     image, mask = await run_until_disconnect(request, _pictures(form, services.decoder), deadline=deadline)
-    return await _answer(request, services, asked, _draft(asked, image, mask), "image_edit", deadline)
+    return await _answer(request, services, asked, _draft(asked, image, mask), "image_edit", deadline, _unused(form))
 
 
 async def _answer(
@@ -91,13 +92,15 @@ async def _answer(
     draft: UnresolvedRequest,
     kind: EventKind,
     deadline: Deadline,
+    warnings: tuple[str, ...] = (),
 ) -> Response:
+    warnings = (*asked.unused(), *warnings)
     draft = with_scheduling(draft, priority=priority_of(request), deadline=deadline)
     with own_names():
         draft = await charge_quota(request, draft)
         if asked.stream:
-            return await _stream(request, services, asked, draft, kind, deadline)
-        return await _draw(request, services, asked, draft, deadline)
+            return await _stream(request, services, asked, draft, kind, deadline, warnings)
+        return await _draw(request, services, asked, draft, deadline, warnings)
 
 
 async def _stream(
@@ -107,6 +110,7 @@ async def _stream(
     draft: UnresolvedRequest,
     kind: EventKind,
     deadline: Deadline,
+    warnings: tuple[str, ...],
 ) -> Response:
     request_id = request.state.request_id
     accepting = services.gateway.stream(with_retry_seed(draft, request), request_id=request_id)
@@ -115,23 +119,30 @@ async def _stream(
     accepted = await anext(events)
     assert isinstance(accepted, Accepted)
     response = EventStream(
-        event_replies(events, accepted, asked, kind, services.now),
+        event_replies(events, accepted, asked, kind, services.now, warnings),
         request_id=request_id,
         keep_alive_s=services.settings.keep_alive_s,
     )
     response.headers["x-base-model"] = header_id(accepted.base_id)
     response.headers["x-seed"] = str(accepted.seed)
+    add_warnings(response, warnings)
     return response
 
 
 async def _draw(
-    request: Request, services: Services, asked: ImageGeneration, draft: UnresolvedRequest, deadline: Deadline
+    request: Request,
+    services: Services,
+    asked: ImageGeneration,
+    draft: UnresolvedRequest,
+    deadline: Deadline,
+    warnings: tuple[str, ...],
 ) -> Response:
     stages: Stages = request.state.stages
     stages.end("parse")
     call = services.gateway.generate(draft, request_id=request.state.request_id)
     result = await run_until_disconnect(request, call, deadline=deadline)
     stages.end("service")
+    result = replace(result, warnings=(*warnings, *result.warnings))
     content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(services.now()))
     stages.end("encode")
     response = Response(content, media_type="application/json")
@@ -144,7 +155,10 @@ async def _pictures(form: Form, decoder: PictureDecoder) -> tuple[PixelImage, Pi
     unknown = next((name for name in form.files if name not in ("image", "mask")), None)
     if unknown is not None:
         raise MalformedRequest(f"unknown file '{clip(unknown)}'; the picture is 'image', and 'mask' says which part")
-    image = await decoder.image(EncodedPicture("image", _file(form, "image")))
+    # Further pictures are for families that take several, which none here does; a warning says so.
+    if "image" not in form.files:
+        raise MalformedRequest("'image' is missing: send the picture as a file")
+    image = await decoder.image(EncodedPicture("image", form.files["image"][0]))
     if "mask" not in form.files:
         return image, None
     mask = await decoder.mask(EncodedPicture("mask", _file(form, "mask")))
@@ -152,6 +166,11 @@ async def _pictures(form: Form, decoder: PictureDecoder) -> tuple[PixelImage, Pi
         sizes = f"{mask.width}x{mask.height}, but 'image' is {image.width}x{image.height}"
         raise MalformedRequest(f"'mask' is {sizes}; both must have one size")
     return image, mask
+
+
+def _unused(form: Form) -> tuple[str, ...]:
+    count = len(form.files.get("image", ()))
+    return (f"only the first of {count} pictures is used: no base here takes several",) if count > 1 else ()
 
 
 def _file(form: Form, name: str) -> bytes:
