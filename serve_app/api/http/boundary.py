@@ -1,6 +1,6 @@
 """The outermost layer of the HTTP face: request ids, a limit on headers, and no exception past this point.
 
-Owns `x-request-id`, how large a request's head may be, and the reply to an unexpected failure. Plain ASGI, so that a
+Owns `x-request-id`, `nosniff`, what a request's head may be, and the reply to an unexpected failure. Plain ASGI, so that a
 hang-up reaches the routes.
 """
 
@@ -63,6 +63,7 @@ class RequestIdMiddleware:
                 if self._echo_request_id:
                     headers["x-request-id"] = request_id
                 headers["access-control-expose-headers"] = EXPOSED_HEADERS
+                headers["x-content-type-options"] = "nosniff"
             await send(message)
 
         try:

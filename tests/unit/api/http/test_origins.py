@@ -110,3 +110,9 @@ def test_a_service_on_loopback_answers_to_names_that_are_configured() -> None:
 
 def test_a_service_on_a_network_answers_to_any_name(client: TestClient) -> None:
     assert client.get("/", headers={"host": "images.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/"), ("GET", "/v1/models"), ("POST", "/"), ("GET", "/nothing")])
+def test_no_reply_is_taken_for_something_else_than_it_says(client: TestClient, method: str, path: str) -> None:
+    reply = client.request(method, path, json={"inputs": "a cat"})
+    assert reply.headers["x-content-type-options"] == "nosniff"
