@@ -1,7 +1,7 @@
 """The outermost layer of the HTTP face: request ids, a limit on headers, and no exception past this point.
 
-Owns `x-request-id`, `nosniff`, what a request's head may be, and the reply to an unexpected failure. Plain ASGI, so that a
-hang-up reaches the routes.
+Owns `x-request-id`, `nosniff`, what a request's head may be, and the reply to an unexpected failure. Plain ASGI, so
+that a hang-up reaches the routes.
 """
 
 from __future__ import annotations
