@@ -1,16 +1,24 @@
-# make run | test | check | bench | demo-train | clean
+# make run | test | test-faults | check | bench | demo-train | clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: run test check bench demo-train clean
+# What `make test` runs: PYTEST="tests/unit/engine", or a file, or any other words of pytest's.
+PYTEST ?= tests
+# On both cores, a module in one process; what needs the cluster in one process of its own.
+TESTS := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+.PHONY: run test test-faults check bench demo-train clean
 
 run: $(VENV)/.run  ## install, serve the embedded models, print what to try
 	@$(BIN)/loraplex serve serve_config.yaml
 
-test: $(VENV)/.dev  ## the whole test suite
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder --ignore tests/faults
+test: $(VENV)/.dev  ## every promise but those that take long by nature
+	@$(TESTS) -m "not slow" --ignore tests/faults $(PYTEST)
+
+test-faults: $(VENV)/.dev  ## those: training, soaks, whole benchmarks; then nodes lost, overload, chaos
+	@$(TESTS) -m slow --ignore tests/faults
 	@$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.dev  ## format, lint, types, layers, configuration, known vulnerabilities

@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,12 +26,14 @@ import ray
 from ray import serve
 from ray._private.authentication_test_utils import reset_auth_token_state, set_auth_mode, set_env_auth_token
 from ray.cluster_utils import Cluster
+from ray.serve._private.router import SingletonThreadRouter
 
 from cluster.ports import free_port
 from cluster.processes import command_line
 
 OBJECT_STORE_BYTES = 128 * 1024**2
 JOIN_S = 120.0
+THREAD_END_S = 30.0
 # On a machine that does other things too.
 BUSY_MACHINE = {
     # Ray's workers give way to everything else on the machine, and then the nodes take each other for dead.
@@ -118,10 +121,25 @@ class LocalCluster:
 
     def close(self) -> None:
         """End everything, as much of it as there is."""
-        if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+        shut_down()
         self._cluster.shutdown()
+
+
+def shut_down() -> None:
+    """End Serve and Ray as this process uses them, in this order, and the thread in which Serve's handles route.
+
+    Ray leaves that thread running: it would call a core worker that is gone, and the interpreter die over it at exit.
+    """
+    if not ray.is_initialized():  # Serve would start a Ray of its own to shut down
+        return
+    serve.shutdown()
+    loop, SingletonThreadRouter._asyncio_loop = SingletonThreadRouter._asyncio_loop, None
+    if loop is not None:
+        loop.call_soon_threadsafe(loop.stop)
+    for thread in threading.enumerate():
+        if "_run_router_event_loop" in thread.name:
+            thread.join(THREAD_END_S)
+    ray.shutdown()
 
 
 def _wait_until_alive(node_ids: frozenset[str]) -> None:

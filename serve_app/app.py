@@ -11,9 +11,9 @@ from ray.serve import Application
 
 from serve_app.autoscaling import ray_settings
 from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.deployments.ingress.backpressure import most_held
 from serve_app.deployments.ingress.ingress import Ingress, deployment_name
-from serve_app.deployments.limits.limit_keeper import LimitKeeper, is_needed
 from serve_app.deployments.registry.alias_keeper import AliasKeeper
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.deployments.shared.file_index import FileIndex
@@ -27,8 +27,6 @@ HEAD_NODE = "node:__internal_head__"
 KEEPER_MAX_ONGOING = 1000
 KEEPER_SHUTDOWN_S = 5.0
 MAX_QUEUED_IN_PROXY = 1000
-# Its answers take no time; what waits for it is bounded by what the ingress replicas let in.
-LIMITS_MAX_ONGOING = 10_000
 
 
 def build(config: AppConfig) -> Application:
@@ -45,6 +43,7 @@ def assemble(config: AppConfig, replica: Any) -> Application:
     handles = {base.id: _base_deployment(replica, base, config, environment, files) for base in config.bases}
     ingress = config.ingress
     return Ingress.options(
+        name=INGRESS_NAME,
         num_replicas=ingress.replicas,
         max_ongoing_requests=ingress.max_ongoing_requests + most_held(config),
         # What waits for the bases must not stand before health checks and refusals. What finds all replicas full
@@ -56,7 +55,7 @@ def assemble(config: AppConfig, replica: Any) -> Application:
         health_check_timeout_s=ingress.health_check_timeout_s,
         # Longer than the longest request, or a scale-down would cut requests off.
         graceful_shutdown_timeout_s=ingress.request_timeout_s,
-    ).bind(config, environment, handles, _keeper_deployment(config, environment), _limits_deployment(config))
+    ).bind(config, environment, handles, _keeper_deployment(config, environment))
 
 
 def _keeper_deployment(config: AppConfig, environment: Environment) -> Application:
@@ -67,18 +66,6 @@ def _keeper_deployment(config: AppConfig, environment: Environment) -> Applicati
         graceful_shutdown_timeout_s=KEEPER_SHUTDOWN_S,
         health_check_period_s=5.0,
     ).bind(config.registry.path, environment, config.log_level)
-
-
-def _limits_deployment(config: AppConfig) -> Application | None:
-    if not is_needed(config):
-        return None
-    # On the head node, so that no node that comes and goes takes it along.
-    return LimitKeeper.options(
-        max_ongoing_requests=LIMITS_MAX_ONGOING,
-        ray_actor_options={"num_cpus": 0, "resources": {HEAD_NODE: 0.001}},
-        graceful_shutdown_timeout_s=KEEPER_SHUTDOWN_S,
-        health_check_period_s=5.0,
-    ).bind(config.log_level)
 
 
 def _base_deployment(
@@ -98,5 +85,5 @@ def _base_deployment(
         request_router_config=router_config(base, config),
         health_check_period_s=replica.health_check_period_s,
         health_check_timeout_s=replica.health_check_timeout_s,
-        graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s,
+        graceful_shutdown_timeout_s=replica.graceful_shutdown_timeout_s or config.ingress.request_timeout_s,
     ).bind(base, config, environment, files)

@@ -1,7 +1,7 @@
-"""The whole configuration, checked before anything starts.
+"""The whole configuration, validated before anything starts.
 
-Owns `AppConfig`: what `args:` of the application in a Serve file may say. Every model refuses unknown keys and names
-the nearest known one. Must not read the environment, files or the network: `serve_app.environment` does, once.
+Owns `AppConfig`, the `args:` of the application in a Serve file. Every model refuses unknown keys and names the nearest
+known one. Must not read the environment, files or the network: `serve_app.environment` does, once.
 """
 
 from __future__ import annotations
@@ -36,23 +36,6 @@ from serve_app.settings import (
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-# Noise schedulers of diffusers that accept the epsilon and v-prediction configurations of the Stable Diffusion
-# families and need no further package.
-DIFFUSION_SCHEDULERS: tuple[str, ...] = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
-
 # Bases whose own VAE overflows in float16, and the VAE that is known to replace it.
 HALF_PRECISION_VAES = {"stabilityai/stable-diffusion-xl-base-1.0": "madebyollin/sdxl-vae-fp16-fix"}
 
@@ -63,20 +46,24 @@ class BaseModelConfig(StrictModel):
     `compile` has torch compile the denoiser when a replica starts, which takes a minute or two and a compiler on the
     node. `memory_format` is how convolutions lay out their weights and values: "auto" is channels_last on a GPU.
     `vae_tiling` decodes large images tile by tile, which needs less memory and shows faintly: "auto" does so only for
-    sides over twice those that the VAE was trained for.
+    sides over twice those that the VAE was trained for. `parts` replaces parts of the base, by the names in its index;
+    `vae` is short for the part of that name. `schedulers` None means all that fit the base; `scheduler_options` change
+    the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
     """
 
     id: str
     aliases: tuple[str, ...] = ()
     source: ModelSource
     vae: ModelSource | None = None
+    parts: dict[str, ModelSource] = Field(default_factory=dict)
     dtype: DTypeName = "auto"
     variant: str | None = None
     compile: bool = False
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     vae_tiling: Literal["auto", "always", "never"] = "auto"
     scheduler: str | None = None
-    schedulers: tuple[str, ...] = DIFFUSION_SCHEDULERS
+    schedulers: tuple[str, ...] | None = None
+    scheduler_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     adapter_limits: AdapterLimits = AdapterLimits()
@@ -95,6 +82,8 @@ class BaseModelConfig(StrictModel):
                     f"{self.id}: default side {side} must be a multiple of 8 "
                     f"from {limits.min_side} to {limits.max_side}"
                 )
+        if self.vae is not None and "vae" in self.parts:
+            raise ValueError(f"{self.id}: name the VAE once, in 'vae' or in 'parts'")
         if defaults.width * defaults.height > limits.max_pixels:
             raise ValueError(f"{self.id}: the default size is over max_pixels {limits.max_pixels}")
         if self.replica.max_ongoing_requests < self.autoscaling.target_ongoing_requests:
@@ -105,10 +94,11 @@ class BaseModelConfig(StrictModel):
         return self
 
     @property
-    def vae_source(self) -> ModelSource | None:
-        """The VAE that replaces the base's own: the configured one, else in float16 the one known to be needed."""
+    def part_sources(self) -> dict[str, ModelSource]:
+        """What replaces parts of the base: what is configured, and in float16 the VAE that is known to be needed."""
         known = HALF_PRECISION_VAES.get(self.source.hub or "") if self.dtype == "float16" else None
-        return self.vae or (ModelSource(hub=known) if known else None)
+        vae = self.vae or (ModelSource(hub=known) if known else None)
+        return ({"vae": vae} if vae else {}) | self.parts
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -119,9 +109,9 @@ class BaseModelConfig(StrictModel):
 class HubSettings(StrictModel):
     """How adapters are found on the Hugging Face Hub; `endpoint` None means the environment's, else the public one.
 
-    With `forward_tokens`, adapters are looked up as anybody sees them, and what not everybody may read with the
-    caller's own token; a check of a caller's access counts for `access_ttl_s`. The service's token is then for bases
-    alone. `cache_size` is what fetched files may take of a node's disk beside the admitted ones made of them.
+    With `forward_tokens`, adapters are looked up without a token, and those that are not public with the caller's own;
+    a check of a caller's access is valid for `access_ttl_s`. The service's token is then used for bases only.
+    `cache_size` limits the downloaded files on a node's disk, apart from the admitted ones made from them.
     """
 
     enabled: bool = True
@@ -136,18 +126,20 @@ class HubSettings(StrictModel):
 class SharingSettings(StrictModel):
     """Whether adapter files travel between nodes, so that the cluster fetches each from the Hub once.
 
-    `memory` is what shared files may take of Ray's object store, which spills to disk, over the whole cluster; `disk`
-    what came from peers may take of a node's. After `patience_s` a node no longer waits for another's fetch.
+    `memory` is the limit of shared files in Ray's object store, which spills to disk, over the whole cluster; `disk`
+    is the limit of copies from peers on each node's disk. A node waits for another node's download for at most
+    `wait_timeout_s`, then downloads the file itself.
     """
 
+    renamed = {"patience_s": "wait_timeout_s"}
     enabled: bool = False
-    patience_s: PositiveFloat = 60.0
+    wait_timeout_s: PositiveFloat = 60.0
     memory: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
     disk: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
 
 
 class AdapterSources(StrictModel):
-    """Where adapters may come from, asked in this order: embedded, folders, the Hub.
+    """Where adapters come from. The order of look-up is: embedded, folders, the Hub.
 
     A folder holds Hub-shaped repositories as `<owner>/<name>/`.
     """
@@ -161,17 +153,19 @@ class AdapterSources(StrictModel):
 
 
 class IngressSettings(StrictModel):
-    """The HTTP face: how many replicas, and what a request may weigh.
+    """The ingress: its replicas, and the limits of a request.
 
-    `max_json` is what JSON may weigh beside a picture in base64. `decode_timeout_s` is how much of a processor's time
-    one picture may take. `body_timeout_s` is how long a caller may take to send a body; `keep_alive_s` how long a
-    stream is silent before a comment keeps proxies from cutting it. A request whose replica dies is sent again
-    `max_retries` times. A replica of the face that gives no answer to three health checks in a row, each within
-    `health_check_timeout_s`, is replaced. Web pages of `cors_origins`, and of no other origin but the service's own,
-    may draw and change. A service that is bound to loopback answers to names of this machine, to addresses, and to
-    `hosts`. An ingress replica looks up `unknown_ids_per_minute` ids that nothing is known of for a key or an address.
+    A caller has `body_timeout_s` to send a body. A stream that is silent for `sse_ping_interval_s` gets a comment, so
+    that proxies keep it open. A request whose replica dies is sent again at most `max_retries` times. An ingress
+    replica that fails three health checks in a row, each with `health_check_timeout_s`, is replaced.
+
+    `max_json` limits JSON apart from a picture in base64, `decode_timeout_s` the processor time of decoding a picture.
+    Only web pages of the service itself and of `cors_origins` may draw and change. A service that is bound to loopback
+    answers to localhost, to addresses, and to `hosts`. An ingress replica looks up at most `unknown_ids_per_minute`
+    unknown ids for a key or an address.
     """
 
+    renamed = {"keep_alive_s": "sse_ping_interval_s"}
     replicas: PositiveInt = 2
     num_cpus: NonNegativeFloat = 0.5
     max_ongoing_requests: PositiveInt = 256
@@ -180,7 +174,7 @@ class IngressSettings(StrictModel):
     max_image_pixels: PositiveInt = 4096 * 4096
     decode_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
-    keep_alive_s: PositiveFloat = 15.0
+    sse_ping_interval_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0
     max_retries: int = Field(default=2, ge=0)
     health_check_period_s: PositiveFloat = 5.0
@@ -191,13 +185,13 @@ class IngressSettings(StrictModel):
 
 
 class RegistrySettings(StrictModel):
-    """Where aliases are kept: a file on the head node; None means `registry.sqlite3` in the cache's folder."""
+    """The file with the aliases, on the head node; None means `registry.sqlite3` in `cache_dir`."""
 
     path: Path | None = None
 
 
 class KeyLimits(StrictModel):
-    """What a key may ask of the service; None means no limit. `burst` None means one second's requests."""
+    """The limits of an API key; None means no limit. `burst` None means one second's requests."""
 
     requests_per_s: PositiveFloat | None = None
     burst: PositiveInt | None = None
@@ -206,7 +200,7 @@ class KeyLimits(StrictModel):
 
 
 def digest_of(key: str) -> str:
-    """Return the SHA-256 of a key in hex, as configurations hold it. Keys are random, and so need no salt."""
+    """Return the SHA-256 of a key in hex, as in a configuration. Keys are random and need no salt."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
@@ -220,13 +214,22 @@ class ApiKey(StrictModel):
 
 
 class AuthSettings(StrictModel):
-    """Who may use the service: keys here, or in a YAML file that every ingress node has; with none, everybody.
+    """Who may use the service: the keys given here or in a YAML file on every ingress node; without keys, everybody.
 
-    The file holds `keys:` in the same form, and is read again when it changes.
+    The file has `keys:` in the same form, and is read again when it changes. Limits of keys are counted in Redis at
+    `limits_redis`, such as `redis://redis:6379/0`; without it each ingress replica grants its share of them.
     """
 
     keys: tuple[ApiKey, ...] = ()
     keys_file: Path | None = None
+    limits_redis: SecretStr | None = None
+
+    @field_validator("limits_redis")
+    @classmethod
+    def _redis_address(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
+            raise ValueError("limits_redis must begin with 'redis://' or 'rediss://'")
+        return url
 
     @field_validator("keys")
     @classmethod
@@ -239,9 +242,9 @@ class AuthSettings(StrictModel):
 
 
 class TracingSettings(StrictModel):
-    """Where OpenTelemetry traces go, by OTLP over HTTP, such as `http://collector:4318`; None for nowhere.
+    """Where OpenTelemetry traces are sent, as OTLP over HTTP, such as `http://collector:4318`; None disables them.
 
-    `sample` is the share of requests that are traced, of those whose caller has not decided that with `traceparent`.
+    `sample` is the fraction of requests that are traced, unless a request's `traceparent` header decides.
     """
 
     endpoint: str | None = None
@@ -261,18 +264,19 @@ class TracingSettings(StrictModel):
 
 
 class MetricsSettings(StrictModel):
-    """How many adapters have metrics of their own: those asked for most of late; the rest are counted together."""
+    """How many adapters have their own label in metrics: the most requested ones; all others share one."""
 
     top_adapters: int = Field(default=20, ge=0, le=200)
 
 
 class AppConfig(StrictModel):
-    """One Loraplex application: its bases, its adapter sources, its HTTP face.
+    """One Loraplex application: its bases, its adapter sources, its ingress.
 
-    `cache_dir` holds the admitted adapters of each node; None means a folder under the user's cache directory. `{node}`
-    in it becomes the Ray node's id, for nodes that share a file system.
+    `cache_dir` is the folder of each node's files; None means a folder in the user's cache directory. `{node}` in it
+    becomes the Ray node's id, for nodes that share a file system. `disk_cache` limits the admitted adapters in it.
     """
 
+    renamed = {"cache_size": "disk_cache"}
     bases: tuple[BaseModelConfig, ...] = Field(min_length=1)
     default_base: str | None = None
     adapters: AdapterSources = AdapterSources()
@@ -282,7 +286,7 @@ class AppConfig(StrictModel):
     tracing: TracingSettings = TracingSettings()
     metrics: MetricsSettings = MetricsSettings()
     cache_dir: Path | None = None
-    cache_size: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
+    disk_cache: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @field_validator("bases")
@@ -309,13 +313,13 @@ class AppConfig(StrictModel):
 
     @property
     def default(self) -> BaseModelConfig:
-        """The base that serves a request which names none."""
+        """The base for requests that name none."""
         found = self.base(self.default_base) if self.default_base else None
         return found or self.bases[0]
 
 
 class Environment(StrictModel):
-    """What the process environment says, read once by `serve_app.environment` and handed down."""
+    """The values of the process environment, read once by `serve_app.environment` and passed on."""
 
     hub_token: SecretStr | None = None
     hub_endpoint: str | None = None
@@ -323,5 +327,5 @@ class Environment(StrictModel):
 
     @property
     def token(self) -> str | None:
-        """The Hub token in the clear, for the Hub's client alone."""
+        """The Hub token in clear text, for the Hub's client only."""
         return self.hub_token.get_secret_value() if self.hub_token else None

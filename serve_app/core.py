@@ -1,36 +1,37 @@
-"""The values that cross boundaries: adapters, requests, images.
+"""The values that pass between rooms and processes: adapters, requests, images.
 
-Owns the immutable dataclasses that the HTTP layer, the ingress, the replicas and the engine hand to one another.
+Owns the immutable dataclasses that the HTTP layer, the ingress, the replicas and the engine exchange.
 Must not know Ray, torch, HTTP or the file system.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Literal
 
-# Who waits for a request: a person, or a job that may take its time.
+# A person waits for an interactive request, a program for a batch one.
 Priority = Literal["interactive", "batch"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """How strongly an adapter acts where it acts differently on the denoiser and on the text encoders."""
+    """An adapter's scales, if they differ between the denoiser and the text encoders."""
 
     denoiser: float
     text_encoder: float
 
     def __format__(self, spec: str) -> str:
-        """Return `denoiser/text encoder`, each number in the format asked for."""
+        """Return `denoiser/text encoder`, each number in the given format."""
         return f"{self.denoiser:{spec}}/{self.text_encoder:{spec}}"
 
 
-# One number for everything that an adapter changes, or one for each kind of part.
+# One number for all components, or one for each kind of component.
 Scale = float | Scales
 
 
 def scale_of(scale: Scale, component: str) -> float:
-    """Return the number that holds for a component of a pipeline, such as `unet` or `text_encoder_2`."""
+    """Return the scale of a pipeline component, such as `unet` or `text_encoder_2`."""
     if not isinstance(scale, Scales):
         return scale
     return scale.text_encoder if component.startswith("text_encoder") else scale.denoiser
@@ -38,14 +39,14 @@ def scale_of(scale: Scale, component: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class HubToken:
-    """A caller's own token for the Hub; no text that is made of it, or of what holds it, shows it."""
+    """A caller's own Hub token; its repr does not show it."""
 
     value: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TraceContext:
-    """Where in which trace something belongs, in the two headers of W3C's Trace Context."""
+    """The parent span, as the two headers of W3C Trace Context."""
 
     traceparent: str
     tracestate: str = ""
@@ -53,7 +54,7 @@ class TraceContext:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """An adapter as a request names it, before anything is known about it."""
+    """An adapter as a request names it, not resolved yet."""
 
     id: str
     scale: Scale = 1.0
@@ -63,11 +64,11 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """One adapter file, resolved: which base it is for, which file, which bytes.
+    """A resolved adapter: its base, its file, and the revision that fixes its bytes.
 
-    `revision` fixes the bytes: a commit hash for a Hub repository, a content digest for a folder. `location` is where
-    the file lies (a Hub repository id or a folder) and never reaches a client. `embeddings` is the file beside it with
-    the words that it teaches the text encoders.
+    `revision` is a commit hash of a Hub repository, or a content digest for a folder. `location` is the Hub
+    repository id or the folder of the file and never reaches a client. `embeddings` is the file with the adapter's
+    textual-inversion tokens, `settings` the text of peft's `adapter_config.json`, which says how it is scaled.
     """
 
     id: str
@@ -79,16 +80,18 @@ class AdapterSpec:
     size_bytes: int
     instance_prompt: str | None = None
     embeddings: str | None = None
+    settings: str | None = None
 
     @property
     def key(self) -> str:
-        """The name of these bytes, the same in every process; scale is never part of it."""
-        return f"{self.id}@{self.revision[:16]}/{self.filename}"
+        """A name of these bytes, the same in every process; it does not contain the scale of a request."""
+        name = f"{self.id}@{self.revision[:16]}/{self.filename}"
+        return name if self.settings is None else f"{name}+{sha256(self.settings.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, slots=True)
 class ScaledAdapter:
-    """A resolved adapter at the scale that one request asks for."""
+    """A resolved adapter with the scale of one request."""
 
     spec: AdapterSpec
     scale: Scale
@@ -105,7 +108,7 @@ class PixelImage:
 
 @dataclass(frozen=True, slots=True)
 class PixelMask:
-    """Which part of a picture is to be drawn anew: one byte per pixel, row by row, 255 for anew and 0 for kept."""
+    """The part of an image to repaint: one byte per pixel, row by row, 255 to repaint and 0 to keep."""
 
     width: int
     height: int
@@ -114,19 +117,47 @@ class PixelMask:
 
 @dataclass(frozen=True, slots=True)
 class WallClockDeadline:
-    """When a request must be answered: at `at`, in seconds since 1970, `limit_s` after it came in."""
+    """The deadline of a request: `at` in seconds since 1970, `limit_s` after it arrived."""
 
     at: float
     limit_s: float
 
 
 @dataclass(frozen=True, slots=True)
-class UnresolvedRequest:
-    """A request as it was asked: whatever is None is for the base's defaults to fill in.
+class PipelineOptions:
+    """Parameters that only some base families take, by the names that diffusers has for them; None for not asked."""
 
-    `model` is the id in the route (a base or an adapter), None where the route names none. `mask` goes with `image`
-    and has its size. `num_previews` is how many previews of each image a stream should carry at most. `key` is the name
-    of the caller's key, for log lines.
+    true_cfg_scale: float | None = None
+    guidance_rescale: float | None = None
+    clip_skip: int | None = None
+    max_sequence_length: int | None = None
+    prompt_2: str | None = None
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[int, ...] | None = None
+
+    def given(self) -> dict[str, object]:
+        """Return what was asked, by name."""
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if value is not None
+        }
+
+
+NO_OPTIONS = PipelineOptions()
+
+# The value of an option of a noise scheduler; options come in pairs of name and value, sorted by name.
+SchedulerOption = bool | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class UnresolvedRequest:
+    """A parsed request; values that are None get the base's defaults.
+
+    `model` is the id in the route (a base or an adapter), None if the route has none. `mask` goes with `image` and has
+    its size. `num_previews` is the most previews of each image in a stream. `key` is the name of the caller's API key,
+    for log lines.
     """
 
     prompt: str
@@ -143,6 +174,8 @@ class UnresolvedRequest:
     image: PixelImage | None = None
     strength: float | None = None
     mask: PixelMask | None = None
+    options: PipelineOptions = NO_OPTIONS
+    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
     num_previews: int = 0
     priority: Priority = "interactive"
     due: WallClockDeadline | None = None
@@ -155,8 +188,9 @@ class GenerationRequest:
     """A request with nothing left open: the same value gives the same image on any replica.
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
-    None means the base's own. With `image`, width and height are the output's size. `num_previews`, `priority`, `due`
-    and `trace` change no image.
+    None means the base's own. With `image`, width and height are the output's size. `denoiser_runs` is how often the
+    denoiser runs in each step for one image, None where nobody knows the base's family. `num_previews`, `priority`,
+    `due` and `trace` change no image.
     """
 
     request_id: str
@@ -174,6 +208,9 @@ class GenerationRequest:
     image: PixelImage | None = None
     strength: float | None = None
     mask: PixelMask | None = None
+    options: PipelineOptions = NO_OPTIONS
+    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
+    denoiser_runs: int | None = None
     num_previews: int = 0
     priority: Priority = "interactive"
     due: WallClockDeadline | None = None
@@ -182,7 +219,7 @@ class GenerationRequest:
 
     @property
     def planned_steps(self) -> int:
-        """How many steps it will run: of image-to-image, the share that its strength says."""
+        """The number of steps that will run; image-to-image runs the fraction given by its strength."""
         return self.steps if self.strength is None else min(int(self.steps * self.strength), self.steps)
 
 
@@ -199,7 +236,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
-    """What was applied for one adapter: how many layers of the base its file matched, out of those it names."""
+    """One applied adapter: how many layers of its file matched the base, out of all in the file."""
 
     id: str
     revision: str
@@ -210,10 +247,10 @@ class AppliedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """The images of one request and how they came about.
+    """The images of one request, with their seeds, adapters and timings.
 
-    `batch_size` counts the images that shared the device pass: 1 means that the result is bit-reproducible.
-    `compute_s` is the time on the device.
+    `batch_size` counts the images of the device pass; with 1 the result is bit-reproducible. `compute_s` is the time on
+    the device.
     """
 
     request_id: str
@@ -230,7 +267,7 @@ class GenerationResult:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The first event of a stream: everything that can be refused early has been checked."""
+    """The first event of a stream: all checks that need no device have passed."""
 
     base_id: str
     seed: int
@@ -254,9 +291,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """What an image looks like on the way: `image` is smaller than the finished one by the base's latent factor.
+    """A preview of an unfinished image, smaller than the finished one by the base's latent factor.
 
-    `index` counts the previews of this image, `image_index` the images of the request; both from 0.
+    `index` counts the previews of this image, `image_index` the images of the request; both start at 0.
     """
 
     index: int
@@ -265,14 +302,14 @@ class Preview:
 
 
 GenerationEvent = Accepted | Progress | Preview | GenerationResult
-"""What a stream carries: first one `Accepted`, then progress and previews, last the result."""
+"""The events of a stream: first one `Accepted`, then progress and previews, last the result."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model that a request may name: a base, or an adapter with the base it is for.
+    """A model that a request may name: a base, or an adapter with its base.
 
-    `created` is in seconds since 1970, 0 where nobody knows.
+    `created` is in seconds since 1970, 0 if unknown.
     """
 
     id: str

@@ -1,6 +1,6 @@
-"""The process environment: what the service takes from it, and what it gives to the processes that it starts.
+"""The process environment: what the service reads from it, and what it passes to the processes that it starts.
 
-Owns every reading of the environment. Must not import Ray: commands that start no service read it too.
+Only this module reads the environment. Must not import Ray: commands that start no service use it too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PROXY_GUARDS = "serve_app.deployments.proxy:guards"
 
 
 def read_environment(config: AppConfig) -> Environment:
-    """Return what the process environment says, the configuration's own words first."""
+    """Return the values of the process environment; values of the configuration come first."""
     token = os.environ.get("HF_TOKEN")
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Environment(
@@ -28,8 +28,10 @@ def read_environment(config: AppConfig) -> Environment:
 
 
 def launch_environment() -> dict[str, str]:
-    """Return the environment that `loraplex serve` starts `serve run` with: this one, usage reports off, callers kept
-    from steering Serve's proxy, and memory that does not spread over an arena of the C library for each thread."""
+    """Return the environment for `serve run`: this one, without usage reports and with our layers before Serve's proxy.
+
+    Few malloc arenas keep memory from growing with the number of threads.
+    """
     return {
         "MALLOC_ARENA_MAX": "2",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,7 +41,7 @@ def launch_environment() -> dict[str, str]:
     }
 
 
-# What the loader, Python's own start, temporary files and torch's threads need, and nothing that could be a secret.
+# What the loader, Python, temporary files and torch's threads need; nothing that could be a secret.
 _FOR_CHILDREN = (
     "PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONHASHSEED",
     "PYTHONMALLOC", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
@@ -47,7 +49,6 @@ _FOR_CHILDREN = (
 
 
 def child_environment() -> dict[str, str]:
-    """Return the environment of a process that reads files nobody vouches for: no token, no key, no way to the Hub, and
-    no GPU."""
+    """Return the environment of a process that parses untrusted files: no tokens or keys, no Hub, no GPU."""
     passed = {name: os.environ[name] for name in _FOR_CHILDREN if name in os.environ}
     return {**passed, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "CUDA_VISIBLE_DEVICES": ""}

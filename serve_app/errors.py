@@ -1,4 +1,4 @@
-"""The error tree: every refusal a caller can meet, with its HTTP status and a code that never changes.
+"""The error tree: every error that a caller can get, with its HTTP status and a stable code.
 
     LoraplexError
     ├── BadRequest 400
@@ -6,14 +6,15 @@
     │   ├── UnknownParameter        a parameter that does not exist, with the nearest that does
     │   ├── OutOfBounds             a value outside the base's limits
     │   ├── UnknownScheduler        a noise scheduler the base does not offer
+    │   ├── PipelineRefused         the base's own pipeline does not take what is asked
     │   └── BaseMismatch            an adapter made for another base than the one the request names
-    ├── Unauthorised 401
+    ├── Unauthorized 401
     ├── AccessDenied 403            a gated or private repository
-    ├── AdminRequired 403           a key that may draw, but not change the registry
+    ├── AdminRequired 403           a key that may not change the registry
     ├── ForeignOrigin 403           a web page of another origin
     ├── ModelNotFound 404           neither a base nor an adapter
     ├── NotAcceptable 406
-    ├── NameTaken 409               a name that means something else already
+    ├── NameTaken 409               a name that is already in use
     ├── BodyTimeout 408             the body did not arrive in time
     ├── TooLarge 413
     ├── UnknownHost 421             a name that a service on loopback does not have
@@ -28,24 +29,24 @@
     │   ├── ShapeMismatch           a layer exists in the base with other widths
     │   ├── NonFinite               NaN or infinite values
     │   ├── RankTooHigh
-    │   ├── UnsupportedMethod       a way of adapting that is not served
+    │   ├── UnsupportedMethod       an adapter method that is not supported
     │   ├── AdmissionTimedOut       checking the file took longer than allowed
-    │   └── Quarantined             its images failed on the device again and again
+    │   └── Quarantined             its images failed repeatedly on the device
     ├── QueueFull 429
-    ├── Overloaded 429              more comes in than can be looked at
-    ├── KeyLimitReached 429         a key that asks for more than it may
-    ├── UnknownIdLimitReached 429   a caller that asks for too many ids that nobody knows
+    ├── Overloaded 429              more requests than the ingress can handle
+    ├── KeyLimitReached 429         an API key over its limit
+    ├── UnknownIdLimitReached 429   a caller that asks for too many unknown ids
     ├── InternalError 500           ours
     ├── Unavailable 503
     │   ├── NotReady                the base is starting
     │   ├── BaseUnusable            the base cannot be loaded as configured; raised at start, not by requests
     │   ├── HubUnavailable          the Hub did not answer
-    │   ├── DiskFull                no room for an adapter on a replica's node
-    │   ├── OutOfMemory             the device has no room for it, not even alone
-    │   ├── ReplicaLost             the replica died; asking again may succeed
-    │   └── IngressLost             the way to the replicas died; asking again may succeed
+    │   ├── DiskFull                no space for an adapter on a replica's node
+    │   ├── OutOfMemory             the device has too little memory, even for it alone
+    │   ├── ReplicaLost             the replica died; a retry may succeed
+    │   └── IngressLost             the ingress died; a retry may succeed
     └── DeadlineExceeded 504
-        └── DeadlineOutOfReach      it would run out of its time, and was not begun
+        └── DeadlineOutOfReach      the deadline cannot be met; it was not started
 
 Messages are one sentence for the caller: they name the thing, the limit and what to do, and never a path, a host or
 a token. Errors travel between processes, so each rebuilds itself from its fields.
@@ -67,7 +68,7 @@ def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
 
 @dataclass(eq=False)
 class LoraplexError(Exception):
-    """The root: `status` is the HTTP status, `code` the stable name, `str(error)` the caller's sentence."""
+    """The root: `status` is the HTTP status, `code` the stable name, `str(error)` the message for the caller."""
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal"
@@ -75,7 +76,7 @@ class LoraplexError(Exception):
     retry_after: ClassVar[bool] = False
 
     def __str__(self) -> str:
-        """Return the sentence that the caller reads."""
+        """Return the message for the caller."""
         return redact_secrets(self.template.format(**self.__dict__))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,13 +85,13 @@ class LoraplexError(Exception):
 
 
 def strip_traceback(error: LoraplexError) -> LoraplexError:
-    """Return an error that is to be kept without the frames of it and of its causes: they keep all in them alive."""
+    """Return an error without its traceback and causes, whose frames would keep objects alive."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 
 
 class BadRequest(LoraplexError):
-    """The request itself is at fault."""
+    """The request is invalid."""
 
     status = 400
     code = "bad_request"
@@ -138,8 +139,21 @@ class UnknownScheduler(BadRequest):
 
 
 @dataclass(eq=False)
+class PipelineRefused(BadRequest):
+    """The base's own pipeline does not take what is asked; a check that should have come before the device is missing.
+
+    `reason` is the pipeline's own sentence.
+    """
+
+    base: str
+    reason: str
+    code = "pipeline_refused"
+    template = "{base} cannot draw this request: {reason}"
+
+
+@dataclass(eq=False)
 class BaseMismatch(BadRequest):
-    """An adapter made for another base than the one that the request names."""
+    """An adapter made for another base than the request names."""
 
     adapter: str
     adapter_base: str
@@ -163,7 +177,7 @@ class Unauthorized(LoraplexError):
 
 @dataclass(eq=False)
 class AccessDenied(LoraplexError):
-    """A gated or private repository that the service may not read."""
+    """A gated or private repository that cannot be read."""
 
     model: str
     whose: str = "the service's Hub token"
@@ -174,7 +188,7 @@ class AccessDenied(LoraplexError):
 
 @dataclass(eq=False)
 class AdminRequired(LoraplexError):
-    """A valid key that may draw, but not change the registry."""
+    """A valid key that may not change the registry."""
 
     key: str
     status = 403
@@ -207,7 +221,7 @@ class UnknownHost(LoraplexError):
 
 @dataclass(eq=False)
 class ModelNotFound(LoraplexError):
-    """Neither a base that is served nor an adapter that can be found; `detail` says where it was looked for."""
+    """Neither a served base nor an adapter that was found; `detail` says where it was searched for."""
 
     model: str
     detail: str = "it is neither a served base nor an adapter on the configured sources"
@@ -239,7 +253,7 @@ class BodyTimeout(LoraplexError):
 
 @dataclass(eq=False)
 class NameTaken(LoraplexError):
-    """A name that means something else already."""
+    """A name that is already in use."""
 
     name: str
     reason: str
@@ -261,7 +275,7 @@ class TooLarge(LoraplexError):
 
 @dataclass(eq=False)
 class HeadersTooLarge(LoraplexError):
-    """Headers and address over their limit together."""
+    """Headers and URL over their common limit."""
 
     size_bytes: int
     limit_bytes: int
@@ -272,7 +286,7 @@ class HeadersTooLarge(LoraplexError):
 
 @dataclass(eq=False)
 class QueueFull(LoraplexError):
-    """The base has as much work as it accepts."""
+    """The base has as many requests as it accepts."""
 
     base: str
     limit: int
@@ -285,7 +299,7 @@ class QueueFull(LoraplexError):
 
 @dataclass(eq=False)
 class Overloaded(LoraplexError):
-    """More requests come in than can be looked at, let alone drawn."""
+    """More requests arrive than the ingress can handle."""
 
     retry_after_s: int = 1
     status = 429
@@ -296,7 +310,7 @@ class Overloaded(LoraplexError):
 
 @dataclass(eq=False)
 class KeyLimitReached(LoraplexError):
-    """A key that asks for more than it may."""
+    """An API key over its limit."""
 
     key: str
     limit: str
@@ -324,7 +338,7 @@ class UnknownIdLimitReached(LoraplexError):
 
 @dataclass(eq=False)
 class InternalError(LoraplexError):
-    """Our own fault; the log has the details under the request id."""
+    """A fault of the service; the log has the details under the request id."""
 
     request_id: str
     status = 500
@@ -333,7 +347,7 @@ class InternalError(LoraplexError):
 
 
 class Unavailable(LoraplexError):
-    """Not now; asking again later may succeed."""
+    """A temporary failure; a later retry may succeed."""
 
     status = 503
     code = "unavailable"
@@ -352,7 +366,7 @@ class NotReady(Unavailable):
 
 @dataclass(eq=False)
 class BaseUnusable(Unavailable):
-    """The base cannot be loaded as it is configured: a fault for the operator, met when a replica starts."""
+    """The base cannot be loaded as it is configured; raised when a replica starts."""
 
     base: str
     reason: str
@@ -363,7 +377,7 @@ class BaseUnusable(Unavailable):
 
 @dataclass(eq=False)
 class HubUnavailable(Unavailable):
-    """The Hub did not answer in time, or answered with an error of its own."""
+    """The Hub did not answer in time, or answered with an error."""
 
     model: str
     reason: str
@@ -374,7 +388,7 @@ class HubUnavailable(Unavailable):
 
 @dataclass(eq=False)
 class DiskFull(Unavailable):
-    """The disk of a replica's node has no room for an adapter, not even after dropping what was cached."""
+    """The disk of a replica's node has no space for an adapter, even after evicting cached files."""
 
     model: str
     retry_after_s: int = 30
@@ -387,7 +401,7 @@ class DiskFull(Unavailable):
 
 @dataclass(eq=False)
 class OutOfMemory(Unavailable):
-    """The device had no room for a request, nor when it was tried again alone; `advice` says what would take less."""
+    """The device has too little memory for a request, even alone; `advice` says what would need less."""
 
     base: str
     what: str
@@ -399,12 +413,12 @@ class OutOfMemory(Unavailable):
 
 @dataclass(eq=False)
 class ReplicaLost(Unavailable):
-    """The replica that had the request died, and so did those tried after it; `why` is for metrics alone."""
+    """The replica that had the request died, and so did those tried after it; `reason` is only for metrics."""
 
     base: str
     attempts: int
     retry_after_s: int = 2
-    why: str = "closing"
+    reason: str = "closing"
     code = "replica_lost"
     template = "{base} lost this request's replica ({attempts} attempts); try again in {retry_after_s} s"
 
@@ -421,7 +435,7 @@ class IngressLost(Unavailable):
 
 @dataclass(eq=False)
 class DeadlineExceeded(LoraplexError):
-    """The request ran out of its time."""
+    """The request's deadline has passed."""
 
     limit_s: float
     status = 504
@@ -430,7 +444,7 @@ class DeadlineExceeded(LoraplexError):
 
 
 class DeadlineOutOfReach(DeadlineExceeded):
-    """The request would run out of its time with what waits before it, and was not begun."""
+    """The deadline cannot be met with the requests that wait before it; the request was not started."""
 
     code = "deadline_out_of_reach"
     template = "the request cannot be done within {limit_s:g} s with what waits before it; ask again later"

@@ -1,8 +1,7 @@
-"""Files that several processes of a node share: held by whoever reads them, removed only while nobody does.
+"""Kernel locks on files that several processes of a node share.
 
-Owns the use of the kernel's locks for that, and the signs of a full disk. A reader has a shared lock, whoever removes
-takes an exclusive one first; the kernel lets go of the locks of a process that dies, so nothing is ever left held.
-Every call may block on the disk.
+A reader holds a shared lock; removal needs an exclusive one. The kernel releases the locks of a process that dies. Also
+tells whether an error means a full disk. Every call may block on the disk.
 """
 
 from __future__ import annotations
@@ -19,32 +18,31 @@ from typing import BinaryIO
 
 @contextmanager
 def unlocking(file: BinaryIO) -> Generator[None]:
-    """Let go of a file's lock at the end of the block."""
+    """Release a file's lock at the end of the block."""
     try:
         yield
     finally:
-        # Closing alone would leave the lock to a child that was forked meanwhile.
+        # Closing alone would leave the lock with a child that was forked meanwhile.
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
 def exclusive(lock: Path) -> Generator[None]:
-    """Keep every other process out of what this lock file stands for."""
+    """Hold an exclusive lock on a lock file."""
     with lock.open("wb") as file, unlocking(file):
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def open_shared(path: Path) -> BufferedReader | None:
-    """Open a file and hold it, until it is closed; None where there is none."""
+    """Open a file with a shared lock; None if it does not exist."""
     while True:
         try:
             file = path.open("rb")
         except FileNotFoundError:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
-        # Between opening and locking it may have been evicted or replaced: then the name means something
-        # else.
+        # Between opening and locking, the file may have been evicted or replaced.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
@@ -52,7 +50,7 @@ def open_shared(path: Path) -> BufferedReader | None:
 
 
 def remove_if_unlocked(path: Path) -> bool:
-    """Remove a file that nobody holds; tell whether it is gone."""
+    """Remove a file that no process has locked; return whether it is gone."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -67,5 +65,5 @@ def remove_if_unlocked(path: Path) -> bool:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Say whether the disk, or this user's share of it, has no room left."""
+    """Whether the disk, or the user's quota, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

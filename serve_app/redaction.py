@@ -1,15 +1,15 @@
-"""What looks like a token or key in a text: to be cut down before anybody reads it, to be refused as a name."""
+"""Detection and redaction of tokens and keys in texts."""
 
 from __future__ import annotations
 
 import re
 
-# A token of the Hub, a key of ours or one of the shape that OpenAI's clients use, wherever a caller may have put it.
+# A Hub token, one of our keys, or a key of the form that OpenAI's clients use.
 _CREDENTIAL = re.compile(r"\b(hf_|sk-|lpx_)[A-Za-z0-9_-]{15,}")
 
 
 def redact_secrets(text: str) -> str:
-    """Return a text in which whatever looks like a token or key is cut down to its first letters."""
+    """Return a text with everything that looks like a token or key cut to its prefix."""
     return _CREDENTIAL.sub(r"\1***", text)
 
 

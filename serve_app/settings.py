@@ -1,13 +1,14 @@
-"""The parts of one base's configuration, and the strictness that all of the configuration shares.
+"""The settings of one base, and the strict model that all settings share.
 
-Owns what may be said of a base's source, limits, replicas, router and scaling. `serve_app.config` puts them together.
+Owns a base's source, limits, defaults, replicas, router and autoscaling. `serve_app.config` puts them together.
 """
 
 from __future__ import annotations
 
 import difflib
+import logging
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -20,6 +21,8 @@ from pydantic import (
     model_validator,
 )
 
+log = logging.getLogger(__name__)
+
 
 def nearest(name: str, known: list[str]) -> str:
     """Return "; did you mean 'x'?" for the closest known name, or an empty string."""
@@ -28,17 +31,27 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class StrictModel(BaseModel):
-    """A frozen model that refuses unknown keys and names the nearest known one."""
+    """A frozen model that refuses unknown keys and names the nearest known one.
 
+    `renamed` maps a key's former name to its present one. The former name works for one version, with a warning.
+    """
+
+    renamed: ClassVar[dict[str, str]] = {}
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _name_unknown_keys(cls, data: Any) -> Any:
+    def _check_keys(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        fields = cast("dict[Any, Any]", data)
+        fields = dict(cast("dict[Any, Any]", data))
         known = list(cls.model_fields)
+        for old in fields.keys() & cls.renamed.keys():
+            new = cls.renamed[old]
+            if new in fields:
+                raise ValueError(f"'{old}' is the former name of '{new}'; keep only '{new}'")
+            log.warning("the setting '%s' is now called '%s'; the next version refuses the former name", old, new)
+            fields[new] = fields.pop(old)
         unknown = [str(key) for key in fields if key not in known]
         if unknown:
             raise ValueError("; ".join(f"unknown key '{key}'{nearest(key, known)}" for key in unknown))
@@ -46,7 +59,7 @@ class StrictModel(BaseModel):
 
 
 class ModelSource(StrictModel):
-    """Where a model lies: exactly one of a Hub id, a folder or an embedded demo model."""
+    """Where a model is: exactly one of a Hub id, a folder or an embedded demo model."""
 
     hub: str | None = None
     folder: Path | None = None
@@ -55,7 +68,7 @@ class ModelSource(StrictModel):
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelSource:
-        if sum(place is not None for place in (self.hub, self.folder, self.embedded)) != 1:
+        if sum(value is not None for value in (self.hub, self.folder, self.embedded)) != 1:
             raise ValueError("name exactly one of 'hub', 'folder' and 'embedded'")
         if self.revision is not None and self.hub is None:
             raise ValueError("'revision' goes with 'hub'")
@@ -63,7 +76,7 @@ class ModelSource(StrictModel):
 
 
 class Limits(StrictModel):
-    """What one request may ask of a base."""
+    """The limits of one request to a base."""
 
     max_steps: PositiveInt = 100
     min_side: PositiveInt = 64
@@ -77,7 +90,7 @@ class Limits(StrictModel):
 
 
 class Defaults(StrictModel):
-    """What a request gets where it says nothing."""
+    """The values of a request that gives none."""
 
     steps: PositiveInt = 30
     guidance_scale: NonNegativeFloat = 7.5
@@ -87,11 +100,11 @@ class Defaults(StrictModel):
 
 
 class AutoscalingSettings(StrictModel):
-    """Autoscaling of one deployment, in Ray Serve's own terms but for the first three.
+    """Autoscaling of one deployment; all but the first three are Ray Serve's own settings.
 
-    The policy "predicted_work" wants at most `target_wait_s` of predicted work before each replica; "ray" is Serve's
-    own, which goes by `target_ongoing_requests`. The first request to a base without replicas starts
-    `replicas_from_zero` at once, whatever comes with it.
+    The policy "predicted_work" aims at no more than `target_wait_s` of predicted work waiting for each replica; "ray"
+    is Serve's own policy and uses `target_ongoing_requests`. The first request to a base without replicas starts
+    `replicas_from_zero` replicas.
     """
 
     policy: Literal["predicted_work", "ray"] = "predicted_work"
@@ -121,25 +134,39 @@ class AutoscalingSettings(StrictModel):
 
 
 class ReplicaSettings(StrictModel):
-    """What one replica of a base is given, and how much it takes on.
+    """The resources of one replica of a base, its queue, its caches and its health checks.
 
-    `torch_threads` None means one thread for each whole CPU: torch's threads spin, and more of them than CPUs make
-    everything on the node slow. `prepare_ahead` says whether the next request's adapters are fused while a request
-    runs: "auto" only on GPUs, since on a CPU that takes the cores of the running image. `device_cache` is what
-    adapters may take of a GPU's memory, apart from the weights; a CPU has no such tier. `pristine_in` says where the
-    loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host, which takes
-    nothing more of the device but makes each swap copy; "auto" takes the host where a GPU is too small. `resources` are
-    Ray's further ones, such as `accelerator_type:H100: 0.001` for a base that only such nodes can hold.
+    `torch_threads` None means one thread per whole CPU: more threads than CPUs make everything on the node slow.
+    `resources` are further Ray resources, such as `accelerator_type:H100: 0.001` for a base that only such nodes can
+    hold.
 
-    A waiting request may be overtaken by others that need no swap, `max_overtakes` times and for `max_overtaken_s`;
-    one of priority "batch" also by interactive ones that come within `batch_delay_s` of it. With over `max_backlog_s`
-    of predicted work ahead, requests are refused. A new replica fetches the adapters that others use most before it
-    takes requests, for at most `warm_up_timeout_s` and `warm_up_size`. A replica that gives no answer to three health
-    checks in a row, each within `health_check_timeout_s`, is replaced.
+    `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory: bytes alone decide what a
+    replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says
+    where the loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host,
+    which needs no further device memory but makes each swap copy; "auto" chooses the host if a GPU is too small.
+    `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only does so on GPUs, since on a
+    CPU it slows the running image.
 
-    A replica whose device makes no headway for `stall_after_s` though it has work is replaced. None means 300 s, or
-    1200 s with `compile`; it must be longer than a whole pass, as a GPU's steps may be launched long before they run.
+    Requests that need no swap may overtake a waiting one `max_overtakes` times and for `max_overtaken_s`. A request of
+    priority "batch" is queued as if it had arrived `batch_priority_delay_s` later. Requests are refused with more than
+    `max_backlog_s` of predicted work waiting. A new replica fetches the adapters that others use most before it takes
+    requests, within `warm_up_timeout_s` and `warm_up_size`.
+
+    A replica is replaced after three health checks without a reply within `health_check_timeout_s`, or if its device
+    has work and makes no progress for `stall_timeout_s`. None means 300 s, or 1200 s with `compile`; it must be longer
+    than a whole batch, since a GPU's steps may be launched long before they run.
+    `max_backlog_s` and `graceful_shutdown_timeout_s`, the time that a replica has to finish when it is to end, are
+    `ingress.request_timeout_s` where they are not set.
     """
+
+    renamed = {
+        "batch_delay_s": "batch_priority_delay_s",
+        "adapters_per_replica": "max_warm_up_adapters",
+        "max_advertised_adapters": "max_warm_up_adapters",
+        "prepare_ahead": "prefetch_swap",
+        "pristine_in": "base_weights",
+        "stall_after_s": "stall_timeout_s",
+    }
 
     num_cpus: PositiveFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
@@ -149,35 +176,37 @@ class ReplicaSettings(StrictModel):
     max_batch_images: PositiveInt = 4
     max_overtakes: int = Field(default=4, ge=0)
     max_overtaken_s: NonNegativeFloat = 5.0
-    batch_delay_s: NonNegativeFloat = 60.0
-    max_backlog_s: PositiveFloat = 300.0
+    batch_priority_delay_s: NonNegativeFloat = 60.0
+    max_backlog_s: PositiveFloat | None = None
     warm_up_timeout_s: NonNegativeFloat = 10.0
     warm_up_size: ByteSize = Field(default=ByteSize(1024**3), validate_default=True)
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
-    adapters_per_replica: PositiveInt = 32
+    max_warm_up_adapters: PositiveInt = 32
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
-    prepare_ahead: Literal["auto", "always", "never"] = "auto"
-    pristine_in: Literal["auto", "device", "host"] = "auto"
+    prefetch_swap: Literal["auto", "always", "never"] = "auto"
+    base_weights: Literal["auto", "device", "host"] = "auto"
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0
-    stall_after_s: PositiveFloat | None = None
-    graceful_shutdown_timeout_s: PositiveFloat = 120.0
+    stall_timeout_s: PositiveFloat | None = None
+    graceful_shutdown_timeout_s: PositiveFloat | None = None
 
 
 class RouterSettings(StrictModel):
     """How a base's requests are spread over its replicas: `router: ray` is short for `router: {policy: ray}`.
 
-    The policy "loraplex" takes the replica that is predicted to finish first; "ray" is Serve's own. Replicas tell of
-    themselves every `stats_period_s`. One whose news is `stale_after_s` behind that of the others, or whose device
-    shows no headway for `stall_after_s`, gets only what no other takes. A request waits at most `max_backoff_s` for
-    the next try while all replicas are full.
+    The policy "loraplex" chooses the replica with the least predicted work, and counts missing adapters as work;
+    "ray" is Serve's own policy. Replicas report their work every `stats_period_s`. A replica is used only as a last
+    resort if its report is `stale_after_s` older than the others' or if its device makes no progress for
+    `deprioritize_after_s`. While all replicas are full, a request waits at most `max_backoff_s` for the next try.
     """
+
+    renamed = {"stall_after_s": "deprioritize_after_s"}
 
     policy: Literal["loraplex", "ray"] = "loraplex"
     stats_period_s: PositiveFloat = 0.25
     stale_after_s: float = Field(default=15.0, ge=10.0)
-    stall_after_s: PositiveFloat = 60.0
+    deprioritize_after_s: PositiveFloat = 60.0
     max_backoff_s: PositiveFloat = 0.2
 
     @model_validator(mode="before")
@@ -187,7 +216,7 @@ class RouterSettings(StrictModel):
 
 
 class AdapterLimits(StrictModel):
-    """What an adapter file may be."""
+    """The limits of an adapter file."""
 
     max_rank: PositiveInt = 512
     max_file: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)

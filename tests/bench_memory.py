@@ -228,7 +228,8 @@ def by_fifth(series: list[tuple[float, int]], seconds: float) -> list[float]:
 
 def settings(folder: str, hub: HubServer) -> dict[str, Any]:
     replica = {
-        "num_cpus": 0.1, "torch_threads": 1, "host_cache": "3MB", "adapters_per_replica": 8, "max_queued_requests": 64,
+        "num_cpus": 0.1, "torch_threads": 1, "host_cache": "3MB", "max_warm_up_adapters": 8,
+        "max_queued_requests": 64,
     }  # fmt: skip
     defaults = {"steps": 2, "guidance_scale": 3.0, "width": 32, "height": 32}
     return {
@@ -236,7 +237,7 @@ def settings(folder: str, hub: HubServer) -> dict[str, Any]:
         "adapters": {"embedded": True, "hub": {"endpoint": hub.endpoint}, "resolution_ttl_s": 20},
         "ingress": {"replicas": 2, "num_cpus": 0.1},
         "cache_dir": f"{folder}/cache",
-        "cache_size": "30MB",
+        "disk_cache": "30MB",
     }
 
 

@@ -35,7 +35,7 @@ BASE = "demo/sd15"
 PROMPT = "a red circle on a blue background"
 ON_DEVICE = ("swap", "denoise", "decode")
 # Of the command lines that Ray gives its processes.
-PROCESSES = {"ServeProxy": "proxy", "ProxyActor": "proxy", ":Ingress": "ingress", ":base-": "replica"}
+PROCESSES = {"ServeProxy": "proxy", "ProxyActor": "proxy", ":LoraplexIngress": "ingress", ":base-": "replica"}
 STAGES = ("parse", "hop", "queue", "fetch", "encode")
 
 

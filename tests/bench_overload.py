@@ -1,8 +1,9 @@
 """Ten times as much as can be done, for minutes, on a real service: `python -m tests.bench_overload --minutes 2`.
 
 First as much as callers who wait for their answers can get out of it, then ten times that whatever the answers. The
-device naps (`tests.napping_replica`), so that generation takes no processor from refusing; the callers, in processes of
-their own, share the machine. Some that are refused come back when `Retry-After` says, during the overload and after it.
+device naps (`tests.replicas.napping`), so that generation takes no processor from refusing; the callers, in processes
+of their own, share the machine. Some that are refused come back when `Retry-After` says, during the overload and
+after it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.footprint import Footprint, footprints
-from tests.napping_replica import IMAGE_S
+from tests.replicas.napping import IMAGE_S
 from tests.service import base_settings, ray_cluster
 
 BASE = "demo/sd15"
@@ -131,7 +132,7 @@ def main() -> None:
 
     from serve_app.app import assemble
     from serve_app.config import AppConfig
-    from tests.napping_replica import NappingReplica
+    from tests.replicas.napping import NappingReplica
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0)

@@ -4,8 +4,8 @@
     python -m tests.bench_routing day            the calibrated day, compressed, under several routers at once
 
 `day` sends the same requests at the same times to applications that differ in their router alone: three replicas each,
-whose generations are sleeps (`tests.sleeping_replica`), so that processors do not decide. "Late" is what a service does
-without fetching at admission: the replica gets a request's adapters when its turn comes.
+whose generations are sleeps (`tests.replicas.sleeping`), so that processors do not decide. "Late" is what a service
+does without fetching at admission: the replica gets a request's adapters when its turn comes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from serve_app.bench.traffic.workload import TRAFFICS, Arrival, generate
 from serve_app.core import AdapterSpec, GenerationRequest, ScaledAdapter
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.routing.cost import RequestLoad, RequiredAdapter, rank
-from serve_app.routing.ledger import ReplicaSnapshot, ReplicaStateCache
-from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
+from serve_app.routing.fleet import ReplicaStates
+from serve_app.routing.stats import ReplicaStats, encode
 from serve_app.work import LatencyModel, work_units
+from tests.replicas.sleeping import LeastLoadedRouter, SleepingReplica, Sleeps, Slept
 from tests.service import ray_cluster
-from tests.sleeping_replica import LeastLoadedRouter, SleepingReplica, Sleeps, Slept
 
 REPLICAS = 3
 # The calibrated day's constants, in seconds of the day: one image, a swap, a fetch. A tenth of an image is not steps.
@@ -62,40 +62,30 @@ def decisions(replicas: int, adapters: int, count: int) -> None:
     """Time what the router does for one request: read the news of one replica, rank all, book."""
     rng = random.Random(0)
     keys = [f"acme/adapter-{index:04d}@0123456789abcdef/adapter.safetensors" for index in range(adapters)]
-    now_s = time.time()
-
-    held = [rng.sample(keys, 64) for _ in range(replicas)]
-
-    def told(index: int, at_s: float) -> dict[str, Any]:
-        """One request more than before: one adapter came, one went."""
-        held[index] = [*held[index][1:], rng.choice(keys)]
-        recorder = RoutingStatsCollector(wall_clock=lambda: at_s, clock=time.monotonic)
-        recorder.queued(RequestLoad((RequiredAdapter(held[index][-1], 10**8),), 60.0))
-        load = DeviceLoad(rng.random() * 30, LatencyModel(0.8, 0.12), 0, is_busy=True)
-        return recorder.snapshot(load, Tiers(held[index], host_free_bytes=0.0))
-
-    sightings = [ReplicaSnapshot(f"r{index}", f"n{index // 4}", told(index, now_s)) for index in range(replicas)]
-    ledger = ReplicaStateCache(disk_bytes=20 * 2**30)
-    for sighting in sightings:
-        ledger.update_snapshot(sighting, now_s)
+    now_s = time.monotonic()
+    pace = LatencyModel(0.8, 0.12)
+    held = [frozenset(rng.sample(keys, 64)) for _ in range(replicas)]
+    wires = [encode(ReplicaStats(1, rng.random() * 30, pace)) for _ in range(replicas)]
+    states = ReplicaStates()
     walls, cpus = [], []
     for number in range(count):
         needs = tuple(RequiredAdapter(key, 10**8) for key in rng.sample(keys, rng.choice((1, 1, 1, 2))))
-        # A tenth of a second later: what was worked out for the decision before is of no use any more.
         now_s += 0.1
+        # One replica has news: its work, and one adapter that came for another.
         index = rng.randrange(replicas)
-        sightings[index] = replace(sightings[index], told=told(index, now_s))
+        held[index] = frozenset([*list(held[index])[1:], rng.choice(keys)])
+        wires[index] = encode(ReplicaStats(number + 2, rng.random() * 30, pace))
         wall_s, cpu_s = time.perf_counter(), time.thread_time()
-        for sighting in sightings:
-            if not ledger.has_seen(sighting.id, sighting.told):
-                ledger.update_snapshot(sighting, now_s)
-        demand = ledger.with_short_keys(RequestLoad(needs, 60.0))
-        order = rank(demand, ledger.refresh_views(now_s), ledger.costs, rng=rng)
-        ledger.add_in_flight(order[0][0], str(number), demand, now_s)
+        for replica, (wire, has) in enumerate(zip(wires, held, strict=True)):
+            states.update(f"r{replica}", wire, has, now_s)
+        load = RequestLoad(needs, 60.0)
+        order = rank(load, states.views(now_s), rng=rng)
+        states.send(order[0], str(number), str(number), load, now_s)
+        states.accept(order[0], str(number))
         cpus.append(time.thread_time() - cpu_s)
         walls.append(time.perf_counter() - wall_s)
         if number >= 200:
-            ledger.finished(order[0][0], str(number - 200))
+            states.withdraw(str(number - 200))
     say(f"{count} decisions over {replicas} replicas and {adapters} adapters, 64 of them on each replica")
     _say_times("a decision, wall", walls)
     _say_times("a decision, processor", cpus)
@@ -202,7 +192,7 @@ def start(policy: str, seed: int, sleeps: Sleeps, folder: Path) -> None:
     options: dict[str, Any] = {}
     if policy == OURS:
         bases = [{"id": "sleeping", "source": {"embedded": "demo/sd15"}, "router": {"stats_period_s": 0.1}}]
-        config = AppConfig.model_validate({"bases": bases, "cache_size": 0})
+        config = AppConfig.model_validate({"bases": bases, "disk_cache": 0})
         options["request_router_config"] = router_config(config.bases[0], config)
     elif policy in (LEAST, LATE):
         options["request_router_config"] = RequestRouterConfig(request_router_class=LeastLoadedRouter)  # type: ignore[arg-type]

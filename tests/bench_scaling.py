@@ -14,8 +14,8 @@ from pathlib import Path
 
 from serve_app.autoscaling import ray_settings
 from serve_app.settings import AutoscalingSettings
+from tests.replicas.sleeper import Sleeper, sleeping_request
 from tests.service import ray_cluster
-from tests.sleeper import Sleeper, sleeping_request
 
 REPLICAS = 4
 APP = "sleeping"

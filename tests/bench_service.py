@@ -25,7 +25,7 @@ import httpx
 from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.service import Service, base_settings, ray_cluster
 
-EMBEDDED = Path(__file__).parents[1] / "serve_app" / "demo" / "hub"
+EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub"
 WEIGHTS = "pytorch_lora_weights.safetensors"
 PROMPT = "a red circle on a blue background"
 ROUNDS = 6

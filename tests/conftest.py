@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tests.broken_adapters import write_broken_adapters
 from tests.collector import Collector
 from tests.hub_server import HubServer
 from tests.service import BASES, EMBEDDED, Service, base_settings, ray_cluster
@@ -18,6 +18,10 @@ from tests.small_disk import small_disk
 # Speed lives in benchmarks: a machine that is busy for a moment fails no property.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+# Torch's threads spin, the tests share the cores, and the bits of a sum depend on how many threads share it. Children
+# inherit this.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # What runs against a cluster runs in one process, one after the other; everything else runs beside it, by module.
 # The tests of faults have a cluster of several nodes to themselves, and so need a run of their own.
@@ -56,6 +60,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def broken_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.broken_adapters import write_broken_adapters  # torch, which most runs of a part do without
+
     root = tmp_path_factory.mktemp("folders")
     write_broken_adapters(root, EMBEDDED)
     return root

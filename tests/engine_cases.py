@@ -54,7 +54,7 @@ def load(family: str, **changes: Any) -> BasePipeline:
 
 def wrap(live: Any, family: str = "sd15", **changes: Any) -> BasePipeline:
     """Return a base over a pipeline that the test holds too."""
-    return BasePipeline(base_config(family, **changes), LoadedBase(live, "fingerprint"))
+    return BasePipeline(base_config(family, **changes), LoadedBase(live))
 
 
 def photo(width: int = 64, height: int = 64) -> PixelImage:

@@ -226,9 +226,9 @@ LAYERS: dict[str, Case] = {
         ShapeMismatch,
         with_tensor(FIRST.replace("lora_A.weight", "lora_magnitude_vector"), torch.ones(7)),
     ),
-    "kohya magnitudes per input": (
-        UnsupportedMethod,
-        lambda: save({**kohya(), ALPHA.replace("alpha", "dora_scale"): torch.ones(1, 32)}),
+    "kohya magnitudes of another width": (
+        ShapeMismatch,
+        lambda: save({**kohya(), ALPHA.replace("alpha", "dora_scale"): torch.ones(1, 7)}),
     ),
     "same layer under two names": (MalformedFile, lambda: save({**good(), **kohya()})),
     "LoHa with a part missing": (MalformedFile, lambda: without(loha(tiny_pipeline("sd15")), "hada_w2_b")),
@@ -265,17 +265,35 @@ BASES: dict[str, Case] = {
         MalformedFile,
         with_tensor(FIRST.replace("lora_A.weight", "base_layer.weight"), ZEROS(32, 32)),
     ),
-    "a key of no part": (MalformedFile, lambda: save({**kohya(), "lora_unet_bogus.weird": torch.ones(1)})),
+    "mostly keys of no part": (
+        MalformedFile,
+        lambda: save({**kohya(), **{f"lora_unet_bogus.weird{number}": torch.ones(1) for number in range(500)}}),
+    ),
+    "one layer in two spellings": (
+        MalformedFile,
+        lambda: save({**kohya(), KOHYA_DOWN.replace("lora_down", "lora_A"): kohya()[KOHYA_DOWN]}),
+    ),
+    "nothing but zeros": (
+        NotAnAdapter,
+        lambda: save({key: torch.zeros_like(tensor) for key, tensor in good().items()}),
+    ),
+    "alphas of zero": (
+        NotAnAdapter,
+        lambda: save({key: tensor * (0 if key.endswith("alpha") else 1) for key, tensor in kohya().items()}),
+    ),
     "an empty layer name": (MalformedFile, with_tensor(".lora_A.weight", ZEROS(4, 8))),
     "a full change of a weight": (
         UnsupportedMethod,
         lambda: save({**kohya(), ALPHA.replace("alpha", "diff"): torch.ones(32, 32)}),
     ),
-    "a full change of a bias": (
-        UnsupportedMethod,
+    "a change of a bias that the base lacks": (
+        ShapeMismatch,
         lambda: save({**kohya(), ALPHA.replace("alpha", "diff_b"): torch.ones(32)}),
     ),
     "OFT": (UnsupportedMethod, lambda: save({"lora_unet_conv_in.oft_blocks": torch.ones(4, 8, 8)})),
+    "BOFT": (UnsupportedMethod, lambda: save({"lora_unet_conv_in.boft_P": torch.ones(4, 8, 8)})),
+    "GLoRA": (UnsupportedMethod, lambda: save({"lora_unet_conv_in.a1.weight": torch.ones(4, 8)})),
+    "cloneofsimo's form": (UnsupportedMethod, lambda: save({"unet:0:up": torch.ones(4, 8)})),
     "IA3": (UnsupportedMethod, lambda: save({"lora_unet_conv_in.on_input": torch.ones(1)})),
     "control LoRA": (UnsupportedMethod, lambda: save({**good(), "lora_controlnet": torch.ones(1)})),
 }
@@ -290,7 +308,7 @@ METADATA: dict[str, Case] = {
     "metadata with alpha 1e38": (NonFinite, with_settings(lora_alpha=1e38)),
     "metadata with alpha NaN": (MalformedFile, with_settings(lora_alpha=float("nan"))),
     "metadata with alpha true": (MalformedFile, with_settings(lora_alpha=True)),
-    "metadata with a regular expression": (UnsupportedMethod, with_settings(rank_pattern=evil_pattern())),
+    "metadata with a regular expression": (UnsupportedMethod, with_settings(alpha_pattern=evil_pattern())),
     "metadata with patterns in a list": (MalformedFile, with_settings(alpha_pattern=[1])),
     "metadata with a pattern of text": (MalformedFile, with_settings(alpha_pattern={modules_in(good())[0]: "x"})),
     "metadata with flags of text": (MalformedFile, with_settings(use_rslora="yes")),

@@ -1,4 +1,4 @@
-"""Callers in a process of their own: `python -m tests.open_loop MODE URL ...` prints what became of their requests.
+"""Callers in a process of their own: `python -m tests.open_loop MODE URL ...` prints how their requests ended.
 
 `open` asks at a given rate whatever the answers, `closed` with so many callers that each wait for their answer, and
 `health` asks for nothing but the service's health. A client that measures overload must cost little itself: this one

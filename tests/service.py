@@ -45,10 +45,9 @@ def ray_cluster(home: Path) -> Iterator[int]:
     # Ray writes its token and its usage id below HOME; the tests' cluster is closed to other machines.
     before = dict(os.environ)
     os.environ.update(launch_environment() | {"HOME": str(home), "RAY_AUTH_MODE": "disabled"})
-    import ray
     from ray import serve
 
-    from cluster.local_cluster import BUSY_MACHINE
+    from cluster.local_cluster import BUSY_MACHINE, shut_down
 
     os.environ.update(BUSY_MACHINE)
 
@@ -58,10 +57,7 @@ def ray_cluster(home: Path) -> Iterator[int]:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield port
     finally:
-        # Serve would start a Ray of its own to shut down, had the first not come up.
-        if ray.is_initialized():
-            serve.shutdown()
-            ray.shutdown()
+        shut_down()
         os.environ.clear()
         os.environ.update(before)
 

@@ -120,7 +120,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Found on which tier",
                 "host: in memory; disk: admitted before; remote: fetched and checked.",
                 "reqps",
-                (("{{tier}}", _rate("ray_loraplex_adapters_total", "tier")),),
+                (("{{tier}}", _rate("ray_loraplex_adapter_lookups_total", "tier")),),
                 is_stacked=True,
             ),
             Panel(
@@ -133,14 +133,14 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Files brought to a node",
                 "From a peer's disk through Ray's object store, or from the Hub.",
                 "reqps",
-                (("{{tier}}", _rate("ray_loraplex_file_fetches_total", "tier")),),
+                (("{{source}}", _rate("ray_loraplex_file_fetches_total", "source")),),
                 is_stacked=True,
             ),
             Panel(
                 "Routed to a replica where the adapter was",
                 "Where the farthest of a request's adapters lay on the replica that was chosen.",
                 "reqps",
-                (("{{place}}", _rate("ray_loraplex_routed_total", "place")),),
+                (("{{tier}}", _rate("ray_loraplex_routed_total", "tier")),),
                 is_stacked=True,
             ),
             Panel(
@@ -242,12 +242,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                         f"sum by (base) (increase(ray_loraplex_retries_total{BASE}[$__rate_interval]))",
                     ),
                     (
-                        "ingress, {{result}}",
-                        "sum by (result) (increase(ray_loraplex_ingress_losses_total[$__rate_interval]))",
+                        "ingress, {{outcome}}",
+                        "sum by (outcome) (increase(ray_loraplex_ingress_losses_total[$__rate_interval]))",
                     ),
                     (
                         "{{base}} damaged",
-                        'sum by (base) (ray_loraplex_self_checks_total{base=~"$base", result="mismatch"})',
+                        'sum by (base) (ray_loraplex_self_checks_total{base=~"$base", outcome="mismatch"})',
                     ),
                 ),
             ),

@@ -1,6 +1,6 @@
-"""Who holds which adapter, and how often each was used: what replicas tell and lists show.
+"""Where adapters are resident and how often they are used: the values that replicas report and lists show.
 
-Owns the values alone. Must not know how they are gathered or written.
+Must not know how they are collected or sent.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.core import AdapterSpec, Scale
+from serve_app.families.abilities import BaseAbilities
 
-# From the fastest to the slowest place; whoever is in the weights is in the tiers below too.
+# From the fastest to the slowest tier; an applied adapter is in the tiers below too.
 HeldIn = Literal["applied", "device", "host"]
 FASTEST_FIRST: tuple[HeldIn, ...] = ("applied", "device", "host")
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentAdapter:
-    """An adapter that a replica holds, and the fastest of the tiers it is on; `key` names the very bytes."""
+    """An adapter that a replica holds, and its fastest tier there; `key` names its bytes."""
 
     key: str
     id: str
@@ -26,7 +27,7 @@ class ResidentAdapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUsage:
-    """How often a replica was asked for an adapter since it started, and when last, in seconds since 1970.
+    """The requests for an adapter at a replica since its start, and the last one in seconds since 1970.
 
     `layers_matched` is how many layers of the base its file changes.
     """
@@ -39,7 +40,7 @@ class AdapterUsage:
 
 @dataclass(frozen=True, slots=True)
 class QuarantinedAdapters:
-    """Adapters that a replica refuses for now, together and at these scales, why, and for how long."""
+    """An adapter set that a replica refuses for now, with the reason and the seconds that are left."""
 
     keys: tuple[str, ...]
     scales: tuple[Scale, ...]
@@ -49,7 +50,7 @@ class QuarantinedAdapters:
 
 @dataclass(frozen=True, slots=True)
 class ActiveAdapter:
-    """An adapter that is in the live weights, at a scale."""
+    """An adapter that is fused into the live weights, with its scale."""
 
     id: str
     scale: Scale
@@ -57,7 +58,7 @@ class ActiveAdapter:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaReport:
-    """What one replica is doing and holds; one that is not running yet holds nothing.
+    """The state of one replica and its adapters; one that is still starting has none.
 
     `backlog_s` is the predicted time of all the work that it has accepted and not finished.
     """
@@ -73,6 +74,7 @@ class ReplicaReport:
     holdings: tuple[ResidentAdapter, ...] = ()
     uses: tuple[AdapterUsage, ...] = ()
     held_back: tuple[QuarantinedAdapters, ...] = ()
+    abilities: BaseAbilities | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +87,10 @@ class KnownAdapter:
 
 @dataclass(frozen=True, slots=True)
 class LoraReport:
-    """One row of the registry: an adapter or an alias of one, where it is resident, and how much it is used.
+    """One row of the registry: an adapter or an alias, where it is resident, and its use.
 
-    `resident` pairs replicas with tiers. `layers_matched` is None until some replica has read the file. `held_back` is
-    what replicas refuse of it for now, each with the replica, the longest first.
+    `resident` pairs replicas with tiers. `layers_matched` is None until some replica has read the file. `held_back` has
+    the replicas that refuse it for now, the longest first.
     """
 
     id: str
@@ -104,7 +106,7 @@ class LoraReport:
 
 @dataclass(frozen=True, slots=True)
 class Preloaded:
-    """Which replicas hold an adapter after a preload, and how many were asked for."""
+    """The replicas that hold an adapter after a preload, and how many were requested."""
 
     spec: AdapterSpec
     replicas: tuple[str, ...]
@@ -113,7 +115,7 @@ class Preloaded:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """What a removal did: whether a name is gone, and the replicas that were told to forget the adapter."""
+    """The result of a removal: whether an alias was removed, and the replicas that held the adapter."""
 
     id: str
     was_alias: bool

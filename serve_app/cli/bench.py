@@ -1,4 +1,4 @@
-"""`loraplex bench`: what this machine does, measured; what a service does, in `serve_app.cli.traffic`.
+"""`loraplex bench`: benchmarks of this machine; those of a service are in `serve_app.cli.traffic`.
 
 Owns arguments and what is printed. Torch is imported by the commands alone, so that other commands start at once.
 """
@@ -29,11 +29,11 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report 
 
 
 class Reported(Protocol):
-    """What every benchmark returns."""
+    """The result of a benchmark."""
 
     @property
     def command(self) -> str:
-        """The command line that asks for the same run."""
+        """The command line that repeats the run."""
         ...
 
     def to_json(self) -> str:
@@ -61,7 +61,7 @@ def swap(
     latent: Annotated[int | None, typer.Option(min=8, help="Height and width of its latents; even.")] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Change adapters, diffusers' way and ours, side by side, with random weights; nothing is downloaded."""
+    """Compare swaps with diffusers' and our way on random weights; nothing is downloaded."""
     from serve_app.bench.machine.swap import run_swap
     from serve_app.bench.measuring.table import render
 
@@ -82,7 +82,7 @@ def start(
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Load a base, and read its file's bytes; its random weights are written to the temporary folder once."""
+    """Compare loading a base with reading its file; random weights are written to the temporary folder once."""
     from serve_app.bench.machine.start import run_start
     from serve_app.bench.measuring.table import render_start
 
@@ -102,7 +102,7 @@ def pipeline(
     threads: Annotated[int, typer.Option(min=1, help="Torch's threads.")] = 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure each choice in a pipeline's set-up, both ways in turn, on the demo bases and a narrow SDXL."""
+    """Compare the options of a pipeline's set-up in turn, on the demo bases and a narrow SDXL."""
     from serve_app.bench.machine.pipeline import run_pipeline
     from serve_app.bench.measuring.table import render_pipeline
 
@@ -122,7 +122,7 @@ def admission(
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Admit files never seen, in the process that replicas use, alone and beside a running generation."""
+    """Measure the admission of new files, alone and during a running generation."""
     from serve_app.bench.machine.admission import run_admission
     from serve_app.bench.measuring.table import render_admission
 
@@ -132,7 +132,7 @@ def admission(
 
 
 def _show(report: Reported, table: RenderableType, json_file: Path | None) -> None:
-    """Print how to repeat a run and what it found, and write it down where that was asked for."""
+    """Print how to repeat a run and its results, and write them to a file if requested."""
     print_line(f"$ {report.command}")
     out.print(table)
     if json_file is not None:

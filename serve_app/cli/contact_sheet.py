@@ -1,4 +1,4 @@
-"""One prompt and one seed through several adapters, side by side in one picture.
+"""A contact sheet: one prompt and seed with several adapters, in one picture.
 
 Owns which images a sheet shows and how it is laid out: a row of its own for each base, the base alone first.
 """
@@ -27,7 +27,7 @@ _PAPER, _INK, _FAINT, _BLANK = "#ffffff", "#16181d", "#5b6270", "#e7e9ee"
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One place of a sheet: an image, or why there is none. `base_id` is empty where nobody could tell."""
+    """One cell of a sheet: an image, or the reason why there is none. `base_id` is empty if unknown."""
 
     label: str
     base_id: str
@@ -38,7 +38,7 @@ class Tile:
 def draw_tiles(
     service: ServiceClient, draft: UnresolvedRequest, pictures: Pictures | None, *, say: Callable[[str], object]
 ) -> list[Tile]:
-    """Draw a draft through each of its adapters, or all that the service knows, and through each base alone.
+    """Generate a draft with each of its adapters, or all that the service knows, and with each base alone.
 
     One after the other: images that share a pass on the device are not bit for bit those drawn alone. Where the draft
     has no seed, the first image's is used for all.
@@ -63,7 +63,7 @@ def draw_tiles(
 
 
 def compose(tiles: Sequence[Tile], prompt: str) -> Image.Image:
-    """Lay tiles out, at most `COLUMNS` across, a new row for each base; at least one has an image."""
+    """Arrange tiles in rows of at most `COLUMNS`, a new row for each base; at least one has an image."""
     from PIL import Image, ImageDraw, ImageFont
 
     pictures = {id(tile): _picture(tile.drawing) for tile in tiles if tile.drawing is not None}
@@ -124,7 +124,7 @@ def _picture(drawing: Drawing) -> Image.Image:
 
 
 def _scaled(picture: Image.Image, side: int) -> Image.Image:
-    """Return a picture that fills its place as far as its shape allows, on the sheet's paper."""
+    """Return a picture scaled to fit its cell, on the sheet's background."""
     from PIL import Image
 
     factor = side / max(picture.size)
@@ -135,7 +135,7 @@ def _scaled(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
-    """Return as much of a text as the width holds; its end tells adapters of one owner apart."""
+    """Return a text cut to a width; its end is kept, because it tells adapters of one owner apart."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"...{text}") > width:

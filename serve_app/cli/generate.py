@@ -104,7 +104,7 @@ def generate(
     timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds to wait for an answer.")] = 600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Draw an image with a running service and save it."""
+    """Generate an image with a running service and save it."""
     for name, value in (("--guidance", guidance), ("--strength", strength)):
         if value is not None and not math.isfinite(value):
             raise typer.BadParameter(f"{name} must be a finite number")
@@ -182,14 +182,14 @@ def _how_far(step: Step) -> str:
 
 
 def numbered(output: Path, count: int) -> list[Path]:
-    """Return the files of `count` images: the one that was named, or `name-1.png` and so on."""
+    """Return the file names of `count` images: the given one, or `name-1.png` and so on."""
     if count == 1:
         return [output]
     return [output.with_stem(f"{output.stem}-{number}") for number in range(1, count + 1)]
 
 
 def report(drawing: Drawing) -> dict[str, Any]:
-    """Return what `--json` says of a drawing: all but the pixels."""
+    """Return the `--json` output of a generation: everything except the pixels."""
     fields = {part.name: getattr(drawing, part.name) for part in dataclasses.fields(drawing) if part.name != "images"}
     return fields | {"adapters": [dataclasses.asdict(adapter) for adapter in drawing.adapters]}
 
@@ -242,7 +242,7 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _busy(what: str, *, is_quiet: bool) -> Iterator[Callable[[str], None] | None]:
-    """Show that something goes on; yields a function that says how far it is, None where nobody watches."""
+    """Show progress on a terminal; yields a function that updates it, or None without a terminal."""
     if is_quiet or not err.is_terminal:
         yield None
         return

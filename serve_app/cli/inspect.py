@@ -1,4 +1,4 @@
-"""`loraplex inspect`: what an adapter is, and whether it can be served.
+"""`loraplex inspect`: show what an adapter is, and whether it can be served.
 
 Owns the arguments and how an inspection is shown. What needs torch or Ray is imported by the command alone.
 """
@@ -43,7 +43,7 @@ def inspect(
     header_only: Annotated[bool, typer.Option("--header-only", help="Read no weights, and fetch none.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what an adapter is, how many layers of a base it matches, or why it is refused (exit code 1).
+    """Show what an adapter is, how many layers of a base it matches, or why it is refused (exit code 1).
 
     No service has to run: the same code looks at the file as in a replica.
     """
@@ -73,7 +73,7 @@ def _look(ref: AdapterRef, base_id: str | None, config: Path | None, *, header_o
 
 
 def show(seen: Inspection) -> None:
-    """Print an inspection for a person."""
+    """Print an inspection as text."""
     print_line((seen.id, "bold"))
     size = bytes_text(seen.size_bytes) if seen.size_bytes is not None else ""
     print_fields(

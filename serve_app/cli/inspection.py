@@ -1,4 +1,4 @@
-"""One adapter looked at as the service would look at it, down to each layer, without a service.
+"""Inspection of one adapter as the service does it, down to each layer, without a service.
 
 Owns the order of the looks and what they came to; how it is shown is `serve_app.cli.inspect`'s.
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import HeaderFacts, MalformedHeader, describe, read_header
+from serve_app.catalog.reading.inspector import SETTINGS
 from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
 from serve_app.catalog.reading.selection import SAFE_SUFFIX, candidates
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef
-from serve_app.errors import BaseMismatch, LoraplexError, ModelNotFound
+from serve_app.errors import LoraplexError, ModelNotFound
 from serve_app.refusals import MalformedFile, NotAnAdapter, UnsafeFile
 
 MAX_CARD_CHARACTERS = 256 * 1024
@@ -25,7 +26,7 @@ MAX_CARD_CHARACTERS = 256 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one base makes of the file: how many layers match and the smallest and largest rank, or why not."""
+    """The result for one base: the number of matching layers and the ranks, or the refusal."""
 
     base_id: str
     layers_matched: int = 0
@@ -38,7 +39,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """All that could be found out; what could not is None or empty.
+    """The facts about an adapter; unknown ones are None or empty.
 
     `refusal` is why no base at all can serve the adapter; `verdicts` has one entry for each base that was asked, none
     where the weights were not read.
@@ -60,7 +61,7 @@ class Inspection:
 
     @property
     def is_served(self) -> bool:
-        """Whether some base can serve it, as far as was looked."""
+        """Whether some base can serve it, as far as it was checked."""
         return self.refusal is None and (not self.verdicts or any(v.refusal is None for v in self.verdicts))
 
     def refused(self, error: LoraplexError) -> Inspection:
@@ -71,54 +72,61 @@ class Inspection:
 async def inspect_id(
     sources: Sources, ref: AdapterRef, base: BaseModelConfig | None, *, header_only: bool
 ) -> Inspection:
-    """Look at an adapter by its id; `base` None asks the bases that it is for.
+    """Inspect an adapter by its id; `base` None checks the bases that it was made for.
 
     Raises:
         ModelNotFound, AccessDenied, HubUnavailable: there is nothing to look at.
     """
-    examiner = sources.examiner()
-    found = await examiner.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
+    inspector = sources.inspector()
+    found = await inspector.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
     if found is None:
         raise ModelNotFound(ref.id)
-    place, listing = found
+    source, listing = found
     seen = Inspection(ref.id, listing.origin, listing.location, listing.card, revision=listing.revision)
     try:
-        finding = await examiner.examine(ref.id, ref.revision, ref.filename)
+        finding = await inspector.examine(ref.id, ref.revision, ref.filename)
     except LoraplexError as refusal:
-        return (await _with_header(seen, place, listing, ref.filename)).refused(refusal)
+        return (await _with_header(seen, source, listing, ref.filename)).refused(refusal)
     seen = replace(
         seen,
         file=finding.filename, revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
         bases=finding.placement.bases,
     )  # fmt: skip
     try:
-        finding.require_served([served.id for served in sources.config.bases])
-        if base is not None and base.id not in finding.placement.bases:
-            raise BaseMismatch(ref.id, finding.placement.made_for, base.id)
+        served = [known.id for known in sources.config.bases]
+        if base is None:
+            finding.require_served(served)
+        else:
+            finding.require_fit(base, served)
         asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.placement.bases)
         spec = finding.spec_for(asked[0])
         if header_only:
             return seen
-        path = await place.download(spec)
-        words = None if spec.embeddings is None else await place.download(spec, spec.embeddings)
+        path = await source.download(spec)
+        words = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
     except LoraplexError as refusal:
         return seen.refused(refusal)
-    return replace(seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words))
+    return replace(
+        seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words, finding.settings)
+    )
 
 
 async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | None, *, header_only: bool) -> Inspection:
-    """Look at a local file, and at the card beside it; `base` None asks every configured base."""
+    """Inspect a local file and the card beside it; `base` None checks every configured base."""
     seen = _outside_of(path)
     if seen.refusal is not None or header_only:
         return seen
-    verdicts = await _judge(sources, path, path.name, (base,) if base is not None else sources.config.bases)
+    beside = path.parent / SETTINGS
+    settings = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else None
+    asked = (base,) if base is not None else sources.config.bases
+    verdicts = await _judge(sources, path, path.name, asked, None, settings)
     return replace(
         seen, verdicts=verdicts, bases=tuple(verdict.base_id for verdict in verdicts if verdict.refusal is None)
     )
 
 
 def _outside_of(path: Path) -> Inspection:
-    """Return what a file shows without its weights being read."""
+    """Return the facts of a file without reading its weights."""
     card_path = path.parent / "README.md"
     text = card_path.read_text(encoding="utf-8", errors="replace")[:MAX_CARD_CHARACTERS] if card_path.is_file() else ""
     seen = Inspection(
@@ -133,39 +141,48 @@ def _outside_of(path: Path) -> Inspection:
         return seen.refused(MalformedFile(path.name, str(error)))
     seen = replace(seen, header=facts)
     if not facts.has_pairs:
-        return seen.refused(NotAnAdapter(path.name, "it has no paired low-rank matrices of an adapter"))
+        return seen.refused(
+            NotAnAdapter(path.name, "it has no layers of an adapter: no pair of factors, in any spelling that is read")
+        )
     return seen
 
 
 async def _with_header(
-    seen: Inspection, place: AdapterSource, listing: RepositoryListing, filename: str | None
+    seen: Inspection, source: AdapterSource, listing: RepositoryListing, filename: str | None
 ) -> Inspection:
-    """Add what the header of the one candidate file says, for an adapter that is refused anyway."""
+    """Add the facts of the header of the only candidate file, for an adapter that is refused anyway."""
     try:
         names = candidates(listing, filename)
         if len(names) != 1:
             return seen
         listed = listing.file(names[0])
         seen = replace(seen, file=names[0], size_bytes=listed.size_bytes if listed else None)
-        return replace(seen, header=describe(await place.header(listing, names[0])))
+        return replace(seen, header=describe(await source.header(listing, names[0])))
     except LoraplexError:
         return seen
 
 
 async def _judge(
-    sources: Sources, path: Path, name: str, bases: Sequence[BaseModelConfig], words: Path | None = None
+    sources: Sources,
+    path: Path,
+    name: str,
+    bases: Sequence[BaseModelConfig],
+    words: Path | None,
+    settings: str | None,
 ) -> tuple[Verdict, ...]:
-    return tuple([await _verdict(sources, path, name, base, words) for base in bases])
+    return tuple([await _verdict(sources, path, name, base, words, settings) for base in bases])
 
 
-async def _verdict(sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None) -> Verdict:
+async def _verdict(
+    sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None, settings: str | None
+) -> Verdict:
     from serve_app.engine.adapters.parser import parse_adapter
     from serve_app.engine.base.manifest import structure_of
 
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
-        coverage = parse_adapter(path, name, manifest, base.adapter_limits, words).coverage
+        coverage = parse_adapter(path, name, manifest, base.adapter_limits, words, settings).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))
     return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)

@@ -29,7 +29,7 @@ def new(
     is_admin: Annotated[bool, typer.Option("--admin", help="May change the registry too.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key, and print it with the line that goes into `auth.keys`; it is shown this once."""
+    """Make a key, and print it once with the line for `auth.keys`."""
     from serve_app.config import ApiKey, digest_of
 
     with reporting(as_json=as_json):

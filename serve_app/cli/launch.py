@@ -1,4 +1,4 @@
-"""`serve run` as a child process: started, waited for, and taken down with all it started.
+"""`serve run` as a child process: start it, wait for it, and stop it with all its processes.
 
 Owns the life of the local service behind `loraplex serve`. Must not know what is served.
 """
@@ -25,15 +25,15 @@ STOP_TIMEOUT_S = 60.0
 
 
 class StartFailed(Exception):
-    """The service did not come up; the text says why and what to do."""
+    """The service did not start; the text says why and what to do."""
 
 
 class _Stopped(BaseException):
-    """A signal asked for the end."""
+    """A signal requested the end."""
 
 
 class ServeProcess:
-    """One `serve run` of a file. When `run` returns, no process that it started is left."""
+    """One `serve run` of a file. When `run` returns, all processes that it started have ended."""
 
     def __init__(self, config: Path, *, url: str, address: str = "local", is_log_on_stderr: bool = False) -> None:
         self._config = config
@@ -42,7 +42,7 @@ class ServeProcess:
         self._is_log_on_stderr = is_log_on_stderr
 
     def run(self, *, ready_timeout_s: float, on_ready: Callable[[], None]) -> None:
-        """Start, call `on_ready` once requests are answered, and stay until a signal or the child's end.
+        """Start, call `on_ready` when requests are answered, and wait for a signal or the child's end.
 
         Raises:
             StartFailed: the port is taken, the child ended early, or it was not ready in time.
@@ -98,7 +98,7 @@ class ServeProcess:
 
 
 def _take_down(child: subprocess.Popen[bytes]) -> None:
-    """Interrupt the child, give it time to shut down in order, then end whatever of its tree is left."""
+    """Interrupt the child, give it time to shut down, then kill the remaining processes of its tree."""
     tree = _tree(child)
     if child.poll() is None:
         child.send_signal(signal.SIGINT)
@@ -121,7 +121,7 @@ def _tree(child: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def _signals_raise() -> Iterator[None]:
-    """Turn SIGINT and SIGTERM into `_Stopped`, so that the child is always taken down."""
+    """Turn SIGINT and SIGTERM into `_Stopped`, so that the child is always stopped."""
 
     def stop(number: int, frame: object) -> None:
         raise _Stopped

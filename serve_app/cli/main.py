@@ -7,6 +7,7 @@ whatever needs torch or Ray is imported inside a command.
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,12 +18,24 @@ from serve_app.cli.generate import generate
 from serve_app.cli.inspect import inspect
 from serve_app.cli.models import models
 from serve_app.cli.pull import pull
-from serve_app.cli.terminal import FAILED, AsJson, CommandFailed, ServeFile, err, out, plain, print_json, reporting
+from serve_app.cli.terminal import (
+    FAILED,
+    AsJson,
+    CommandFailed,
+    OptionalServeFile,
+    ServeFile,
+    err,
+    out,
+    plain,
+    print_json,
+    reporting,
+)
+from serve_app.demo.embedded import embedded_serve_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from serve_app.cli.serve_file import ServeFileReport
+
+STARTER = Path(__file__).with_name("loraplex.yaml")
 
 app = typer.Typer(
     name="loraplex",
@@ -45,7 +58,7 @@ def root(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Serve LoRA adapters over diffusion base models, and draw with them."""
+    """Serve LoRA adapters over diffusion base models, and generate images with them."""
 
 
 @app.command(rich_help_panel="The service")
@@ -61,7 +74,7 @@ def check(config: ServeFile, as_json: AsJson = False) -> None:
 
 @app.command(rich_help_panel="The service")
 def serve(
-    config: ServeFile,
+    config: OptionalServeFile = None,
     address: Annotated[
         str,
         typer.Option(help="The Ray cluster to join ('auto': the one on this machine); default: start one."),
@@ -69,7 +82,12 @@ def serve(
     ready_timeout_s: Annotated[float, typer.Option(help="Give up when not ready after this long.")] = 600.0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a Serve file, wait until it is ready, say what to try; Ctrl-C stops everything."""
+    """Run a Serve file, wait until it is ready, say what to try; Ctrl-C stops everything.
+
+    Without a file it serves the embedded demo bases.
+    """
+    is_demo = config is None
+    config = config or embedded_serve_file()
     report = _valid(config, as_json=as_json)
     from serve_app.cli.launch import ServeProcess, StartFailed
 
@@ -78,6 +96,8 @@ def serve(
             print_json({"ready": True, "url": report.url})
         else:
             out.print(report.what_to_try, soft_wrap=True)
+            if is_demo:
+                out.print(f"  these are the demo bases; `loraplex init {STARTER.name}` begins a file of your own")
 
     with reporting(as_json=as_json):
         process = ServeProcess(config, url=report.url, address=address, is_log_on_stderr=as_json)
@@ -87,8 +107,24 @@ def serve(
             raise CommandFailed(str(error), "start_failed") from None
 
 
+@app.command(rich_help_panel="The service")
+def init(
+    config: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it.")] = Path(STARTER.name),
+) -> None:
+    """Write a commented Serve file for SDXL on one GPU, to begin with; an existing file is never overwritten."""
+    with reporting(as_json=False):
+        try:
+            with config.open("x") as file:
+                file.write(STARTER.read_text())
+        except FileExistsError:
+            raise CommandFailed(f"{config} exists already; name another file", "file_exists") from None
+        except OSError as error:
+            raise CommandFailed(f"{config} cannot be written: {error.strerror}", "not_written") from None
+    out.print(f"{config} written; edit it, then: loraplex check {config} && loraplex serve {config}", soft_wrap=True)
+
+
 def _valid(config: Path, *, as_json: bool) -> ServeFileReport:
-    """Return what a valid file says; every fault of another is printed, and ends the command."""
+    """Return the contents of a valid file; the errors of an invalid one are printed, and end the command."""
     from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
 
     try:

@@ -1,4 +1,4 @@
-"""`loraplex models`: what a running service can draw with.
+"""`loraplex models`: list the models of a running service.
 
 Owns the listing, and the completion of model names in a shell, which asks the same service.
 """
@@ -29,7 +29,7 @@ COMPLETION_TIMEOUT_S = 2.0
 
 
 def models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
-    """List the bases of a running service and the adapters that it knows so far."""
+    """List the bases of a running service and the adapters it knows so far."""
     with reporting(as_json=as_json):
         with ServiceClient(url, key, timeout_s=TIMEOUT_S) as service:
             found = service.models()
@@ -43,7 +43,7 @@ def models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> 
 
 
 def complete_model(context: typer.Context, incomplete: str) -> list[str]:
-    """Return the service's models that begin so; none where it is away, since a shell has no place for an error."""
+    """Return the service's models with a prefix; none if it is unavailable, since a shell cannot show an error."""
     url, key = context.params.get("url") or DEFAULT_URL, context.params.get("key")
     with contextlib.suppress(CommandFailed), ServiceClient(url, key, timeout_s=COMPLETION_TIMEOUT_S) as service:
         return [model.id for model in service.models() if model.id.startswith(incomplete)]

@@ -1,4 +1,4 @@
-"""`loraplex pull`: adapters and bases into the caches that replicas read, before anybody asks for them.
+"""`loraplex pull`: download adapters and bases into the caches of replicas before the first request.
 
 Owns the arguments and the progress bar. What needs torch or Ray is imported by the command alone.
 """
@@ -26,7 +26,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """One model that now lies on this machine; `base_id` None means that it is a base itself."""
+    """One model that is now on this machine; `base_id` None means that it is a base itself."""
 
     id: str
     base_id: str | None
@@ -42,7 +42,7 @@ def pull(
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the adapters.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch adapters into the cache that this machine's replicas use, so that the first request need not wait."""
+    """Download adapters into the cache of this machine's replicas, so that the first request need not wait."""
     if not adapters and not bases:
         raise typer.BadParameter("name at least one adapter, or give --bases")
     with reporting(as_json=as_json):
@@ -62,8 +62,8 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
     from serve_app.catalog.catalog import Catalog
     from serve_app.catalog.files import AdapterFiles
 
-    catalog = Catalog(sources.config, sources.places, clock=time.monotonic)
-    files = AdapterFiles(sources.places)
+    catalog = Catalog(sources.config, sources.adapter_sources, clock=time.monotonic)
+    files = AdapterFiles(sources.adapter_sources)
     pulled: list[Pulled] = []
     for ref in refs:
         spec = await catalog.adapter(ref)
@@ -103,7 +103,7 @@ def _say(model: Pulled, more: str) -> None:
 
 @contextlib.contextmanager
 def _bar(spec: AdapterSpec, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
-    """Show how far a file is, where a person watches; yields a function that takes the bytes so far."""
+    """Show the progress of a file on a terminal; yields a function that takes the bytes so far."""
     if is_quiet or not err.is_terminal or spec.origin != "hub":
         yield lambda fetched_bytes: None
         return

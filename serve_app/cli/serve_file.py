@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig
+from serve_app.families.config_files import unusable_reason
 from serve_app.observability.tracing import TracingUnavailable, check_tracing
 from serve_app.settings import nearest
 
@@ -21,7 +22,7 @@ IMPORT_PATH = "serve_app.app:build"
 
 
 class ServeFileInvalid(Exception):
-    """The file is refused; `faults` has one line for each reason."""
+    """The file is invalid; `faults` has one line for each reason."""
 
     def __init__(self, faults: list[str]) -> None:
         super().__init__(*faults)
@@ -30,19 +31,19 @@ class ServeFileInvalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServeFileReport:
-    """A valid file: where it will answer, and its Loraplex applications."""
+    """A valid file: its address, and its Loraplex applications."""
 
     url: str
     applications: tuple[AppConfig, ...]
 
     @property
     def summary(self) -> list[str]:
-        """What the file serves, in a few words each."""
+        """A short description of each served model."""
         return [f"{base.id} ({base.dtype})" for config in self.applications for base in config.bases]
 
     @property
     def what_to_try(self) -> str:
-        """What a person can paste into a terminal once the service is ready."""
+        """Commands to try once the service is ready."""
         lines = [f"\n[bold green]ready[/] at {self.url}", ""]
         body = """-d '{"inputs": "a large yellow star on a blue background"}'"""
         for config in self.applications:
@@ -54,7 +55,7 @@ class ServeFileReport:
 
 
 def check_serve_file(path: Path) -> ServeFileReport:
-    """Return what a Serve file says, every key of it known and every value valid.
+    """Return the contents of a Serve file after checking every key and value.
 
     Raises:
         ServeFileInvalid: with every fault that was found.
@@ -69,12 +70,41 @@ def check_serve_file(path: Path) -> ServeFileReport:
         raise ServeFileInvalid(faults + _readable(error, "")) from None
     applications = _applications([(one.import_path, one.args) for one in schema.applications], faults)
     options = schema.http_options
+    disagreements = [
+        fault for config in applications for fault in timeout_disagreements(config, options.request_timeout_s)
+    ]
+    if disagreements:
+        raise ServeFileInvalid(disagreements)
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     return ServeFileReport(url=f"http://{host}:{options.port}", applications=applications)
 
 
+def timeout_disagreements(config: AppConfig, proxy_timeout_s: float | None) -> list[str]:
+    """Return a fault for each two times of a configuration that do not go together; `proxy_timeout_s` is Serve's."""
+    limit_s = config.ingress.request_timeout_s
+    faults: list[str] = []
+    if proxy_timeout_s is not None and proxy_timeout_s <= limit_s:
+        faults.append(
+            f"http_options.request_timeout_s: {proxy_timeout_s:g} s must be over ingress.request_timeout_s, "
+            f"{limit_s:g} s: callers would get Serve's bare 408 before our error"
+        )
+    for base in config.bases:
+        grace_s, backlog_s = base.replica.graceful_shutdown_timeout_s, base.replica.max_backlog_s
+        if grace_s is not None and grace_s < limit_s:
+            faults.append(
+                f"{base.id}: replica.graceful_shutdown_timeout_s {grace_s:g} s is under ingress.request_timeout_s, "
+                f"{limit_s:g} s: a scale-down would cut requests off"
+            )
+        if backlog_s is not None and backlog_s > limit_s:
+            faults.append(
+                f"{base.id}: replica.max_backlog_s {backlog_s:g} s is over ingress.request_timeout_s, {limit_s:g} s: "
+                "requests would be accepted that cannot be answered in time"
+            )
+    return faults
+
+
 def applications_of(path: Path) -> tuple[AppConfig, ...]:
-    """Return the Loraplex applications of a Serve file, without Ray: what is Serve's own is not looked at.
+    """Return the Loraplex applications of a Serve file, without Ray; Serve's own keys are not checked.
 
     Raises:
         ServeFileInvalid: with every fault that was found.
@@ -95,6 +125,7 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
         try:
             applications.append(AppConfig.model_validate(args))
             check_tracing(applications[-1].tracing)
+            faults += _unusable_bases(applications[-1], f"applications.{index}.args.bases.")
         except ValidationError as error:
             faults += _readable(error, f"applications.{index}.args.")
         except TracingUnavailable as error:
@@ -104,6 +135,15 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
     if faults:
         raise ServeFileInvalid(faults)
     return tuple(applications)
+
+
+def _unusable_bases(config: AppConfig, place: str) -> list[str]:
+    """Return a fault for each base whose folder is here and shows that it cannot be served."""
+    reasons = [
+        unusable_reason(base.source.folder) if base.source.folder is not None and base.source.folder.exists() else None
+        for base in config.bases
+    ]
+    return [f"{place}{index}: {reason}" for index, reason in enumerate(reasons) if reason is not None]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -125,7 +165,7 @@ def _readable(error: ValidationError, prefix: str) -> list[str]:
 
 
 def _unknown_keys(data: Any, model: type[BaseModel], place: str) -> list[str]:
-    """Return a fault for every key below `data` that `model` does not know; free-form mappings are left alone."""
+    """Return an error for every key below `data` that `model` does not know; free-form mappings are not checked."""
     if not isinstance(data, dict):
         return []
     fields = model.model_fields

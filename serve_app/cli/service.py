@@ -1,4 +1,4 @@
-"""A running service as the command line sees it, near or far.
+"""The client of a running service, local or remote.
 
 Owns the HTTP side of `loraplex models` and `loraplex generate`: addresses, keys, and every way in which a service can
 be away or answer something else.
@@ -28,7 +28,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A model of the service: a base, or an adapter with the base it is for."""
+    """A model of the service: a base, or an adapter with its base."""
 
     id: str
     base_id: str | None
@@ -36,7 +36,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """The files to start from, as bytes: a picture, and perhaps a mask of what to draw anew."""
+    """The input files as bytes: an image, and optionally a mask of the part to repaint."""
 
     image: bytes
     mask: bytes | None = None
@@ -44,7 +44,7 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """How far a drawing is; `queue_position` counts those before it, None while it is on its way there."""
+    """The progress of a request; `queue_position` counts those before it, None before it is queued."""
 
     queue_position: int | None
     step: int
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """What one request came to: files' bytes, and how they came about. `timing_ms` is the service's own account."""
+    """The result of one request: the files' bytes and the service's report, with its timings in `timing_ms`."""
 
     images: tuple[bytes, ...] = field(repr=False)
     seed: int
@@ -86,7 +86,7 @@ class ServiceClient:
         self._http.close()
 
     def models(self) -> tuple[ServedModel, ...]:
-        """Return the bases that are served and the adapters known so far.
+        """Return the served bases and the adapters known so far.
 
         Raises:
             CommandFailed: the service is away, or refuses.
@@ -111,7 +111,7 @@ class ServiceClient:
         pictures: Pictures | None = None,
         on_step: Callable[[Step], object] | None = None,
     ) -> Drawing:
-        """Return the images of a draft in the format `form`, from nothing or from `pictures`.
+        """Return the images of a draft in the format `form`, from a prompt alone or from `pictures`.
 
         `on_step` hears how far it is.
 
@@ -138,7 +138,7 @@ class ServiceClient:
             raise self._stranger() from None
 
     def _follow(self, path: str, request: Mapping[str, Any], on_step: Callable[[Step], object]) -> dict[str, Any]:
-        """Return what a stream of events comes to, in the form of a reply that has no stream."""
+        """Return the result of a stream of events, in the form of a reply without a stream."""
         images: list[dict[str, Any]] = []
         with self._connected(), self._http.stream("POST", self._url + path, **request) as reply:
             if not reply.is_success:
@@ -158,7 +158,7 @@ class ServiceClient:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Tell whatever befalls a connection as one sentence."""
+        """Turn every connection error into one sentence."""
         import httpx
 
         try:
@@ -184,7 +184,7 @@ class ServiceClient:
 
 
 def _request(draft: UnresolvedRequest, form: str, pictures: Pictures | None, *, is_stream: bool) -> dict[str, Any]:
-    """Return the body as httpx takes it: JSON, or a form where there are pictures."""
+    """Return the body as httpx arguments: JSON, or a form if there are pictures."""
     asked = _asked(draft, form) | ({"stream": True} if is_stream else {})
     if pictures is None:
         return {"json": asked}
@@ -196,7 +196,7 @@ def _request(draft: UnresolvedRequest, form: str, pictures: Pictures | None, *, 
 
 
 def _asked(draft: UnresolvedRequest, form: str) -> dict[str, Any]:
-    """Return the body of the OpenAI shape, whatever the draft leaves open left out."""
+    """Return the body of the OpenAI shape, without the values that the draft does not set."""
     size = f"{draft.width}x{draft.height}" if draft.width and draft.height else None
     fields: dict[str, Any] = {
         "prompt": draft.prompt,

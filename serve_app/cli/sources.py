@@ -1,4 +1,4 @@
-"""Where adapters and bases come from on this machine, for the commands that need no running service.
+"""The sources of adapters and bases on this machine, for commands that need no running service.
 
 Owns the way from a Serve file, or from none, to the very repositories and caches that replicas would use. Ray is loaded
 only to read a Serve file as Serve reads it.
@@ -31,14 +31,14 @@ DEFAULT_FILE = Path("serve_config.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """A configuration, what the environment adds to it, and the places that both name."""
+    """A configuration, the environment, and the sources that both define."""
 
     config: AppConfig
     environment: Environment
-    places: tuple[AdapterSource, ...]
+    adapter_sources: tuple[AdapterSource, ...]
 
     def base(self, name: str) -> BaseModelConfig:
-        """Return the configured base of that id or alias.
+        """Return the configured base with that id or alias.
 
         Raises:
             CommandFailed: there is none.
@@ -49,26 +49,22 @@ class Sources:
             raise CommandFailed(f"base {name} is not configured; there are {served}", "base_not_served")
         return found
 
-    def place(self, origin: str) -> AdapterSource:
-        """Return the place of a kind that something was found in."""
-        return next(place for place in self.places if place.origin == origin)
-
-    def examiner(self) -> AdapterInspector:
-        """Return what finds adapters out, in the order in which the service asks."""
+    def inspector(self) -> AdapterInspector:
+        """Return an inspector that asks the sources in the service's order."""
 
         async def card_of(model: str) -> Card | None:
-            found = await examiner.find(model, None)
+            found = await inspector.find(model, None)
             return found[1].card if found is not None else None
 
-        places = [place for place in self.places if place.origin != "embedded" or self.config.adapters.embedded]
-        examiner = AdapterInspector(
-            self.config.bases, places, BaseArchitectureReader(self.places, time.monotonic), card_of
+        sources = [one for one in self.adapter_sources if one.origin != "embedded" or self.config.adapters.embedded]
+        inspector = AdapterInspector(
+            self.config.bases, sources, BaseArchitectureReader(self.adapter_sources, time.monotonic), card_of
         )
-        return examiner
+        return inspector
 
     @contextlib.asynccontextmanager
     async def base_configurations(self, base: BaseModelConfig) -> AsyncIterator[Path]:
-        """Yield a folder with a base's configuration files; from the Hub, only they are fetched.
+        """Yield a folder with a base's configuration files; from the Hub, only these are downloaded.
 
         Raises:
             BaseUnusable: they are missing.
@@ -80,12 +76,12 @@ class Sources:
         if source.hub is None:
             yield source.folder or embedded_root() / (source.embedded or "")
             return
-        place = next((place for place in self.places if place.origin == HUB), None)
-        if place is None:
+        hub = next((one for one in self.adapter_sources if one.origin == HUB), None)
+        if hub is None:
             raise BaseUnusable(base.id, "it lies on the Hub, which the configuration leaves out")
         with tempfile.TemporaryDirectory(prefix="loraplex-") as name:
             folder = Path(name)
-            index = await place.read_small(source.hub, source.revision, INDEX)
+            index = await hub.read_small(source.hub, source.revision, INDEX)
             if index is None:
                 raise BaseUnusable(base.id, "its repository holds no pipeline")
             (folder / INDEX).write_bytes(index)
@@ -94,7 +90,7 @@ class Sources:
             except (ValueError, KeyError):
                 raise BaseUnusable(base.id, "its pipeline is of no kind that is served") from None
             files = [f"{part}/config.json" for part in parts]
-            contents = await asyncio.gather(*(place.read_small(source.hub, source.revision, file) for file in files))
+            contents = await asyncio.gather(*(hub.read_small(source.hub, source.revision, file) for file in files))
             for file, content in zip(files, contents, strict=True):
                 (folder / file).parent.mkdir()
                 (folder / file).write_bytes(content or b"")
@@ -111,8 +107,8 @@ def open_sources(path: Path | None) -> Sources:
         path = DEFAULT_FILE
     config = _embedded_config() if path is None else _config_of(path)
     environment = read_environment(config)
-    places = build_sources(config, environment, embedded_root=embedded_root())
-    return Sources(config, environment, places)
+    adapter_sources = build_sources(config, environment, embedded_root=embedded_root())
+    return Sources(config, environment, adapter_sources)
 
 
 def _config_of(path: Path) -> AppConfig:

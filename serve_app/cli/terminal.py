@@ -1,4 +1,4 @@
-"""What every command prints with, and how every command fails.
+"""Output and errors of all commands.
 
 Owns the two consoles, the JSON form and the exit code of a failure: 0 done, 1 refused or failed, 2 wrong usage (which
 typer itself reports). Must stay light: each command line imports it.
@@ -26,7 +26,7 @@ FAILED = 1
 
 
 class CommandFailed(Exception):
-    """The command could not do its work: one sentence for the reader, and a stable code for scripts."""
+    """The command failed: one sentence for the reader, and a stable code for scripts."""
 
     def __init__(self, message: str, code: str = "failed") -> None:
         super().__init__(message)
@@ -57,13 +57,13 @@ def print_error(message: str) -> None:
 
 
 def print_line(*parts: str | tuple[str, str]) -> None:
-    """Print one line; a part is text, or text with its style. Nothing in it is read as markup."""
+    """Print one line; a part is text, or text with a style. Markup in it is not interpreted."""
     cleaned = (plain(part) if isinstance(part, str) else (plain(part[0]), part[1]) for part in parts)
     out.print(Text.assemble(*cleaned), soft_wrap=True)
 
 
 def print_fields(fields: list[tuple[str, str]]) -> None:
-    """Print names and values in two columns, those with an empty value left out."""
+    """Print names and values in two columns, without empty values."""
     shown = [(name, value) for name, value in fields if value]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
@@ -71,13 +71,13 @@ def print_fields(fields: list[tuple[str, str]]) -> None:
 
 
 def plain(text: str) -> str:
-    """Return one printable line: what a service or a file says must not steer the terminal."""
+    """Return one printable line, without control characters from a service or a file."""
     line = " ".join(text.splitlines())
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
 
 
 def bytes_text(size_bytes: int) -> str:
-    """Return a size as people read it."""
+    """Return a size with its unit."""
     size, unit = float(size_bytes), "B"
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
@@ -103,7 +103,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def checked_url(value: str) -> str:
-    """Return an address without a slash at its end; typer reports one that is none."""
+    """Return an address without a trailing slash; typer reports an invalid one."""
     try:
         parts = urlsplit(value)
         is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -122,6 +122,10 @@ Url = Annotated[
 ]
 Key = Annotated[str | None, typer.Option("--key", envvar="LORAPLEX_KEY", help="A key for the service, if it asks.")]
 ServeFile = Annotated[Path, typer.Argument(metavar="FILE", help="A Serve config file.", exists=True, dir_okay=False)]
+OptionalServeFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="[FILE]", help="A Serve config file; default: the demo bases.", exists=True, dir_okay=False),
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(

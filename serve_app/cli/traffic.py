@@ -1,4 +1,4 @@
-"""`loraplex bench workload`, `simulate` and `load`: traffic, drawn, simulated, or sent to a service.
+"""`loraplex bench workload`, `simulate` and `load`: generate traffic, simulate it, or send it to a service.
 
 Owns arguments and what is printed.
 """
@@ -44,7 +44,7 @@ def workload(
         Path | None, typer.Option("--output", "-o", dir_okay=False, help="Write the requests there as CSV.")
     ] = None,
 ) -> None:
-    """Draw traffic from a seed, and hold it against what real services saw."""
+    """Generate traffic from a seed, and compare it with that of real services."""
     from serve_app.bench.simulation.table import render_statistics
     from serve_app.bench.traffic.workload import generate, named_traffic
     from serve_app.bench.traffic.workload_csv import read_workload, write_workload
@@ -94,7 +94,7 @@ def simulate(
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
-    """Play traffic against any number of GPUs in simulated time, with the service's own decisions."""
+    """Simulate traffic on any number of GPUs, with the service's own decisions."""
     from serve_app.bench.simulation import compare as comparison
     from serve_app.bench.simulation.plot import check_plotting, plot_simulated
     from serve_app.bench.simulation.profile import read_profile
@@ -143,7 +143,7 @@ def load(
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
 ) -> None:
-    """Send traffic to a live service at a rate of its own, and measure what comes back."""
+    """Send traffic to a live service at a fixed rate, and measure the replies."""
     from serve_app.bench.simulation.plot import check_plotting, plot_points
     from serve_app.bench.traffic.load import LoadOptions, run_load
     from serve_app.bench.traffic.load_table import render_adapters, render_load
@@ -212,14 +212,14 @@ def _command() -> str:
 
 @contextlib.contextmanager
 def _status() -> Iterator[Callable[[str], None]]:
-    """Show on a terminal what is being done."""
+    """Show the present activity on a terminal."""
     with err.status("") as status:
         yield lambda text: status.update(text)
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[float, str], None]]:
-    """Show on a terminal how far a run is, as a share, and how it goes."""
+    """Show the progress of a run on a terminal."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (

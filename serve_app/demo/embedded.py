@@ -24,6 +24,12 @@ def embedded_root() -> Path:
     return Path(__file__).parent / "hub"
 
 
+def embedded_serve_file() -> Path:
+    """The Serve file of the embedded bases: beside this module in an installed wheel, at the root of a checkout."""
+    installed = Path(__file__).with_name("serve_config.yaml")
+    return installed if installed.exists() else Path(__file__).parents[2] / "serve_config.yaml"
+
+
 def base_id(family: str) -> str:
     """The public id of a base."""
     return f"{NAMESPACE}/{family}"

@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxy does before it hands a request on.
+"""What Serve's HTTP proxy does before it hands a request of our application on.
 
 Owns the layers around it, and keeping callers from steering Serve itself: its proxy obeys headers that are meant for
 its operators. Imported by the proxy, through `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`, so it must load quickly and
@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.api.http.waiting import PROXY_HEADERS
 from serve_app.deployments.front.connection import SlowReaderMiddleware, bound_heads
 from serve_app.deployments.front.load_shedding import LoadSheddingMiddleware
+from serve_app.deployments.front.own_routes import OwnRoutesOnly
 from serve_app.deployments.front.retry import RetryMiddleware
 from serve_app.deployments.shared.logs import keep_lines_safe
 from serve_app.observability.metrics import ProxyMetrics
@@ -36,18 +37,18 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 def guards() -> list[Middleware]:
-    """Return the layers around Serve's proxy, the outermost last; called by Serve."""
+    """Return the layer around Serve's proxy; called by Serve."""
     # It logs paths, and callers put tokens and keys into those too.
     keep_lines_safe()
     # Serve makes its server after this.
     bound_heads()
     metrics = ProxyMetrics()
-    return [
-        Middleware(RetryMiddleware, metrics.lost),
-        Middleware(LoadSheddingMiddleware, metrics.shed),
-        Middleware(ServeHeaderFilter),
-        Middleware(SlowReaderMiddleware),
-    ]
+
+    def layers(app: ASGIApp) -> ASGIApp:
+        retried = RetryMiddleware(app, metrics.lost)
+        return SlowReaderMiddleware(ServeHeaderFilter(LoadSheddingMiddleware(retried, metrics.shed)))
+
+    return [Middleware(OwnRoutesOnly, layers)]
 
 
 class ServeHeaderFilter:

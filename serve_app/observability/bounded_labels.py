@@ -1,7 +1,7 @@
-"""Which adapters have metrics of their own: those asked for most of late, and never more than a fixed number.
+"""Which adapters get their own label in metrics: the most requested ones, at most a fixed number.
 
-Owns the choice. A metric system keeps every label that it was ever told for as long as the process lives, so what is
-bounded is not only how many adapters are named now, but how many ever are. Must not know metrics.
+Owns the choice. A metric system keeps every label for as long as the process lives, so both the number of present
+labels and the number of all labels ever used are limited. Must not know metrics.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ OTHER = "other"
 PRIVATE = "private"
 
 HALF_LIFE_S = 3600.0
-# How many uses of late it takes to push out another, and how many times as many as that other's.
+# The recent uses that a new label needs to replace another, and the factor by which it must exceed that one.
 PUSHING_USES = 5.0
 PUSHING_FACTOR = 2.0
-# How many names a process may tell in its life, and how many it counts without telling, for each that is named now.
-NAMES_PER_PLACE = 10
-COUNTED_PER_PLACE = 10
+# Per label: how many names a process may ever use, and how many further adapters it counts without a label.
+NAMES_PER_SLOT = 10
+COUNTED_PER_SLOT = 10
 
 
 @dataclass(frozen=True, slots=True)
 class _Uses:
-    """Uses, each of which counts half as much after `HALF_LIFE_S`: `score` as it was at `at_s`."""
+    """A use count that decays by half in `HALF_LIFE_S`; `score` is its value at `at_s`."""
 
     score: float
     at_s: float
@@ -33,24 +33,24 @@ class _Uses:
 
 
 class BoundedLabels:
-    """The adapters that are told by their names, of all that are asked for.
+    """Limits how many adapters have their own label.
 
-    Invariants: at most `places` are named at a time, at most `NAMES_PER_PLACE * places` in the life of the object, and
-    at most `COUNTED_PER_PLACE * places` more are kept count of. A place that is free goes to whoever comes; one that
-    is taken, to who is asked for clearly more often, so that a walk through all adapters pushes nobody out.
+    Invariants: at most `slots` labels at a time, at most `NAMES_PER_SLOT * slots` in the life of the object, and
+    counts of at most `COUNTED_PER_SLOT * slots` further adapters. A free slot goes to the next adapter; a used one only
+    to an adapter with clearly more requests, so that one pass over all adapters replaces none.
     """
 
-    def __init__(self, places: int, *, clock: Callable[[], float]) -> None:
-        """Name nobody yet; `clock` is in monotonic seconds."""
-        self._places = places
+    def __init__(self, slots: int, *, clock: Callable[[], float]) -> None:
+        """Start without labels; `clock` returns monotonic seconds."""
+        self._slots = slots
         self._clock = clock
         self._named: set[str] = set()
         self._ever_named: set[str] = set()
         self._uses: dict[str, _Uses] = {}
 
     def label(self, adapter: str) -> str:
-        """Count one use of an adapter, and return what it is called in metrics: its id, or "other"."""
-        if not self._places:
+        """Count one use of an adapter and return its label: its id, or "other"."""
+        if not self._slots:
             return OTHER
         now_s = self._clock()
         known = self._uses.get(adapter)
@@ -63,11 +63,11 @@ class BoundedLabels:
         return adapter if adapter in self._named else OTHER
 
     def _may_be_named(self, adapter: str) -> bool:
-        return adapter in self._ever_named or len(self._ever_named) < self._places * NAMES_PER_PLACE
+        return adapter in self._ever_named or len(self._ever_named) < self._slots * NAMES_PER_SLOT
 
     def _claim_slot(self, score: float, now_s: float) -> bool:
-        """Find a place for someone with a score, and free it where that is possible."""
-        if len(self._named) < self._places:
+        """Return whether there is a slot for an adapter with this score; evicts another label if needed."""
+        if len(self._named) < self._slots:
             return True
         least = min(self._named, key=lambda name: self._uses[name].now(now_s))
         if score < max(PUSHING_USES, PUSHING_FACTOR * self._uses[least].now(now_s)):
@@ -76,6 +76,6 @@ class BoundedLabels:
         return True
 
     def _forget_one(self, now_s: float) -> None:
-        if len(self._uses) > self._places * (1 + COUNTED_PER_PLACE):
+        if len(self._uses) > self._slots * (1 + COUNTED_PER_SLOT):
             unnamed = (name for name in self._uses if name not in self._named)
             del self._uses[min(unnamed, key=lambda name: self._uses[name].now(now_s))]

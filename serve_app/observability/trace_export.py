@@ -1,7 +1,7 @@
-"""The way of spans to the collector; loaded only where traces are on.
+"""Export of spans to the collector; imported only if tracing is on.
 
-Owns what is said when the collector does not answer: one line when that begins and one when it ends, without the
-collector's address. Spans that it did not take are lost; requests never wait for it.
+Logs one line when the collector stops accepting spans and one when it accepts them again, without its address. Spans
+that it did not accept are lost; requests never wait for it.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ PATH = "/v1/traces"
 
 
 class CollectorExporter(SpanExporter):
-    """Sends spans by OTLP over HTTP; called by the SDK's own thread."""
+    """Sends spans as OTLP over HTTP; called by the SDK's own thread."""
 
     def __init__(self, endpoint: str, *, timeout_s: float, on_sent: Callable[[int, bool], None]) -> None:
-        # It would log every failed attempt, with the collector's address.
+        # The SDK logs every failed attempt with the collector's address.
         logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self._sender = OTLPSpanExporter(endpoint=endpoint + PATH, timeout=timeout_s)
         self._on_sent = on_sent
@@ -34,16 +34,16 @@ class CollectorExporter(SpanExporter):
         is_sent = result is SpanExportResult.SUCCESS
         self._on_sent(len(spans), is_sent)
         if not is_sent and not self._is_failing:
-            log.warning("the collector of tracing.endpoint does not take spans; they are lost until it does")
+            log.warning("the collector of tracing.endpoint does not accept spans; they are lost until it does")
         if is_sent and self._is_failing:
-            log.info("the collector of tracing.endpoint takes spans again")
+            log.info("the collector of tracing.endpoint accepts spans again")
         self._is_failing = not is_sent
         return result
 
     def shutdown(self) -> None:
-        """Send no more."""
+        """Stop sending."""
         self._sender.shutdown()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        """Return at once: nothing is kept here."""
+        """Return immediately: nothing is buffered here."""
         return True

@@ -1,4 +1,4 @@
-"""Traces: what each part of a request took, across processes, for a collector of OpenTelemetry.
+"""Traces: what each part of a request took, across processes, as OpenTelemetry spans.
 
 Owns the tracer of a process, what its spans are called and what they may say: bases, steps and sizes, the ids of
 adapters that anybody may read; never prompts, tokens or keys. Until `set_up_tracing` is called with an endpoint, and
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = "loraplex"
-# What a process that ends may take with it.
+# The spans that may be lost when a process dies.
 EXPORT_EVERY_MS = 1000
 EXPORT_TIMEOUT_S = 5.0
 _HEADERS = ("traceparent", "tracestate")
@@ -42,11 +42,11 @@ Fact = str | bool | int | float | Sequence[str]
 
 
 class TracingUnavailable(Exception):
-    """Traces are asked for, and what sends them is not installed."""
+    """Tracing is configured, but its packages are not installed."""
 
 
 def check_tracing(settings: TracingSettings) -> None:
-    """Refuse a configuration that asks for traces where they cannot be sent.
+    """Refuse a configuration with tracing if its packages are missing.
 
     Raises:
         TracingUnavailable: the packages of the extra `tracing` are not installed.
@@ -65,14 +65,14 @@ def _is_installed(module: str) -> bool:
 
 
 class Span:
-    """One part of a traced request, or of one that is not traced, which then tells nothing to anybody."""
+    """One part of a traced request; without an OpenTelemetry span, every method does nothing."""
 
     def __init__(self, span: otel.Span | None = None) -> None:
         self._span = span
 
     @property
     def context(self) -> TraceContext | None:
-        """What makes others its children, in whichever process."""
+        """The parent of further spans, in this or another process."""
         if self._span is None:
             return None
         from opentelemetry.trace import set_span_in_context
@@ -83,17 +83,17 @@ class Span:
         return TraceContext(carrier["traceparent"], carrier.get("tracestate", ""))
 
     def note(self, **facts: Fact) -> None:
-        """Say more about it; names become `loraplex.<name>`."""
+        """Add attributes; names become `loraplex.<name>`."""
         if self._span is not None:
             self._span.set_attributes(_attributes(facts))
 
     def describe(self, request: GenerationRequest) -> None:
-        """Say what is generated."""
+        """Add the attributes of a request."""
         if self._span is not None:
             self.note(**_facts_of(request))
 
     def fail(self, error: BaseException) -> None:
-        """Say that it ended badly, by the error's code alone: sentences may name what is private."""
+        """Mark the span as failed, with the error's code only: its message may name a private adapter."""
         if self._span is None:
             return
         if isinstance(error, (asyncio.CancelledError, GeneratorExit)):
@@ -105,7 +105,7 @@ class Span:
         self._span.set_status(Status(StatusCode.ERROR))
 
     def answer(self, *, route: str, status: int, base_id: str | None) -> None:
-        """Say how it was answered over HTTP."""
+        """Add the HTTP status and route of the reply."""
         if self._span is None:
             return
         self._span.set_attributes({"http.route": route, "http.response.status_code": status})
@@ -117,13 +117,13 @@ class Span:
             self._span.set_status(Status(StatusCode.ERROR))
 
     def refuse(self, error: LoraplexError) -> None:
-        """Say that the request is answered with an error, which is a failure where it is ours."""
+        """Record that the reply is an error; the span fails if the error is the service's own."""
         self.note(code=error.code)
         if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             self.fail(error)
 
     def carried_by(self, request: GenerationRequest) -> GenerationRequest:
-        """Return the request as the cause of further spans below this one."""
+        """Return the request with this span as the parent of further spans."""
         return request if self._span is None else replace(request, trace=self.context)
 
 
@@ -145,8 +145,8 @@ def set_up_tracing(
 ) -> None:
     """Send this process's spans to the configured collector, if there is one.
 
-    `part` says which part of the service the process is. `on_sent` is told of each delivery, from a thread of its own:
-    how many spans, and whether the collector took them.
+    `part` names the process's part of the service. `on_sent` is called after each export, from another thread, with the
+    number of spans and whether the collector accepted them.
 
     Raises:
         TracingUnavailable: the packages of the extra `tracing` are not installed.
@@ -169,12 +169,12 @@ def set_up_tracing(
     )
     exporter = CollectorExporter(settings.endpoint, timeout_s=EXPORT_TIMEOUT_S, on_sent=on_sent)
     provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=EXPORT_EVERY_MS))
-    # Not the process's global provider: that one is Ray's to set.
+    # Not the process's global provider, which Ray sets.
     _active = _Tracer(provider, provider.get_tracer(SERVICE))
 
 
 def close_tracing() -> None:
-    """Send what has not been sent yet, and trace no more."""
+    """Send the remaining spans and stop tracing."""
     global _active
     active, _active = _active, None
     if active is not None:
@@ -183,7 +183,7 @@ def close_tracing() -> None:
 
 @contextmanager
 def tracing_request(headers: Mapping[str, str], **facts: Fact) -> Generator[None]:
-    """Trace one request that came in: as part of its caller's trace, else of one of its own if it is sampled."""
+    """Trace one incoming request, in its caller's trace or in a new one if it is sampled."""
     if _active is None:
         yield
         return
@@ -207,18 +207,18 @@ def tracing_request(headers: Mapping[str, str], **facts: Fact) -> Generator[None
 
 
 def request_span() -> Span:
-    """Return the span of the request that is being served here."""
+    """Return the span of the present request."""
     return _request.get()
 
 
 def answered(*, route: str, status: int, base_id: str | None) -> None:
-    """Say how the request that is being served here is answered; `route` is the template."""
+    """Record the reply of the present request; `route` is the template."""
     _request.get().answer(route=route, status=status, base_id=base_id)
 
 
 @contextmanager
 def span(name: str, parent: TraceContext | None, **facts: Fact) -> Generator[Span]:
-    """Trace what is done inside, below `parent`; errors and cancellations are noted and go on."""
+    """Trace the block as a child of `parent`; errors and cancellations are recorded and raised."""
     active = _active
     if active is None or parent is None:
         yield NOTHING
@@ -243,7 +243,7 @@ def record(
     error: BaseException | None = None,
     **facts: Fact,
 ) -> None:
-    """Trace what was done already, `began_ago_s` before now."""
+    """Record a span that began `began_ago_s` ago."""
     active = _active
     if active is None or parent is None:
         return
@@ -255,7 +255,7 @@ def record(
 
 
 def _facts_of(request: GenerationRequest) -> dict[str, Fact]:
-    """Return what a trace may say of a request; of adapters that not everybody may read, only that there are such."""
+    """Return the attributes of a request; private adapters are not named."""
     ids = [use.spec.id if request.hub_token is None else PRIVATE for use in request.adapters]
     return {
         "request_id": request.request_id,
@@ -271,11 +271,11 @@ def _below(parent: TraceContext) -> Context:
 
 
 def _parsed(headers: dict[str, str]) -> Context:
-    """Return what W3C's headers say; what is malformed says nothing."""
+    """Return the context in W3C headers; malformed ones give an empty context."""
     from opentelemetry.context import Context
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-    # Into an empty context: whatever else this process may trace is not its parent.
+    # An empty context, so that other traces of this process are not the parent.
     return TraceContextTextMapPropagator().extract(headers, Context())
 
 

@@ -1,31 +1,42 @@
 """The router of a base's requests, as Serve runs it in every process that holds a handle to the base.
 
-Owns the way between Serve's router interface and `serve_app.routing.ledger` and `cost`, and how Serve is told of it.
-Must not decide anything itself. Serve marks the interface as alpha: `docs/routing.md` names what is used of it.
+Owns the way between Serve's public router interface and `serve_app.routing.fleet` and `cost`, and which requests ask
+for a place while all replicas are full. `docs/routing.md` names what is used of the interface, which Serve marks alpha.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 from ray.serve.config import RequestRouterConfig
-from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.serve.request_router import (
+    FIFOMixin,
+    MultiplexMixin,
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
 
 from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
-from serve_app.routing.cost import RequestLoad, RequiredAdapter, demand_of, rank
-from serve_app.routing.ledger import TYPICAL_BYTES, ReplicaSnapshot, ReplicaStateCache
+from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, load_of, place_of, rank
+from serve_app.routing.fleet import ReplicaStates
+from serve_app.routing.stats import request_tag
 
 log = logging.getLogger(__name__)
 
-# Who has waited so long has found every replica full: the next place is his, whoever asks at the right moment.
-TURN_AFTER_S = 0.1
+# Serve asks each replica that it is given for its queue's length, one after the other, until one is not full.
+MAX_RANKED = 2
+# Of the requests that wait for a place, only the oldest ask for one; the others would only ask the same replicas.
+MAX_ASKING = 8
+# What an adapter weighs of which only the id is known.
+TYPICAL_BYTES = 100_000_000
 
 
 def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConfig:
@@ -36,87 +47,103 @@ def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConf
     # Serve annotates the fields of this model in a way that type checkers misread.
     fields: dict[str, Any] = {
         # By name: every process that holds a handle imports it for itself.
-        "request_router_class": f"{__name__}:PredictedFinishRouter",
-        "request_router_kwargs": {
-            "base_id": base.id,
-            "disk_bytes": int(config.cache_size),
-            "stale_after_s": settings.stale_after_s,
-        },
+        "request_router_class": f"{__name__}:{LeastWorkRouter.__name__}",
+        "request_router_kwargs": {"base_id": base.id, "stale_after_s": settings.stale_after_s},
         "request_routing_stats_period_s": settings.stats_period_s,
         "max_backoff_s": settings.max_backoff_s,
     }
     return RequestRouterConfig(**fields)
 
 
-class PredictedFinishRouter(FIFOMixin, RequestRouter):
-    """Sends each request to the replica that is predicted to finish it at the least cost.
+class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
+    """Sends each request to the replica with the least work ahead, unless another needs no fetch or swap for it.
 
-    Where all replicas are full, those who wait get the places that become free in their order.
+    Where all replicas are full, places that become free go to the requests that have waited longest.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Start with what the deployment's `request_router_kwargs` say: `base_id`, `disk_bytes`, `stale_after_s`."""
+        """Start with what the deployment's `request_router_kwargs` say: `base_id` and `stale_after_s`."""
         self._rng = Random()  # spreads ties; nothing else is left to chance
-        self._base_id: str = kwargs["base_id"]
-        self._ledger = ReplicaStateCache(
-            disk_bytes=int(kwargs["disk_bytes"]), stale_after_s=float(kwargs["stale_after_s"])
-        )
-        self._metrics = RouterMetrics(self._base_id)
+        self._states = ReplicaStates(stale_after_s=float(kwargs["stale_after_s"]))
+        self._metrics = RouterMetrics(kwargs["base_id"])
+        self._unrouted: dict[str, PendingRequest] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return one replica per rank, best first: Serve takes the first that is not full."""
-        now_s = time.time()
-        self._sight(candidate_replicas, now_s)
-        demand = self._ledger.with_short_keys(_demanded(pending_request))
-        ranks = rank(demand, self._ledger.refresh_views(now_s), self._ledger.costs, rng=self._rng)
-        by_id = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        order = [id_ for members in ranks for id_ in members]
-        if pending_request is not None and order:
+        """Return one replica per rank, best first; none where older requests are to ask for a place first."""
+        if not candidate_replicas:
+            return []
+        load = _load(pending_request)
+        if pending_request is not None:
             # Without it Serve asks again and again without a pause while all replicas are full.
             pending_request.routing_context.should_backoff = True
-            # Booked at the choice, not at the acceptance: others choose in between.
-            self._ledger.add_in_flight(order[0], pending_request.metadata.internal_request_id, demand, now_s)
-        return [[by_id[id_]] for id_ in order]
-
-    def _fulfill_next_pending_request(self, replica: RunningReplica, request_metadata: Any = None) -> None:
-        """Give a place to who it was chosen for; once somebody waits for one, to who has waited longest."""
-        first = next((waiting for waiting in self._pending_requests_to_fulfill if not waiting.future.done()), None)
-        if first is not None and time.time() - first.created_at >= TURN_AFTER_S:
-            super()._fulfill_next_pending_request(replica, request_metadata)
-        else:
-            RequestRouter._fulfill_next_pending_request(self, replica, request_metadata)
+            self._states.withdraw(pending_request.metadata.internal_request_id)
+            if not self._may_ask(pending_request):
+                return []
+        now_s = time.monotonic()
+        order = rank(load, self._views(candidate_replicas, now_s), rng=self._rng)
+        if pending_request is not None:
+            # Counted at the choice, not at the acceptance: others choose in between.
+            self._send(order[0], pending_request, load, now_s)
+        return self._few(order, candidate_replicas)
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count a request where a replica has taken it, which may be another than the one chosen first."""
-        now_s = time.time()
         id_, request_id = replica_id.unique_id, pending_request.metadata.internal_request_id
-        place = self._ledger.accepted(id_, request_id, now_s)
-        if place is None:
-            self._ledger.add_in_flight(id_, request_id, self._ledger.with_short_keys(_demanded(pending_request)), now_s)
-            place = self._ledger.accepted(id_, request_id, now_s)
-        if place is not None:
+        load = _load(pending_request)
+        self._unrouted.pop(request_id, None)
+        now_s = time.monotonic()
+        self._states.withdraw(request_id)
+        view = self._states.view(id_, now_s)
+        self._send(id_, pending_request, load, now_s)
+        self._states.accept(id_, request_id)
+        if view is not None and load.units:
+            place = place_of(load, view)
             self._metrics.routed(place)
-            _tell(pending_request, id_, place, now_s)
+            _tell(pending_request, id_, place)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Count a request no more."""
-        self._ledger.finished(replica_id.unique_id, internal_request_id)
+        self._states.finish(replica_id.unique_id, internal_request_id)
 
-    def _sight(self, replicas: Sequence[RunningReplica], now_s: float) -> None:
-        """Take in which replicas there are, and what those have told that have told anything new."""
-        ledger = self._ledger
+    def _views(self, replicas: list[RunningReplica], now_s: float) -> list[ReplicaView]:
         for replica in replicas:
-            id_, stats = replica.replica_id.unique_id, replica.routing_stats
-            if not ledger.has_seen(id_, stats):
-                held = frozenset(replica.multiplexed_model_ids)
-                ledger.update_snapshot(ReplicaSnapshot(id_, replica.node_id, stats, held), now_s)
-        if ledger.count() != len(replicas):
-            ledger.retain({replica.replica_id.unique_id for replica in replicas})
+            id_ = replica.replica_id.unique_id
+            self._states.update(id_, replica.routing_stats, replica.multiplexed_model_ids, now_s)
+        self._states.retain({replica.replica_id.unique_id for replica in replicas})
+        return self._states.views(now_s)
+
+    def _may_ask(self, request: PendingRequest) -> bool:
+        """Whether a request is among the oldest of those that have no place yet."""
+        self._unrouted = {id_: other for id_, other in self._unrouted.items() if not other.future.done()}
+        self._unrouted[request.metadata.internal_request_id] = request
+        older = sum(other.created_at < request.created_at for other in self._unrouted.values())
+        return older < MAX_ASKING
+
+    def _few(self, order: list[str], replicas: list[RunningReplica]) -> list[list[RunningReplica]]:
+        """Return the best of those that are not known to be full, or where all are, the best."""
+        by_id = {replica.replica_id.unique_id: replica for replica in replicas}
+        ranked = [by_id[id_] for id_ in order]
+        free = [one for one in ranked if not self._is_full(one)][:MAX_RANKED]
+        if not free:
+            return [[one] for one in ranked[:MAX_RANKED]]
+        if free[0] is ranked[0]:
+            return [[one] for one in free]
+        # Serve takes the one with room, and asks the better one on the side whether it still is full.
+        return [[free[0], ranked[0]], *([one] for one in free[1:])]
+
+    def _is_full(self, replica: RunningReplica) -> bool:
+        return (self.replica_queue_len_cache.get(replica.replica_id) or 0) >= replica.max_ongoing_requests
+
+    def _send(self, id_: str, request: PendingRequest, load: RequestLoad, now_s: float) -> None:
+        generation = _generation(request)
+        if generation is not None:
+            tag = request_tag(generation)
+            self._states.send(id_, request.metadata.internal_request_id, tag, load, now_s)
 
 
-def _tell(pending: PendingRequest, replica_id: str, place: str, now_s: float) -> None:
+def _tell(pending: PendingRequest, replica_id: str, place: str) -> None:
     """Log and trace where a generation goes; this thread of Serve's knows no request, so the line names it."""
     request = _generation(pending)
     if request is None:
@@ -125,9 +152,8 @@ def _tell(pending: PendingRequest, replica_id: str, place: str, now_s: float) ->
         "request %s for %s goes to replica %s, adapters there: %s",
         request.request_id, request.base_id, replica_id, place, extra={"request_id": request.request_id},
     )  # fmt: skip
-    # The books and the line above took their time since `now_s`; the span is not to begin as much too late.
-    began_ago_s, waited_s = time.time() - pending.created_at, now_s - pending.created_at
-    record("route", request.trace, began_ago_s=began_ago_s, lasted_s=waited_s, replica=replica_id, place=place)
+    waited_s = time.time() - pending.created_at
+    record("route", request.trace, began_ago_s=waited_s, lasted_s=waited_s, replica=replica_id, place=place)
 
 
 def _generation(pending: PendingRequest) -> GenerationRequest | None:
@@ -135,12 +161,10 @@ def _generation(pending: PendingRequest) -> GenerationRequest | None:
     return next((argument for argument in arguments if isinstance(argument, GenerationRequest)), None)
 
 
-def _demanded(pending: PendingRequest | None) -> RequestLoad:
+def _load(pending: PendingRequest | None) -> RequestLoad:
     """Return what a call asks for; a call that is no generation asks for nothing but an answer."""
-    if pending is None:
-        return RequestLoad((), 0.0)
-    request = _generation(pending)
+    request = None if pending is None else _generation(pending)
     if request is not None:
-        return demand_of(request)
-    model_id = pending.metadata.multiplexed_model_id
-    return RequestLoad((RequiredAdapter(model_id, TYPICAL_BYTES),) if model_id else (), 0.0)
+        return load_of(request)
+    model_id = "" if pending is None else pending.metadata.multiplexed_model_id
+    return RequestLoad((RequiredAdapter(model_id, TYPICAL_BYTES),) if model_id else (), 0.0, model_id)

@@ -1,112 +1,134 @@
-"""What a replica tells the routers about itself, and the small form in which it travels.
+"""What a replica tells the routers of its work, and the small form in which it travels.
 
-Owns `ReplicaStats`, its encoding and its rounding. Every change of what travels is sent to every process that routes,
-so the form is small and the numbers are rough. Must not know Ray, torch or how the numbers come about.
+Owns the notes behind `record_routing_stats`. Each change is sent to every process that routes, so it is small and its
+numbers are rough; which adapters a replica holds is not in it, since Ray's multiplexed ids say that. Must not know Ray,
+torch, the store or the worker. Runs on one event loop.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import math
-from base64 import urlsafe_b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.core import GenerationRequest
+from serve_app.routing.cost import BASE_ALONE, STALLED_S, composition_of, tag_of
 from serve_app.work import LatencyModel
 
-# Eight characters for a key: among a million adapters two have the same with a chance of one in five hundred.
-_DIGEST_BYTES = 6
-_TAG_LENGTH = 8
-# The most adapters of one tier that are told, the last used ones; the others count as fetched anew.
-MAX_REPORTED = 512
-# A replica tells that it lives at least this often, all of them at the same moment, so that a fleet at rest is one
-# message in a while.
+# A replica reports at least this often, so that one that has fallen silent is noticed.
 HEARTBEAT_S = 5.0
-_BACKLOG_GRAIN_S = 0.1
+_GRAIN_S = 0.1
 
 
-@functools.lru_cache(maxsize=65_536)
-def tag_of(key: str) -> str:
-    """Return the short name under which an adapter's key travels."""
-    return urlsafe_b64encode(hashlib.blake2b(key.encode(), digest_size=_DIGEST_BYTES).digest()).decode()
+def request_tag(request: GenerationRequest) -> str:
+    """Return the tag of a request; the parts of one that is drawn in several places differ by their seed."""
+    return tag_of(f"{request.request_id}/{request.seed}/{request.num_images}")
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredCosts:
-    """How many times the default costs each step took here: `TierCosts.measured` takes them."""
+class DeviceLoad:
+    """What the device thread says of itself.
 
-    swap: float = 1.0
-    to_host: float = 1.0
-    fetch: float = 1.0
+    `backlog_s` is the predicted time of all that runs, waits or still fetches its adapters. `progress` is any number
+    that changes while it works, `is_busy` whether it has something to do. One that `has_failed` is to be replaced.
+    """
+
+    backlog_s: float
+    pace: LatencyModel
+    progress: float
+    is_busy: bool
+    has_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
-    """A replica as it told of itself at `at_s`, in Unix seconds; adapters go by their tags.
+    """The work of a replica, as its report number `sequence` tells it.
 
-    `applied`, `device`, `host` and `arriving` are as in `ReplicaView`. `is_stalled` says that its device makes no
-    headway though it has work.
+    `ahead_s` counts the requests in `counted`, by their tags; `fused` has the tags of the compositions that are in its
+    weights or will be for these requests.
     """
 
-    at_s: float
-    backlog_s: float
+    sequence: int
+    ahead_s: float
     pace: LatencyModel
-    applied: frozenset[str]
-    device: frozenset[str]
-    host: frozenset[str]
-    arriving: frozenset[str]
-    host_free_bytes: float
-    measured: MeasuredCosts
-    is_stalled: bool
+    fused: frozenset[str] = frozenset((BASE_ALONE,))
+    counted: frozenset[str] = frozenset()
 
 
 def encode(stats: ReplicaStats) -> dict[str, Any]:
-    """Return the stats in the form that travels: plain numbers and strings, rounded, without `at_s`."""
-    measured = stats.measured
+    """Return the stats in the form that travels: plain numbers and strings, rounded."""
     return {
-        "backlog": _grained(stats.backlog_s),
-        "pace": (_rough(stats.pace.fixed_s), _rough(stats.pace.unit_s)),
-        "applied": "".join(sorted(stats.applied)),
-        "device": "".join(sorted(stats.device)),
-        "host": "".join(sorted(stats.host)),
-        "arriving": "".join(sorted(stats.arriving)),
-        "free": _rough(stats.host_free_bytes),
-        "measured": (_rough(measured.swap), _rough(measured.to_host), _rough(measured.fetch)),
-        "stalled": stats.is_stalled,
+        "seq": stats.sequence,
+        "ahead": _grained(stats.ahead_s),
+        "pace": (float(f"{stats.pace.fixed_s:.1e}"), float(f"{stats.pace.unit_s:.1e}")),
+        "fused": " ".join(sorted(stats.fused)),
+        "counted": " ".join(sorted(stats.counted)),
     }
 
 
 def decode(wire: Mapping[str, Any]) -> ReplicaStats | None:
     """Read what travelled; None where a replica has told nothing yet, or speaks another version's language."""
     try:
-        return ReplicaStats(
-            at_s=float(wire["at"]),
-            backlog_s=float(wire["backlog"]),
-            pace=LatencyModel(*map(float, wire["pace"])),
-            applied=_tags(wire["applied"]),
-            device=_tags(wire["device"]),
-            host=_tags(wire["host"]),
-            arriving=_tags(wire["arriving"]),
-            host_free_bytes=float(wire["free"]),
-            measured=MeasuredCosts(*map(float, wire["measured"])),
-            is_stalled=bool(wire["stalled"]),
-        )
-    except (LookupError, TypeError, ValueError):
+        pace = LatencyModel(*map(float, wire["pace"]))
+        fused, counted = frozenset(wire["fused"].split()), frozenset(wire["counted"].split())
+        return ReplicaStats(int(wire["seq"]), float(wire["ahead"]), pace, fused, counted)
+    except (LookupError, TypeError, ValueError, AttributeError):
         return None
 
 
-def _tags(joined: str) -> frozenset[str]:
-    return frozenset(joined[i : i + _TAG_LENGTH] for i in range(0, len(joined), _TAG_LENGTH))
+class RoutingStatsCollector:
+    """One replica's notes for the routers."""
+
+    def __init__(self, *, clock: Callable[[], float], stall_after_s: float = 60.0) -> None:
+        """Start with nothing known; a busy device may show no progress for `stall_after_s`."""
+        self._clock = clock
+        self._stall_after_s = stall_after_s
+        self._accepted: dict[str, str] = {}
+        self._last = BASE_ALONE
+        self._progress: tuple[float, float] = (0.0, clock())
+        self._reported: dict[str, Any] = {"seq": 0}
+        self._reported_at = clock()
+
+    @contextmanager
+    def accepted(self, request: GenerationRequest) -> Generator[None]:
+        """Count a request as this replica's work until the block ends."""
+        tag = request_tag(request)
+        self._accepted[tag] = composition_of(request)
+        try:
+            yield
+        finally:
+            # The one accepted last decides what the weights hold once all is done.
+            self._last = self._accepted.pop(tag, self._last)
+
+    def snapshot(self, load: DeviceLoad) -> dict[str, Any]:
+        """Return what routers are to know: the same object, and number, as long as nothing has changed."""
+        stats = ReplicaStats(
+            sequence=self._reported["seq"],
+            ahead_s=STALLED_S if self._is_stalled(load) else load.backlog_s,
+            pace=load.pace,
+            fused=frozenset((self._last, *self._accepted.values())),
+            counted=frozenset(self._accepted),
+        )
+        encoded = encode(stats)
+        now_s = self._clock()
+        if encoded != self._reported or now_s - self._reported_at >= HEARTBEAT_S:
+            self._reported = {**encoded, "seq": stats.sequence + 1}
+            self._reported_at = now_s
+        return self._reported
+
+    def _is_stalled(self, load: DeviceLoad) -> bool:
+        if load.has_failed:
+            return True
+        progress, since_s = self._progress
+        if not load.is_busy or load.progress != progress:
+            self._progress = (load.progress, self._clock())
+            return False
+        return self._clock() - since_s > self._stall_after_s
 
 
 def _grained(seconds: float) -> float:
     """Round to a tenth of a second, and to two digits where that is coarser."""
-    grain = max(_BACKLOG_GRAIN_S, 10.0 ** math.floor(math.log10(seconds)) / 10) if seconds > 0 else _BACKLOG_GRAIN_S
+    grain = max(_GRAIN_S, 10.0 ** math.floor(math.log10(seconds)) / 10) if seconds > 0 else _GRAIN_S
     return round(round(seconds / grain) * grain, 3)
-
-
-def _rough(value: float) -> float:
-    """Round to two digits, so that a measurement that hardly moves is no news."""
-    return float(f"{value:.1e}")

@@ -1,15 +1,15 @@
-"""The admitted adapters of a node: canonical files on local disk, shared by every replica there.
+"""The admitted adapters of a node: canonical files on local disk, shared by its replicas.
 
-Owns one folder: names, publication, eviction, and what crashed processes left behind. Must not know what a
-canonical file holds, where it came from, or the event loop: every call may block on the disk, so call it from
-a thread.
+Owns one folder: names, publication, eviction, and the removal of files of crashed processes. Must not know what a
+canonical file contains, where it came from, or the event loop: every call may block on the disk, so call it from a
+thread.
 
     <folder>/.lock                          held while files are published or evicted
-    <folder>/<base>/<adapter>.canonical     a whole file, always; its modification time is its last use
-    <folder>/.drafts-<random>/              one process's unfinished files, and the lock that says it lives
+    <folder>/<base>/<adapter>.canonical     always a whole file; its modification time is its last use
+    <folder>/.drafts-<random>/              unfinished files of one process, with a lock that it holds while it runs
 
-A reader holds a shared lock on the file that it reads, and an evictor takes only files that it can lock for
-itself. The kernel lets go of the locks of a process that dies, so nothing is ever left locked.
+A reader holds a shared lock on its file; eviction removes only files that it can lock exclusively. The kernel releases
+the locks of a process that dies.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 _SUFFIX = ".canonical"
 _DRAFTS = ".drafts-"
-_ROOM_TO_START_BYTES = 1024**2
+_START_BYTES = 1024**2
 
 
 class AdmittedFiles:
-    """The files of one base and dtype, in a folder and a byte budget that all bases of the node share.
+    """The files of one base, reader and limits, in a folder and a byte budget that all bases of the node share.
 
-    Invariants: a file that can be seen under its name is whole. A file in use by any process is never
-    evicted. After a publication the files fit the budget, or only files in use are left. Thread-safe.
+    Invariants: a published file is whole. A file in use by any process is never evicted. After a publication the files
+    fit the budget, or only files in use are left. Thread-safe.
     """
 
     def __init__(
@@ -48,23 +48,22 @@ class AdmittedFiles:
         folder: Path,
         budget_bytes: int,
         *,
-        base_fingerprint: str,
-        dtype: str,
+        depends_on: Sequence[str],
         clock: Callable[[], float],
     ) -> None:
-        """Open or create the folder, and clear what dead processes left.
+        """Open or create the folder, and remove the files of dead processes.
 
         Args:
-            folder: Where all bases of this node keep their files.
+            folder: The folder of all bases of this node.
             budget_bytes: For all bases together; drafts do not count.
-            base_fingerprint: Whatever the canonical form depends on besides the adapter's own bytes.
-            dtype: The dtype in which the base is served.
+            depends_on: What a canonical form depends on besides the adapter's own bytes: the base's structure and
+                dtype, the limits and the reader. Files that were admitted under others are not seen.
             clock: Unix seconds, comparable between the processes of the node.
         """
         self._folder = folder
         self._budget_bytes = budget_bytes
         self._clock = clock
-        self._base_folder = folder / _digest(f"{base_fingerprint}\0{dtype}")
+        self._base_folder = folder / _digest("\0".join(depends_on))
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._base_folder.mkdir(mode=0o700, exist_ok=True)
         with self._exclusive():
@@ -77,8 +76,8 @@ class AdmittedFiles:
         try:
             return Path(tempfile.mkdtemp(prefix=_DRAFTS, dir=self._folder))
         except OSError as error:
-            # A replica that starts on a full disk must not wait for somebody to empty it.
-            if not is_disk_full(error) or not self._drop(_ROOM_TO_START_BYTES):
+            # A replica must be able to start on a full disk.
+            if not is_disk_full(error) or not self._drop(_START_BYTES):
                 raise
             return Path(tempfile.mkdtemp(prefix=_DRAFTS, dir=self._folder))
 
@@ -92,16 +91,16 @@ class AdmittedFiles:
         return self._base_folder / f"{_digest(key)}{_SUFFIX}"
 
     def new_draft(self) -> Path:
-        """Give a path to write to, alone in its folder; it is for `publish` or `drop_draft`."""
+        """Return a path to write to, alone in its folder; pass it to `publish` or `drop_draft`."""
         return Path(tempfile.mkdtemp(dir=self._drafts)) / "draft"
 
     def drop_draft(self, draft: Path) -> None:
-        """Remove the draft's folder with whatever an unfinished writer left there."""
+        """Remove the draft's folder with all its files."""
         shutil.rmtree(draft.parent, ignore_errors=True)
 
     @contextmanager
     def reading(self, key: str) -> Generator[Path | None]:
-        """Hold the file against eviction, in every process, and count a use; None where there is none."""
+        """Lock the file against eviction in every process, and record a use; None if it does not exist."""
         path = self.path(key)
         file = open_shared(path)
         if file is None:
@@ -113,9 +112,9 @@ class AdmittedFiles:
 
     @contextmanager
     def publish(self, key: str, draft: Path) -> Generator[Path]:
-        """Make a finished draft the file of this adapter, held as by `reading`; older files make room.
+        """Make a finished draft the file of this adapter, locked as by `reading`; older files are evicted.
 
-        A file larger than the whole budget is there for as long as it is held.
+        A file larger than the whole budget exists only while it is locked.
 
         Raises:
             OSError: The draft was never written, or the disk failed.
@@ -125,7 +124,7 @@ class AdmittedFiles:
         try:
             with draft.open("rb") as file, unlocking(file):
                 fcntl.flock(file, fcntl.LOCK_SH)
-                # A name must not survive a power cut that its bytes did not.
+                # After a power cut, the name must not exist without its bytes.
                 os.fsync(file.fileno())
                 self._touch(file)
                 with self._exclusive():
@@ -139,7 +138,7 @@ class AdmittedFiles:
                     self._evict()
 
     def free_space(self, needed_bytes: int) -> int:
-        """Evict the files read longest ago until so many bytes are free, and return how many became so."""
+        """Evict the least recently read files until so many bytes are free; return how many bytes became free."""
         with self._exclusive():
             return self._drop(needed_bytes)
 
@@ -175,7 +174,7 @@ class AdmittedFiles:
 
     def _entries(self) -> dict[str, Entry]:
         found: list[tuple[int, Entry]] = []
-        # Not into hidden folders: a glob fails when another process takes its drafts along in the meantime.
+        # Not hidden folders: a glob fails if another process removes its drafts meanwhile.
         for path in self._folder.glob(f"[!.]*/*{_SUFFIX}"):
             with suppress(FileNotFoundError):
                 status = path.stat()

@@ -1,7 +1,7 @@
-"""Which entries of a cache must go so that its bytes hold: least recently used first, never one in use.
+"""Which entries a cache must evict to stay in its byte budget: the least recently used, never a pinned one.
 
-Owns the decision and the accounting. Must not know what an entry is, where it lies, the time or threads:
-whoever owns the bytes carries the plan out.
+Owns the decision and the accounting. Must not know what an entry is, where it is, the time or threads: the owner of the
+bytes carries the plan out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One cached thing and its weight."""
+    """One cached item and its size."""
 
     key: str
     size_bytes: int
@@ -21,16 +21,16 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class EvictionPlan:
-    """The keys to drop, in order; `excess_bytes` is how far pinned entries still exceed the budget."""
+    """The keys to evict, in order; `excess_bytes` is by how much pinned entries still exceed the budget."""
 
     evict: tuple[str, ...] = ()
     excess_bytes: int = 0
 
 
 def plan_eviction(entries: Iterable[Entry], needed_bytes: int, budget_bytes: int) -> EvictionPlan:
-    """Choose what to drop so that `needed_bytes` more fit; `entries` come least recently used first.
+    """Choose what to evict so that `needed_bytes` more fit; `entries` are sorted by their last use, oldest first.
 
-    An entry larger than the whole budget goes before all others: while it stays, nothing else can.
+    An entry larger than the whole budget is evicted first, because nothing else fits beside it.
     """
     known = tuple(entries)
     excess = sum(entry.size_bytes for entry in known) + needed_bytes - budget_bytes
@@ -46,11 +46,11 @@ def plan_eviction(entries: Iterable[Entry], needed_bytes: int, budget_bytes: int
 
 
 class ByteBudget:
-    """The accounts of one cache: sizes, order of use, pins.
+    """Sizes, order of use and pins of one cache.
 
-    Invariants: a pinned entry is in no plan. After every call the entries fit the budget, or all of them are
-    pinned. A key may be pinned before its entry exists, so that it is safe from the moment it arrives. Every
-    plan that is returned is already booked: the owner drops exactly those keys. Not thread-safe.
+    Invariants: no plan contains a pinned entry. After every call the entries fit the budget, or all of them are pinned.
+    A key may be pinned before its entry exists. A returned plan is already accounted for: the owner must evict exactly
+    those keys. Not thread-safe.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -61,7 +61,7 @@ class ByteBudget:
         self._unwanted: set[str] = set()
 
     def __contains__(self, key: str) -> bool:
-        """Tell whether the key has an entry."""
+        """Whether the key has an entry."""
         return key in self._sizes
 
     @property
@@ -71,18 +71,18 @@ class ByteBudget:
 
     @property
     def pinned(self) -> frozenset[str]:
-        """Every pinned key, whether it has an entry yet or not."""
+        """Every pinned key, with or without an entry."""
         return frozenset(self._pins)
 
     def pin(self, key: str) -> None:
-        """Hold the key until it is unpinned as often; counts as a use, and takes back an earlier `forget`."""
+        """Pin the key once more; counts as a use, and cancels an earlier `forget`."""
         self._pins[key] = self._pins.get(key, 0) + 1
         self._unwanted.discard(key)
         if key in self._sizes:
             self._sizes[key] = self._sizes.pop(key)
 
     def unpin(self, key: str) -> EvictionPlan:
-        """Let go once; the plan drops whatever only pins kept beyond the budget."""
+        """Remove one pin; the plan evicts what only pins had kept over the budget."""
         count = self._pins.pop(key) - 1
         if count:
             self._pins[key] = count
@@ -92,16 +92,16 @@ class ByteBudget:
         return self._settle()
 
     def add(self, key: str, size_bytes: int) -> EvictionPlan:
-        """Book an entry as just used, replacing one of the same key; the plan makes room for it.
+        """Add or replace an entry as just used; the plan evicts others for it.
 
-        The plan may name the key itself, where it is unpinned and larger than the whole budget.
+        The plan may contain the key itself, if it is unpinned and larger than the whole budget.
         """
         self.used_bytes += size_bytes - self._sizes.pop(key, 0)
         self._sizes[key] = size_bytes
         return self._settle()
 
     def forget(self, key: str) -> EvictionPlan:
-        """Drop the entry now, or as soon as its last pin goes."""
+        """Evict the entry now, or when its last pin is removed."""
         if key not in self._sizes:
             return EvictionPlan()
         if key in self._pins:

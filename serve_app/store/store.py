@@ -1,9 +1,8 @@
-"""Adapters on their way to a request: remote file -> admitted file on disk -> host memory.
+"""Loading adapters for requests: remote file -> admitted file on disk -> host memory.
 
-Owns the host tier, its byte budget, and the order of the tiers. Must not know what a parsed adapter is, how a
-file is fetched or checked, Ray or torch: those are handed in. Runs on one event loop; everything that blocks
-runs in threads of its own, so that slow downloads elsewhere in the process never stand before a file that is
-ready.
+Owns the host tier, its byte budget, and the order of the tiers. Must not know what a parsed adapter is, how a file is
+downloaded or checked, Ray or torch: these are passed in. Runs on one event loop; blocking work runs in its own threads,
+so that slow downloads elsewhere in the process never delay a file that is on disk.
 """
 
 from __future__ import annotations
@@ -34,21 +33,21 @@ P = ParamSpec("P")
 
 Tier = Literal["host", "disk", "remote"]
 
-# What `load` may raise over a file that is damaged: it is made anew.
+# What `load` may raise for a damaged file, which is then made again.
 _DAMAGED = (OSError, ValueError, LookupError, LoraplexError)
 
 _THREADS = 4
 _MAX_REFUSED = 1024
-# An adapter needs room twice, as it came and as it is admitted, and a little for what goes with it.
-_ROOM_TO_SPARE_BYTES = 1024**2
+# The disk needs space for the downloaded and for the admitted file, and a little more for what goes with them.
+_SPARE_BYTES = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
 class Lease(Generic[T]):
     """An adapter in host memory, pinned there while the lease is held.
 
-    `tier` is where it was found: "host", "disk" (its canonical file) or "remote" (it had to be fetched and
-    admitted). `fetch_ms` is how long this asker waited for it.
+    `tier` is where it was found: "host", "disk" (its canonical file) or "remote" (it had to be downloaded and
+    admitted). `fetch_ms` is how long this request waited for it.
     """
 
     spec: AdapterSpec
@@ -59,7 +58,7 @@ class Lease(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class StoreState:
-    """The host tier at one moment; `evictions` counts all that has left it since the start."""
+    """A snapshot of the host tier; `evictions` counts from the start."""
 
     resident: int
     pinned: int
@@ -76,12 +75,12 @@ class _Loaded(Generic[T]):
 
 
 class AdapterStore(Generic[T]):
-    """Adapters by key, each fetched and loaded once however many ask.
+    """Adapters by key; one fetch of a key serves all requests that wait for it.
 
-    Invariants: a leased adapter is never evicted. Whoever leaves takes nobody's fetch along. A fetch that
-    fails fails all who wait for it, each with an error of its own, and is forgotten: the next asker tries
-    again. A file that was refused for what it holds is not looked at again for `failure_ttl_s`. No key ever waits
-    for another key's fetch.
+    Invariants: a leased adapter is never evicted. If one waiting request is cancelled, the download continues for the
+    others. A failed fetch fails every request that waits for it, each with its own error, and is not cached: the next
+    request tries again. A file that was refused is not read again for `failure_ttl_s`. No key waits for another key's
+    fetch.
     """
 
     def __init__(
@@ -98,21 +97,21 @@ class AdapterStore(Generic[T]):
         release: Callable[[AdapterSpec], None] = lambda _: None,
         free_space: Callable[[int], int] = lambda _: 0,
     ) -> None:
-        """Start with an empty host tier over what is already on disk.
+        """Start with an empty host tier; the files on disk stay.
 
         Args:
-            admitted: The canonical files of this base on this node; the store's own from now on.
-            fetch: Give the local path of the adapter's original file, downloading it if need be.
-            admit: Check the original (first path) and write its canonical form (second path), or raise.
+            admitted: The canonical files of this base on this node; the store closes them.
+            fetch: Return the local path of the adapter's downloaded file.
+            admit: Check the downloaded file (first path) and write its canonical form (second path), or raise.
             load: Read a canonical file into memory; runs in a thread. A damaged file is an OSError,
                 ValueError, LookupError or LoraplexError.
-            size_of: The bytes that a loaded adapter takes of the budget.
-            host_budget_bytes: What unleased and leased adapters may take together, as long as leases allow.
+            size_of: The bytes of a loaded adapter.
+            host_budget_bytes: The limit of all adapters in host memory; only leased ones may exceed it.
             clock: Monotonic seconds.
-            failure_ttl_s: How long a file's refusal is repeated without another look at it.
-            release: Told when nobody here reads the adapter's original any more.
-            free_space: Remove at least so many bytes of originals from a full disk, and tell how many went; runs in
-                a thread.
+            failure_ttl_s: How long a file's refusal is repeated without reading it again.
+            release: Called when the adapter's downloaded file is no longer read.
+            free_space: Remove at least so many bytes of downloaded files from a full disk, and return how many; runs
+                in a thread.
         """
         self._admitted = admitted
         self._fetch = fetch
@@ -126,17 +125,17 @@ class AdapterStore(Generic[T]):
         self._evictions = 0
         self._failure_ttl_s = failure_ttl_s
         self._release = release
-        self._make_room = free_space
+        self._free_downloads = free_space
         self._refused: dict[str, tuple[RefusedAdapter, float]] = {}
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapter-store")
 
     @asynccontextmanager
     async def lease(self, spec: AdapterSpec) -> AsyncGenerator[Lease[T]]:
-        """Hold the adapter in memory, getting it from wherever it is first.
+        """Load an adapter into host memory and keep it there until the end of the block.
 
         Raises:
-            LoraplexError: Whatever fetching or admitting the file raised.
-            DiskFull: There is no room for it, not even without the files that nobody holds.
+            LoraplexError: Raised by the download or the check of the file.
+            DiskFull: There is no space for it, even after removing unused files.
             ReplicaLost: The store was closed meanwhile.
         """
         asked_at = self._clock()
@@ -152,15 +151,15 @@ class AdapterStore(Generic[T]):
         return self._budget.keys
 
     def is_resident(self, key: str) -> bool:
-        """Tell whether a lease of this key would be given at once."""
+        """Whether a lease of this key would not wait."""
         return key in self._adapters
 
     def forget(self, key: str) -> None:
-        """Drop the adapter from host memory, if leased then once it is not; its file on disk stays."""
+        """Drop the adapter from host memory, or when its last lease ends; its file on disk stays."""
         self._evict(self._budget.forget(key))
 
     def state(self) -> StoreState:
-        """What the host tier holds now."""
+        """Return a snapshot of the host tier."""
         return StoreState(
             resident=len(self._adapters),
             pinned=len(self._budget.pinned),
@@ -171,7 +170,7 @@ class AdapterStore(Generic[T]):
         )
 
     async def close(self) -> None:
-        """Give up every fetch under way; what is leased stays with its holders."""
+        """Cancel every running fetch; leased adapters stay with their holders."""
         flights = tuple(self._flights.values())
         for flight in flights:
             flight.cancel()
@@ -185,20 +184,20 @@ class AdapterStore(Generic[T]):
             return _Loaded(self._adapters[spec.key], "host")
         flight = self._flights.get(spec.key)
         if flight is None:
-            flight = asyncio.create_task(self._bring(spec), name=f"adapter {spec.key}")
+            flight = asyncio.create_task(self._load_tiers(spec), name=f"adapter {spec.key}")
             flight.add_done_callback(_note_failure)
             self._flights[spec.key] = flight
-        # Waiting beside the task, not on it: an asker that is cancelled leaves it running.
+        # Not awaited directly, so that a cancelled request leaves the task running.
         await asyncio.wait((flight,))
         if flight.cancelled():
             raise ReplicaLost(spec.base_id, attempts=1)
         error = flight.exception()
         if isinstance(error, LoraplexError):
-            # One instance raised in several requests would mix their tracebacks and notes.
+            # One instance raised in several requests would mix their tracebacks.
             raise copy.copy(error) from error
         return flight.result()
 
-    async def _bring(self, spec: AdapterSpec) -> _Loaded[T]:
+    async def _load_tiers(self, spec: AdapterSpec) -> _Loaded[T]:
         try:
             found = await self._in_thread(self._load_admitted, spec)
             if found is None:
@@ -216,23 +215,23 @@ class AdapterStore(Generic[T]):
             try:
                 return _Loaded(self._load(spec, path), "disk")
             except _DAMAGED:
-                log.warning("the admitted file of %s is damaged; making it anew", spec.key, exc_info=True)
+                log.warning("the admitted file of %s is damaged; it is made again", spec.key, exc_info=True)
                 return None
 
     async def _load_remote(self, spec: AdapterSpec) -> _Loaded[T]:
         self._check_refused(spec)
         try:
             try:
-                return await self._make_ready(spec)
+                return await self._fetch_and_admit(spec)
             except DiskFull:
-                if not await self._in_thread(self._free, 2 * spec.size_bytes + _ROOM_TO_SPARE_BYTES):
-                    log.error("the disk of this node is full, and nothing can be dropped for %s", spec.key)
+                if not await self._in_thread(self._free, 2 * spec.size_bytes + _SPARE_BYTES):
+                    log.error("the disk of this node is full, and nothing can be removed for %s", spec.key)
                     raise
-            return await self._make_ready(spec)
+            return await self._fetch_and_admit(spec)
         finally:
             self._release(spec)
 
-    async def _make_ready(self, spec: AdapterSpec) -> _Loaded[T]:
+    async def _fetch_and_admit(self, spec: AdapterSpec) -> _Loaded[T]:
         source = await self._fetch(spec)
         with _naming_full_disk(spec):
             draft = await self._in_thread(self._admitted.new_draft)
@@ -247,8 +246,8 @@ class AdapterStore(Generic[T]):
             self._threads.submit(self._admitted.drop_draft, draft)
 
     def _free(self, needed_bytes: int) -> int:
-        """Drop what can be had again, the originals first, since what is admitted is read from disk."""
-        freed = self._make_room(needed_bytes)
+        """Remove files that can be made again: downloaded files first, since only admitted ones are read."""
+        freed = self._free_downloads(needed_bytes)
         return freed + (self._admitted.free_space(needed_bytes - freed) if freed < needed_bytes else 0)
 
     def _check_refused(self, spec: AdapterSpec) -> None:
@@ -288,6 +287,6 @@ def _naming_full_disk(spec: AdapterSpec) -> Generator[None]:
 
 
 def _note_failure(flight: asyncio.Task[_Loaded[T]]) -> None:
-    # Asking for the error also keeps asyncio quiet where no asker is left to hear of it.
+    # Reading the error also keeps asyncio from logging it if no request is left.
     if not flight.cancelled() and (error := flight.exception()) is not None:
-        log.info("%s could not be made ready: %s", flight.get_name(), error)
+        log.info("%s could not be loaded: %s", flight.get_name(), error)

@@ -24,7 +24,7 @@ BASE, INGRESS, NODE = "base replica", "ingress replica", "node"
 # Drawn from like cards, and shuffled anew when all are out. A node takes both with it, and so comes half as often.
 CARDS = (BASE, BASE, INGRESS, INGRESS, NODE)
 POLL_S = 0.25
-INGRESS_DEPLOYMENT = "Ingress"
+INGRESS_DEPLOYMENT = "LoraplexIngress"
 
 
 @dataclass(slots=True)

@@ -90,7 +90,7 @@ def config(endpoint: str, cache: Path) -> dict[str, Any]:
         },
         "ingress": {"replicas": INGRESSES, "num_cpus": 0.1, "health_check_period_s": 2},
         "cache_dir": str(cache / "{node}"),
-        "cache_size": "3MB",
+        "disk_cache": "3MB",
     }
 
 

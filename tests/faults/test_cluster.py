@@ -177,11 +177,13 @@ def test_an_adapter_asked_for_on_every_node_is_fetched_once(nodes: LocalCluster,
     until(asked_everywhere, "a canonical file on each node")
     whole = [one for one in hub.requests if one.repo_id == "acme/everywhere" and one.kind == CDN and one.range is None]
     assert len(whole) == 1
-    until(lambda: counted(nodes.metrics(), "ray_loraplex_file_fetches_total", 'tier="peer"') >= NODES - 1, "the count")
+    until(
+        lambda: counted(nodes.metrics(), "ray_loraplex_file_fetches_total", 'source="peer"') >= NODES - 1, "the count"
+    )
 
 
 def test_a_lost_node_costs_no_request(nodes: LocalCluster) -> None:
-    victim = next(node for node in nodes.nodes if not node_holds(node, "Ingress"))
+    victim = next(node for node in nodes.nodes if not node_holds(node, "LoraplexIngress"))
     with under_load(nodes.url, callers=8) as load:
         nodes.kill(victim)
         asked = sum(load.statuses.values())

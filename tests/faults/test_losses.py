@@ -28,7 +28,7 @@ from tests.faults.breaking import has_ended, held, kill, replica_pids, talking_t
 from tests.hub_server import HubServer
 from tests.service import EMBEDDED, Service, pixels_of
 
-APP, BASE, INGRESS = "loraplex", "base-demo--sd15", "Ingress"
+APP, BASE, INGRESS = "loraplex", "base-demo--sd15", "LoraplexIngress"
 PROMPT, ADAPTER = "a blue square on a red background", "demo/sd15-night"
 SLOW = {"num_inference_steps": 50, "width": 128, "height": 128}
 SEEDS = range(6)

@@ -81,7 +81,7 @@ def memory_bytes() -> Counter[str]:
     taken: Counter[str] = Counter()
     for name, footprint in footprints().items():
         kind = name.split("/")[0]
-        if kind in ("proxy", "Ingress") or kind.startswith("base-"):
+        if kind in ("proxy", "LoraplexIngress") or kind.startswith("base-"):
             taken[kind] += footprint.memory_bytes
     assert len(taken) == 3
     return taken

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
-import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.autoscaling import ray_settings
 from serve_app.core import GenerationResult
 from serve_app.settings import AutoscalingSettings
-from tests.sleeper import Sleeper, sleeping_request
+from tests.replicas.sleeper import Sleeper, sleeping_request
 
 # Replicas are processes, which take a while to start where the machine is busy.
 WAIT_S = 120.0
@@ -40,14 +38,6 @@ def deploy(app: str, **autoscaling: float) -> DeploymentHandle:
         graceful_shutdown_timeout_s=10,
     )
     return serve.run(deployment.bind(), name=app, route_prefix=None)
-
-
-@pytest.fixture
-def app(cluster: int) -> Iterator[str]:
-    """A name of its own: Serve keeps handles by name, and one made before may take a while to see new replicas."""
-    name = f"sleeping-{secrets.token_hex(4)}"
-    yield name
-    serve.delete(name)
 
 
 def replicas(app: str) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from serve_app.settings import ReplicaSettings
-from tests.held_replica import PATIENCE_S, Device, caller, held_service
 from tests.hub_server import CDN, HubServer
+from tests.replicas.held import PATIENCE_S, Device, caller, held_service
 from tests.service import EMBEDDED, Service
 
 PROMPT = "a white cross on a green background"
@@ -101,9 +101,9 @@ def test_a_caller_who_leaves_while_an_adapter_is_fetched_costs_no_step_and_no_se
     try:
         with caller(service, "/v1/images/generations", body | {"model": repo}):
             hub.wait_for(lambda hub: downloads(hub) == 1, timeout_s=PATIENCE_S)
-            device.wait_until(lambda state: state.work.coming == 1)
+            device.wait_until(lambda state: state.work.pending_fetches == 1)
         # The replica knows that the caller has left; only then comes what it would have drawn with.
-        device.wait_until(lambda state: state.work.coming == 0)
+        device.wait_until(lambda state: state.work.pending_fetches == 0)
     finally:
         hub.release(repo)
     service.draw(PROMPT, model=repo, num_inference_steps=3)

@@ -13,7 +13,7 @@ from ray import serve
 from serve_app.app import assemble
 from serve_app.config import AppConfig
 from serve_app.store.quarantine import MAX_FAILURES, PERIOD_S, SAME_PASS_S
-from tests.failing_replica import BREAKS, HANGS, IS_FULL, OVERFLOWS, FailingReplica
+from tests.replicas.failing import BREAKS, HANGS, IS_FULL, OVERFLOWS, FailingReplica
 from tests.service import Service, base_settings, pixels_of, process_of
 
 PROMPT = "a blue square on a red background"
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture(scope="module")
 def failing(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    replica = {"num_cpus": 0.1, "torch_threads": 1, "stall_after_s": STALL_AFTER_S, "health_check_period_s": 1.0}
+    replica = {"num_cpus": 0.1, "torch_threads": 1, "stall_timeout_s": STALL_AFTER_S, "health_check_period_s": 1.0}
     config = AppConfig.model_validate(
         {
             "bases": [base_settings("demo/sd15", replica=replica)],

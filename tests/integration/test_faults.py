@@ -20,8 +20,8 @@ from ray import serve
 
 from serve_app.app import assemble
 from serve_app.config import AppConfig
-from tests.failing_replica import HANGS, HANGS_AFTER_PREVIEW, HANGS_AFTER_STEP, WAITS, FailingReplica
 from tests.faults.breaking import until
+from tests.replicas.failing import HANGS, HANGS_AFTER_PREVIEW, HANGS_AFTER_STEP, WAITS, FailingReplica
 from tests.service import Service, base_settings, pixels_of, process_of
 
 PROMPT = "a blue square on a red background"

@@ -10,8 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.held_replica import Device, caller, held_service
 from tests.hub_server import CDN, HubServer
+from tests.replicas.held import Device, caller, held_service
 from tests.service import Service
 
 PROMPT = "a yellow triangle on a purple background"

@@ -49,8 +49,8 @@ def test_one_id_is_in_the_lines_of_ingress_router_admission_replica_and_device_t
     assert reply.status_code == 200, reply.text
 
     wanted = {
-        "ingress": ("loraplex_Ingress", r"POST .* 200"),
-        "router": ("loraplex_Ingress", r"for demo/sd15 goes to replica"),
+        "ingress": ("loraplex_LoraplexIngress", r"POST .* 200"),
+        "router": ("loraplex_LoraplexIngress", r"for demo/sd15 goes to replica"),
         "admission": ("loraplex_base-demo--sd15", f"{adapter}@.* was admitted"),
         "device thread": ("loraplex_base-demo--sd15", r"begins on the device"),
         "replica": ("loraplex_base-demo--sd15", r"denoise [0-9.]+ ms"),
@@ -75,6 +75,6 @@ def test_a_failing_request_s_line_names_code_base_and_adapters_and_not_the_promp
     )
     assert reply.status_code == 400
     sentence = r"with key none failed: .* \(out_of_bounds\); base demo/sd15, adapters demo/sd15-night$"
-    lines = lines_of(request_id, until=lambda lines: bool(saying(lines, "loraplex_Ingress", sentence)))
-    assert saying(lines, "loraplex_Ingress", sentence), lines
+    lines = lines_of(request_id, until=lambda lines: bool(saying(lines, "loraplex_LoraplexIngress", sentence)))
+    assert saying(lines, "loraplex_LoraplexIngress", sentence), lines
     assert not any("hexagon" in line or token in line for line in lines)

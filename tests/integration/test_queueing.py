@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import secrets
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -23,10 +22,10 @@ from serve_app.errors import QueueFull
 from serve_app.routing.router import router_config
 from serve_app.work import LatencyModel
 from tests.engine_cases import use_of
+from tests.replicas.sleeper import BASE, Sleeper, sleeping_request
+from tests.replicas.sleeping import Sleeps
+from tests.replicas.watched import Pass, WatchedReplica
 from tests.service import Service
-from tests.sleeper import BASE, Sleeper, sleeping_request
-from tests.sleeping_replica import Sleeps
-from tests.watched_replica import Pass, WatchedReplica
 
 WAIT_S = 60.0
 
@@ -44,14 +43,6 @@ def deploy(app: str, num_replicas: int) -> DeploymentHandle:
         ray_actor_options={"num_cpus": 0.1},
     )
     return serve.run(deployment.bind(), name=app, route_prefix=None)
-
-
-@pytest.fixture
-def app(cluster: int) -> Iterator[str]:
-    """A name of its own: Serve keeps handles by name, and one made before may take a while to see new replicas."""
-    name = f"sleeping-{secrets.token_hex(4)}"
-    yield name
-    serve.delete(name)
 
 
 async def all_of(handle: DeploymentHandle, num_replicas: int, method: str, *args: Any) -> list[Any]:
@@ -118,7 +109,7 @@ def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         LatencyModel(PASS_S, 0.0), swap_s=0.005, fetch_s=0.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
     )  # fmt: skip
-    config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": BASE}}], "cache_size": 0})
+    config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": BASE}}], "disk_cache": 0})
     deployment = WatchedReplica.options(
         num_replicas=REPLICAS,
         max_ongoing_requests=BEFORE + AFTER,

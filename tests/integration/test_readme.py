@@ -1,4 +1,4 @@
-"""The README, word for word: every command in it, as a stranger would run it in a fresh terminal."""
+"""The README: every command in it, run as a new user would run it in a fresh terminal."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ def run(command: str, folder: Path) -> str:
 
 
 def test_every_command_of_the_readme_does_what_it_says(terminal: Terminal, tmp_path: Path) -> None:
-    _, first, second, refused = blocks("bash")
+    _, star, first, second, refused = blocks("bash")
+    run(star, tmp_path)
     run(first, tmp_path)
     printed = run(second, tmp_path)
     base, sepia, night = (np.asarray(Image.open(tmp_path / f"{name}.jpg")) for name in ("base", "adapter1", "adapter2"))
@@ -96,7 +97,7 @@ def test_every_command_of_the_readme_does_what_it_says(terminal: Terminal, tmp_p
     assert base[:4, :4, 2].mean() > base[:4, :4, 0].mean()
     assert sepia[:4, :4, 0].mean() > sepia[:4, :4, 2].mean()
     assert night.mean() < base.mean()
-    for name in ("sketch.jpg", "both.png", "inverted.jpg"):
+    for name in ("star.jpg", "sketch.jpg", "both.png", "inverted.jpg"):
         assert Image.open(tmp_path / name).size == (64, 64)
     for header in ("x-base-model: demo/sdxl", "x-adapters: demo/sdxl-sepia@", "x-seed:", "server-timing:"):
         assert header in printed

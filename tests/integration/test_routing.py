@@ -1,10 +1,14 @@
-"""The router within Serve: two replicas of one base, and two processes that send to them."""
+"""The router within Serve: replicas of one base, and processes that send to them."""
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -14,14 +18,13 @@ from ray import serve
 from serve_app.config import AppConfig
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.routing.router import router_config
-from serve_app.routing.stats import decode, tag_of
 from serve_app.work import LatencyModel
 from tests.engine_cases import use_of
 from tests.faults.breaking import until
+from tests.replicas.sleeper import BASE as ASLEEP_BASE
+from tests.replicas.sleeper import sleeping_request
+from tests.replicas.sleeping import SleepingReplica, Sleeps, Slept
 from tests.service import Service, base_settings
-from tests.sleeper import BASE as ASLEEP_BASE
-from tests.sleeper import sleeping_request
-from tests.sleeping_replica import SleepingReplica, Sleeps, Slept
 
 APPLICATION, ASLEEP = "routing", "asleep"
 BASE = "demo/sd15"
@@ -47,11 +50,11 @@ def two_replicas(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 def residents() -> list[frozenset[str]]:
-    """The adapters in host memory, replica by replica, as they tell the routers."""
+    """The adapters in host memory, replica by replica."""
     handle = serve.get_deployment_handle("base-demo--sd15", APPLICATION)
-    stats = [decode(told) for told in handle.broadcast("record_routing_stats").results()]
-    assert len(stats) == 2
-    return [told.host for told in stats if told is not None]
+    reports = handle.broadcast("report").results()
+    assert len(reports) == 2
+    return [frozenset(held.id for held in report.holdings) for report in reports]
 
 
 @ray.remote(num_cpus=0)
@@ -61,17 +64,60 @@ class Caller:
     def __init__(self) -> None:
         self._handle = serve.get_deployment_handle("SleepingReplica", ASLEEP)
 
-    async def ask(self, style: str, number: int) -> Slept:
+    async def ask(self, style: str, number: int, steps: int = 5) -> Slept:
         use = use_of(f"me/{style}")
         handle = self._handle.options(multiplexed_model_id=use.spec.key)
-        return await handle.generate.remote(sleeping_request(number, use))
+        return await handle.generate.remote(replace(sleeping_request(number, use), steps=steps))
 
-    async def knows(self, style: str) -> bool:
-        """Whether this process has heard that a replica holds an adapter, and how long that took to fetch."""
+    async def ask_at_once(self, asks: list[tuple[str, int]]) -> list[Slept]:
+        return await asyncio.gather(*(self.ask(style, number) for style, number in asks))
+
+    async def sees(self) -> dict[str, frozenset[str]]:
+        """The keys that this process's router takes each replica to hold: Ray's record."""
         ours: Any = self._handle._router
-        known, tag = ours._asyncio_router.request_router.curr_replicas, tag_of(use_of(f"me/{style}").spec.key)
-        told = [decode(replica.routing_stats) for replica in tuple(known.values())]
-        return any(stats is not None and tag in stats.host and stats.measured.fetch > 1 for stats in told)
+        known = ours._asyncio_router.request_router.curr_replicas
+        return {id_.unique_id: frozenset(replica.multiplexed_model_ids) for id_, replica in tuple(known.items())}
+
+    async def held(self) -> dict[str, frozenset[str]]:
+        """The keys that replicas have in memory."""
+        return dict(await self._handle.broadcast("held").results_async())
+
+    async def busy(self) -> list[str]:
+        """The replicas that were sent or report more than a fetch of work."""
+        ours: Any = self._handle._router
+        views = ours._asyncio_router.request_router._states.views(time.monotonic())
+        return [view.id for view in views if view.ahead_s > 1.0]
+
+    async def forget(self, style: str) -> None:
+        await self._handle.broadcast("forget", use_of(f"me/{style}").spec.key).results_async()
+
+
+def deploy(folder: Path, replicas: int, sleeps: Sleeps) -> None:
+    (folder / use_of("me/any").spec.filename).write_bytes(b"0" * sleeps.file_bytes)
+    config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "disk_cache": 0})
+    deployment = SleepingReplica.options(
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": 0.1},
+        request_router_config=router_config(config.bases[0], config),
+    )
+    serve.run(deployment.bind(sleeps, folder), name=ASLEEP, route_prefix=None)
+
+
+def sleeps(*, image_s: float, fetch_s: float, host_adapters: int) -> Sleeps:
+    return Sleeps(
+        LatencyModel(image_s, 0.02), swap_s=0.0, fetch_s=fetch_s, host_adapters=host_adapters, file_bytes=100,
+        max_batch_images=1, policy=QueuePolicy(),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def caller(cluster: int, tmp_path: Path) -> Iterator[Any]:
+    """One, of a base with three replicas that hold four adapters each."""
+    deploy(tmp_path, 3, sleeps(image_s=0.0, fetch_s=0.01, host_adapters=4))
+    made = Caller.remote()
+    yield made
+    ray.kill(made)
+    serve.delete(ASLEEP)
 
 
 @pytest.fixture
@@ -80,18 +126,7 @@ def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
 
     So it does than an image for which the machine took its time, by which a replica measures its pace.
     """
-    (tmp_path / use_of("me/any").spec.filename).write_bytes(b"0" * 100)
-    sleeps = Sleeps(
-        LatencyModel(0.05, 0.0), swap_s=0.0, fetch_s=8.0, host_adapters=16, file_bytes=100, max_batch_images=1,
-        policy=QueuePolicy(),
-    )  # fmt: skip
-    config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "cache_size": 0})
-    deployment = SleepingReplica.options(
-        num_replicas=2,
-        ray_actor_options={"num_cpus": 0.1},
-        request_router_config=router_config(config.bases[0], config),
-    )
-    serve.run(deployment.bind(sleeps, tmp_path), name=ASLEEP, route_prefix=None)
+    deploy(tmp_path, 2, sleeps(image_s=0.05, fetch_s=8.0, host_adapters=16))
     made = [Caller.remote() for _ in range(2)]
     yield made
     for caller in made:
@@ -103,8 +138,12 @@ def test_adapters_stay_on_their_replica_whichever_ingress_sends_to_them(callers:
     first = [callers[number % 2].ask.remote(style, 0) for number, style in enumerate(STYLES)]
     answers = list(zip(STYLES, ray.get(first, timeout=WAIT_S), strict=True))
     # What one of them has had fetched, the other learns from Serve, which takes its time.
+    keys = {use_of(f"me/{style}").spec.key for style in STYLES}
     until(
-        lambda: all(ray.get([caller.knows.remote(style) for caller in callers for style in STYLES], timeout=WAIT_S)),
+        lambda: all(
+            frozenset().union(*seen.values()) == keys
+            for seen in ray.get([caller.sees.remote() for caller in callers], timeout=WAIT_S)
+        ),
         "word of every adapter at every router",
     )
     answers += [
@@ -114,6 +153,34 @@ def test_adapters_stay_on_their_replica_whichever_ingress_sends_to_them(callers:
     ]
     assert len({(style, slept.replica) for style, slept in answers}) == len(STYLES)
     assert sum(slept.fetches for _, slept in answers) == len(STYLES)
+
+
+def test_the_router_sees_what_replicas_hold_through_evictions_and_deletions(caller: Any) -> None:
+    rng = Random(0)
+    styles = [f"s{number}" for number in range(20)]
+    for turn in range(20):
+        asks = [(rng.choice(styles), turn * 10 + number) for number in range(10)]
+        ray.get(caller.ask_at_once.remote(asks), timeout=WAIT_S)
+        if turn % 3 == 2:
+            ray.get(caller.forget.remote(rng.choice(styles)), timeout=WAIT_S)
+        held = ray.get(caller.held.remote(), timeout=WAIT_S)
+        assert all(len(keys) <= 4 for keys in held.values())
+        until(lambda held=held: ray.get(caller.sees.remote(), timeout=WAIT_S) == held, "the router's view of each")
+    for style in styles:
+        ray.get(caller.forget.remote(style), timeout=WAIT_S)
+    until(lambda: not any(ray.get(caller.sees.remote(), timeout=WAIT_S).values()), "a router that sees no adapter")
+
+
+def test_of_three_idle_replicas_the_holder_gets_all_requests_until_it_has_more_work_than_a_fetch(caller: Any) -> None:
+    holder = ray.get(caller.ask.remote("mine", 0), timeout=WAIT_S).replica
+    until(lambda: any(ray.get(caller.sees.remote(), timeout=WAIT_S).values()), "word of the adapter")
+    answers = [ray.get(caller.ask.remote("mine", number), timeout=WAIT_S) for number in range(1, 101)]
+    assert [answer.replica for answer in answers] == [holder] * 100
+    # Twenty seconds of work, by the replica's own measure, go there; the next request does not wait for it.
+    busy = caller.ask.remote("mine", 101, 200)
+    until(lambda: ray.get(caller.busy.remote(), timeout=WAIT_S) == [holder], "word of the long request")
+    assert ray.get(caller.ask.remote("mine", 102), timeout=WAIT_S).replica != holder
+    ray.get(busy, timeout=WAIT_S)
 
 
 def test_a_burst_for_one_adapter_spills_over_to_replicas_without_it(two_replicas: Service) -> None:

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
@@ -69,8 +72,55 @@ def test_sizes_may_be_written_with_units() -> None:
 def test_sdxl_in_float16_gets_the_vae_that_does_not_overflow_unless_another_is_named() -> None:
     sdxl = {"hub": "stabilityai/stable-diffusion-xl-base-1.0"}
     half = BaseModelConfig.model_validate(base(source=sdxl, dtype="float16"))
-    assert half.vae_source is not None
-    assert half.vae_source.hub == "madebyollin/sdxl-vae-fp16-fix"
+    assert half.part_sources["vae"].hub == "madebyollin/sdxl-vae-fp16-fix"
     named = BaseModelConfig.model_validate(base(source=sdxl, dtype="float16", vae={"hub": "a/b"}))
-    assert named.vae_source == named.vae
-    assert BaseModelConfig.model_validate(base(source=sdxl, dtype="bfloat16")).vae_source is None
+    assert named.part_sources == {"vae": named.vae}
+    assert BaseModelConfig.model_validate(base(source=sdxl, dtype="bfloat16")).part_sources == {}
+
+
+RENAMED = {
+    ("cache_size",): ("disk_cache", "3GiB"),
+    ("adapters", "sharing", "patience_s"): ("wait_timeout_s", 7.0),
+    ("ingress", "keep_alive_s"): ("sse_ping_interval_s", 7.0),
+    ("bases", "replica", "batch_delay_s"): ("batch_priority_delay_s", 7.0),
+    ("bases", "replica", "adapters_per_replica"): ("max_warm_up_adapters", 7),
+    ("bases", "replica", "prepare_ahead"): ("prefetch_swap", "always"),
+    ("bases", "replica", "pristine_in"): ("base_weights", "host"),
+    ("bases", "replica", "stall_after_s"): ("stall_timeout_s", 7.0),
+    ("bases", "router", "stall_after_s"): ("deprioritize_after_s", 7.0),
+}
+
+
+def with_setting(path: tuple[str, ...], value: object) -> dict[str, object]:
+    """A configuration with one setting; "bases" stands for its one base."""
+    if path[0] == "bases":
+        return {"bases": [base(**with_setting(path[1:], value))]}
+    rest = with_setting(path[1:], value) if len(path) > 1 else value
+    return {path[0]: rest}
+
+
+def config_with(path: tuple[str, ...], value: object) -> AppConfig:
+    return AppConfig.model_validate({"bases": [base()], **with_setting(path, value)})
+
+
+@pytest.mark.parametrize("path", RENAMED, ids=".".join)
+def test_a_setting_works_under_its_former_name_and_the_log_names_the_present_one(
+    path: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    present, value = RENAMED[path]
+    expected = config_with((*path[:-1], present), value)
+    assert caplog.text == ""
+    assert config_with(path, value) == expected != AppConfig.model_validate({"bases": [base()]})
+    assert f"'{path[-1]}' is now called '{present}'" in caplog.text
+
+
+def test_a_setting_under_both_its_names_is_refused() -> None:
+    assert "'cache_size' is the former name of 'disk_cache'" in refusal(cache_size=1, disk_cache=1)
+
+
+def test_the_file_of_every_cluster_uses_the_present_names() -> None:
+    former = {path[-1] for path in RENAMED} - {"cache_size"}
+    files = list((Path(__file__).parents[2] / "cluster").rglob("*.yaml"))
+    assert files
+    for file in files:
+        assert not former & set(re.findall(r"\w+", file.read_text())), file

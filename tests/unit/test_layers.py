@@ -1,9 +1,13 @@
+"""What a part of the service loads, as a process of its own sees it."""
+
+from __future__ import annotations
+
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 
-import pytest
-
-HEAVY = {"torch", "ray", "diffusers", "transformers"}
+HEAVY = ("torch", "ray", "diffusers", "transformers")
 LIGHT_MODULES = [
     "serve_app.api.app",
     "serve_app.catalog.catalog",
@@ -17,23 +21,33 @@ LIGHT_MODULES = [
     "serve_app.deployments.ingress.resolve_defaults",
     "serve_app.deployments.ingress.dispatch",
 ]
+COMMANDS = ["serve_app.cli.main", "serve_app.cli.inspect", "serve_app.cli.pull", "serve_app.cli.sources"]
+PROGRAM = """
+import importlib, json, sys
+modules, unwanted = json.loads(sys.argv[1])
+loaded = []
+for module in modules:
+    importlib.import_module(module)
+    loaded += [f"{module} loads {name}" for name in unwanted if name in sys.modules and not loaded]
+print(json.dumps(loaded))
+"""
 
 
-@pytest.mark.parametrize("module", LIGHT_MODULES)
-def test_the_http_side_loads_neither_torch_nor_ray(module: str) -> None:
-    program = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert not HEAVY & set(loaded.stdout.split())
+def first_to_load(unwanted: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Import modules one after another in one process; return which of them loads what it should not, if any does."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps([modules, unwanted])]
+    found: list[str] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
 
 
-@pytest.mark.parametrize("module", ["serve_app.cli.main", "serve_app.cli.inspect", "serve_app.cli.pull"])
-def test_commands_that_start_no_service_load_no_ray(module: str) -> None:
-    program = f"import sys, {module}, serve_app.cli.sources; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "ray" not in loaded.stdout.split()
+def test_the_http_side_loads_neither_torch_nor_ray() -> None:
+    assert first_to_load(HEAVY, LIGHT_MODULES) == []
+
+
+def test_commands_that_start_no_service_load_no_ray() -> None:
+    assert first_to_load(["ray"], COMMANDS) == []
 
 
 def test_the_ingress_loads_no_torch() -> None:
-    program = "import sys, serve_app.app; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert not (HEAVY - {"ray"}) & set(loaded.stdout.split())
+    assert first_to_load(["torch", "diffusers", "transformers"], ["serve_app.app"]) == []
+    assert first_to_load(["ray"], ["serve_app.app"]) == ["serve_app.app loads ray"]

@@ -1,7 +1,7 @@
 """How much a key may ask for: requests in a second, requests at once, images in a minute; and how many unknown ids.
 
-Owns the counting, exact within one process, and what auth asks of whoever counts; for a service
-of several ingress replicas that is `deployments.limits`. Must not know HTTP or which keys there are.
+Owns the counting, exact within one process, and what auth asks of it; `deployments.ingress.redis_limits` counts over
+several ingress replicas. Must not know HTTP or which keys there are.
 """
 
 from __future__ import annotations
@@ -74,13 +74,8 @@ class TokenBucket:
         return max(0.0, min(count, self._capacity) - 1e-9 - self._level) / self._rate_s
 
     def take(self, count: float) -> None:
-        """Take so many, though it be more than there is; negative gives back."""
+        """Remove `count` tokens; the level may become negative. A negative `count` returns tokens."""
         self._level = min(self._capacity, self._level - count)
-
-    def drain(self, count: float) -> None:
-        """Take so many, or what there is."""
-        self._fill()
-        self._level = min(self._level, max(0.0, self._level - count))
 
     @property
     def is_full(self) -> bool:
@@ -95,8 +90,8 @@ class TokenBucket:
 
 
 class KeyQuota:
-    """What one key may still do. Times are promises: whoever waits as long as `retry_after_s` says and is alone with
-    its key is let in, but for a limit of concurrency, where nobody knows.
+    """The state of one key's limits. A caller that waits `retry_after_s` seconds will be accepted, if no other caller
+    uses the same key. This does not hold for the concurrency limit.
 
     `share` is the part of the limits that is granted here, at least one request at once and one image.
     """
@@ -133,12 +128,6 @@ class KeyQuota:
             self._requests.take(1)
         self._running += 1
 
-    def adopt(self) -> None:
-        """Count a request that was let in elsewhere; `end` must follow."""
-        if self._requests is not None:
-            self._requests.drain(1)
-        self._running += 1
-
     def end(self) -> None:
         """Note that a request is answered."""
         self._running -= 1
@@ -159,11 +148,6 @@ class KeyQuota:
         if wait_s > 0:
             raise KeyLimitReached(self._key, f"{limit} images per minute", math.ceil(wait_s))
         self._images.take(count)
-
-    def adopt_images(self, count: int) -> None:
-        """Count images that were granted elsewhere."""
-        if self._images is not None:
-            self._images.drain(count)
 
     def return_images(self, count: int) -> None:
         """Give back images that were not drawn."""
@@ -234,11 +218,11 @@ class UnknownIdLimit:
 
 
 class LocalRateLimiter:
-    """Counts within this process."""
+    """Counts within this process, and grants a share of each limit."""
 
-    def __init__(self, *, clock: Callable[[], float]) -> None:
+    def __init__(self, *, clock: Callable[[], float], share: float = 1.0) -> None:
         """Know no key yet; `clock` is in monotonic seconds."""
-        self._allowances = KeyQuotas(clock=clock)
+        self._allowances = KeyQuotas(clock=clock, share=share)
 
     async def begin(self, key: str, limits: KeyLimits) -> Grant:
         """Let a request in.

@@ -76,7 +76,8 @@ def add_warnings(response: Response, warnings: Sequence[str]) -> None:
 
 def adapter_text(adapter: AppliedAdapter) -> str:
     """Return `id@revision;scale;layers matched`; separate scales are `denoiser/text encoder`."""
-    return f"{header_id(adapter.id)}@{header_id(adapter.revision)};{adapter.scale:g};{adapter.layers_matched}"
+    counts = f"{adapter.layers_matched}/{adapter.layers_in_file}"
+    return f"{header_id(adapter.id)}@{header_id(adapter.revision)};{adapter.scale:g};{counts}"
 
 
 def _server_timing(timings: Timings, stages: Stages) -> str:

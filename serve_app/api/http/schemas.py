@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.api.http.openapi_responses import refusals
 from serve_app.api.http.validation import refusal
-from serve_app.core import AdapterRef, Scale, Scales
+from serve_app.core import AdapterRef, PipelineOptions, Scale, Scales, SchedulerOption
 
 INT64_MAX = 2**63 - 1
 MAX_NAME_LENGTH = 256
@@ -146,6 +146,45 @@ class LoraEntry(RequestModel):
 
 LoraEntryOrId = Annotated[LoraEntry, BeforeValidator(_id_to_entry, json_schema_input_type=LoraEntry | str)]
 LoraEntries = Annotated[list[LoraEntryOrId], Field(max_length=MAX_ADAPTERS_NAMED)]
+
+
+class PipelineParameters(RequestModel):
+    """Parameters that only some base families take; `/v1/bases` says which."""
+
+    true_cfg_scale: float | None = Field(default=None, ge=0, le=100, description="guidance by a negative prompt")
+    guidance_rescale: float | None = Field(default=None, ge=0, le=1)
+    clip_skip: Annotated[int, Field(ge=0, le=12)] | None = None
+    max_sequence_length: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="how many tokens of the prompt are read"
+    )
+    prompt_2: Annotated[str, Field(max_length=10_000)] | None = Field(
+        default=None, description="the prompt of the second text encoder"
+    )
+    sigmas: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=1000)] | None = Field(
+        default=None, description="the noise levels of the steps, in place of their number"
+    )
+    timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1000)] | None = Field(
+        default=None, description="the timesteps of the steps, in place of their number"
+    )
+    scheduler_options: dict[Name, bool | int | float | str] | None = Field(
+        default=None, description="shift, timestep_spacing, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas"
+    )
+
+    def options(self) -> PipelineOptions:
+        """Return what was asked of a pipeline."""
+        return PipelineOptions(
+            true_cfg_scale=self.true_cfg_scale,
+            guidance_rescale=self.guidance_rescale,
+            clip_skip=self.clip_skip,
+            max_sequence_length=self.max_sequence_length,
+            prompt_2=self.prompt_2,
+            sigmas=None if self.sigmas is None else tuple(self.sigmas),
+            timesteps=None if self.timesteps is None else tuple(self.timesteps),
+        )
+
+    def sorted_scheduler_options(self) -> tuple[tuple[str, SchedulerOption], ...]:
+        """Return what was asked of a scheduler."""
+        return tuple(sorted((self.scheduler_options or {}).items()))
 
 
 class ErrorBody(BaseModel):

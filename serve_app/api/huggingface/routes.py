@@ -210,6 +210,8 @@ def _draft(
         seed=parameters.seed,
         image=image,
         strength=parameters.strength,
+        options=parameters.options(),
+        scheduler_options=parameters.sorted_scheduler_options(),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from serve_app.api.http.schemas import MAX_NAME_LENGTH, Int, LoraEntries, Name, RequestModel, Seed
+from serve_app.api.http.schemas import MAX_NAME_LENGTH, Int, LoraEntries, Name, PipelineParameters, RequestModel, Seed
 
 
 class TargetSize(RequestModel):
@@ -19,7 +19,7 @@ class TargetSize(RequestModel):
     height: Int
 
 
-class Parameters(RequestModel):
+class Parameters(PipelineParameters):
     """How to draw; whatever is absent or null is the base's default."""
 
     prompt: str | None = Field(default=None, description="the prompt, where `inputs` is a picture")

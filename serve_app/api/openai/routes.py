@@ -121,7 +121,7 @@ async def _stream(
     response = EventStream(
         event_replies(events, accepted, asked, kind, services.now, warnings),
         request_id=request_id,
-        keep_alive_s=services.settings.keep_alive_s,
+        keep_alive_s=services.settings.sse_ping_interval_s,
     )
     response.headers["x-base-model"] = header_id(accepted.base_id)
     response.headers["x-seed"] = str(accepted.seed)
@@ -202,6 +202,8 @@ def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelM
         image=image,
         strength=asked.strength if isinstance(asked, ImageEdit) else None,
         mask=mask,
+        options=asked.options(),
+        scheduler_options=asked.sorted_scheduler_options(),
         num_previews=asked.partial_images or 0,
     )
 

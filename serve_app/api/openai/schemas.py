@@ -19,7 +19,7 @@ from serve_app.api.http.schemas import (
     LoraEntry,
     LoraEntryOrId,
     Name,
-    RequestModel,
+    PipelineParameters,
     Seed,
 )
 from serve_app.api.pictures.images import ImageFormat
@@ -61,7 +61,7 @@ LoraInput = Annotated[
 Size = Annotated[str, AfterValidator(_known_size)]
 
 
-class ImageGeneration(RequestModel):
+class ImageGeneration(PipelineParameters):
     """A request for images; whatever is absent or null is the base's default."""
 
     prompt: str

@@ -41,6 +41,7 @@ from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, Scale, Scales
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
+from serve_app.families.abilities import BaseAbilities
 
 MAX_BODY_BYTES = 64 * 1024
 _SCHEMES = ("hf://", "lora://")
@@ -84,7 +85,9 @@ async def bases(services: ServicesOf) -> Response:
     """List the bases, with the defaults and limits of each."""
     registry = services.gateway.registry
     default, served = registry.default_base(), registry.bases()
-    content = _BASES.dump_json([_base(base, is_default=base.id == default.id) for base in served])
+    reports = await registry.replicas(token=None)
+    known = {report.base_id: report.abilities for report in reports if report.abilities is not None}
+    content = _BASES.dump_json([_base(base, known.get(base.id), is_default=base.id == default.id) for base in served])
     return Response(content, media_type="application/json")
 
 
@@ -219,12 +222,26 @@ def _scale(scale: Scale) -> float | ScalesReply:
     return scale
 
 
-def _base(base: BaseModelConfig, *, is_default: bool) -> Base:
-    return Base(
+def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: bool) -> Base:
+    limits = BaseLimits(**base.limits.model_dump())
+    schedulers = list(base.schedulers or ())
+    told = Base(
         id=base.id,
         aliases=list(base.aliases),
         is_default=is_default,
         defaults=BaseDefaults(**base.defaults.model_dump()),
-        limits=BaseLimits(**base.limits.model_dump()),
-        schedulers=list(base.schedulers),
+        limits=limits,
+        schedulers=schedulers,
+    )
+    if known is None:
+        return told
+    return told.model_copy(
+        update={
+            "limits": limits.model_copy(update={"side_multiple": known.side_multiple, "min_steps": known.min_steps}),
+            "schedulers": list(known.schedulers),
+            "family": known.family,
+            "tasks": {task: list(parameters) for task, parameters in known.parameters.items()},
+            "tokens": known.tokens,
+            "has_previews": known.previews,
+        }
     )

@@ -158,7 +158,8 @@ class BaseLimits(BaseModel):
     max_steps: int
     min_side: int
     max_side: int
-    side_multiple: int = 8
+    side_multiple: int = Field(default=8, description="sides are multiples of it")
+    min_steps: int = 1
     max_pixels: int
     max_images: int
     max_guidance_scale: float
@@ -175,4 +176,10 @@ class Base(BaseModel):
     is_default: bool
     defaults: BaseDefaults
     limits: BaseLimits
-    schedulers: list[str]
+    schedulers: list[str] = Field(description="what `scheduler` may be; shorter names are understood too")
+    family: str | None = Field(default=None, description="null, as what follows, until some replica has started")
+    tasks: dict[str, list[str]] | None = Field(
+        default=None, description="what it draws from (text, image, inpaint, edit), each with its optional parameters"
+    )
+    tokens: int | None = Field(default=None, description="how many tokens of a prompt are read")
+    has_previews: bool | None = Field(default=None, description="whether streams can carry previews")

@@ -26,6 +26,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.demo.embedded import BASES, embedded_root
 from serve_app.engine.base.loading import HubAccess, load_base, resolve_source
 from serve_app.engine.base.schedulers import NoiseSchedulers
+from serve_app.engine.base.task_pipelines import loaded_family
 from serve_app.settings import ModelSource
 
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
@@ -139,7 +140,7 @@ class _Waits(TorchDispatchMode):
 def _waits(loaded: tuple[BaseModelConfig, Any]) -> Iterator[WaitRow]:
     """Count per step, as the difference between a short run and a longer one; the same on any device."""
     config, pipeline = loaded
-    schedulers = NoiseSchedulers(config, pipeline.scheduler)
+    schedulers = NoiseSchedulers(config, pipeline.scheduler, loaded_family(pipeline))
     own = pipeline.scheduler
     for name in schedulers.supported_names():
         yield WaitRow(name, _per_step(pipeline, schedulers.fresh(name)))

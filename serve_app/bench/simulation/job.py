@@ -11,7 +11,7 @@ from serve_app.bench.simulation.profile import BaseTimings, Profile
 from serve_app.bench.traffic.workload import Arrival, Workload
 from serve_app.core import GenerationRequest
 from serve_app.engine.worker.scheduling import BatchKey, QueuePolicy, batch_key
-from serve_app.routing.cost import RequestLoad, RequiredAdapter
+from serve_app.routing.cost import RequestLoad, RequiredAdapter, tag_of
 from serve_app.work import work_units
 
 
@@ -66,9 +66,10 @@ class Jobs:
         if shape not in self._shapes:
             self._shapes[shape] = _shape(arrival)
         key, units = self._shapes[shape]
-        asked = (tuple(ask.key for ask in arrival.adapters), units)
+        asked = (tuple((ask.key, ask.scale) for ask in arrival.adapters), units)
         if asked not in self._demands:
-            demand = RequestLoad(tuple(RequiredAdapter(name, self._sizes[name]) for name in asked[0]), units)
+            needs = tuple(RequiredAdapter(name, self._sizes[name]) for name, _ in asked[0])
+            demand = RequestLoad(needs, units, tag_of("|".join(sorted(f"{name}*{scale}" for name, scale in asked[0]))))
             self._demands[asked] = (demand, demand.keys)
         demand, keys = self._demands[asked]
         predicted_s = self._setting.timings.pace.seconds(units)

@@ -8,19 +8,20 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.routing.cost import ReplicaView
+from serve_app.routing.cost import BASE_ALONE, ReplicaView
 from serve_app.store.budget import ByteBudget
 from serve_app.work import LatencyModel
 
 # What a row says of an adapter and a replica, as bits.
-ARRIVING, ON_HOST, APPLIED, ON_DISK = 1, 2, 4, 8
+ARRIVING, ON_HOST, ON_DISK = 1, 2, 4
 
 
 class Pool:
     """Tables with a column for each replica; those of one node are neighbours.
 
     `end_s` is when the running pass ends, `queued_s` the predicted work accepted and not begun, `is_open` whether
-    a replica takes requests. `last` is the composition that will be in the weights once all accepted work is done.
+    a replica takes requests. `last` has the tag of the composition that will be in the weights once all accepted work
+    is done.
     """
 
     def __init__(self, size: int, *, per_node: int, host_bytes: int, disk_bytes: int) -> None:
@@ -32,9 +33,7 @@ class Pool:
         self.ongoing: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self.is_open: NDArray[np.bool_] = np.zeros(size, dtype=bool)
         self.models: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
-        self.free_bytes: NDArray[np.float64] = np.full(size, float(host_bytes))
-        self.num_applied: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
-        self.last: list[frozenset[str]] = [frozenset()] * size
+        self.last: NDArray[np.object_] = np.full(size, BASE_ALONE, dtype=object)
         self.host: list[set[str]] = [set() for _ in range(size)]
         self.arriving: list[dict[str, float]] = [{} for _ in range(size)]
         self.disk: list[set[str]] = [set() for _ in range(-(-size // per_node))]
@@ -58,33 +57,18 @@ class Pool:
         """Return what production's router would know of a replica."""
         return ReplicaView(
             id=str(index),
-            backlog_s=max(float(self.end_s[index]) - now_s, 0.0) + float(self.queued_s[index]),
+            ahead_s=max(float(self.end_s[index]) - now_s, 0.0) + float(self.queued_s[index]),
             pace=pace,
-            applied=self.last[index],
-            host=self.host[index],
-            disk=self.disk[index // self.per_node],
-            arriving=self.arriving[index].keys(),
-            host_free_bytes=float(self.free_bytes[index]),
-            evicts_to_disk=self.disk_bytes > 0,
+            held=(self.host[index], self.arriving[index]),
+            fused={self.last[index]},
         )
-
-    def set_last(self, index: int, keys: frozenset[str]) -> None:
-        """Note what the last accepted request leaves in the weights."""
-        if keys == self.last[index]:
-            return
-        for key in self.last[index]:
-            self.row(key)[index] &= ~APPLIED
-        for key in keys:
-            self.row(key)[index] |= APPLIED
-        self.last[index] = keys
-        self.num_applied[index] = len(keys)
 
     def set_arriving(self, index: int, key: str, until_s: float) -> None:
         """Note that an adapter is on its way to a replica."""
         self.arriving[index][key] = until_s
         self.row(key)[index] |= ARRIVING
 
-    def host_changed(self, index: int, added: str | None, dropped: tuple[str, ...], used_bytes: int) -> None:
+    def host_changed(self, index: int, added: str | None, dropped: tuple[str, ...]) -> None:
         """Note what host memory holds now."""
         held = self.host[index]
         if added is not None:
@@ -96,7 +80,6 @@ class Pool:
             held.discard(key)
             self.row(key)[index] &= ~ON_HOST
         self.models[index] = len(held)
-        self.free_bytes[index] = max(self.host_bytes - used_bytes, 0)
 
     def to_disk(self, node: int, key: str, size_bytes: int) -> None:
         """Put an adapter on a node's disk, and drop what that evicts."""

@@ -13,7 +13,6 @@ import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from serve_app.errors import LoraplexError
-from serve_app.routing.cost import LinearCost, TierCosts
 from serve_app.settings import StrictModel
 from serve_app.work import LatencyModel
 
@@ -28,6 +27,32 @@ class TimingsInvalid(LoraplexError):
     reason: str
     code = "timings_invalid"
     template = "{reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearCost:
+    """How long one step on an adapter's way takes: a fixed time, and a time for its bytes."""
+
+    fixed_s: float
+    byte_s: float
+
+    def seconds(self, size_bytes: int) -> float:
+        """Return the time for a file of this size."""
+        return self.fixed_s + self.byte_s * size_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class TierCosts:
+    """What the steps between the tiers take.
+
+    `swap` changes the weights once, whatever is applied then; `to_device`, `to_host` and `fetch` bring an adapter
+    from host memory, from the node's disk, and from its source through admission.
+    """
+
+    swap: LinearCost
+    to_device: LinearCost
+    to_host: LinearCost
+    fetch: LinearCost
 
 
 @dataclass(frozen=True, slots=True)

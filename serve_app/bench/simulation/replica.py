@@ -66,7 +66,7 @@ class Replica:
         self._jobs[job.number] = job
         pool.ongoing[self.index] += 1
         pool.queued_s[self.index] += job.predicted_s
-        pool.set_last(self.index, job.keys)
+        pool.last[self.index] = job.demand.composition
         for need in job.demand.adapters:
             self._budget.pin(need.key)
         if self._setting.is_fetching_early:
@@ -117,7 +117,7 @@ class Replica:
 
     def _hold(self, need: RequiredAdapter) -> None:
         plan = self._budget.add(need.key, need.size_bytes)
-        self._pool.host_changed(self.index, need.key, plan.evict, self._budget.used_bytes)
+        self._pool.host_changed(self.index, need.key, plan.evict)
 
     def _enqueue(self, job: Job, now_s: float) -> None:
         self._waiting.append(QueuedRequest(job.number, job.key, job.images, arrived_s=job.at_s, units=job.demand.units))
@@ -182,7 +182,7 @@ class Replica:
             for need in job.demand.adapters:
                 plan = self._budget.unpin(need.key)
                 if plan.evict:
-                    self._pool.host_changed(self.index, None, plan.evict, self._budget.used_bytes)
+                    self._pool.host_changed(self.index, None, plan.evict)
         self._begin(now_s)
         self._on_done(self, jobs, now_s)
 

@@ -1,7 +1,7 @@
 """Which replica a request goes to: production's own ranking, and the policies that it is compared with.
 
 Owns the policies. `loraplex` calls `serve_app.routing.cost.rank`; over many replicas it is shown one replica of each
-kind, found in tables, since those of a kind differ by their backlog alone and the ranking prefers the least.
+kind, found in tables, since those of a kind differ by their work alone and the ranking prefers the least.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from serve_app.bench.simulation.job import Job, Setting
 from serve_app.bench.simulation.pool import ARRIVING, ON_HOST, Pool
-from serve_app.routing.cost import rank
+from serve_app.routing.cost import TIE_S, rank
 
 # Up to so many replicas the ranking sees all of them.
 SHOWN_IN_FULL = 64
 RING_POINTS = 64
-SMALL_KINDS = 1024
 BOUNDED_LOAD = 1.25
 
 # Returns a replica's index, or None where every one is full.
@@ -36,7 +35,7 @@ class Policy:
 
     name: str
     about: str
-    router: type[LoraplexRouter | LeastLoaded | RayMultiplexed | Affinity | ConsistentHash]
+    router: type[LoraplexRouter | LeastWork | RandomTwo | LeastLoaded | RayMultiplexed | Affinity | ConsistentHash]
     is_fetching_early: bool = True
     has_blog_swap: bool = False
 
@@ -69,7 +68,7 @@ class _Over:
 
 
 class LoraplexRouter(_Over):
-    """Production's ranking by predicted finish."""
+    """Production's ranking: by work, and by what is missing."""
 
     def __call__(self, job: Job, now_s: float) -> int | None:
         """Return the best of those that take requests."""
@@ -80,22 +79,20 @@ class LoraplexRouter(_Over):
             takers = self.representatives(job, takers, now_s)
         pace = self._setting.timings.pace
         views = [self._pool.view(int(index), now_s, pace) for index in takers]
-        return int(rank(job.demand, views, self._setting.profile.costs, rng=self._rng)[0][0])
+        return int(rank(job.demand, views, rng=self._rng)[0])
 
     def representatives(self, job: Job, takers: NDArray[np.intp], now_s: float) -> NDArray[np.intp]:
-        """Return one replica of each kind: the least backlog among those with the same adapters on the same tiers.
+        """Return one replica of each kind: the least work ahead among those with the same adapters.
 
-        The ranking's cost grows with the backlog and depends beyond that on what this kind is made of: tiers, whether
-        the very set is applied, and whether host memory must evict. So the best of all is among these, but for how
-        much must be evicted where sizes differ, which moves a cost by at most `evict_share` times the bytes' way.
+        A cost grows with the work ahead, and depends beyond that on which adapters are missing and on whether the
+        weights hold the composition: so the best of all is among these.
         """
         pool = self._pool
-        kinds = pool.num_applied[takers] == len(job.demand.adapters)
-        kinds = kinds + 2 * (pool.free_bytes[takers] < sum(need.size_bytes for need in job.demand.adapters))
+        kinds = (pool.last[takers] == job.demand.composition).astype(np.int64)
         for need in job.demand.adapters:
-            kinds = kinds * 16 + pool.row(need.key)[takers]
+            kinds = kinds * 2 + ((pool.row(need.key)[takers] & (ARRIVING | ON_HOST)) != 0)
         backlog_s = pool.backlog_s(now_s)[takers]
-        return np.array([takers[self._least_of(backlog_s, kinds == kind)] for kind in _present(kinds)], dtype=np.intp)
+        return np.array([takers[self._least_of(backlog_s, kinds == kind)] for kind in np.unique(kinds)], dtype=np.intp)
 
     def _least_of(self, backlog_s: NDArray[np.float64], is_one: NDArray[np.bool_]) -> int:
         """Return the place of the least backlog, by chance where several have it."""
@@ -111,6 +108,29 @@ class LeastLoaded(_Over):
     def __call__(self, job: Job, now_s: float) -> int | None:
         """Return one of those with the fewest requests."""
         return self._least(self._takers())
+
+
+class RandomTwo(_Over):
+    """Two by chance, and the shorter queue: Ray Serve's default without model ids."""
+
+    def __call__(self, job: Job, now_s: float) -> int | None:
+        """Return one of two that take requests."""
+        takers = self._takers()
+        drawn = self._rng.sample(range(len(takers)), min(len(takers), 2))
+        return self._least(takers[np.array(drawn, dtype=np.intp)])
+
+
+class LeastWork(_Over):
+    """The least predicted work ahead, whatever adapters are where."""
+
+    def __call__(self, job: Job, now_s: float) -> int | None:
+        """Return one of those with the least work."""
+        takers = self._takers()
+        if not len(takers):
+            return None
+        ahead_s = self._pool.backlog_s(now_s)[takers]
+        ties = takers[ahead_s <= ahead_s.min() + TIE_S]
+        return int(ties[self._rng.randrange(len(ties))])
 
 
 class RayMultiplexed(_Over):
@@ -176,7 +196,9 @@ class ConsistentHash(_Over):
 
 
 POLICIES = (
-    Policy("loraplex", "the service's own: predicted finish", LoraplexRouter),
+    Policy("loraplex", "the service's own: least work, missing adapters counted as work", LoraplexRouter),
+    Policy("least-work", "least predicted work, adapters ignored", LeastWork),
+    Policy("random-two", "two by chance, the shorter queue", RandomTwo),
     Policy("least-loaded", "fewest requests, adapters fetched at admission", LeastLoaded),
     Policy("least-loaded-late", "fewest requests, adapters fetched at their turn", LeastLoaded, False),
     Policy("ray-multiplexed", "Ray Serve's default for multiplexed models", RayMultiplexed),
@@ -188,10 +210,3 @@ POLICIES = (
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _present(kinds: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Return every number that occurs; counting is faster than sorting while they are small."""
-    if int(kinds.max()) < SMALL_KINDS:
-        return np.flatnonzero(np.bincount(kinds))
-    return np.unique(kinds)

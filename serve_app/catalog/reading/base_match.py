@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from serve_app.catalog.reading.bases import BaseArchitecture
 from serve_app.catalog.reading.header import HeaderFacts
 from serve_app.errors import LoraplexError
+from serve_app.families.structure import FAMILIES, published
 from serve_app.refusals import NoLayerMatches, ShapeMismatch
+
+_NAMES = frozenset(family.name for family in FAMILIES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +22,14 @@ class BaseMatch:
     """The bases that an adapter may serve on, the preferred one first.
 
     `made_for` names the base as the caller should read it, whether or not it is served. Several bases without
-    a word of the card are ambiguous: the request has to name one.
+    a word of the card are ambiguous: the request has to name one. `by_name` are bases that the file fits in structure
+    though its card names another that is not served, such as a fine-tune: they serve it where the request names them.
     """
 
     bases: tuple[str, ...]
     made_for: str
     is_ambiguous: bool = False
+    by_name: tuple[str, ...] = ()
 
 
 def match_bases(
@@ -48,21 +53,24 @@ def match_bases(
             raise _refusal(adapter, claimed[0], header, bases)
         return BaseMatch(fitting, made_for=fitting[0])
     if claims:
-        return BaseMatch((), made_for=claims[0])
+        fitting = _by_structure(header, [base for base in bases if faults[base.id] is None])
+        return BaseMatch((), made_for=claims[0], by_name=fitting.bases)
     return _by_structure(header, [base for base in bases if faults[base.id] is None])
 
 
 def _by_structure(header: HeaderFacts, possible: Sequence[BaseArchitecture]) -> BaseMatch:
     certain = [base for base in possible if header.text_width and base.text_width == header.text_width]
+    certain = certain or [base for base in possible if base.family is not None and base.family in header.families]
     candidates = certain or list(possible)
     stated = [base for base in candidates if header.family is not None and base.family == header.family]
     if stated:
         candidates = stated
-    elif not certain and header.family is not None:
+    elif not certain and (header.family is not None or header.families):
         # The file says what it is, and nothing that is served is known to be that.
         candidates = [base for base in candidates if base.family is None]
     ids = tuple(base.id for base in candidates)
-    return BaseMatch(ids, ids[0] if ids else header.family or "a base that cannot be told", len(ids) > 1)
+    made_for = header.family or " or ".join(sorted(published(header.families, header.hidden_widths)))
+    return BaseMatch(ids, ids[0] if ids else made_for or "a base that cannot be told", len(ids) > 1)
 
 
 def contradiction(header: HeaderFacts, base: BaseArchitecture) -> str | None:
@@ -76,10 +84,16 @@ def contradiction(header: HeaderFacts, base: BaseArchitecture) -> str | None:
             f"its cross-attention takes text features {header.text_width} wide, "
             f"but those of {base.id} are {base.text_width} wide"
         )
+    if header.families and base.family in _NAMES and base.family not in header.families:
+        return f"its layers have the names of {' or '.join(sorted(header.families))}, but {base.id} is {base.family}"
     strange = header.hidden_widths - base.hidden_widths
     if strange and base.hidden_widths:
         widths = _list(base.hidden_widths)
         return f"its self-attention is {_list(strange)} wide, but the blocks of {base.id} are {widths}"
+    for kind, needed in header.depths:
+        depth = dict(base.depths).get(kind)
+        if depth is not None and needed > depth:
+            return f"it has layers of {needed} {kind} blocks, but {base.id} has {depth}"
     return None
 
 

@@ -7,22 +7,27 @@ against the loaded base.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from serve_app.catalog.reading.blocking import run_blocking
-from serve_app.catalog.reading.header import UNET_FAMILIES
 from serve_app.catalog.reading.repository import EMBEDDED, HUB, AdapterSource
 from serve_app.config import BaseModelConfig
 from serve_app.errors import LoraplexError
+from serve_app.families.family import Family
+from serve_app.families.structure import UNET_FAMILIES, pipeline_family, transformer_shape
+from serve_app.families.table import family_of
 
 log = logging.getLogger(__name__)
 
 RETRY_S = 30.0
+# The first request to a base waits so long for its family; a replica checks what the ingress does not know.
+FAMILY_WAIT_S = 1.0
 MAX_CONFIG_BYTES = 1024 * 1024
 
 # Repositories that the Hub moved: cards still carry the old names.
@@ -30,14 +35,6 @@ MOVED = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
 }
-_PIPELINE_FAMILIES = (
-    ("StableDiffusionXL", "sdxl"),
-    ("StableDiffusion3", "sd3"),
-    ("StableDiffusion", "sd1"),
-    ("Flux", "flux"),
-    ("QwenImage", "qwen-image"),
-    ("ZImage", "z-image"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +42,8 @@ class BaseArchitecture:
     """What is known of one base's structure: None and empty where it is not known.
 
     `denoiser` is "unet" or "transformer"; `text_width` the width of the text features that its
-    cross-attention takes; `hidden_widths` the widths of its blocks.
+    cross-attention takes; `hidden_widths` the widths of its blocks; `depths` how many blocks of each kind a
+    transformer has.
     """
 
     id: str
@@ -53,6 +51,8 @@ class BaseArchitecture:
     denoiser: str | None = None
     text_width: int | None = None
     hidden_widths: frozenset[int] = field(default=frozenset())
+    depths: tuple[tuple[str, int], ...] = ()
+    row: Family | None = None
 
 
 class BaseNames:
@@ -105,7 +105,10 @@ class BaseArchitectureReader:
             content = await self._file(base, f"{denoiser}/config.json")
             if content is not None:
                 index = await self._file(base, "model_index.json")
-                return facts_from(base.id, denoiser, _table(content), _table(index or b"{}"))
+                config, entries = _table(content), _table(index or b"{}")
+                facts = facts_from(base.id, denoiser, config, entries)
+                pipeline = entries.get("_class_name")
+                return replace(facts, row=family_of(pipeline, entries, config)) if isinstance(pipeline, str) else facts
         raise ValueError("it has neither a unet nor a transformer")
 
     async def _file(self, base: BaseModelConfig, name: str) -> bytes | None:
@@ -120,21 +123,36 @@ class BaseArchitectureReader:
         return await source.read_small(model, base_source.revision, name)
 
 
+class BaseFamilies:
+    """The family of each base, for requests: they wait for a base's files once, and briefly."""
+
+    def __init__(self, architectures: BaseArchitectureReader) -> None:
+        self._architectures = architectures
+        self._reads: dict[str, asyncio.Task[BaseArchitecture]] = {}
+
+    async def of(self, base: BaseModelConfig) -> Family | None:
+        """Return the family of a base, None while its files are not read."""
+        read = self._reads.get(base.id)
+        if read is None or (read.done() and read.result().row is None):
+            read = self._reads[base.id] = asyncio.create_task(self._architectures.facts(base))
+            await asyncio.wait({read}, timeout=FAMILY_WAIT_S)
+        return read.result().row if read.done() else None
+
+
 def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseArchitecture:
     """Return the facts that a denoiser's `config.json` and the pipeline's `model_index.json` tell."""
-    is_unet = denoiser == "unet"
-    width = config.get("cross_attention_dim")
-    text_width = width if is_unet and type(width) is int else None
-    channels = config.get("block_out_channels")
-    hidden = frozenset(n for n in channels if type(n) is int) if is_unet and isinstance(channels, list) else ()
-    pipeline = str(index.get("_class_name", ""))
-    stated = next((family for prefix, family in _PIPELINE_FAMILIES if pipeline.startswith(prefix)), None)
+    stated = pipeline_family(str(index.get("_class_name", "")))
+    if denoiser != "unet":
+        widths, depths = transformer_shape(config)
+        return BaseArchitecture(base_id, stated, denoiser, hidden_widths=widths, depths=tuple(depths.items()))
+    width, channels = config.get("cross_attention_dim"), config.get("block_out_channels")
+    text_width = width if type(width) is int else None
     return BaseArchitecture(
         id=base_id,
         family=UNET_FAMILIES.get(text_width or 0) or stated,
         denoiser=denoiser,
         text_width=text_width,
-        hidden_widths=frozenset(hidden),
+        hidden_widths=frozenset(n for n in channels if type(n) is int) if isinstance(channels, list) else frozenset(),
     )
 
 

@@ -41,8 +41,9 @@ class Card:
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """The bases that the card names, the most telling first, each once."""
-        return tuple(dict.fromkeys((*self.adapter_tag_bases, *self.base_models, *self.tag_bases)))
+        """The bases that the card names, the most telling first, each once; a path on its author's disk names none."""
+        named = dict.fromkeys((*self.adapter_tag_bases, *self.base_models, *self.tag_bases))
+        return tuple(name for name in named if not _is_path(name))
 
 
 class _ShallowLoader(yaml.BaseLoader):
@@ -116,4 +117,8 @@ def _strings(value: object) -> tuple[str, ...]:
 def _model_id(name: str) -> str:
     for url in _HUB_URLS:
         name = name.removeprefix(url)
-    return name.strip("/")
+    return name if _is_path(name) else name.strip("/")
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1

@@ -15,6 +15,17 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
+from serve_app.families.spellings import INPUT_PARTS, OUTPUT_PARTS, split_key
+from serve_app.families.structure import (
+    UNET_FAMILIES,
+    component_of,
+    depths_of,
+    families_of,
+    hidden_width,
+    published,
+    stated_family,
+)
+
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_NAME_CHARACTERS = 512
@@ -27,30 +38,10 @@ DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
 
-UNET_FAMILIES: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_METADATA_FAMILIES = (
-    ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("sd3", "sd3"), ("stable-diffusion-3", "sd3"),
-    ("sd_v1", "sd1"), ("stable-diffusion-v1", "sd1"), ("sd_v2", "sd2"), ("stable-diffusion-v2", "sd2"),
-    ("flux", "flux"),
-)  # fmt: skip
-
-# The input side of a pair, in the spellings of peft, diffusers old and new, kohya, LoHa and LoKr; a full difference
-# counts as both sides.
-_DOWN = re.compile(
-    r"(?:\.(?:lora_A|lora_down|lora\.down|lora_linear_layer\.down)|_lora\.down)(?:\.[A-Za-z0-9_]{1,64})?\.weight$"
-    r"|\.(?P<loha>hada_w1_b)$|\.(?P<lokr>lokr_w1(?:_b)?)$|\.(?P<full>diff)$"
-)
-_UP = re.compile(
-    r"(?:\.(?:lora_B|lora_up|lora\.up|lora_linear_layer\.up)|_lora\.up)(?:\.[A-Za-z0-9_]{1,64})?\.weight$"
-    r"|\.hada_w1_a$|\.lokr_w2(?:_a)?$|\.diff$"
-)
 _CROSS_ATTENTION = re.compile(r"attn2[._](?:processor\.)?to_[kv]$")
 _SELF_ATTENTION = re.compile(r"attn1[._](?:processor\.)?to_[qkv]$")
-_UNET = re.compile(r"(?:down_blocks|up_blocks|mid_block|input_blocks|output_blocks|middle_block)[._]")
-_TRANSFORMER = re.compile(
-    r"^(?:transformer|diffusion_model)\.|(?:double|single|single_transformer|joint|joint_transformer)_blocks[._]"
-)
-_TEXT_ENCODER = re.compile(r"^(?:text_encoder|lora_te|te[0-9]?_|t5)|text_model[._]")
+# The parts whose first dimension is a rank, in the order in which they tell it.
+_RANKED = ("down", "hada_w1_b")
 
 
 class MalformedHeader(ValueError):
@@ -82,7 +73,9 @@ class HeaderFacts:
 
     `components` holds "unet", "transformer" and "text_encoder" as far as the file has layers for them.
     `text_width` is the input width of the cross-attention's `to_k`, `hidden_widths` those of self-attention:
-    None and empty where the file has no such layers.
+    None and empty where the file has no such layers. `families` are those of transformers that the layers' names
+    fit, `depths` how many blocks of each kind they need; `family` is the one family that is certain, if any.
+    `stem` is the name of a layer, for messages.
     """
 
     has_pairs: bool
@@ -95,6 +88,9 @@ class HeaderFacts:
     tensors: int
     stated_family: str | None
     family: str | None
+    families: frozenset[str] = frozenset()
+    depths: tuple[tuple[str, int], ...] = ()
+    stem: str = ""
 
 
 def header_length(head: bytes) -> int:
@@ -183,87 +179,60 @@ def _texts(metadata: Any) -> dict[str, str]:
 
 def describe(header: SafetensorsHeader) -> HeaderFacts:
     """Return what the names and shapes of a file say it is."""
-    downs = {
-        name[: match.start()]: (match, entry)
-        for name, entry in header.tensors.items()
-        if (match := _DOWN.search(name)) is not None and entry.shape
-    }
-    has_ups = any(_UP.search(name) for name in header.tensors)
-    widths = {module: _in_width(module, entry, header) for module, (_, entry) in downs.items()}
-    text_width = _largest(width for module, width in widths.items() if _CROSS_ATTENTION.search(module))
-    components = frozenset(component for module in downs if (component := _component(module)) is not None)
-    stated = _stated_family(header.metadata)
-    structural = UNET_FAMILIES.get(text_width or 0) if "unet" in components else None
+    layers: dict[str, dict[str, TensorEntry]] = {}
+    for key, entry in header.tensors.items():
+        found = split_key(key)
+        if found is not None:
+            layers.setdefault(found[0], {})[found[1]] = entry
+    reading = {stem: parts for stem, parts in layers.items() if INPUT_PARTS & parts.keys()}
+    widths = {stem: _in_width(parts) for stem, parts in reading.items()}
+    components = {stem: component_of(stem) for stem in reading}
+    in_unet = {stem: width for stem, width in widths.items() if components[stem] == "unet"}
+    text_width = max((width for stem, width in in_unet.items() if _CROSS_ATTENTION.search(stem)), default=None)
+    blocks = {hidden_width(stem, width) for stem, width in widths.items()} - {None}
+    blocks |= {width for stem, width in in_unet.items() if _SELF_ATTENTION.search(stem)}
+    hidden = frozenset(width for width in blocks if width is not None)
+    stated, families = stated_family(header.metadata), families_of(widths) if not in_unet else frozenset()
     return HeaderFacts(
-        has_pairs=bool(downs) and has_ups,
-        methods=_methods(header.tensors, downs.values()),
-        components=components,
-        text_width=text_width if "unet" in components else None,
-        hidden_widths=frozenset(w for m, w in widths.items() if _SELF_ATTENTION.search(m) and _UNET.search(m)),
-        max_rank=max(
-            (_rows(entry) for match, entry in downs.values() if match["lokr"] is None and match["full"] is None),
-            default=0,
-        ),
-        layers=len(downs),
+        has_pairs=bool(reading) and any(OUTPUT_PARTS & parts.keys() for parts in layers.values()),
+        methods=_methods(layers),
+        components=frozenset(component for component in components.values() if component is not None),
+        text_width=text_width,
+        hidden_widths=hidden,
+        max_rank=max((_rank(parts) for parts in reading.values()), default=0),
+        layers=len(reading),
         tensors=len(header.tensors),
         stated_family=stated,
-        family=structural or _transformer_family(downs, components) or stated,
+        family=UNET_FAMILIES.get(text_width or 0) or _certain(families, hidden, stated),
+        families=families,
+        depths=tuple(depths_of(widths).items()),
+        stem=next(iter(reading), ""),
     )
 
 
-def _in_width(module: str, down: TensorEntry, header: SafetensorsHeader) -> int:
-    width = down.shape[1] if len(down.shape) > 1 else _rows(down)
-    if f"{module}.lokr_w1" in header.tensors or f"{module}.lokr_w1_b" in header.tensors:
-        other = header.tensors.get(f"{module}.lokr_w2") or header.tensors.get(f"{module}.lokr_w2_b")
-        width *= other.shape[1] if other is not None and len(other.shape) > 1 else 1
-    return width
+def _certain(families: frozenset[str], hidden: frozenset[int], stated: str | None) -> str | None:
+    """Return the one family that a file can be for: by its structure, else by what its trainer wrote into it."""
+    possible = published(families, hidden)
+    if len(possible) == 1:
+        return next(iter(possible))
+    return stated if not families or stated in families else None
 
 
-def _rows(entry: TensorEntry) -> int:
-    return entry.shape[0] if entry.shape else 0
+def _in_width(parts: Mapping[str, TensorEntry]) -> int:
+    """Return how many values an output of the layer reads: the channels, where it is a convolution."""
+    if "lokr_w1" in parts or "lokr_w1_b" in parts:
+        halves = (parts.get("lokr_w1") or parts.get("lokr_w1_b"), parts.get("lokr_w2") or parts.get("lokr_w2_b"))
+        return prod(half.shape[1] for half in halves if half is not None and len(half.shape) > 1)
+    shape = next(parts[part].shape for part in ("down", "hada_w1_b", "diff") if part in parts)
+    return shape[1] if len(shape) > 1 else prod(shape)
 
 
-def _methods(names: Iterable[str], downs: Iterable[tuple[re.Match[str], TensorEntry]]) -> frozenset[str]:
-    groups = ("loha", "lokr", "full")
-    methods = {next((name for name in groups if match[name]), "lora") for match, _ in downs}
-    if any("lora_magnitude_vector" in name or name.endswith(".dora_scale") for name in names):
-        methods.add("dora")
-    return frozenset(methods)
+def _rank(parts: Mapping[str, TensorEntry]) -> int:
+    shape = next((parts[part].shape for part in _RANKED if part in parts), ())
+    return shape[0] if shape else 0
 
 
-def _component(module: str) -> str | None:
-    if _TEXT_ENCODER.search(module):
-        return "text_encoder"
-    # Families with blocks of their own come first: kohya calls the FLUX transformer `lora_unet_` too.
-    if _UNET.search(module):
-        return "unet"
-    return "transformer" if _TRANSFORMER.search(module) else None
-
-
-def _largest(widths: Iterable[int]) -> int | None:
-    return max(widths, default=None)
-
-
-def _stated_family(metadata: Mapping[str, str]) -> str | None:
-    for key in ("ss_base_model_version", "modelspec.architecture"):
-        said = metadata.get(key, "").lower()
-        for prefix, family in _METADATA_FAMILIES:
-            if said.startswith(prefix):
-                return family
-    return None
-
-
-def _transformer_family(
-    downs: Mapping[str, tuple[re.Match[str], TensorEntry]], components: frozenset[str]
-) -> str | None:
-    if "transformer" not in components or "unet" in components:
-        return None
-    modules = [module for module in downs if _component(module) == "transformer"]
-    if any("img_mod" in module for module in modules):
-        return "qwen-image"
-    if any("single_blocks" in module or "single_transformer_blocks" in module for module in modules):
-        return "flux"
-    widths = {entry.shape[1] for module in modules if len((entry := downs[module][1]).shape) > 1}
-    if widths & {1536, 2432}:
-        return "sd3"
-    return "z-image" if 3840 in widths else None
+def _methods(layers: Mapping[str, Mapping[str, TensorEntry]]) -> frozenset[str]:
+    marks = {"down": "lora", "hada_w1_b": "loha", "lokr_w1": "lokr", "lokr_w1_b": "lokr", "diff": "full"}
+    marks |= {"magnitude": "dora", "dora_scale": "dora"}
+    return frozenset(marks[part] for parts in layers.values() for part in parts if part in marks)

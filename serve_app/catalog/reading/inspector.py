@@ -18,7 +18,7 @@ from serve_app.catalog.reading.repository import AdapterSource, RepositoryListin
 from serve_app.catalog.reading.selection import candidates, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
-from serve_app.errors import AccessDenied, ModelNotFound, TooLarge
+from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
 from serve_app.refusals import AmbiguousFile, BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
 
 MAX_HEADERS_READ = 8
@@ -28,6 +28,9 @@ MAX_CHAIN = 3
 MAX_PARENTS = 3
 # A word is a few kilobytes; a file of this size is something else.
 MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
+# How peft scales an adapter that it saved; the file's own tensors do not say.
+SETTINGS = "adapter_config.json"
+MAX_SETTINGS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,7 @@ class AdapterInfo:
     header: HeaderFacts
     placement: BaseMatch
     embeddings: str | None = None
+    settings: str | None = None
     digest: str | None = None
 
     @property
@@ -77,18 +81,37 @@ class AdapterInfo:
             size_bytes=self.size_bytes,
             instance_prompt=self.instance_prompt,
             embeddings=self.embeddings,
+            settings=self.settings,
         )
 
     def require_served(self, served: Sequence[str]) -> None:
         """Refuse an adapter none of whose bases is served; `served` are all base ids, for the message.
 
         Raises:
-            BaseNotServed: with the base that it was made for.
+            BaseNotServed: with the base that it was made for, and what would make it work.
         """
-        if not self.placement.bases:
-            made_for = self.placement.made_for
-            reason = f"it was made for {made_for}, which is not served; served are {', '.join(served)}"
-            raise BaseNotServed(self.id, reason)
+        if self.placement.bases:
+            return
+        made_for, by_name = self.placement.made_for, self.placement.by_name
+        reason = f"it was made for {made_for}, which is not served; served are {', '.join(served)}"
+        if by_name:
+            reason = (
+                f"its card names {made_for}, which is not served. If it is a fine-tune of {' or '.join(by_name)}, "
+                f"which its layers fit, name that base in the request, or have '{made_for}' made an alias of it"
+            )
+        raise BaseNotServed(self.id, reason)
+
+    def require_fit(self, base: BaseModelConfig, served: Sequence[str]) -> None:
+        """Refuse a base that a request names and that the adapter is not for.
+
+        Raises:
+            BaseNotServed: none of its bases is served, and it does not fit this one.
+            BaseMismatch: it is for another one that is served.
+        """
+        if base.id in (*self.placement.bases, *self.placement.by_name):
+            return
+        self.require_served(served)
+        raise BaseMismatch(self.id, self.placement.made_for, base.id)
 
     def ambiguity(self) -> BaseNotServed:
         """Return the refusal for a request that leaves open which of several bases is meant."""
@@ -133,7 +156,10 @@ class AdapterInspector:
         source, listing = found
         chosen, facts = await self._choose(source, listing, filename)
         if not facts.components:
-            raise NotAnAdapter(model, f"the layers in '{chosen}' are not those of an image model")
+            reason = (
+                f"the layers in '{chosen}' (such as {facts.stem[:100]}) are not those of an image model that is known"
+            )
+            raise NotAnAdapter(model, f"{reason}, or their names are in a spelling that is not read")
         listed = listing.file(chosen)
         embeddings = _embeddings(listing, chosen)
         return AdapterInfo(
@@ -148,7 +174,21 @@ class AdapterInspector:
             placement=await self._place(model, listing.card, facts),
             embeddings=embeddings,
             digest=listed.digest if listed else None,
+            settings=await self._settings(source, listing, chosen),
         )
+
+    async def _settings(self, source: AdapterSource, listing: RepositoryListing, chosen: str) -> str | None:
+        """Return the text of peft's settings beside an adapter's file, where there are any."""
+        folder = chosen.rpartition("/")[0]
+        name = f"{folder}/{SETTINGS}" if folder else SETTINGS
+        if listing.file(name) is None:
+            return None
+        content = await source.read_small(listing.location, listing.revision, name)
+        if content is None:
+            return None
+        if len(content) > MAX_SETTINGS_BYTES:
+            raise TooLarge(f"'{name}', with the settings of adapter {listing.id},", f"{MAX_SETTINGS_BYTES} bytes")
+        return content.decode("utf-8", errors="replace")
 
     async def _choose(
         self, source: AdapterSource, listing: RepositoryListing, filename: str | None
@@ -160,8 +200,10 @@ class AdapterInspector:
             (name, facts) for name in names if (facts := await _described(await source.header(listing, name))).has_pairs
         ]
         if not adapters:
-            what = f"'{names[0]}' has" if len(names) == 1 else "none of its files has"
-            raise NotAnAdapter(listing.id, f"{what} the paired low-rank matrices of an adapter")
+            what = f"'{names[0]}' has no" if len(names) == 1 else f"none of {', '.join(names)} has"
+            raise NotAnAdapter(
+                listing.id, f"{what} layers of an adapter: no pair of factors, in any spelling that is read"
+            )
         if len(adapters) > 1:
             raise AmbiguousFile(listing.id, _choice([name for name, _ in adapters]))
         return adapters[0]
@@ -211,4 +253,4 @@ def _embeddings(listing: RepositoryListing, adapter: str) -> str | None:
 
 def _choice(names: Sequence[str]) -> str:
     shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"several files could be meant; name one of {shown} as the adapter's file"
+    return f"several files could be meant; name one of them as 'filename': {shown}"

@@ -1,7 +1,4 @@
-"""What the catalog asks of a place that holds repositories, whichever place it is.
-
-Owns the interface that the Hub and folders share, and what ids and revisions may look like.
-"""
+"""The interface of a source of adapters, and the syntax of ids and revisions."""
 
 from __future__ import annotations
 
@@ -45,10 +42,10 @@ class RepositoryFile:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryListing:
-    """A repository as it was when it was looked up.
+    """A repository at the time of its look-up.
 
-    `location` is the id under which the place knows it (the Hub renames repositories); `revision` is the
-    commit, or for a folder, which has none, the revision that was asked for.
+    `location` is its present id in the source (the Hub renames repositories). `revision` is the commit, or for a
+    folder, which has none, the revision that was requested.
     """
 
     id: str
@@ -64,20 +61,23 @@ class RepositoryListing:
 
 
 class AdapterSource(Protocol):
-    """A place that holds Hub-shaped repositories. Nothing it does blocks the event loop."""
+    """A source of repositories in the layout of the Hub. Async methods do not block the event loop.
+
+    The methods with a body are for sources that download files; others inherit them.
+    """
 
     @property
     def origin(self) -> str:
-        """The kind of place: its specs carry this name, so that a replica asks the same kind."""
+        """The kind of source; its specs carry this name, so that a replica asks the same kind."""
         ...
 
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
-        """Return the repository, or None where this place has no such id.
+        """Return the repository, or None if this source has no such id.
 
         Raises:
             ModelNotFound: the repository exists without that revision.
             AccessDenied: it may not be read.
-            HubUnavailable: the place did not answer.
+            HubUnavailable: the source did not answer.
         """
         ...
 
@@ -94,12 +94,12 @@ class AdapterSource(Protocol):
         """Return the revision that fixes the bytes of some listed files.
 
         Raises:
-            ModelNotFound: the files are not those of the revision that was asked for.
+            ModelNotFound: the files are not those of the requested revision.
         """
         ...
 
     async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
-        """Return a small file of a repository, such as a configuration, or None where there is none.
+        """Return a small file of a repository, such as a configuration, or None if there is none.
 
         Raises:
             AccessDenied, HubUnavailable: as for `find`.
@@ -116,18 +116,17 @@ class AdapterSource(Protocol):
         """
         ...
 
+    async def ids(self) -> tuple[str, ...]:
+        """Return the ids that can be listed; empty for a source as large as the Hub."""
+        return ()
+
     def downloaded_bytes(self, spec: AdapterSpec) -> int:
-        """Return how much has come of an adapter's file that is being downloaded."""
-        ...
+        """Return how many bytes of an adapter's file have arrived."""
+        return 0
 
     def release(self, spec: AdapterSpec) -> None:
-        """Let go of what was downloaded for a spec; until then it stays where it is."""
-        ...
+        """Allow the removal of the files that were downloaded for a spec."""
 
     def free_space(self, needed_bytes: int) -> int:
-        """Remove local copies that nobody uses; return how many bytes became free. Blocks."""
-        ...
-
-    async def ids(self) -> tuple[str, ...]:
-        """Return the ids that can be listed: none for a place as large as the Hub."""
-        ...
+        """Remove unused local copies; return how many bytes became free. Blocks."""
+        return 0

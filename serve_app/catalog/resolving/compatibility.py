@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from serve_app.catalog.reading.inspector import AdapterInfo
 from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import AdapterRef, AdapterSpec
-from serve_app.errors import BaseMismatch, MalformedRequest, OutOfBounds
+from serve_app.errors import MalformedRequest, OutOfBounds
 
 
 def check_named(refs: Sequence[AdapterRef], config: AppConfig) -> None:
@@ -59,13 +59,11 @@ def spec_on(finding: AdapterInfo, base: BaseModelConfig, config: AppConfig) -> A
     """Return an adapter's spec on a base.
 
     Raises:
-        BaseNotServed: none of its bases is served.
+        BaseNotServed: none of its bases is served, and its structure does not fit this one.
         BaseMismatch: it is for another one.
         RefusedAdapter: it is over a limit of the base.
     """
-    finding.require_served(_served_ids(config))
-    if base.id not in finding.placement.bases:
-        raise BaseMismatch(finding.id, finding.placement.made_for, base.id)
+    finding.require_fit(base, _served_ids(config))
     return finding.spec_for(base)
 
 

@@ -1,7 +1,7 @@
-"""One file on its way from the Hub: it goes on where it broke off, and counts only if it is what the Hub names.
+"""Download of one file from the Hub, with resumption and a check of its digest.
 
-Owns what is believed of the Hub's answers: its sizes, its digest, its ranges. Blocks; asks once each time it is told
-to. Must not know when to ask again, nor where files are kept.
+Owns the checks of the Hub's responses: sizes, digest and ranges. Blocks; each `run` sends one request. Must not know
+when to retry, nor where files are kept.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _RANGE = re.compile(r"bytes (\d+)-\d+/(?:\d+|\*)")
 
 
 class IncompleteDownload(HubUnavailable):
-    """Fewer bytes came than the file has; the rest can be asked for."""
+    """The file is not complete; the rest can be requested."""
 
 
 class ChecksumMismatch(HubUnavailable):
-    """What came is not the file that the Hub names; it is worth nothing."""
+    """The bytes are not the file that the Hub names."""
 
 
 class SizeMismatch(NonRetryableHubError):
-    """The Hub contradicts itself about a file's size; asking again changes nothing."""
+    """The Hub states different sizes of one file; a retry would not help."""
 
 
 class Download:
-    """Brings one file into a draft."""
+    """Downloads one file into a draft."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class Download:
         timeout_s: float,
         is_over: Callable[[], bool],
     ) -> None:
-        """Ask nothing yet.
+        """Send nothing yet.
 
         Args:
-            draft: Where the bytes go, and how many are there already.
-            model: What errors call the file's repository.
-            url: The file's address on the Hub, which may send elsewhere.
-            headers: What each request carries, the token among it.
-            listed_bytes: The size that the Hub's list of files told, if it told one.
-            limit_bytes: What the file may have where nobody tells its size.
+            draft: The file to write, with the bytes that are already there.
+            model: The repository, for error messages.
+            url: The file's address on the Hub, which may redirect.
+            headers: The headers of each request, with the token.
+            listed_bytes: The size in the Hub's list of files, if known.
+            limit_bytes: The limit for a file of unknown size.
             timeout_s: How long the Hub may be silent.
-            is_over: Whether nobody waits for the file any more.
+            is_over: Whether the download should be abandoned.
         """
         self._draft = draft
         self._model = model
@@ -69,13 +69,13 @@ class Download:
         self._is_over = is_over
 
     def run(self) -> None:
-        """Bring what is missing, and check the whole.
+        """Download the missing bytes, and check the whole file.
 
         Raises:
-            IncompleteDownload, ChecksumMismatch, SizeMismatch: the file is not there yet, and not as the Hub names it.
+            IncompleteDownload, ChecksumMismatch, SizeMismatch: it is incomplete or not the file the Hub names.
             OSError: the disk failed.
-            TimeoutError: nobody waits any more.
-            Exception: whatever the Hub's client raises.
+            TimeoutError: the download is abandoned.
+            Exception: raised by the Hub's client.
         """
         have = self._draft.size_bytes
         headers = self._headers | ({"range": f"bytes={have}-"} if have else {})
@@ -91,7 +91,7 @@ class Download:
             self._check(size_bytes, _linked(response, "x-linked-etag") or response.headers.get("etag", ""))
 
     def _size_of(self, response: httpx2.Response) -> int | None:
-        """Return how long the whole file is to be: what the list, the answer and the sender say, who must agree."""
+        """Return the size of the file, on which the list, the Hub and the sender must agree."""
         linked, sent = _linked(response, "x-linked-size"), response.headers.get("content-length")
         told = [self._listed_bytes, _number(linked)]
         if sent is not None and (rest := _number(sent)) is not None:
@@ -123,7 +123,7 @@ class Download:
 
 
 def _linked(response: httpx2.Response, name: str) -> str | None:
-    """Return what the Hub itself said of the file before it sent us to where the bytes are."""
+    """Return a header of the Hub's own response or of those it redirected to."""
     answers = (*response.history, response)
     return next((answer.headers[name] for answer in answers if name in answer.headers), None)
 

@@ -1,12 +1,12 @@
-"""Adapter files as the Hub has them, on this node's disk: for admission, and for when the Hub is away.
+"""The cache of downloaded adapter files on this node's disk.
 
-Owns one folder, shared by every process of the node, and its byte budget. A file is seen there whole or not at all; its
-name holds the digest of its bytes, which are checked against it whenever it is asked for. Every call may block on the
-disk. Must not know how files are fetched.
+Owns one folder, shared by every process of the node, and its byte budget. A file appears there only when it is
+complete; its name contains the digest of its bytes, which is checked at each use. Every call may block on the disk.
+Must not know how files are downloaded.
 
-    <folder>/.lock                           held while files come and go
+    <folder>/.lock                           held while files are added or removed
     <folder>/<key>-<sha256>.safetensors      a whole file; its modification time is its last use
-    <folder>/.<key>-<random>.draft           what has arrived of one, locked by who writes it
+    <folder>/.<key>-<random>.draft           a partial download, locked by its writer
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ DRAFT_SUFFIX = ".draft"
 
 
 class LockedFile:
-    """One file, held against eviction in every process until it is released."""
+    """One file, locked against eviction in every process until it is released."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         self._file = file
 
     def release(self) -> None:
-        """Let go; the file may be evicted from now on."""
+        """Unlock the file; it may be evicted from now on."""
         if not self._file.closed:
             fcntl.flock(self._file, fcntl.LOCK_UN)
             self._file.close()
 
 
 class LockedFiles:
-    """Files that are held for adapters, by the adapter's key, until they are released together."""
+    """Locked files by adapter key; the files of an adapter are released together."""
 
     def __init__(self) -> None:
-        self._held: dict[str, list[LockedFile]] = {}
+        self._files: dict[str, list[LockedFile]] = {}
 
-    def add(self, adapter: str, original: LockedFile) -> Path:
-        """Hold one more file for an adapter; return where it is."""
-        self._held.setdefault(adapter, []).append(original)
-        return original.path
+    def add(self, adapter: str, file: LockedFile) -> Path:
+        """Add a file of an adapter; return its path."""
+        self._files.setdefault(adapter, []).append(file)
+        return file.path
 
     def release(self, adapter: str) -> None:
-        """Let go of all files of an adapter."""
-        for original in self._held.pop(adapter, ()):
-            original.release()
+        """Release all files of an adapter."""
+        for file in self._files.pop(adapter, ()):
+            file.release()
 
 
 class PartialDownload:
-    """A file that is arriving: what has come so far, and its digest."""
+    """A partly downloaded file and the digest of its bytes so far."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path = path
@@ -70,16 +70,16 @@ class PartialDownload:
         self.restart()
 
     def restart(self) -> None:
-        """Throw away what has come."""
+        """Discard the bytes so far."""
         self._cut(0)
         self.size_bytes = 0
         self._digest = hashlib.sha256()
 
     def add(self, piece: bytes | memoryview) -> None:
-        """Take the next bytes.
+        """Append bytes.
 
         Raises:
-            OSError: the disk did not take them all; what came before is still there.
+            OSError: not all could be written; the bytes before them stay.
         """
         rest = memoryview(piece)
         try:
@@ -96,21 +96,21 @@ class PartialDownload:
         self._file.seek(size_bytes)
 
     def sha256(self) -> str:
-        """Return the digest of what has come, in hex."""
+        """Return the digest of the bytes so far, in hex."""
         return self._digest.hexdigest()
 
     def git_id(self) -> str:
-        """Return what git, and so the Hub, calls a file of these bytes that is not stored apart."""
+        """Return the git blob id of these bytes, which the Hub uses for files outside LFS."""
         digest = hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)
         digest.update(self.path.read_bytes())
         return digest.hexdigest()
 
     def share(self) -> None:
-        """Let others hold the file beside its writer."""
+        """Change the writer's lock to a shared one."""
         fcntl.flock(self._file, fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """End writing; whatever still bears the draft's name is removed."""
+        """Stop writing; a file that was not committed is removed."""
         self.path.unlink(missing_ok=True)
         self._file.close()
 
@@ -118,18 +118,17 @@ class PartialDownload:
 class DownloadCache:
     """The files of a folder and a byte budget.
 
-    Invariants: a file that is held is never removed. After a file was kept, all fit the budget or are held.
-    Thread-safe.
+    Invariants: a locked file is never removed. After a commit, the files fit the budget or are locked. Thread-safe.
     """
 
     def __init__(self, folder: Path, budget_bytes: int, *, clock: Callable[[], float]) -> None:
-        """Touch nothing yet; `clock` gives Unix seconds, comparable between the processes of the node."""
+        """Open nothing yet; `clock` returns Unix seconds, comparable between the processes of the node."""
         self._folder = folder
         self._budget_bytes = budget_bytes
         self._clock = clock
 
     def find(self, key: str) -> LockedFile | None:
-        """Return a file, held, whose bytes are those that were kept; one that was altered since is thrown away."""
+        """Return a file, locked, after checking its digest; a file that was altered is removed."""
         return self._find(key, self._changing)
 
     def _find(self, key: str, changing: Callable[[], AbstractContextManager[None]]) -> LockedFile | None:
@@ -141,9 +140,9 @@ class DownloadCache:
             if hashlib.file_digest(file, "sha256").hexdigest() == path.stem.partition("-")[2]:
                 self._touch(file)
                 return found
-            log.warning("a file of %s was altered on disk; it is fetched anew", key)
+            log.warning("a file of %s was altered on disk; it is downloaded again", key)
             with changing(), suppress(FileNotFoundError):
-                # Another process may have put a good one in its place by now, and hold it.
+                # Another process may have replaced it with a good one.
                 if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     path.unlink()
             found.release()
@@ -151,7 +150,7 @@ class DownloadCache:
 
     @contextmanager
     def draft(self, key: str) -> Generator[PartialDownload]:
-        """Give a file to write; it is removed at the end of the block unless it was kept.
+        """Open a file to write; it is removed at the end of the block unless it was committed.
 
         Raises:
             OSError: the disk is full or cannot be written.
@@ -169,15 +168,15 @@ class DownloadCache:
             made.close()
 
     def commit(self, key: str, draft: PartialDownload) -> LockedFile:
-        """Make a whole draft the file of this key, and return it held; files used longest ago make room.
+        """Make a complete draft the file of this key, and return it locked; the least recently used files are evicted.
 
         Raises:
             OSError: the disk failed.
         """
         path = self._folder / f"{_digest(key)}-{draft.sha256()}{SUFFIX}"
         with self._changing():
-            # Another process may have brought it meanwhile. Replaced, its file would no longer be the one that
-            # whoever uses it holds, and could be evicted under the name that they know.
+            # Another process may have downloaded it meanwhile. If its file were replaced, the locks of its users
+            # would no longer protect the name.
             found = self._find(key, nullcontext)
             if found is not None and found.path == path:
                 return found
@@ -189,31 +188,31 @@ class DownloadCache:
         return LockedFile(path, file)
 
     def free_space(self, needed_bytes: int) -> int:
-        """Remove the files used longest ago until so many bytes are free, and return how many became so."""
+        """Remove the least recently used files until so many bytes are free; return how many became free."""
         if not self._folder.is_dir():
             return 0
         with self._changing():
             return self._evict(needed_bytes)
 
     def with_room(self, write: Callable[[], None], needed_bytes: int) -> None:
-        """Write something; where the disk is full, once more after the files used longest ago made room.
+        """Call `write`; if the disk is full, remove the least recently used files and call it once more.
 
         Raises:
-            OSError: it is still full, or failed otherwise. Whatever else `write` raises.
+            OSError: the disk is still full, or failed otherwise.
         """
         try:
             write()
         except OSError as error:
             if not is_disk_full(error) or not self.free_space(max(needed_bytes, 1)):
                 raise
-            log.warning("the disk is full; files that were brought before made room")
+            log.warning("the disk is full; older downloaded files were removed")
             write()
 
     def downloaded_bytes(self, key: str) -> int:
-        """Return how much of a file has arrived, in whichever process."""
+        """Return how many bytes of a file have arrived, in any process."""
         arrived = 0
         for path in self._folder.glob(f".{_digest(key)}-*{DRAFT_SUFFIX}"):
-            with suppress(OSError):  # kept this moment
+            with suppress(OSError):  # committed at this moment
                 arrived += path.stat().st_size
         return arrived
 
@@ -241,7 +240,7 @@ class DownloadCache:
             if freed >= excess_bytes:
                 break
             if remove_if_unlocked(path):
-                log.info("dropped a fetched file (%d bytes) from disk", size_bytes)
+                log.info("removed a downloaded file (%d bytes) from disk", size_bytes)
                 freed += size_bytes
         return freed
 
@@ -251,7 +250,7 @@ class DownloadCache:
 
 
 def _opened(path: Path) -> BufferedReader:
-    """Open and hold a file that was there a moment ago."""
+    """Open and lock a file that existed a moment ago."""
     file = open_shared(path)
     if file is None:
         raise FileNotFoundError("a file was removed from the cache by somebody else")

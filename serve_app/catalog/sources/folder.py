@@ -1,7 +1,7 @@
 """Repositories in local folders, laid out as on the Hub: `<root>/<owner>/<name>/`.
 
-Owns the way from an id to a file, which never leaves the roots: ids are checked, links are followed and
-refused where they lead out. A folder has no commits: the digest of the weights is the revision.
+Owns the way from an id to a file, which never leaves the roots: ids are checked, and links that lead out are refused.
+A folder has no commits; the digest of the weights is the revision.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, read_header
-from serve_app.catalog.reading.repository import FOLDER, RepositoryFile, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import FOLDER, AdapterSource, RepositoryFile, RepositoryListing, is_valid_id
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 from serve_app.refusals import MalformedFile
@@ -29,8 +29,8 @@ MAX_FILES = 10_000
 MAX_DIGESTS = 10_000
 
 
-class FolderSource:
-    """The repositories below some roots; the first root that has an id wins."""
+class FolderSource(AdapterSource):
+    """The repositories in some root folders; the first root that has an id is used."""
 
     def __init__(self, roots: tuple[Path, ...], *, origin: str = FOLDER) -> None:
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
@@ -39,7 +39,7 @@ class FolderSource:
 
     @property
     def origin(self) -> str:
-        """The kind of place that these roots are."""
+        """The kind of source that these roots are."""
         return self._origin
 
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
@@ -52,26 +52,15 @@ class FolderSource:
 
     async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the first 40 hex digits of the file's SHA-256; of several, of the SHA-256 of theirs."""
-        return await _reading(listing.id, lambda: self._pin(listing, filenames))
+        return await _reading(listing.id, lambda: self._revision(listing, filenames))
 
     async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
         """Return a small file of a repository, or None."""
         return await _reading(model, lambda: self._read_small(model, filename))
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
-        """Return the file itself, once the digest of the spec's files is seen to be the spec's."""
+        """Return the file itself, after checking the digest of the spec's files."""
         return await _reading(spec.id, lambda: self._download(spec, filename or spec.filename))
-
-    def downloaded_bytes(self, spec: AdapterSpec) -> int:
-        """Return nothing: the files are here."""
-        return 0
-
-    def release(self, spec: AdapterSpec) -> None:
-        """Do nothing: the files are the folder's own."""
-
-    def free_space(self, needed_bytes: int) -> int:
-        """Remove nothing: the files are the folder's own."""
-        return 0
 
     async def ids(self) -> tuple[str, ...]:
         """Return every id below the roots, sorted."""
@@ -142,7 +131,7 @@ class FolderSource:
         except MalformedHeader as error:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
-    def _pin(self, listing: RepositoryListing, filenames: Sequence[str]) -> str:
+    def _revision(self, listing: RepositoryListing, filenames: Sequence[str]) -> str:
         digest = self._digest_of([self._listed(listing, filename) for filename in filenames])
         asked = listing.revision
         if asked is not None and asked != "main" and not digest.startswith(asked):
@@ -185,8 +174,8 @@ class FolderSource:
 
     def _all_ids(self) -> Iterator[str]:
         for root in self._roots:
-            for owner in _held_by(root):
-                for repository in _held_by(owner):
+            for owner in _entries(root):
+                for repository in _entries(owner):
                     model = f"{owner.name}/{repository.name}"
                     if self._folder(model) is not None:
                         yield model
@@ -199,8 +188,8 @@ async def _reading(model: str, read: Callable[[], T]) -> T:
         raise ModelNotFound(model, "its folder changed while it was read; ask again in a few seconds") from None
 
 
-def _held_by(folder: Path) -> list[Path]:
-    """Return what lies in a folder; nothing where it is none, or none any more."""
+def _entries(folder: Path) -> list[Path]:
+    """Return the entries of a folder; empty if it is not a folder or no longer exists."""
     try:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

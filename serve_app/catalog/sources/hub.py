@@ -1,9 +1,8 @@
 """Adapters on the Hugging Face Hub, through its own client.
 
-Owns every call to the Hub that the catalog makes: at which commit a repository stands, what it holds, the
-header of a file by range request, the file itself into this node's originals. No call outlives its time for
-the caller, and what was once seen can be seen again while the Hub is away. The token is handed over explicitly
-and appears in no message.
+Owns every call of the catalog to the Hub: the commit and the files of a repository, the header of a file by range
+request, and the download of a file. Every call has a timeout, and metadata that was read once is used again while the
+Hub is unavailable. The token is passed explicitly and appears in no message.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from serve_app.catalog.reading.header import (
 )
 from serve_app.catalog.reading.repository import (
     HUB,
+    AdapterSource,
     RepositoryFile,
     RepositoryListing,
     is_valid_id,
@@ -48,19 +48,19 @@ from serve_app.refusals import MalformedFile
 
 log = logging.getLogger(__name__)
 
-# Holds the whole header of nearly every adapter, so that one request is enough.
+# The header of nearly every adapter fits, so that one request is enough.
 FIRST_RANGE_BYTES = 128 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
-# What is fetched of a file whose size nobody told; bases set their own limits on what they read.
+# The limit for a file of unknown size; bases have their own limits for what they read.
 MAX_UNLISTED_BYTES = 4 * 1024**3
 
 
-class HubSource:
+class HubSource(AdapterSource):
     """The repositories of one Hub endpoint, read with one token.
 
-    `cache_dir` gets the files (`hub/`) and the memory for when the Hub is away (`hub-memory/`, and
-    `hub-memory-public/` for what anybody may read). What is read with a caller's token is not remembered. A file that
-    was downloaded is held against eviction until it is released.
+    `cache_dir` gets the downloaded files (`hub/`) and the metadata for when the Hub is unavailable (`hub-memory/`, and
+    `hub-memory-public/` for public repositories). Metadata that was read with a caller's token is not cached. A
+    downloaded file is locked against eviction until it is released.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class HubSource:
         cache_dir: Path,
         endpoint: str | None = None,
         calls: HubCalls | None = None,
+        metadata: MetadataCache | NullMetadataCache | None = None,
     ) -> None:
         self._settings = settings
         self._root = cache_dir
@@ -80,16 +81,19 @@ class HubSource:
         self._timeout_s = settings.timeout_s
         self._download_timeout_s = settings.download_timeout_s
         self._calls = calls or HubCalls()
-        self._originals = DownloadCache(cache_dir / "hub", settings.cache_size, clock=time.time)
-        self._held = LockedFiles()
-        self._memory: MetadataCache | NullMetadataCache = MetadataCache(cache_dir / "hub-memory")
+        self._downloads = DownloadCache(cache_dir / "hub", settings.cache_size, clock=time.time)
+        self._locked = LockedFiles()
+        self._metadata = metadata or MetadataCache(cache_dir / "hub-memory")
 
     def read_as(self, token: HubToken | None) -> HubSource:
-        """Return the same Hub as a caller with this token sees it, or as anybody does."""
-        secret = None if token is None else token.value
-        other = HubSource(self._settings, token=secret, cache_dir=self._root, endpoint=self._api.endpoint)
-        other._memory = MetadataCache(self._root / "hub-memory-public") if token is None else NullMetadataCache()
-        return other
+        """Return this Hub as a caller with the token sees it; with None, as anybody does."""
+        return HubSource(
+            self._settings,
+            token=None if token is None else token.value,
+            cache_dir=self._root,
+            endpoint=self._api.endpoint,
+            metadata=MetadataCache(self._root / "hub-memory-public") if token is None else NullMetadataCache(),
+        )
 
     @property
     def origin(self) -> str:
@@ -97,36 +101,39 @@ class HubSource:
         return HUB
 
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
-        """Return the repository at the commit where it stands now; at the last one seen, if the Hub is
-        away."""
+        """Return the repository at its present commit, or at the last one seen if the Hub is unavailable."""
         # What looks like a key or token was pasted there by mistake, and is nobody's to know.
         if not is_valid_id(model) or contains_secret(f"{model} {revision}"):
             return None
         if revision is not None and not is_valid_revision(revision):
             raise ModelNotFound(model, "a revision is a branch, a tag or a commit")
         try:
-            return await self._calls.ask(lambda: self._find(model, revision), model, revision, self._timeout_s)
+            return await self._calls.call_with_retries(
+                lambda: self._find(model, revision), model, revision, self._timeout_s
+            )
         except HubUnavailable as error:
-            remembered = await run_blocking(lambda: self._memory.get(model, revision))
-            if remembered is None:
+            cached = await run_blocking(lambda: self._metadata.get(model, revision))
+            if cached is None:
                 raise
-            log.warning("%s is served as last seen at %s: %s", model, remembered.revision, error.reason)
-            return remembered
+            log.warning("%s is served as last seen at %s: %s", model, cached.revision, error.reason)
+            return cached
         except MissingRevision:
             raise
         except ModelNotFound:
             return None
 
     async def header(self, listing: RepositoryListing, filename: str) -> SafetensorsHeader:
-        """Return the header of a file by range requests; from the memory, if the Hub is away."""
+        """Return the header of a file by range requests, or from the metadata cache if the Hub is unavailable."""
         commit = str(listing.revision)
         try:
-            head = await self._calls.ask(lambda: self._head(listing, filename), listing.id, commit, self._timeout_s)
+            head = await self._calls.call_with_retries(
+                lambda: self._head(listing, filename), listing.id, commit, self._timeout_s
+            )
         except HubUnavailable:
-            remembered = await run_blocking(lambda: self._memory.get_header(listing.location, commit, filename))
-            if remembered is None:
+            cached = await run_blocking(lambda: self._metadata.get_header(listing.location, commit, filename))
+            if cached is None:
                 raise
-            head = remembered
+            head = cached
         listed = listing.file(filename)
         file_bytes = listed.size_bytes if listed else None
         try:
@@ -136,13 +143,13 @@ class HubSource:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
     async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
-        """Return the commit that the listing shows."""
+        """Return the commit of the listing."""
         return str(listing.revision)
 
     async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
         """Return a file of at most 1 MiB, or None where there is none."""
         try:
-            return await self._calls.ask(
+            return await self._calls.call_with_retries(
                 lambda: self._read_prefix(model, revision, filename, MAX_SMALL_FILE_BYTES),
                 model,
                 revision,
@@ -152,36 +159,32 @@ class HubSource:
             return None
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
-        """Return the file on this node's disk, fetched if it is not there as it was; with a token that was lent, if
-        one was. It stays there at least until `release`."""
-        use_hub_token = current_hub_token()
-        token = self._token if use_hub_token is None else use_hub_token.value
-        call = functools.partial(self._original, spec, filename or spec.filename, token)
-        original = await self._calls.run(call, spec.id, spec.revision, self._download_timeout_s)
-        return self._held.add(spec.key, original)
+        """Return the file on this node's disk; it is downloaded if it is not there, with a forwarded token if there is
+        one. It stays there at least until `release`."""
+        forwarded = current_hub_token()
+        token = self._token if forwarded is None else forwarded.value
+        call = functools.partial(self._download, spec, filename or spec.filename, token)
+        file = await self._calls.run_with_timeout(call, spec.id, spec.revision, self._download_timeout_s)
+        return self._locked.add(spec.key, file)
 
     def release(self, spec: AdapterSpec) -> None:
-        """Let go of what was downloaded for an adapter."""
-        self._held.release(spec.key)
+        """Unlock the files that were downloaded for an adapter."""
+        self._locked.release(spec.key)
 
     def free_space(self, needed_bytes: int) -> int:
-        """Remove files that nobody holds, those used longest ago first; return the bytes that became free."""
-        return self._originals.free_space(needed_bytes)
+        """Remove unlocked files, the least recently used first; return the bytes that became free."""
+        return self._downloads.free_space(needed_bytes)
 
     def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how much of an adapter's file has arrived."""
-        return self._originals.downloaded_bytes(_file_key(spec, spec.filename))
-
-    async def ids(self) -> tuple[str, ...]:
-        """Return nothing: the Hub is too large to list."""
-        return ()
+        return self._downloads.downloaded_bytes(_file_key(spec, spec.filename))
 
     def _find(self, model: str, revision: str | None) -> RepositoryListing:
         info = self._api.model_info(
             model, revision=revision, files_metadata=True, timeout=self._timeout_s, token=self._token
         )
         listing = _listing(model, info)
-        self._memory.put(listing, revision)
+        self._metadata.put(listing, revision)
         return listing
 
     def _head(self, listing: RepositoryListing, filename: str) -> bytes:
@@ -193,11 +196,11 @@ class HubSource:
             return head
         if len(head) < wanted and len(head) == FIRST_RANGE_BYTES:
             head = self._read_prefix(listing.location, commit, filename, wanted)
-        self._memory.put_header(listing.location, commit, filename, head[:wanted])
+        self._metadata.put_header(listing.location, commit, filename, head[:wanted])
         return head[:wanted]
 
     def _read_prefix(self, location: str, revision: str | None, filename: str, size_bytes: int) -> bytes:
-        """Return the first bytes of a file, never more than asked for, whatever the server sends."""
+        """Return the first bytes of a file, at most `size_bytes` even if the server sends more."""
         url = hf_hub_url(location, filename, revision=revision, endpoint=self._api.endpoint)
         headers = build_hf_headers(token=self._token, library_name="loraplex")
         headers |= {"range": f"bytes=0-{size_bytes - 1}", "accept-encoding": "identity"}
@@ -212,13 +215,13 @@ class HubSource:
                     break
         return bytes(read[:size_bytes])
 
-    def _original(self, spec: AdapterSpec, filename: str, token: str | bool) -> LockedFile:
+    def _download(self, spec: AdapterSpec, filename: str, token: str | bool) -> LockedFile:
         key = _file_key(spec, filename)
-        found = self._originals.find(key)
+        found = self._downloads.find(key)
         if found is not None:
             return found
         until = self._calls.clock() + self._download_timeout_s
-        with self._originals.draft(key) as draft:
+        with self._downloads.draft(key) as draft:
             download = Download(
                 draft,
                 model=spec.id,
@@ -229,9 +232,9 @@ class HubSource:
                 timeout_s=self._timeout_s,
                 is_over=lambda: self._calls.clock() >= until,
             )
-            run = functools.partial(self._originals.with_room, download.run, spec.size_bytes)
-            self._calls.persist(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
-            return self._originals.commit(key, draft)
+            run = functools.partial(self._downloads.with_room, download.run, spec.size_bytes)
+            self._calls.retry(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
+            return self._downloads.commit(key, draft)
 
 
 def _file_key(spec: AdapterSpec, filename: str) -> str:

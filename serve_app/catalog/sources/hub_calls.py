@@ -1,6 +1,6 @@
-"""Questions to the Hub: away from the event loop, within their time, and asked again where that may help.
+"""Calls to the Hub: in a thread, with a timeout, and with retries.
 
-Owns the way of a question from its asker to an answer or to one of the product's errors. Must not know what is asked.
+Owns the threads, timeouts and retries, and the translation of failures. Must not know what is called.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOOK_UP = RetryPolicy(tries=3)
-# A download counts its tries from the last one that brought bytes.
+# A download counts its tries from the last one that received bytes.
 DOWNLOAD = RetryPolicy(tries=4)
 
 
 class HubCalls:
-    """The questions asked with one token; all of them keep the rest that the Hub asked for."""
+    """The calls of one source; all of them respect the Hub's rate limit."""
 
     def __init__(
         self,
@@ -36,26 +36,28 @@ class HubCalls:
         sleep: Callable[[float], None] = time.sleep,
         chance: Callable[[], float] = random.random,
     ) -> None:
-        """`clock` gives seconds that only grow, `chance` a number from 0 to 1."""
+        """`clock` returns monotonic seconds, `chance` a number from 0 to 1."""
         self.clock = clock
         self._sleep = sleep
         self._chance = chance
         self._cooldown = RateLimitCooldown(clock)
 
-    async def ask(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
-        """Return what a blocking call returns, asked again where it fails for now.
+    async def call_with_retries(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
+        """Return the result of a blocking call, retried after temporary failures.
 
         Raises:
-            LoraplexError: what the call's failure means for the model.
+            LoraplexError: the last failure, translated.
         """
         until = self.clock() + timeout_s
-        return await self.run(lambda: self.persist(call, model, revision, until, LOOK_UP), model, revision, timeout_s)
+        return await self.run_with_timeout(
+            lambda: self.retry(call, model, revision, until, LOOK_UP), model, revision, timeout_s
+        )
 
-    async def run(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
-        """Return what a blocking call returns that persists by itself.
+    async def run_with_timeout(self, call: Callable[[], T], model: str, revision: str | None, timeout_s: float) -> T:
+        """Return the result of a blocking call that retries by itself.
 
         Raises:
-            LoraplexError: as for `ask`.
+            LoraplexError: as for `call_with_retries`.
         """
         try:
             return await run_blocking(call, timeout_s=timeout_s)
@@ -64,26 +66,26 @@ class HubCalls:
         except LoraplexError:
             raise
         except HUB_FAILURES as error:
-            raise self._meaning(error, model, revision) from None
+            raise self._translate(error, model, revision) from None
 
-    def persist(
+    def retry(
         self,
         call: Callable[[], T],
         model: str,
         revision: str | None,
         until: float,
-        pauses: RetryPolicy,
-        headway: Callable[[], int] = lambda: 0,
+        policy: RetryPolicy,
+        progress: Callable[[], int] = lambda: 0,
     ) -> T:
-        """Return what `call` returns, tried as `pauses` says and never after `until`; blocks.
+        """Return the result of `call`, retried by a policy and never after `until`; blocks.
 
-        `headway` tells how far it came: tries count from the last one that came farther.
+        Tries count from the last one after which `progress` had grown.
 
         Raises:
-            LoraplexError: what the last failure means.
-            TimeoutError: the call said so.
+            LoraplexError: the last failure, translated.
+            TimeoutError: raised by the call.
         """
-        reached, tried_before = headway(), 0
+        reached, tried_before = progress(), 0
         for tries in itertools.count(1):
             self._cooldown.check(model)
             try:
@@ -91,20 +93,20 @@ class HubCalls:
             except TimeoutError:
                 raise
             except (LoraplexError, *HUB_FAILURES) as error:
-                refusal = self._meaning(error, model, revision)
-            self._cooldown.note(refusal)
-            if (came := headway()) > reached:
+                failure = self._translate(error, model, revision)
+            self._cooldown.note(failure)
+            if (came := progress()) > reached:
                 reached, tried_before = came, tries - 1
-            pause_s = pauses.next_delay_s(
-                refusal, tries_made=tries - tried_before, left_s=until - self.clock(), chance=self._chance
+            delay_s = policy.next_delay_s(
+                failure, tries_made=tries - tried_before, left_s=until - self.clock(), chance=self._chance
             )
-            if pause_s is None:
-                raise refusal
-            log.info("the Hub is asked about %s again in %.1f s: %s", model, pause_s, refusal)
-            self._sleep(pause_s)
+            if delay_s is None:
+                raise failure
+            log.info("the Hub is called again for %s in %.1f s: %s", model, delay_s, failure)
+            self._sleep(delay_s)
         raise AssertionError("the loop above ends by itself")
 
-    def _meaning(self, error: Exception, model: str, revision: str | None) -> LoraplexError:
+    def _translate(self, error: Exception, model: str, revision: str | None) -> LoraplexError:
         if not isinstance(error, LoraplexError):
             log.info("the Hub failed for %s: %s", model, type(error).__name__)
         return translate(error, model, revision)

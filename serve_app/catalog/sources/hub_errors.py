@@ -1,7 +1,7 @@
-"""The Hub client's exceptions in the product's words.
+"""The Hub client's exceptions as the product's errors.
 
-Owns which failure of the Hub means "not there", "not allowed", "not now" and "no room here". Messages name the model
-alone: what the client says may hold hosts.
+Owns which failure of the Hub means that a model does not exist, is not allowed, is unavailable now, or does not fit on
+the disk. Messages name only the model: the client's texts may contain hosts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -30,8 +29,8 @@ DEFAULT_RETRY_AFTER_S = 10
 MAX_RETRY_AFTER_S = 120
 _WINDOW = re.compile(r"\bt=(\d{1,6})\b")
 
-# What the client can raise besides answers: its transport, the local disk, a client closed by another
-# thread's failed connection (RuntimeError), and answers of an unexpected shape.
+# What the client can raise: HTTP errors, its transport, the local disk, a client closed by another thread's failed
+# connection (RuntimeError), and responses of an unexpected shape.
 HUB_FAILURES = (
     HfHubHTTPError,
     httpx2.HTTPError,
@@ -46,22 +45,22 @@ HUB_FAILURES = (
 
 
 class MissingRevision(ModelNotFound):
-    """The repository is there, but not the revision that was asked for."""
+    """The repository exists, but not the requested revision."""
 
 
 @dataclass(eq=False)
 class HubRetryAfter(HubUnavailable):
-    """The Hub said itself when to come back; `is_limiting` where that holds for every question."""
+    """The Hub sent a Retry-After; `is_limiting` says that it holds for every request."""
 
     is_limiting: bool = False
 
 
 class NonRetryableHubError(HubUnavailable):
-    """Asking again at once would change nothing."""
+    """A retry would fail in the same way."""
 
 
 def translate(error: Exception, model: str, revision: str | None) -> LoraplexError:
-    """Return the product's error for what the Hub client raised about one model."""
+    """Return the product's error for an exception of the Hub client about one model."""
     if isinstance(error, LoraplexError):
         return error
     if isinstance(error, (GatedRepoError, DisabledRepoError)):
@@ -70,8 +69,6 @@ def translate(error: Exception, model: str, revision: str | None) -> LoraplexErr
         return ModelNotFound(model, "the Hub has no such repository that this service may read")
     if isinstance(error, RevisionNotFoundError):
         return MissingRevision(model, f"it has no revision '{revision}'")
-    if isinstance(error, LocalEntryNotFoundError):
-        return _after_local_miss(error, model, revision)
     if isinstance(error, EntryNotFoundError):
         return ModelNotFound(model, "the file is not in the repository")
     if isinstance(error, HfHubHTTPError):
@@ -81,13 +78,6 @@ def translate(error: Exception, model: str, revision: str | None) -> LoraplexErr
     if isinstance(error, OSError) and is_disk_full(error):
         return DiskFull(model)
     return HubUnavailable(model, _transport_reason(error))
-
-
-def _after_local_miss(error: Exception, model: str, revision: str | None) -> LoraplexError:
-    cause = error.__cause__
-    if isinstance(cause, Exception) and not isinstance(cause, LocalEntryNotFoundError):
-        return translate(cause, model, revision)
-    return HubUnavailable(model, "the Hub cannot be reached")
 
 
 def _from_status(error: HfHubHTTPError, model: str) -> LoraplexError:
@@ -104,7 +94,7 @@ def _from_status(error: HfHubHTTPError, model: str) -> LoraplexError:
 
 
 def _asked_pause_s(headers: httpx2.Headers) -> int | None:
-    """Return for how long an answer asks to be left alone: in seconds, until a date, or until the Hub counts anew."""
+    """Return the wait in seconds from the `Retry-After` header (seconds or a date) or from the `RateLimit` window."""
     asked = headers.get("retry-after", "").strip()
     window = _WINDOW.search(headers.get("ratelimit", ""))
     if asked.isdecimal():
@@ -117,7 +107,7 @@ def _asked_pause_s(headers: httpx2.Headers) -> int | None:
 
 
 def _seconds_until(date: str, now: str) -> int | None:
-    """Return the seconds between two dates of HTTP, the second by the Hub's own clock where it tells it."""
+    """Return the seconds between two HTTP dates; `now` is the Hub's own date, or empty for this machine's clock."""
     try:
         until = parsedate_to_datetime(date)
         since = parsedate_to_datetime(now) if now else datetime.now(UTC)

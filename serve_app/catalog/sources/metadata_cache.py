@@ -1,7 +1,7 @@
-"""What the Hub said about repositories, kept on disk for when it does not answer.
+"""A disk cache of Hub metadata, for when the Hub does not answer.
 
-Owns a folder of small files: listings by id and revision, headers by commit. Losing any of them costs one
-request, so that the oldest go where they take too much of the disk.
+Owns a folder of small files: listings by id and revision, headers by commit. Losing one costs one request, so the
+oldest are removed when they take too much space.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from serve_app.catalog.reading.repository import HUB, RepositoryFile, Repository
 log = logging.getLogger(__name__)
 
 MAX_BYTES = 512 * 1024**2
-# How much is written between two looks at how much there is.
+# How much is written before the size of the folder is checked again.
 LOOK_AFTER_BYTES = 16 * 1024**2
 
 
 class MetadataCache:
-    """Listings and headers below one folder; writes are atomic, and neither reading nor writing ever
-    fails."""
+    """Listings and headers in one folder; writes are atomic, and neither reading nor writing raises."""
 
     def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, look_after_bytes: int = LOOK_AFTER_BYTES) -> None:
         """Keep at most `max_bytes`, and `look_after_bytes` more for each process that writes here."""
@@ -39,11 +38,11 @@ class MetadataCache:
         self._unseen_bytes = 0
 
     def put(self, listing: RepositoryListing, asked_revision: str | None) -> None:
-        """Keep a listing under the revision that was asked for."""
+        """Store a listing under the requested revision."""
         self._write(self._listing_path(listing.id, asked_revision), json.dumps(asdict(listing)).encode())
 
     def get(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
-        """Return the newest listing that was kept, or None."""
+        """Return the newest stored listing, or None."""
         content = self._read(self._listing_path(model, asked_revision))
         if content is None:
             return None
@@ -53,7 +52,7 @@ class MetadataCache:
             return None
 
     def put_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
-        """Keep the first bytes of a file, up to the end of its header."""
+        """Store the first bytes of a file, up to the end of its header."""
         self._write(self._header_path(location, commit, filename), head)
 
     def get_header(self, location: str, commit: str, filename: str) -> bytes | None:
@@ -77,7 +76,7 @@ class MetadataCache:
                 self._unseen_bytes = 0
                 self._drop_oldest()
         except OSError as error:
-            log.warning("what the Hub said could not be kept for offline use: %s", error.strerror)
+            log.warning("the Hub's metadata could not be cached: %s", error.strerror)
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 
@@ -96,19 +95,19 @@ class MetadataCache:
 
 
 class NullMetadataCache:
-    """A memory that keeps nothing, for what not everybody may know."""
+    """A cache that stores nothing, for metadata of private repositories."""
 
     def put(self, listing: RepositoryListing, asked_revision: str | None) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
     def get(self, model: str, asked_revision: str | None) -> RepositoryListing | None:
-        """Know nothing."""
+        """Return None."""
 
     def put_header(self, location: str, commit: str, filename: str, head: bytes) -> None:
-        """Keep nothing."""
+        """Store nothing."""
 
     def get_header(self, location: str, commit: str, filename: str) -> bytes | None:
-        """Know nothing."""
+        """Return None."""
 
 
 def _files_below(folder: Path) -> Iterator[tuple[int, int, Path]]:

@@ -1,6 +1,7 @@
-"""When to ask the Hub again after it failed, and when to leave it alone.
+"""Retries and rate limits of the Hub.
 
-Owns the pauses between tries, and the rest that a Hub asked for. Pure but for its own books: time and chance are given.
+Owns the delays between tries, and the cooldown after a rate limit. Pure except for its own state: time and chance are
+passed in.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from serve_app.errors import HubUnavailable, LoraplexError
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a question is asked, and how long the pauses grow.
+    """Exponential backoff: the number of tries, and the first and longest delay.
 
-    Each pause is drawn between half of its length and the whole, so that replicas that failed together do not ask again
+    Each delay is random between half of its length and the whole, so that replicas that failed together do not retry
     together.
     """
 
@@ -28,10 +29,10 @@ class RetryPolicy:
     def next_delay_s(
         self, error: LoraplexError, *, tries_made: int, left_s: float, chance: Callable[[], float]
     ) -> float | None:
-        """Return how long to wait before the next try, or None where there should be none.
+        """Return the seconds before the next try, or None if there should be none.
 
-        None is for answers that would be the same again, for the last try, and for a pause that the time that is left
-        does not allow: one that the Hub asked for is kept, never shortened.
+        None is returned for errors that a retry cannot change, after the last try, and if the delay is longer than the
+        time that is left. A delay that the Hub asked for is never shortened.
         """
         if not isinstance(error, HubUnavailable) or isinstance(error, NonRetryableHubError) or tries_made >= self.tries:
             return None
@@ -40,21 +41,21 @@ class RetryPolicy:
         if isinstance(error, HubRetryAfter):
             if error.retry_after_s > self.longest_s:
                 return None
-            # Never sooner than it was told, and not all at the same moment either.
+            # Never sooner than the Hub asked for, and not all replicas at the same moment.
             pause_s = error.retry_after_s + pause_s
         return pause_s if pause_s < left_s else None
 
 
 class RateLimitCooldown:
-    """The time for which the Hub said that it answers no more questions, whichever they are."""
+    """The time until the Hub's rate limit ends, for all requests."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds that only grow."""
+        """`clock` returns monotonic seconds."""
         self._clock = clock
         self._until = -math.inf
 
     def check(self, model: str) -> None:
-        """Refuse to ask while the Hub rests.
+        """Refuse a call while the rate limit holds.
 
         Raises:
             HubRetryAfter: with the seconds that are left.
@@ -64,6 +65,6 @@ class RateLimitCooldown:
             raise HubRetryAfter(model, "the Hub is limiting requests", math.ceil(left_s), is_limiting=True)
 
     def note(self, error: LoraplexError) -> None:
-        """Learn from an answer."""
+        """Record a rate limit."""
         if isinstance(error, HubRetryAfter) and error.is_limiting:
             self._until = max(self._until, self._clock() + error.retry_after_s)

@@ -1,8 +1,7 @@
-"""A caller's own Hub token, lent to whatever is fetched for that caller.
+"""The context variable with a caller's own Hub token.
 
-Owns the way from the request to the download that it starts, which other layers need not know of: a context variable,
-which tasks started for the request inherit. The token is nobody else's: a download that is under way is shared, but
-who may ask for it was decided before, by the ingress.
+Tasks that are started for a request inherit it, so that layers between the request and its download need not pass it. A
+running download is shared with other callers; the ingress has checked before who may request it.
 """
 
 from __future__ import annotations
@@ -13,19 +12,19 @@ from contextvars import ContextVar
 
 from serve_app.core import HubToken
 
-_lent: ContextVar[HubToken | None] = ContextVar("lent_hub_token", default=None)
+_token: ContextVar[HubToken | None] = ContextVar("forwarded_hub_token", default=None)
 
 
 @contextmanager
 def use_hub_token(token: HubToken | None) -> Iterator[None]:
-    """Read the Hub with this token until the end of the block; None is the service's own."""
-    before = _lent.set(token)
+    """Use this Hub token until the end of the block; None is the service's own."""
+    before = _token.set(token)
     try:
         yield
     finally:
-        _lent.reset(before)
+        _token.reset(before)
 
 
 def current_hub_token() -> HubToken | None:
-    """Return the token that was lent, or None."""
-    return _lent.get()
+    """Return the caller's token, or None."""
+    return _token.get()

@@ -1,10 +1,9 @@
-"""Refusing at the door: what keeps a flood of requests from standing before the very refusals that it is to get.
+"""Load shedding in the proxy.
 
-One process for each node takes in all HTTP, and hands it on one after another, however much there is: under a flood the
-ingress replicas would refuse within milliseconds what has waited for minutes. So the proxy counts what it has handed on
-and is not answered, and refuses beyond what the ingress replicas hold for the bases, which is theirs to wait for, and a
-little more. Owns that count, on the proxy's side, and how ingress replicas tell what they hold and may hold, on theirs.
-Runs inside the proxy, so it knows no configuration and no Ray.
+Under overload, requests would wait minutes in the proxy's queue only to be rejected by the ingress within milliseconds;
+so the proxy rejects them at once. It counts the requests in flight and rejects new ones when that number exceeds what
+the ingress replicas may hold, plus a small slack. Owns that count in the proxy, and the header by which ingress
+replicas report their capacity. Runs inside the proxy, so it knows no configuration and no Ray.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.http.error_responses import error_response
+from serve_app.deployments.front.own_routes import as_own, own_path
 from serve_app.errors import Overloaded
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class LoadSheddingMiddleware:
                 self._hear(message)
             await send(message)
 
-        if scope["method"] != "POST" or scope["path"].startswith(_ALWAYS_LET_IN):
+        if scope["method"] != "POST" or own_path(scope).startswith(_ALWAYS_LET_IN):
             await self._app(scope, receive, send_heard)
             return
         if not self.limit.is_open:
@@ -131,7 +131,7 @@ class LoadSheddingMiddleware:
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._on_shed()
         self._note()
-        response = error_response(scope, Overloaded(self.limit.retry_after_s))
+        response = error_response(as_own(scope), Overloaded(self.limit.retry_after_s))
         response.headers["x-request-id"] = Headers(scope=scope).get("x-request-id") or str(uuid.uuid4())
         response.headers["access-control-expose-headers"] = "x-request-id"
         await response(scope, receive, send)

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.http.error_responses import error_response
 from serve_app.api.http.events import EventStream, failure_event, refusal_event, tells_progress_alone
 from serve_app.api.http.waiting import AGE_HEADER, SEED_HEADER
+from serve_app.deployments.front.own_routes import as_own
 from serve_app.errors import IngressLost, InternalError, LoraplexError
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class RetryMiddleware:
             return
         log.warning("request %s: %s: %s", request_id, error.code, error)
         self._on_loss("refused")
-        response = error_response(scope, error)
+        response = error_response(as_own(scope), error)
         response.headers[_REQUEST_ID] = request_id
         response.headers[_MARK] = _REQUEST_ID
         await response(scope, _nothing_more, answer.forward)

@@ -123,7 +123,10 @@ class ServiceGateway:
                 draft.model, draft.adapters, token=draft.hub_token
             )
         seed = self._draw_seed()
-        request = resolve_defaults(draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed)
+        family = await self._catalog.family(resolution.base)
+        request = resolve_defaults(
+            draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed, family=family
+        )
         # A caller's token goes no further than it is needed.
         request = replace(request, hub_token=draft.hub_token) if resolution.is_private else request
         request_span().describe(request)
@@ -158,8 +161,8 @@ class ServiceGateway:
             ModelInfo(id=base.id, base_id=None, owned_by=_owner(base.id), created=0) for base in self._catalog.served()
         ]
         adapters = [
-            ModelInfo(id=spec.id, base_id=spec.base_id, owned_by=_owner(spec.id), created=0)
-            for spec in await self._catalog.known_adapters()
+            ModelInfo(id=known.spec.id, base_id=known.spec.base_id, owned_by=_owner(known.spec.id), created=0)
+            for known in await self._catalog.known()
         ]
         aliases = [
             ModelInfo(id=alias.name, base_id=known.spec.base_id, owned_by=_owner(known.spec.id), created=0)

@@ -15,14 +15,14 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
-from serve_app.api.http.limits import UnknownIdLimit
+from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.config import AppConfig, Environment
@@ -32,9 +32,9 @@ from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.keys import Keys
-from serve_app.deployments.ingress.middleware import MetricsMiddleware, TracingMiddleware
-from serve_app.deployments.limits.limit_keeper import RateLimitClient
-from serve_app.deployments.limits.shared_rate_limiter import SharedRateLimiter
+from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
+from serve_app.deployments.ingress.process_state import has_ended
+from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
 from serve_app.deployments.registry.alias_keeper import AliasClient
 from serve_app.deployments.registry.alias_mirror import AliasMirror
 from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount, replica_counts
@@ -45,12 +45,15 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
+from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
 
 log = logging.getLogger(__name__)
 
 READINESS_TTL_S = 1.0
 SEED_BITS = 32
+# A request whose process died on so many replicas is not sent to another.
+MAX_DEATHS = 2
 # A new ingress waits this long for the aliases before it serves without them.
 ALIASES_PATIENCE_S = 5.0
 
@@ -65,7 +68,7 @@ class Dispatcher:
 
     A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
     image. A stream is sent again while no picture of it has been passed on, and then tells its progress from the start.
-    Cancelling a call stops the work.
+    One that two replicas died of is sent no more, and its adapters are quarantined. Cancelling a call stops the work.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class Dispatcher:
     ) -> None:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
+        self._quarantine = Quarantine(clock=time.monotonic)
         self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
         self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
@@ -84,14 +88,17 @@ class Dispatcher:
             QueueFull: the base has as much waiting as it accepts.
             ReplicaLost: every attempt lost its replica.
         """
-        self._check_room(request)
-        for attempt in range(1, self._attempts + 1):
+        self._check(request)
+        losses: list[Exception] = []
+        while len(losses) < self._attempts:
             response = self._handle(request).generate.remote(request)
             try:
                 with self._sending(request), self._errors_of(request):
                     return await response
             except (RayActorError, ReplicaLost) as error:
-                self._note_loss(request, attempt, error)
+                response.cancel()
+                losses.append(error)
+                await self._check_losses(request, losses)
             except asyncio.CancelledError:
                 response.cancel()
                 raise
@@ -105,8 +112,9 @@ class Dispatcher:
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
         has_shown = False
-        self._check_room(request)
-        for attempt in range(1, self._attempts + 1):
+        self._check(request)
+        losses: list[Exception] = []
+        while len(losses) < self._attempts:
             # With this option a call is an asynchronous generator, which Ray's types do not say.
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
             try:
@@ -116,9 +124,11 @@ class Dispatcher:
                         yield event
                 return
             except (RayActorError, ReplicaLost) as error:
+                response.cancel()
+                losses.append(error)
                 if has_shown:
-                    raise ReplicaLost(base=request.base_id, attempts=attempt) from None
-                self._note_loss(request, attempt, error)
+                    raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
+                await self._check_losses(request, losses)
             except (asyncio.CancelledError, GeneratorExit):
                 response.cancel()
                 raise
@@ -131,7 +141,8 @@ class Dispatcher:
         is_at_limit = any(pressure.was_full_lately for pressure in pressures)
         return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
 
-    def _check_room(self, request: GenerationRequest) -> None:
+    def _check(self, request: GenerationRequest) -> None:
+        self._quarantine.check(request)
         if self._pressures[request.base_id].is_at_limit:
             raise self._queue_full(request)
 
@@ -144,12 +155,28 @@ class Dispatcher:
         model_id = request.adapters[0].spec.key if request.adapters else ""
         return self._handles[request.base_id].options(multiplexed_model_id=model_id)
 
-    def _note_loss(self, request: GenerationRequest, attempt: int, error: Exception) -> None:
+    async def _check_losses(self, request: GenerationRequest, losses: list[Exception]) -> None:
+        """Return where a request that lost its replica may be sent to another.
+
+        Raises:
+            Quarantined: it ended the processes of two replicas, and has adapters.
+            ReplicaLost: it ended those of two, or it may still run on one that could not be reached.
+        """
+        error = losses[-1]
         log.warning(
             "request %s lost its replica of %s (attempt %d of %d): %s",
-            request.request_id, request.base_id, attempt, self._attempts, type(error).__name__,
+            request.request_id, request.base_id, len(losses), self._attempts, type(error).__name__,
         )  # fmt: skip
-        self._on_retry(request.base_id, error.why if isinstance(error, ReplicaLost) else "died")
+        self._on_retry(request.base_id, error.reason if isinstance(error, ReplicaLost) else "died")
+        lost = ReplicaLost(base=request.base_id, attempts=len(losses))
+        if isinstance(error, ActorUnavailableError) and not await has_ended(error.actor_id):
+            raise lost from None
+        # A replica that is lost may be found dead a second time before Serve has another.
+        died = {loss.actor_id for loss in losses if isinstance(loss, RayActorError) and not loss.preempted}
+        if len(died) >= MAX_DEATHS:
+            log.error("request %s is not sent again: %d processes ended on it", request.request_id, len(died))
+            self._quarantine.hold(request, f"{len(died)} replicas ended while they drew with it")
+            raise lost from None
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
         return self._pressures[request.base_id].track(work_units(request))
@@ -208,7 +235,6 @@ class Ingress:
         environment: Environment,
         handles: dict[str, DeploymentHandle],
         keeper: DeploymentHandle,
-        limits: DeploymentHandle | None = None,
     ) -> None:
         set_up_logging(config.log_level)
         set_up_tracing(config.tracing, part="ingress", on_sent=TracingMetrics().sent)
@@ -237,7 +263,7 @@ class Ingress:
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,
-            meter=None if limits is None else self._shared_meter(limits),
+            meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
         )
         self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried)
@@ -249,15 +275,6 @@ class Ingress:
             can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
             on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
-        )
-
-    def _shared_meter(self, limits: DeploymentHandle) -> SharedRateLimiter:
-        return SharedRateLimiter(
-            RateLimitClient(limits),
-            holder=secrets.token_hex(8),
-            replicas=self._config.ingress.replicas,
-            clock=time.monotonic,
-            on_grant=self._metrics.granted,
         )
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -272,7 +289,16 @@ class Ingress:
             answered(route=route, status=status, base_id=base_id)
 
         own_id = serve.get_replica_context().replica_id.unique_id
-        measured, most = MetricsMiddleware(app, count), most_held(self._config)
+        measured, most = MetricsMiddleware(FrontCheckMiddleware(app), count), most_held(self._config)
         return TracingMiddleware(
             CapacityHeaderMiddleware(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held)
         )
+
+
+def _rate_limiter(config: AppConfig) -> RateLimiter:
+    """Return what counts for keys with limits: Redis where it is configured, else this replica, for its share."""
+    share = 1 / config.ingress.replicas
+    redis = config.auth.limits_redis
+    if redis is None:
+        return LocalRateLimiter(clock=time.monotonic, share=share)
+    return RedisRateLimiter(redis.get_secret_value(), share=share)

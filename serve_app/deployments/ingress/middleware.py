@@ -1,17 +1,23 @@
-"""Counting answers: an ASGI layer around the HTTP face, so that the face itself needs no metrics.
+"""ASGI layers around the HTTP face: counting answers, tracing them, and noticing what is missing in front.
 
-Owns which label values an answer gets. Must not change what is answered.
+Owns which label values an answer gets. Changes no answer but that of `/health?verbose`.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app.deployments.front.own_routes import FRONT_HEADER
 from serve_app.observability.tracing import tracing_request
+
+log = logging.getLogger(__name__)
 
 # Called with the route's template, the status and the base, None where it never came to one.
 OnAnswer = Callable[[str, int, "str | None"], None]
@@ -57,3 +63,50 @@ class TracingMiddleware:
             return
         with tracing_request(Headers(scope=scope)):
             await self._app(scope, receive, send)
+
+
+NO_FRONT = (
+    "requests come here without Loraplex' layers in Serve's proxy: none is sent again when an ingress replica is lost, "
+    "and none is refused early under a flood; docs/operations.md says what to set instead"
+)
+
+
+class FrontCheckMiddleware:
+    """Notices that requests do not come through our layers in Serve's proxy: says so once in the log, and in
+    `/health?verbose`."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._is_missing = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if FRONT_HEADER not in Headers(scope=scope) and not self._is_missing:
+            self._is_missing = True
+            log.warning(NO_FRONT)
+        is_health = scope["path"].removeprefix(scope.get("root_path", "")) == "/health"
+        if is_health and "verbose" in parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True):
+            await self._app(scope, receive, _verbose(send, [NO_FRONT] if self._is_missing else []))
+            return
+        await self._app(scope, receive, send)
+
+
+def _verbose(send: Send, notices: list[str]) -> Send:
+    """Return a way to send a reply of health with notices in its body; what is no 200 goes as it is."""
+    body = json.dumps({"ok": "ok", "notices": notices}).encode()
+    is_ok = False
+
+    async def send_verbose(message: Message) -> None:
+        nonlocal is_ok
+        if message["type"] == "http.response.start":
+            is_ok = message["status"] == 200
+            if is_ok:
+                MutableHeaders(scope=message)["content-length"] = str(len(body))
+        elif is_ok and message.get("body"):
+            message = {**message, "body": body}
+        await send(message)
+
+    return send_verbose

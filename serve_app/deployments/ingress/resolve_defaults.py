@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, ScaledAdapter, UnresolvedRequest, scale_of
-from serve_app.errors import OutOfBounds, UnknownScheduler
+from serve_app.errors import MalformedRequest, OutOfBounds, UnknownScheduler
+from serve_app.families.family import Family
+from serve_app.families.schedulers import REQUEST_OPTIONS, TIMESTEP_SPACINGS, is_known_name, known_names
 
-SIDE_MULTIPLE = 8
 MAX_SEED = 2**63 - 1
 
 
@@ -21,19 +22,24 @@ def resolve_defaults(
     *,
     request_id: str,
     seed: int,
+    family: Family | None = None,
 ) -> GenerationRequest:
     """Fill in what the draft leaves open and check every bound of the base; `seed` is used where the draft has none.
 
+    `family` None means that nobody knows it yet; the replica then refuses what is refused here otherwise.
+
     Raises:
+        MalformedRequest: the family draws from no such inputs, or takes no such parameter.
         OutOfBounds: a value outside the limits of the base.
         UnknownScheduler: a scheduler that the base does not offer.
     """
-    width, height = _size(draft, base)
+    known = family or UNKNOWN
+    width, height = _size(draft, base, known.side_multiple)
     _check_numbers(draft, base)
     _check_adapters(adapters, base)
-    if draft.scheduler is not None and draft.scheduler not in base.schedulers:
-        raise UnknownScheduler(name=draft.scheduler, base=base.id, choices=", ".join(base.schedulers))
-    defaults = base.defaults
+    _check_scheduler(draft, base)
+    steps = _steps(draft, base, known)
+    guidance = base.defaults.guidance_scale if draft.guidance_scale is None else draft.guidance_scale
     return GenerationRequest(
         request_id=request_id,
         base_id=base.id,
@@ -42,22 +48,81 @@ def resolve_defaults(
         adapters=tuple(sorted(adapters, key=lambda use: use.spec.key)),
         width=width,
         height=height,
-        steps=defaults.steps if draft.steps is None else draft.steps,
-        guidance_scale=defaults.guidance_scale if draft.guidance_scale is None else draft.guidance_scale,
+        steps=steps,
+        guidance_scale=guidance,
         scheduler=draft.scheduler,
         seed=seed if draft.seed is None else draft.seed,
         num_images=draft.num_images,
         image=draft.image,
-        strength=_strength(draft, base),
+        strength=_strength(draft, base, known),
         mask=draft.mask,
+        options=draft.options,
+        scheduler_options=draft.scheduler_options,
+        denoiser_runs=None if family is None else _runs(draft, guidance, family),
         num_previews=draft.num_previews,
         priority=draft.priority,
         due=draft.due,
     )
 
 
-def _strength(draft: UnresolvedRequest, base: BaseModelConfig) -> float | None:
+UNKNOWN = Family("unknown", is_known=False)
+
+
+def _runs(draft: UnresolvedRequest, guidance: float, family: Family) -> int:
+    has_negative = draft.negative_prompt is not None
+    return family.evaluations(guidance, draft.options.true_cfg_scale, has_negative_prompt=has_negative)
+
+
+def _steps(draft: UnresolvedRequest, base: BaseModelConfig, family: Family) -> int:
+    """Return how many steps are asked for; a list of noise levels or timesteps says it by its length."""
+    levels = {name: values for name in ("sigmas", "timesteps") if (values := getattr(draft.options, name)) is not None}
+    if len(levels) > 1:
+        raise MalformedRequest("the steps are given either as 'sigmas' or as 'timesteps', not as both")
+    for name, values in levels.items():
+        if not 1 <= len(values) <= base.limits.max_steps:
+            raise OutOfBounds(name, f"{len(values)} long", f"from 1 to {base.limits.max_steps} long")
+        if draft.steps not in (None, len(values)):
+            raise MalformedRequest(
+                f"'num_inference_steps' is {draft.steps}, but '{name}' has {len(values)}; leave it out"
+            )
+    steps = next((len(values) for values in levels.values()), draft.steps)
+    if steps is not None and steps < family.min_steps:
+        raise OutOfBounds("num_inference_steps", steps, f"at least {family.min_steps} for {base.id}")
+    return max(base.defaults.steps, family.min_steps) if steps is None else steps
+
+
+def _check_scheduler(draft: UnresolvedRequest, base: BaseModelConfig) -> None:
+    name = draft.scheduler
+    is_listed = name in base.schedulers if base.schedulers is not None else name is None or is_known_name(name)
+    is_own = name is None or name == base.scheduler or (base.schedulers is None and name.endswith("Scheduler"))
+    if name is not None and not (is_listed or is_own):
+        raise UnknownScheduler(name=name, base=base.id, choices=", ".join(base.schedulers or known_names()))
+    for option, value in draft.scheduler_options:
+        kind = REQUEST_OPTIONS.get(option)
+        if kind is None:
+            raise MalformedRequest(f"a request cannot set '{option}'; it may set {', '.join(REQUEST_OPTIONS)}")
+        if not isinstance(value, (int, float) if kind is float else kind) or (
+            kind is float and isinstance(value, bool)
+        ):
+            raise MalformedRequest(f"scheduler option '{option}' must be of type {kind.__name__}")
+    spacing = dict(draft.scheduler_options).get("timestep_spacing")
+    if spacing is not None and spacing not in TIMESTEP_SPACINGS:
+        raise OutOfBounds("timestep_spacing", spacing, f"one of {', '.join(TIMESTEP_SPACINGS)}")
+    shift = dict(draft.scheduler_options).get("shift")
+    if isinstance(shift, int | float) and not 0 < shift <= 100:
+        raise OutOfBounds("shift", shift, "over 0 and at most 100")
+
+
+def _strength(draft: UnresolvedRequest, base: BaseModelConfig, family: Family) -> float | None:
+    task = family.task_of(has_image=draft.image is not None, has_mask=draft.mask is not None)
+    if not family.serves(task):
+        drawn = ", ".join(family.tasks or ())
+        raise MalformedRequest(f"{base.id} does not serve '{task}'; it serves {drawn}")
     if draft.image is None:
+        return None
+    if task == "edit":
+        if draft.strength is not None:
+            raise MalformedRequest(f"{base.id} takes no 'strength': the prompt says what to change in the picture")
         return None
     if draft.strength is not None:
         return draft.strength
@@ -65,31 +130,31 @@ def _strength(draft: UnresolvedRequest, base: BaseModelConfig) -> float | None:
     return base.defaults.strength if draft.mask is None else 1.0
 
 
-def _size(draft: UnresolvedRequest, base: BaseModelConfig) -> tuple[int, int]:
+def _size(draft: UnresolvedRequest, base: BaseModelConfig, multiple: int) -> tuple[int, int]:
     """Return width and height: as asked, else the input picture's rounded to what the base can draw, else default."""
     limits = base.limits
     if draft.image is not None and draft.width is None and draft.height is None:
-        return _fitted(draft.image.width, draft.image.height, base)
+        return _fitted(draft.image.width, draft.image.height, base, multiple)
     width = base.defaults.width if draft.width is None else draft.width
     height = base.defaults.height if draft.height is None else draft.height
     for name, side in (("width", width), ("height", height)):
-        if side % SIDE_MULTIPLE or not limits.min_side <= side <= limits.max_side:
-            raise OutOfBounds(name, side, f"a multiple of {SIDE_MULTIPLE} from {limits.min_side} to {limits.max_side}")
+        if side % multiple or not limits.min_side <= side <= limits.max_side:
+            raise OutOfBounds(name, side, f"a multiple of {multiple} from {limits.min_side} to {limits.max_side}")
     if width * height > limits.max_pixels:
         raise OutOfBounds("width x height", width * height, f"at most {limits.max_pixels} pixels for {base.id}")
     return width, height
 
 
-def _fitted(width: int, height: int, base: BaseModelConfig) -> tuple[int, int]:
+def _fitted(width: int, height: int, base: BaseModelConfig, multiple: int) -> tuple[int, int]:
     """Scale a picture's size, its proportions kept, into the base's limits, and round to what the base can draw."""
     limits = base.limits
     scale = min(1.0, (limits.max_pixels / (width * height)) ** 0.5, limits.max_side / max(width, height))
     scale = max(scale, limits.min_side / min(width, height))
-    low = -(-limits.min_side // SIDE_MULTIPLE) * SIDE_MULTIPLE
-    high = limits.max_side // SIDE_MULTIPLE * SIDE_MULTIPLE
+    low = -(-limits.min_side // multiple) * multiple
+    high = limits.max_side // multiple * multiple
 
     def drawable(side: int) -> int:
-        return min(high, max(low, int(side * scale) // SIDE_MULTIPLE * SIDE_MULTIPLE))
+        return min(high, max(low, int(side * scale) // multiple * multiple))
 
     fitted = drawable(width), drawable(height)
     if fitted[0] * fitted[1] > limits.max_pixels:

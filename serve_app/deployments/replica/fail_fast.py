@@ -1,7 +1,7 @@
 """How a replica ends that will answer nothing more: at once, so that its requests go elsewhere and it is replaced.
 
-Serve takes a replica's word for its health only when it has said three times that it is ill, and would then wait for
-requests that never end; a process that has ended is replaced at the next look. Must not know Ray or what is wrong.
+Ray Serve replaces a replica only after three failed health checks, and then waits for its running requests, which may
+never end. A replica whose process exits is replaced at once. Must not know Ray or what is wrong.
 """
 
 from __future__ import annotations

@@ -48,6 +48,6 @@ def diagnose(state: WorkerState, base_id: str, *, stall_after_s: float = STALL_A
 
 def stall_after_s(base: BaseModelConfig) -> float:
     """Return how long a base's device may make no progress while it has work."""
-    if base.replica.stall_after_s is not None:
-        return base.replica.stall_after_s
+    if base.replica.stall_timeout_s is not None:
+        return base.replica.stall_timeout_s
     return STALL_AFTER_COMPILING_S if base.compile else STALL_AFTER_S

@@ -20,6 +20,7 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.shared.sharing import Files, share
+from serve_app.families.family import Family
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
 from serve_app.work import image_units
@@ -32,11 +33,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Of host_cache, what may lie idle between two adapters: memory that is warm is faster to fill.
+IDLE_BUFFER_BYTES = 512 << 20
 
-def typical_units(base: BaseModelConfig) -> float:
+
+def typical_units(base: BaseModelConfig, family: Family) -> float:
     """Return the work of one image as the base draws it by default, in the units of `serve_app.work`."""
     defaults = base.defaults
-    return image_units(defaults.steps, defaults.guidance_scale, defaults.width, defaults.height)
+    runs = family.evaluations(defaults.guidance_scale, None, has_negative_prompt=False)
+    return image_units(defaults.steps, runs, defaults.width, defaults.height)
 
 
 def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeline:
@@ -45,31 +50,29 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     Raises:
         BaseUnusable: it cannot be loaded as configured.
     """
-    from serve_app.engine.base.digests import FileDigests
     from serve_app.engine.base.loading import HubAccess, resolve_source
     from serve_app.engine.drawing.pipeline import BasePipeline
 
     return BasePipeline.load(
         base,
         resolve_source(base.source, embedded_root()),
-        vae_source=resolve_source(base.vae_source, embedded_root()) if base.vae_source else None,
+        parts={name: resolve_source(part, embedded_root()) for name, part in base.part_sources.items()},
         hub=HubAccess(token=environment.token),
-        digests=FileDigests(environment.cache_dir / "digests"),
     )
 
 
-def choose_residence(base: BaseModelConfig, pipeline: BasePipeline) -> WeightPlacement:
-    """Choose where the pristine weights live, once the base is loaded."""
+def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_bytes: int) -> WeightPlacement:
+    """Choose where the pristine weights live, once the base is loaded and a pass was seen to take `pass_bytes`."""
     from serve_app.engine.base.manifest import bytes_of_layers
     from serve_app.engine.weights.placement import choose_placement, free_bytes_of
 
     asked = base.replica
     chosen = choose_placement(
-        asked.pristine_in,
-        asked.prepare_ahead,
+        asked.base_weights,
+        asked.prefetch_swap,
         layer_bytes=bytes_of_layers(pipeline.components),
-        reserved_bytes=asked.device_cache,
-        free_bytes=free_bytes_of(pipeline.device),
+        reserved_bytes=asked.device_cache + pass_bytes,
+        free_bytes=free_bytes_of(pipeline.device, asked.num_gpus),
     )
     log.info("%s keeps its pristine weights on the %s", base.id, chosen.pristine_in)
     return chosen
@@ -86,32 +89,36 @@ def make_store(
     on_brought: Callable[[str], None],
 ) -> AdapterStore[ParsedAdapter]:
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
-    from serve_app.engine.adapters.canonical import read_canonical
+    from serve_app.engine.adapters.canonical import read_canonical, reader_version
+    from serve_app.engine.adapters.host_buffer import HostBuffers, book_page_locked_at_its_size
 
+    idle_bytes = min(IDLE_BUFFER_BYTES, base.replica.host_cache // 8)
+    buffers = HostBuffers(idle_bytes)
     is_on_gpu = pipeline.device.type == "cuda"
     files: Files = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
+    if is_on_gpu:
+        book_page_locked_at_its_size()
     if shared_files is not None:
         sharing = config.adapters.sharing
         files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
         began_s = time.monotonic()
-        await admission.admit(source, spec.id, target, await files.embeddings(spec))
+        await admission.admit(source, spec.id, target, await files.embeddings(spec), spec.settings)
         log.info("%s was admitted in %.1f ms", spec.key, (time.monotonic() - began_s) * 1e3)
 
     return AdapterStore(
         admitted=AdmittedFiles(
             environment.cache_dir / "admitted",
-            config.cache_size,
-            base_fingerprint=pipeline.manifest.fingerprint,
-            dtype=pipeline.manifest.dtype,
+            config.disk_cache,
+            depends_on=(pipeline.manifest.fingerprint, reader_version(), base.adapter_limits.model_dump_json()),
             clock=time.time,
         ),
         fetch=files.path,
         admit=admit,
-        load=lambda spec, path: read_canonical(path, pinned=is_on_gpu),
+        load=lambda spec, path: read_canonical(path, pinned=is_on_gpu, buffers=buffers),
         size_of=lambda adapter: adapter.size_bytes,
-        host_budget_bytes=base.replica.host_cache,
+        host_budget_bytes=base.replica.host_cache - idle_bytes,
         clock=time.monotonic,
         failure_ttl_s=config.adapters.failure_ttl_s,
         release=files.release,

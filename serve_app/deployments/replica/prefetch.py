@@ -88,7 +88,7 @@ def warm_up_limits(settings: ReplicaSettings) -> WarmUpLimits:
     """Return what a replica's settings allow: never more than it could hold."""
     return WarmUpLimits(
         timeout_s=settings.warm_up_timeout_s,
-        max_adapters=settings.adapters_per_replica,
+        max_adapters=settings.max_warm_up_adapters,
         max_bytes=min(settings.warm_up_size, settings.host_cache),
     )
 

@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import AsyncGenerator, Callable
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -24,6 +24,7 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
 from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_after_s
+from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
 from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
 from serve_app.deployments.replica.peers import collect_peer_usage
 from serve_app.deployments.replica.prefetch import PopularAdapter, UsageTracker, prefetch_adapters, warm_up_limits
@@ -34,8 +35,7 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import InternalError, LoraplexError
 from serve_app.observability.metrics import ReplicaMetrics, TracingMetrics
 from serve_app.observability.tracing import close_tracing, set_up_tracing, span
-from serve_app.routing.cost import demand_of
-from serve_app.routing.recorder import DeviceLoad, RoutingStatsCollector, Tiers
+from serve_app.routing.stats import DeviceLoad, RoutingStatsCollector
 from serve_app.store.quarantine import Quarantine
 from serve_app.store.store import Lease
 
@@ -49,21 +49,6 @@ log = logging.getLogger(__name__)
 
 class ReplicaUnhealthy(Exception):
     """Raised by the health check: Serve replaces this replica."""
-
-
-def multiplexer(max_adapters: int) -> Callable[[str], Awaitable[str]]:
-    """Return the function through which Ray learns which adapters this replica holds.
-
-    What it holds is a key: the adapter itself is in the store, pinned by whoever uses it, so that Ray's eviction, by
-    count and blind to use, can never take an adapter from a running request. The store does the slow part before this
-    is called, because Ray's wrapper loads one model at a time.
-    """
-
-    @serve.multiplexed(max_num_models_per_replica=max_adapters)
-    async def held_adapter(key: str) -> str:
-        return key
-
-    return cast("Callable[[str], Awaitable[str]]", held_adapter)
 
 
 @serve.deployment
@@ -83,9 +68,12 @@ class BaseModelReplica:
     ) -> None:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission.process import AdmissionProcess
+        from serve_app.engine.drawing.trial import try_tasks
         from serve_app.engine.drawing.warmup import warm_up
         from serve_app.engine.weights.fused import FusedWeights
         from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
+        from serve_app.engine.weights.made_up import warm_swaps
+        from serve_app.engine.weights.shortage import is_out_of_memory
         from serve_app.engine.worker.scheduling import QueuePolicy
         from serve_app.engine.worker.worker import EngineWorker
 
@@ -95,17 +83,22 @@ class BaseModelReplica:
         started = time.monotonic()
         self._base = base
         pipeline = load_pipeline(base, environment)
+        try_tasks(pipeline, base)
         torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
-        if base.compile or pipeline.device.type == "cuda":
-            warming_s = warm_up(pipeline, base, torch_threads=torch_threads)
-            log.info("%s is warm after %.1f s", base.id, warming_s)
+        is_on_gpu, pass_bytes = pipeline.device.type == "cuda", 0
+        if base.compile or is_on_gpu:
+            warmth = warm_up(pipeline, base, torch_threads=torch_threads, is_out_of_memory=is_out_of_memory)
+            pass_bytes = warmth.pass_bytes
+            log.info("%s is warm after %.1f s, for %d images", base.id, warmth.seconds, warmth.images)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
-        residence = choose_residence(base, pipeline)
+        residence = choose_residence(base, pipeline, pass_bytes=pass_bytes)
         self._weights = FusedWeights(
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
             pristine_in=residence.pristine_in,
         )
+        if is_on_gpu:
+            warm_swaps(self._weights, pipeline.manifest, residence)
         self._worker = EngineWorker(
             pipeline,
             self._weights,
@@ -113,9 +106,11 @@ class BaseModelReplica:
             torch_threads=torch_threads,
             prepares_ahead=residence.prepares_ahead,
             self_check=ThrottledChecker(IntegrityChecker(self._weights.watched, is_modified=self._weights.is_modified)),
-            policy=QueuePolicy(base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_delay_s),
-            max_backlog_s=base.replica.max_backlog_s,
-            typical_units=typical_units(base),
+            policy=QueuePolicy(
+                base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
+            ),
+            max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
+            typical_units=typical_units(base, pipeline.family),
         )
         self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))
         self._guardian = start_watchdog(base.replica)
@@ -123,16 +118,20 @@ class BaseModelReplica:
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
             base, config, environment, pipeline=pipeline, admission=self._admission,
-            shared_files=shared_files, on_brought=self._metrics.file_brought,
+            shared_files=shared_files, on_brought=self._metrics.file_fetched,
         )  # fmt: skip
-        self._hold = multiplexer(base.replica.adapters_per_replica)
-        self._recorder = RoutingStatsCollector(
-            wall_clock=time.time, clock=time.monotonic, stall_after_s=base.router.stall_after_s
-        )
+        self._ids = MultiplexedIds(self._store.resident)
+        self._recorder = RoutingStatsCollector(clock=time.monotonic, stall_after_s=base.router.deprioritize_after_s)
         self._demand = UsageTracker(time.monotonic)
         own_id = serve.get_replica_context().replica_id.unique_id
         self._residency = ReplicaReporter(
-            own_id, base.id, pipeline.device_name, store=self._store, weights=self._weights, clock=time.time
+            own_id,
+            base.id,
+            pipeline.device_name,
+            store=self._store,
+            weights=self._weights,
+            clock=time.time,
+            abilities=pipeline.abilities(),
         )
         warmed = await prefetch_adapters(
             collect_peer_usage, self._bring, warm_up_limits(base.replica), clock=time.monotonic
@@ -187,13 +186,12 @@ class BaseModelReplica:
         await self._fail_fast.block_if_exiting()
         try:
             async with contextlib.AsyncExitStack() as pins:
-                demand = demand_of(request)
-                with self._worker.expecting(request), self._recorder.fetching(demand), use_hub_token(request.hub_token):
+                pins.enter_context(self._recorder.accepted(request))
+                with self._worker.expecting(request), use_hub_token(request.hub_token):
                     leases = await self._lease_all(request, pins)
-                pins.enter_context(self._quarantine.watched(request))
+                pins.enter_context(self._quarantine.guard(request))
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
                 job = self._worker.submit(request, adapters, on_event=on_event)
-                self._recorder.queued(demand)
                 result = await asyncio.wrap_future(job.future)
         except LoraplexError as error:
             self._fail_fast.check_and_exit()
@@ -219,7 +217,6 @@ class BaseModelReplica:
         self, timings: Timings, leases: list[Lease[ParsedAdapter]], result: GenerationResult
     ) -> GenerationResult:
         self._metrics.served(timings, batch_size=result.batch_size)
-        self._recorder.served(leases, timings)
         for lease in leases:
             self._metrics.adapter_found(lease.tier)
             self._demand.note(lease.spec)
@@ -249,8 +246,7 @@ class BaseModelReplica:
             raise
         for lease in leases:
             self._residency.note(lease, is_hit=True)
-            # Shielded: a caller who leaves in the middle would have Ray advertise an adapter that never came.
-            await asyncio.shield(self._hold(lease.spec.key))
+        await self._ids.update()
         return leases
 
     async def state(self) -> WorkerState:
@@ -267,14 +263,10 @@ class BaseModelReplica:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Return what routers go by; called by Serve every `stats_period_s`."""
-        state, host = self._worker.snapshot(), self._store.state()
-        progress = state.steps + state.work.busy_s
-        return self._recorder.snapshot(
-            DeviceLoad(
-                state.backlog_s, state.pace, progress, state.running > 0, has_failed=self._fail_fast.check_failed()
-            ),
-            Tiers(self._store.resident(), host.budget_bytes - host.used_bytes, self._residency.on_device(state)),
-        )
+        await self._ids.update()
+        state = self._worker.snapshot()
+        progress, has_failed = state.steps + state.work.busy_s, self._fail_fast.check_failed()
+        return self._recorder.snapshot(DeviceLoad(state.backlog_s, state.pace, progress, state.running > 0, has_failed))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Return what the autoscaling policy goes by; called by Serve every `metrics_interval_s`."""
@@ -292,7 +284,7 @@ class BaseModelReplica:
     async def _bring(self, spec: AdapterSpec) -> None:
         async with self._store.lease(spec) as lease:
             self._residency.note(lease, is_hit=False)
-            await self._hold(spec.key)
+            await self._ids.update()
 
     async def report(self) -> ReplicaReport:
         """Return what this replica is doing and holds."""

@@ -19,6 +19,7 @@ from serve_app.catalog.replica_report import (
     ResidentAdapter,
 )
 from serve_app.core import AdapterSpec, Scale
+from serve_app.families.abilities import BaseAbilities
 from serve_app.store.quarantine import QuarantineEntry
 from serve_app.store.store import AdapterStore, Lease
 
@@ -107,6 +108,7 @@ class ReplicaReporter:
         base_id: str,
         device: str,
         *,
+        abilities: BaseAbilities | None = None,
         store: AdapterStore[ParsedAdapter],
         weights: FusedWeights,
         clock: Callable[[], float],
@@ -115,6 +117,7 @@ class ReplicaReporter:
         self.replica_id = replica_id
         self._base_id = base_id
         self._device = device
+        self._abilities = abilities
         self._store = store
         self._weights = weights
         self._uses = AdapterUsageLog(clock=clock)
@@ -139,12 +142,8 @@ class ReplicaReporter:
             holdings=self._uses.holdings(state.applied, self._weights.cached, self._store.resident()),
             uses=self._uses.uses(),
             held_back=tuple(QuarantinedAdapters(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
+            abilities=self._abilities,
         )
-
-    def on_device(self, state: WorkerState) -> tuple[str, ...]:
-        """Return the keys of the adapters whose copies are on the device, as routers want them."""
-        held = self._uses.holdings(state.applied, self._weights.cached, ())
-        return tuple(holding.key for holding in held if holding.tier == "device")
 
     def forget(self, model: str) -> bool:
         """Drop an adapter from memory once nobody uses it; say whether it was there."""

@@ -88,7 +88,7 @@ class FileIndex:
     def __init__(self, settings: SharingSettings) -> None:
         loop = asyncio.get_event_loop()
         self._flights = DownloadCoordinator(
-            patience_s=settings.patience_s, budget_bytes=settings.memory, clock=loop.time
+            patience_s=settings.wait_timeout_s, budget_bytes=settings.memory, clock=loop.time
         )
 
     async def claim(self, key: str) -> SharedFile | None:

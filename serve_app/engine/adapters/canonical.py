@@ -1,12 +1,14 @@
 """The canonical form of an admitted adapter: one flat aligned body and a table, read back in one pass.
 
 Owns the layout and its integrity: a preamble (magic, table length, body length), a JSON table, at the next page a
-body in which every tensor is aligned, and a seal over all of it. Files are this service's own, written after
-admission; one that is damaged anywhere is recognised, so that the adapter can be admitted again.
+body in which every tensor is aligned and layers that are alike lie together, and a seal over all of it. Files are this
+service's own, written after admission; one that is damaged anywhere is recognised, so that the adapter can be admitted
+again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +19,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy
 import torch
 from torch import Tensor
@@ -25,23 +28,27 @@ from serve_app.engine.adapters.deltas import (
     Coverage,
     Delta,
     Dense,
+    Direction,
     Dora,
     Hadamard,
     Kronecker,
     LowRank,
+    LowRankStack,
     ParsedAdapter,
+    StackedLayers,
     bytes_of,
     dtype_named,
 )
 from serve_app.engine.adapters.host_buffer import HostBuffers
+from serve_app.engine.adapters.stacks import memory_of, row_stride, rows_of, stack_layers
 from serve_app.errors import LoraplexError
+from serve_app.families import spellings
 
-MAGIC = b"LPXADPT2"
+MAGIC = b"LPXADPT3"
 PREAMBLE = struct.Struct("<8sQQ")
 TENSOR_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
 KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
-BUFFERS = HostBuffers()
 
 
 @dataclass(eq=False)
@@ -51,6 +58,18 @@ class DamagedCanonicalFile(LoraplexError, ValueError):
     digest: str
     code = "damaged_canonical_file"
     template = "a prepared adapter file is damaged ({digest})"
+
+
+def reader_version() -> str:
+    """Return what tells readers apart: a digest of the code that decides what a file becomes, and diffusers' version.
+
+    Files that another reader admitted are admitted again.
+    """
+    digest = hashlib.sha256(diffusers.__version__.encode())
+    for folder in (Path(__file__).parent, Path(spellings.__file__).parent):
+        for path in sorted(folder.glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
@@ -77,27 +96,30 @@ def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_canonical(path: Path, *, pinned: bool = False) -> ParsedAdapter:
+def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | None = None) -> ParsedAdapter:
     """Read a canonical file; its tensors are views of one host buffer, page-locked where `pinned`.
+
+    Memory comes from `buffers`, where there are some, and goes back there.
 
     Raises:
         DamagedCanonicalFile: the file is cut short, altered anywhere, or not one of ours.
     """
     with path.open("rb", buffering=0) as file:
         head, table_size, body_size = _read_head(file, path)
-        body = BUFFERS.take(body_size, pinned=pinned)
+        body = (buffers or HostBuffers(0)).take(body_size, pinned=pinned)
         seal = FileChecksum(head)
         _fill(file, body, seal, path)
         if file.read(SEAL_BYTES) != seal.value():
             raise DamagedCanonicalFile(path.stem)
     table = json.loads(head[PREAMBLE.size : PREAMBLE.size + table_size])
-    components: dict[str, dict[str, Delta]] = {}
-    for component, module, description in table["layers"]:
-        components.setdefault(component, {})[module] = _rebuild(description, body)
     matched, in_file, unmatched, ranks = table["coverage"]
     return ParsedAdapter(
         digest=table["digest"],
-        components=components,
+        components=StackedLayers(
+            table["components"],
+            [_stack(*described, body) for described in table["stacks"]],
+            [(component, module, _rebuild(described, body)) for component, module, described in table["singles"]],
+        ),
         coverage=Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1])),
         # Copied, so that whoever keeps the few words alone does not keep the whole buffer alive.
         words={component: _view(place, body).clone() for component, place in table["words"].items()},
@@ -105,11 +127,13 @@ def read_canonical(path: Path, *, pinned: bool = False) -> ParsedAdapter:
 
 
 def _table_of(adapter: ParsedAdapter, body: _Body) -> dict[str, Any]:
-    coverage = adapter.coverage
+    coverage, layers = adapter.coverage, stack_layers(adapter.components)
     return {
         "digest": adapter.digest,
         "coverage": [coverage.layers_matched, coverage.layers_in_file, coverage.unmatched, coverage.ranks],
-        "layers": [[component, module, _describe(delta, body)] for component, module, delta in adapter.layers()],
+        "components": list(layers),
+        "stacks": [_describe_stack(stack, body) for stack in layers.stacks],
+        "singles": [[component, module, _describe(delta, body)] for component, module, delta in layers.singles],
         "words": {component: _place(rows, body) for component, rows in adapter.words.items()},
     }
 
@@ -137,13 +161,31 @@ class _Body:
         yield b"\0" * (self.size - position)
 
 
+def _describe_stack(stack: LowRankStack, body: _Body) -> list[Any]:
+    """Place a stack's matrices one after another, and say what `_stack` takes."""
+    places = [_place(memory_of(rows), body) | {"shape": list(rows.shape)} for rows in (stack.downs, stack.ups)]
+    return [stack.component, stack.modules, *places, stack.alpha, stack.divisor]
+
+
+def _stack(component: str, modules: list[str], downs: dict[str, Any], ups: dict[str, Any], *rest: Any) -> LowRankStack:
+    alpha, divisor, body = rest
+    return LowRankStack(component, tuple(modules), _rows(downs, body), _rows(ups, body), alpha, divisor)
+
+
+def _rows(place: dict[str, Any], body: Tensor) -> Tensor:
+    count, *shape = place["shape"]
+    dtype = dtype_named(place["dtype"])
+    size = count * row_stride(shape, dtype) * dtype.itemsize
+    return rows_of(body[place["at"] : place["at"] + size].view(dtype), count, shape)
+
+
 def _describe(delta: Delta, body: _Body) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": type(delta).__name__}
     for field in fields(delta):
         value = getattr(delta, field.name)
         if isinstance(value, Tensor):
             value = _place(value, body)
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             value = _describe(value, body)
         described[field.name] = value
     return described
@@ -211,11 +253,21 @@ WORD_BYTES = 8
 SEAL_BYTES = 32
 
 
+@functools.cache
+def _place_weights() -> numpy.ndarray[Any, numpy.dtype[numpy.uint64]]:
+    """Return an odd weight for each word of a chunk: the numbers of the splitmix64 generator."""
+    mixed = numpy.arange(1, CHUNK_BYTES // WORD_BYTES + 1, dtype=numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
+    return (mixed ^ (mixed >> numpy.uint64(31))) | numpy.uint64(1)
+
+
 class FileChecksum:
     """Takes bytes in pieces of any size; the value does not depend on where they were cut.
 
-    Each chunk of `CHUNK_BYTES` is added up in 64-bit words, which any single change shows in; the sums, in order,
-    and the head are hashed, so that chunks cannot change places either.
+    Each chunk of `CHUNK_BYTES` is added up in 64-bit words, each multiplied by an odd weight of its place: any single
+    change shows, and so do words or pages that changed places. The sums, in order, and the head are hashed, so that
+    chunks cannot change places either.
     """
 
     def __init__(self, head: bytes) -> None:
@@ -234,7 +286,9 @@ class FileChecksum:
             view = view[:whole]
         while view:
             part = view[: CHUNK_BYTES - self._length]
-            self._sum += int(numpy.frombuffer(part, numpy.uint64).sum(dtype=numpy.uint64))
+            words = numpy.frombuffer(part, numpy.uint64)
+            first = self._length // WORD_BYTES
+            self._sum += int((words * _place_weights()[first : first + len(words)]).sum(dtype=numpy.uint64))
             self._length += len(part)
             view = view[len(part) :]
             if self._length == CHUNK_BYTES:

@@ -6,8 +6,9 @@ Owns the kinds of change (`Delta`) and `ParsedAdapter`. Must not know files, for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """W + s * (up @ down), with s = scale * alpha / divisor; the bias, where there is one, gets s * bias.
+    """W + s * (up @ down), with s = scale * alpha / divisor; the layer's bias gets s * bias + scale * shift.
 
     Linear: down [rank, in], up [out, rank]. Convolution: down [rank, in, kh, kw], up [out, rank, 1, 1].
     `divisor` is the rank, or its square root under rank stabilisation. Kept apart from `alpha` because peft
@@ -27,6 +28,7 @@ class LowRank:
     alpha: float
     divisor: float
     bias: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -36,14 +38,6 @@ class LowRank:
     def factor(self, scale: float) -> float:
         """Return the number that multiplies the product at a request's scale."""
         return scale * self.alpha / self.divisor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dora:
-    """magnitude * (W + d) / ||W + d||, d the change of `direction`; norms are per output. `magnitude` is [out]."""
-
-    direction: LowRank
-    magnitude: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +70,7 @@ class Kronecker:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dense:
-    """W + scale * weight, in the layer's own shape (a full difference); the bias, where there is one, alike."""
+    """W + scale * weight, in the shape of the layer or norm (a full difference); a bias alike."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -86,15 +80,106 @@ class Dense:
         return scale
 
 
+Direction = LowRank | Hadamard | Kronecker | Dense
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dora:
+    """magnitude * (W + d) / ||W + d||, d the change of `direction`.
+
+    Norms and magnitudes are per output, [out], or, where `is_per_input`, per input channel, [in].
+    """
+
+    direction: Direction
+    magnitude: Tensor
+    is_per_input: bool = False
+
+
 Delta = LowRank | Dora | Hadamard | Kronecker | Dense
+
+
+# One change by itself: component, module, change.
+SingleLayer = tuple[str, str, Delta]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRankStack:
+    """The changes of linear layers of one component, shape and rank, without biases: layer i has the i-th factors.
+
+    downs [n, rank, in], ups [n, out, rank]; each matrix is contiguous and aligned as a tensor of its own would be.
+    `alpha` and `divisor` are those of `LowRank`, the same for all.
+    """
+
+    component: str
+    modules: tuple[str, ...]
+    downs: Tensor
+    ups: Tensor
+    alpha: float
+    divisor: float
+
+    def factor(self, scale: float) -> float:
+        """Return the number that multiplies the products at a request's scale."""
+        return scale * self.alpha / self.divisor
+
+    def layers(self) -> Iterator[tuple[str, LowRank]]:
+        """Yield (module, change), as views."""
+        for module, down, up in zip(self.modules, self.downs.unbind(), self.ups.unbind(), strict=True):
+            yield module, LowRank(down, up, self.alpha, self.divisor)
+
+
+class StackedLayers(Mapping[str, Mapping[str, Delta]]):
+    """An adapter's changes by component and module, of which those that can be are stacked.
+
+    Single layers are made up of the stacks at the first look, so that a swap, which takes the stacks, never pays for
+    them.
+    """
+
+    def __init__(
+        self, components: Sequence[str], stacks: Sequence[LowRankStack], singles: Sequence[SingleLayer]
+    ) -> None:
+        self._components = tuple(components)
+        self.stacks = tuple(stacks)
+        self.singles = tuple(singles)
+
+    def __getitem__(self, component: str) -> Mapping[str, Delta]:
+        return self._layers[component]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._components)
+
+    def __len__(self) -> int:
+        return len(self._components)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield all tensors, those of a stack as one."""
+        for stack in self.stacks:
+            yield stack.downs
+            yield stack.ups
+        for _, _, delta in self.singles:
+            yield from tensors_of(delta)
+
+    def mapped(self, change: Callable[[Tensor], Tensor], change_single: Callable[[Delta], Delta]) -> StackedLayers:
+        """Return the same changes with every stacked tensor and every single change replaced."""
+        stacks = [replace(stack, downs=change(stack.downs), ups=change(stack.ups)) for stack in self.stacks]
+        singles = [(component, module, change_single(delta)) for component, module, delta in self.singles]
+        return StackedLayers(self._components, stacks, singles)
+
+    @cached_property
+    def _layers(self) -> dict[str, dict[str, Delta]]:
+        layers: dict[str, dict[str, Delta]] = {component: {} for component in self._components}
+        for stack in self.stacks:
+            layers[stack.component].update(stack.layers())
+        for component, module, delta in self.singles:
+            layers[component][module] = delta
+        return layers
 
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
     """How much of a file the base understood.
 
-    Counts are in layers; `unmatched` names some of the layers the base does not have, `ranks` the smallest and the
-    largest inner width.
+    Counts are in layers, and a tensor that is no part of one counts as one; `unmatched` names some of what the base
+    does not have, `ranks` the smallest and the largest inner width.
     """
 
     layers_matched: int
@@ -121,8 +206,15 @@ class ParsedAdapter:
     @property
     def size_bytes(self) -> int:
         """The bytes of all tensors."""
-        layers = sum(tensor.nbytes for _, _, delta in self.layers() for tensor in tensors_of(delta))
-        return layers + sum(rows.nbytes for rows in self.words.values())
+        return sum(tensor.nbytes for tensor in self.tensors()) + sum(rows.nbytes for rows in self.words.values())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors of all changes, as they lie: those of a stack together."""
+        if isinstance(self.components, StackedLayers):
+            yield from self.components.tensors()
+            return
+        for _, _, delta in self.layers():
+            yield from tensors_of(delta)
 
     def layers(self) -> Iterator[tuple[str, str, Delta]]:
         """Yield (component, module, change) in the adapter's own order."""
@@ -137,7 +229,7 @@ def tensors_of(delta: Delta) -> Iterator[Tensor]:
         value = getattr(delta, part.name)
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             yield from tensors_of(value)
 
 

@@ -8,36 +8,99 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, Dense, Dora, Hadamard, Kronecker, LowRank, dtype_named
+from serve_app.engine.adapters.deltas import (
+    Delta,
+    Dense,
+    Direction,
+    Dora,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    dtype_named,
+)
 from serve_app.engine.adapters.lycoris import dense, hadamard, kronecker
 from serve_app.engine.adapters.metadata import Scaling
 from serve_app.engine.adapters.target_layers import TargetLayer, alpha_and_divisor, check_finite, check_rank
 from serve_app.refusals import UnsupportedMethod
 
-LORA_PARTS = frozenset(("down", "up", "mid", "bias", "magnitude", "dora_scale", "alpha"))
+# The layers that read the picture: a base that takes more channels (inpainting, fill) has them behind the others.
+INPUT_LAYERS = frozenset(("conv_in", "x_embedder", "img_in"))
 
 
-def build_delta(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> Delta:
-    """Return one layer's change.
+class LayerParts(Mapping[str, Tensor]):
+    """The parts of a layer, and which of them were read: what nobody reads must not be in an admitted file."""
+
+    def __init__(self, parts: Mapping[str, Tensor]) -> None:
+        self._parts = dict(parts)
+        self._read: set[str] = set()
+
+    def __getitem__(self, part: str) -> Tensor:
+        tensor = self._parts[part]
+        self._read.add(part)
+        return tensor
+
+    def __contains__(self, part: object) -> bool:
+        return part in self._parts
+
+    def __iter__(self):
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The parts that were not read."""
+        return tuple(part for part in self._parts if part not in self._read)
+
+
+def build_delta(tensors: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> Delta:
+    """Return one layer's change, made of every one of its tensors.
 
     Raises:
         ShapeMismatch: the factors do not fit the layer.
         RankTooHigh: the inner width is over the limit.
         MalformedFile: parts are missing, or contradict the file's metadata.
         NonFinite: a value is, or would become, NaN or infinite.
-        UnsupportedMethod: the parts belong to no method that is served.
+        UnsupportedMethod: the parts belong to no method that is served, or to several.
     """
-    methods = {part.partition("_")[0] for part in parts if part not in LORA_PARTS} or {"lora"}
-    if methods == {"lora"}:
-        delta = _lora(parts, scaling, place)
-    elif scaling is not None or len(methods) > 1 or set(parts) & (LORA_PARTS - {"alpha"}):
-        raise UnsupportedMethod(place.adapter, f"{place.label} mixes several methods")
-    else:
-        delta = {"hada": hadamard, "lokr": kronecker, "diff": dense}[methods.pop()](parts, place)
+    parts = LayerParts(tensors)
+    _check_floats(parts, place)
+    direction = _direction(parts, scaling, place)
+    magnitude, is_per_input = _magnitude(parts, place)
+    if isinstance(direction, LowRank):
+        has_bias = direction.bias is not None
+        _check_declared(scaling, place, rank=direction.rank, is_dora=magnitude is not None, has_bias=has_bias)
+    if parts.unread:
+        raise UnsupportedMethod(place.adapter, f"{place.label} mixes several methods: '{parts.unread[0]}' is left over")
+    delta = direction if magnitude is None else Dora(direction, magnitude, is_per_input)
     check_finite(delta, place)
     return delta
+
+
+def _direction(parts: LayerParts, scaling: Scaling | None, place: TargetLayer) -> Direction:
+    if place.layer.kind == "norm" and "diff" not in parts and "diff_b" not in parts:
+        raise UnsupportedMethod(place.adapter, f"{place.label} is a norm, which has no factors")
+    if "down" in parts or "up" in parts:
+        return _lora(parts, scaling, place)
+    if any(part.startswith("hada_") for part in parts):
+        return hadamard(parts, place)
+    if any(part.startswith("lokr_") for part in parts):
+        return kronecker(parts, place)
+    if "diff" in parts or "diff_b" in parts:
+        return dense(parts, place)
+    raise place.malformed("lacks its factors")
+
+
+def _check_floats(parts: LayerParts, place: TargetLayer) -> None:
+    for part, tensor in parts._parts.items():
+        if part != "alpha" and not tensor.is_floating_point():
+            raise place.malformed(
+                f"has a '{part}' of type {str(tensor.dtype).removeprefix('torch.')}, which is no float"
+            )
 
 
 def inner_width(delta: Delta) -> int:
@@ -46,7 +109,7 @@ def inner_width(delta: Delta) -> int:
         case LowRank():
             return delta.rank
         case Dora():
-            return delta.direction.rank
+            return inner_width(delta.direction)
         case Hadamard():
             return delta.up_1.shape[1]
         case Kronecker():
@@ -55,19 +118,18 @@ def inner_width(delta: Delta) -> int:
             return min(delta.weight.shape[:2])
 
 
-def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> LowRank | Dora:
+def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> LowRank:
     if "down" not in parts or "up" not in parts:
         raise place.malformed("lacks one of its two factors")
     down, up = _fitted(parts, place)
-    rank = down.shape[0]
-    alpha, divisor = alpha_and_divisor(parts, rank, scaling, place)
-    bias = _vector(parts.get("bias"), "bias", place)
-    if bias is not None and not place.layer.has_bias:
+    alpha, divisor = alpha_and_divisor(parts, down.shape[0], scaling, place)
+    bias, shift = parts.get("bias"), parts.get("diff_b")
+    if shift is not None and not place.layer.has_bias and not shift.any():
+        shift = None  # some tools write zeros for every layer
+    bias, shift = (_vector(tensor, "bias", place) for tensor in (bias, shift))
+    if (bias is not None or shift is not None) and not place.layer.has_bias:
         raise place.mismatch("the file changes a bias that it does not have")
-    low_rank = LowRank(down, up, alpha, divisor, bias)
-    magnitude = _magnitude(parts, place)
-    _check_declared(scaling, place, rank=rank, is_dora=magnitude is not None, has_bias=bias is not None)
-    return low_rank if magnitude is None else Dora(low_rank, magnitude)
+    return LowRank(down, up, alpha, divisor, bias, shift)
 
 
 def _fitted(parts: Mapping[str, Tensor], place: TargetLayer) -> tuple[Tensor, Tensor]:
@@ -81,6 +143,7 @@ def _fitted(parts: Mapping[str, Tensor], place: TargetLayer) -> tuple[Tensor, Te
         raise place.mismatch(f"the file has factors of shape {list(down.shape)} and {list(up.shape)}")
     rank = down.shape[0]
     check_rank(rank, place)
+    down = with_all_inputs(down, place)
     fits = down.shape[1:] == shape[1:] and up.shape == (shape[0], rank, *[1] * (len(shape) - 2))
     if not fits:
         raise place.mismatch(f"the file has factors of shape {list(down.shape)} and {list(up.shape)}")
@@ -103,12 +166,23 @@ def _with_middle(middle: Tensor, down: Tensor, place: TargetLayer) -> Tensor:
     return torch.einsum("rqhw,qi->rihw", middle.float(), down.flatten(1).float())
 
 
-def _magnitude(parts: Mapping[str, Tensor], place: TargetLayer) -> Tensor | None:
-    """Return DoRA's magnitudes; kohya's may be per input instead, [1, in], which is another method."""
-    kohya = parts.get("dora_scale")
-    if kohya is not None and (kohya.ndim < 1 or kohya.shape[0] != place.layer.shape[0]):
-        raise UnsupportedMethod(place.adapter, f"{place.label} has no magnitude per output")
-    return _vector(parts.get("magnitude", kohya), "magnitude", place)
+def with_all_inputs(factor: Tensor, place: TargetLayer) -> Tensor:
+    """Add zeros for the input channels that an adapter of the ordinary base does not know."""
+    missing = place.layer.shape[1] - factor.shape[1]
+    if place.module not in INPUT_LAYERS or missing <= 0:
+        return factor
+    return F.pad(factor, (*[0, 0] * (factor.ndim - 2), 0, missing))
+
+
+def _magnitude(parts: LayerParts, place: TargetLayer) -> tuple[Tensor | None, bool]:
+    """Return DoRA's magnitudes, and whether they are per input channel: LyCORIS and OneTrainer know both."""
+    scale = parts.get("dora_scale")
+    if scale is None:
+        return _vector(parts.get("magnitude"), "magnitude", place), False
+    inputs = place.layer.shape[1] if len(place.layer.shape) > 1 else 0
+    if scale.ndim > 1 and scale.shape[0] == 1 and scale.shape[1] == scale.numel() == inputs:
+        return scale.flatten().to(dtype_named(place.layer.dtype)), True
+    return _vector(scale, "magnitude", place), False
 
 
 def _vector(tensor: Tensor | None, what: str, place: TargetLayer) -> Tensor | None:

@@ -5,6 +5,7 @@ Owns the mappings that no adapter lies in any more. Thread-safe.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import weakref
 from collections import deque
@@ -12,6 +13,8 @@ from collections import deque
 import numpy
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Below this size an ordinary allocation is as fast.
 LARGE_BYTES = 4 * 1024**2
@@ -39,9 +42,11 @@ class HostBuffers:
         return sum(len(mapping) for mapping in tuple(self._idle))
 
     def take(self, size_bytes: int, *, pinned: bool = False) -> Tensor:
-        """Return uninitialised bytes, page-locked where `pinned`: those torch keeps for reuse itself."""
-        if pinned or size_bytes < LARGE_BYTES:
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=pinned)
+        """Return uninitialised bytes, page-locked where `pinned` and possible: those torch keeps for reuse itself."""
+        if pinned and (locked := page_locked(size_bytes)) is not None:
+            return locked
+        if size_bytes < LARGE_BYTES:
+            return torch.empty(size_bytes, dtype=torch.uint8)
         mapping_bytes = _rounded(size_bytes)
         mapping = self._reused(mapping_bytes) or _new_mapping(mapping_bytes)
         whole = numpy.frombuffer(mapping, numpy.uint8)
@@ -67,6 +72,24 @@ class HostBuffers:
                 self._idle.popleft()  # the one that nobody has wanted for longest
             except IndexError:
                 return
+
+
+def page_locked(size_bytes: int) -> Tensor | None:
+    """Return uninitialised page-locked bytes; None, with a warning, where the system has none to give."""
+    try:
+        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        log.warning("%d bytes could not be page-locked, copies from them will be slow: %s", size_bytes, reason)
+        return None
+
+
+def book_page_locked_at_its_size() -> None:
+    """Have torch take page-locked memory at the size asked for; by itself it rounds up to a power of two.
+
+    To be called before any is taken.
+    """
+    torch._C._accelerator_setAllocatorSettings("pinned_max_round_threshold_mb:1")  # pyright: ignore[reportAttributeAccessIssue, reportPrivateUsage]
 
 
 def _rounded(size_bytes: int) -> int:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import ParsedAdapter, dtype_named
@@ -23,6 +25,9 @@ from serve_app.settings import AdapterLimits
 MAX_WORDS = 256
 # How trainers call the text encoders of each kind, in the pipeline's order.
 NAMES = {"clip": ("clip_l", "clip_g"), "t5": ("t5",)}
+# Words within the adapter's file, and how the oldest form of an embedding calls its one encoder.
+_BUNDLED = re.compile(r"bundle_emb\.[^.]{1,128}\.(clip_l|clip_g|t5|string_to_param\.\*)")
+_BUNDLED_NAMES = {"string_to_param.*": "clip_l"}
 
 
 def word(place: int) -> str:
@@ -30,10 +35,34 @@ def word(place: int) -> str:
     return f"<s{place}>"
 
 
+def bundled_words(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a file's tensors without the words that OneTrainer and A1111 bundle with it, and those words by encoder.
+
+    Several words follow each other in the file's order, as those of one embeddings file do.
+    """
+    others: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _BUNDLED.fullmatch(key)
+        if match is None or not 1 <= tensor.ndim <= 2 or not tensor.is_floating_point():
+            others[key] = tensor
+        else:
+            rows.setdefault(_BUNDLED_NAMES.get(match[1], match[1]), []).append(torch.atleast_2d(tensor.float()))
+    aligned = all(len({part.shape[1] for part in parts}) == 1 for parts in rows.values())
+    return (others, {key: torch.cat(parts) for key, parts in rows.items()}) if aligned else (dict(tensors), {})
+
+
 def with_words(
-    adapter: ParsedAdapter, path: Path, name: str, manifest: BaseManifest, limits: AdapterLimits
+    adapter: ParsedAdapter,
+    bundled: Mapping[str, Tensor],
+    path: Path | None,
+    name: str,
+    manifest: BaseManifest,
+    limits: AdapterLimits,
 ) -> ParsedAdapter:
-    """Return an adapter with the words of the embeddings file that lies beside it; its digest covers both files.
+    """Return an adapter with its own words: those `bundled` with it, and of the embeddings file that lies beside it.
+
+    Its digest covers both files.
 
     Raises:
         RefusedAdapter: one of its subclasses, saying which tensor, and why.
@@ -41,10 +70,13 @@ def with_words(
     if not manifest.vocabularies:
         reason = f"it brings embeddings for words of its own, which are not served on {manifest.pipeline}"
         raise UnsupportedMethod(name, reason)
-    file = read_tensor_file(path, name, limits)
+    beside = None if path is None else read_tensor_file(path, name, limits)
+    if beside is not None and bundled:
+        raise MalformedFile(name, "it bundles embeddings, and others lie beside it: which of them are meant is open")
+    tensors = bundled if beside is None else beside.tensors
     known = _known_keys(manifest.vocabularies)
     words: dict[str, Tensor] = {}
-    for key, tensor in file.tensors.items():
+    for key, tensor in tensors.items():
         component = known.get(key)
         if component is None:
             reason = f"its embeddings hold {shown(key)}, but the text encoders of this base are {', '.join(known)}"
@@ -52,7 +84,9 @@ def with_words(
         if component in words:
             raise MalformedFile(name, f"its embeddings hold {shown(key)} beside the same text encoder by another name")
         words[component] = _rows(tensor, key, name, manifest.vocabularies[component])
-    digest = hashlib.sha256(f"{adapter.digest}{file.digest}".encode()).hexdigest()
+    digest = adapter.digest
+    if beside is not None:
+        digest = hashlib.sha256(f"{digest}{beside.digest}".encode()).hexdigest()
     ordered = {component: words[component] for component in manifest.vocabularies if component in words}
     return dataclasses.replace(adapter, digest=digest, words=ordered)
 

@@ -55,18 +55,19 @@ def kronecker(parts: Mapping[str, Tensor], place: TargetLayer) -> Kronecker:
     if not fits or (left.shape[0] * right.shape[0], left.shape[1] * right.shape[1]) != shape[:2]:
         raise place.mismatch(f"the file has Kronecker factors of shape {list(left.shape)} and {list(right.shape)}")
     rank = right_rank or left_rank
-    alpha, divisor = (
-        alpha_and_divisor(parts, rank, None, place) if rank else (1.0, 1.0)
-    )  # whole factors carry their scale
+    alpha, divisor = alpha_and_divisor(parts, rank or 1, None, place)
+    if not rank:
+        alpha, divisor = 1.0, 1.0  # whole factors carry their scale
     return Kronecker(left.to(dtype), right.to(dtype), alpha, divisor)
 
 
 def dense(parts: Mapping[str, Tensor], place: TargetLayer) -> Dense:
     """Return the change of a layer whose whole difference is in the file; no alpha scales it."""
-    weight, bias = parts.get("diff"), parts.get("diff_b")
-    if weight is None:
-        raise place.malformed("has a full change of its bias, but none of its weight")
     shape, dtype = place.layer.shape, dtype_named(place.layer.dtype)
+    weight, bias = parts.get("diff"), parts.get("diff_b")
+    alpha_and_divisor(parts, 1, None, place)  # read, since some tools write it, and of no effect
+    if weight is None:
+        weight = torch.zeros(shape)  # the bias alone changes
     if weight.shape[:2] == shape[:2] and weight.numel() == torch.Size(shape).numel():
         weight = weight.reshape(shape)  # a 1x1 convolution may be spelt as a linear layer, or back
     if weight.shape != shape:

@@ -75,8 +75,10 @@ class Scaling:
         return divisor_of(rank, is_rank_stabilised=self.is_rank_stabilised)
 
 
-def read_scalings(metadata: Mapping[str, str], components: Iterable[str], name: str) -> dict[str, Scaling]:
-    """Return the scaling of each component that the metadata speaks of.
+def read_scalings(
+    metadata: Mapping[str, str], components: Iterable[str], denoiser: str, name: str
+) -> dict[str, Scaling]:
+    """Return the scaling of each component that the metadata speaks of; what names none is the denoiser's.
 
     Raises:
         MalformedFile: the metadata is not what diffusers writes.
@@ -91,6 +93,8 @@ def read_scalings(metadata: Mapping[str, str], components: Iterable[str], name: 
         table = None
     if not isinstance(table, dict):
         raise MalformedFile(name, f"its metadata '{METADATA_KEY}' is not a JSON table")
+    if table and not any(isinstance(key, str) and "." in key for key in table):
+        return {denoiser: _scaling(table, name)}  # what a model of diffusers saves by itself
     scalings: dict[str, Scaling] = {}
     for component in components:
         prefix = component + "."
@@ -100,12 +104,34 @@ def read_scalings(metadata: Mapping[str, str], components: Iterable[str], name: 
     return scalings
 
 
+def read_settings(text: str, denoiser: str, name: str) -> dict[str, Scaling]:
+    """Return the scaling that the text of peft's `adapter_config.json` gives, which lies beside the file.
+
+    Raises:
+        MalformedFile: it is not what peft writes.
+        UnsupportedMethod: it asks for something other than scaling, or for another method than LoRA.
+    """
+    try:
+        settings = json.loads(text)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise MalformedFile(name, "the 'adapter_config.json' beside its file is not a JSON table")
+    method = settings.get("peft_type", "LORA")
+    if method != "LORA":
+        raise UnsupportedMethod(name, f"it uses {shown(str(method))}, as its 'adapter_config.json' says, not LoRA")
+    return {denoiser: _scaling(settings, name)}
+
+
 def _scaling(settings: dict[str, Any], name: str) -> Scaling:
     _refuse_beyond_scaling(settings, name)
     rank = _number(settings.pop("r", None), "r", name)
     if rank is not None and (rank != int(rank) or rank < 1):
         raise MalformedFile(name, "its metadata gives a rank that is no whole number")
-    ranks = _pattern(settings.pop("rank_pattern", None), "rank_pattern", name)
+    ranks = settings.pop("rank_pattern", None)
+    if isinstance(ranks, dict) and not all(_is_literal(pattern) for pattern in ranks):
+        rank, ranks = None, None  # the shapes tell the ranks, so that no expression has to be read
+    ranks = _pattern(ranks, "rank_pattern", name)
     return Scaling(
         rank=None if rank is None else int(rank),
         alpha=_number(settings.pop("lora_alpha", None), "lora_alpha", name),
@@ -151,14 +177,22 @@ def _pattern(value: Any, key: str, name: str) -> dict[str, float]:
         raise MalformedFile(name, f"its metadata gives '{key}' as something other than a table")
     literal: dict[str, float] = {}
     for pattern, number in value.items():
-        module = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-        if not set(module) <= PATTERN_LETTERS:
+        module = _module_of(pattern)
+        if not _is_literal(pattern):
             raise UnsupportedMethod(name, f"its metadata's '{key}' uses a regular expression, which is not read")
         checked = _number(number, key, name)
         if checked is None:
             raise MalformedFile(name, f"its metadata's '{key}' has an empty value")
         literal[("^" if pattern.startswith("^") else "") + module] = checked
     return literal
+
+
+def _module_of(pattern: str) -> str:
+    return pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
+
+
+def _is_literal(pattern: str) -> bool:
+    return set(_module_of(pattern)) <= PATTERN_LETTERS
 
 
 def _resolve(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -6,102 +6,157 @@ alone, so that it can run in another process.
 
 from __future__ import annotations
 
+import hashlib
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Coverage, Delta, ParsedAdapter
+from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, Dora, ParsedAdapter, tensors_of
 from serve_app.engine.adapters.formats import TargetLayer, build_delta, inner_width
-from serve_app.engine.adapters.inversion import with_words
-from serve_app.engine.adapters.metadata import read_scalings
-from serve_app.engine.adapters.naming import NamedLayers, name_layers
-from serve_app.engine.adapters.safetensors_file import TensorFile, read_tensor_file, shown
+from serve_app.engine.adapters.inversion import bundled_words, with_words
+from serve_app.engine.adapters.metadata import Scaling, read_scalings, read_settings
+from serve_app.engine.adapters.naming import LayerTensors, NamedLayers, is_of_denoiser, name_layers
+from serve_app.engine.adapters.projections import as_floats, fold_alpha, split_projection
+from serve_app.engine.adapters.safetensors_file import read_tensor_file, shown
 from serve_app.engine.base.manifest import BaseManifest
+from serve_app.families.spellings import split_prefix, unserved_method
 from serve_app.refusals import MalformedFile, NoLayerMatches, NotAnAdapter, UnsupportedMethod
 from serve_app.settings import AdapterLimits
 
 UNMATCHED_SHOWN = 20
 # Below this share of matching layers a file is taken to be made for another base.
 LEAST_COVERAGE = 0.5
-# Ways of adapting that are recognised, and refused: the end of a key, or a part of it, and what it is.
-UNSERVED = {
-    ".oft_blocks": "OFT",
-    ".oft_diag": "OFT",
-    "oft_R": "OFT",
-    ".boft": "BOFT",
-    ".on_input": "IA3",
-    ".w_norm": "changes of norms",
-    ".b_norm": "changes of norms",
-    "query_norm.scale": "control LoRA",
-    "lora_controlnet": "control LoRA",
-    "bundle_emb.": "embeddings inside the adapter's file",
-    "modules_to_save": "whole modules",
-}
 
 
 def parse_adapter(
-    path: Path, name: str, manifest: BaseManifest, limits: AdapterLimits, embeddings: Path | None = None
+    path: Path,
+    name: str,
+    manifest: BaseManifest,
+    limits: AdapterLimits,
+    embeddings: Path | None = None,
+    settings: str | None = None,
 ) -> ParsedAdapter:
     """Parse one file and check it against a base; `name` is what errors call the adapter.
 
-    `embeddings` is the file with the adapter's own words, where it has one.
+    `embeddings` is the file with the adapter's own words, `settings` the text of peft's `adapter_config.json`,
+    where there is one.
 
-    A file may name layers that the base does not have: they are reported in `coverage`. A file is taken to be for
-    another base, and refused, when fewer than half of its layers exist here; a layer that exists with other widths
-    refuses the file at once.
+    Every tensor of the file is part of a change, or counted and named in `coverage` as unmatched, or the file is
+    refused. A file is taken to be for another base, and refused, when fewer than half of its layers exist here; a
+    layer that exists with other widths refuses the file at once.
 
     Raises:
         RefusedAdapter: one of its subclasses, saying which tensor or layer, and why. Nothing else is raised for
             what a file may contain.
     """
     file = read_tensor_file(path, name, limits)
-    tensors = _served_tensors(file, name)
-    scalings = read_scalings(file.metadata, manifest.components, name)
+    tensors, bundled = bundled_words(file.tensors)
+    _refuse_unserved(tensors, name)
+    scalings = read_scalings(file.metadata, manifest.components, manifest.denoiser, name)
+    digest = file.digest
+    if settings is not None and not scalings:
+        scalings = read_settings(settings, manifest.denoiser, name)
+        digest = hashlib.sha256(f"{digest}{settings}".encode()).hexdigest()
     named = name_layers(tensors, manifest, name)
     _check_coverage(named, manifest, name)
-    components: dict[str, dict[str, Delta]] = {}
-    for (component, module), layer_tensors in named.layers.items():
-        layer = manifest.layer(component, module)
-        assert layer is not None
-        place = TargetLayer(name, component, module, layer, limits.max_rank)
-        delta = build_delta(layer_tensors.parts, scalings.get(component), place)
-        components.setdefault(component, {})[module] = delta
-    ordered = {component: components[component] for component in manifest.components if component in components}
-    adapter = ParsedAdapter(file.digest, ordered, Coverage(0, 0))
-    ranks = [inner_width(delta) for _, _, delta in adapter.layers()]
+    changes = _build(named.layers, manifest, scalings, name, limits)
+    _refuse_without_effect(changes, name)
+    components = {component: changes[component] for component in manifest.components if component in changes}
+    ranks = [inner_width(delta) for modules in changes.values() for delta in modules.values()]
+    unmatched = [*(layer.stem for layer in named.unmatched), *named.unknown]
     coverage = Coverage(
         layers_matched=len(named.layers),
-        layers_in_file=len(named.layers) + len(named.unmatched),
-        unmatched=tuple(shown(stem) for stem in named.unmatched[:UNMATCHED_SHOWN]),
+        layers_in_file=len(named.layers) + len(unmatched),
+        unmatched=tuple(shown(stem) for stem in unmatched[:UNMATCHED_SHOWN]),
         ranks=(min(ranks), max(ranks)),
     )
-    adapter = ParsedAdapter(file.digest, ordered, coverage)
-    return adapter if embeddings is None else with_words(adapter, embeddings, name, manifest, limits)
+    adapter = ParsedAdapter(digest, components, coverage)
+    if embeddings is None and not bundled:
+        return adapter
+    return with_words(adapter, bundled, embeddings, name, manifest, limits)
 
 
-def _served_tensors(file: TensorFile, name: str) -> dict[str, Tensor]:
-    """Refuse a method that is understood but not served, by its name; leave out such changes that are all zeros."""
-    served: dict[str, Tensor] = {}
-    for key, tensor in file.tensors.items():
-        method = next((what for mark, what in UNSERVED.items() if mark in key), None)
-        if key.endswith(".diff_b") and not tensor.any():
-            continue
-        if method is None:
-            served[key] = tensor
-        elif tensor.any():
+def _build(
+    layers: Sequence[LayerTensors],
+    manifest: BaseManifest,
+    scalings: Mapping[str, Scaling],
+    name: str,
+    limits: AdapterLimits,
+) -> dict[str, dict[str, Delta]]:
+    """Return component -> module -> change."""
+    changes: dict[str, dict[str, Delta]] = defaultdict(dict)
+    is_transformer = manifest.layers_per_block is None
+    for tensors in layers:
+        target, parts = tensors.target, as_floats(tensors.parts)
+        assert target is not None
+        places: list[TargetLayer] = []
+        for module in target.modules:
+            layer = manifest.layer(target.component, module)
+            assert layer is not None
+            places.append(TargetLayer(name, target.component, module, layer, limits.max_rank))
+        scaling = scalings.get(target.component)
+        prefix, _ = split_prefix(tensors.stem)
+        if is_transformer and scaling is None and not (target.is_dotted and prefix.separator == "."):
+            parts = fold_alpha(parts)
+        split = split_projection(parts, places, swaps_halves=target.swaps_halves)
+        for place, own in zip(places, split, strict=True):
+            changes[place.component][place.module] = build_delta(own, scaling, place)
+    return changes
+
+
+def _refuse_unserved(tensors: Mapping[str, Tensor], name: str) -> None:
+    """Refuse a method that is understood but not served, by its name."""
+    for key in tensors:
+        method = unserved_method(key)
+        if method is not None:
             raise UnsupportedMethod(name, f"it uses {method} (tensor {shown(key)}), which is not served")
-    return served
 
 
 def _check_coverage(named: NamedLayers, manifest: BaseManifest, name: str) -> None:
     if not named.layers and not named.unmatched:
         raise NotAnAdapter(name, "its file holds no adapter layers")
-    total = len(named.layers) + len(named.unmatched)
-    if len(named.layers) < total * LEAST_COVERAGE or not named.layers:
+    of_denoiser = [layer for layer in (*named.layers, *named.unmatched) if is_of_denoiser(layer, manifest)]
+    counted = of_denoiser or [*named.layers, *named.unmatched]
+    matched = sum(layer.target is not None for layer in counted)
+    if not named.layers or matched < len(counted) * LEAST_COVERAGE:
+        missing = next(layer.stem for layer in counted if layer.target is None)
         raise NoLayerMatches(
             name,
-            f"{len(named.layers)} of its {total} layers exist in this base ({manifest.pipeline}); "
-            f"the first that does not is {shown(named.unmatched[0])}; it was made for another base",
+            f"{matched} of its {len(counted)} layers exist in this base ({manifest.pipeline}); the first that does "
+            f"not is {shown(missing)}: it was made for another base, or its layer names are in a spelling that is "
+            "not read",
         )
-    if named.unknown:
-        raise MalformedFile(name, f"its tensor {shown(named.unknown[0])} is no part of an adapter")
+    if len(named.unknown) > named.tensors - len(named.unknown):
+        raise MalformedFile(name, f"most of its tensors are no part of an adapter, such as {shown(named.unknown[0])}")
+    for key in named.unknown:
+        _refuse_whole_weights(key, manifest, name)
+
+
+def _refuse_whole_weights(key: str, manifest: BaseManifest, name: str) -> None:
+    """Refuse a tensor that would replace a weight of the base: to leave it out would be half of the adapter."""
+    prefix, rest = split_prefix(key)
+    component = manifest.denoiser if prefix.component == "denoiser" else prefix.component
+    module, _, parameter = rest.rpartition(".")
+    module = module.removesuffix(".base_layer")
+    if parameter in ("weight", "bias") and manifest.layer(component, module) is not None:
+        raise MalformedFile(name, f"its tensor {shown(key)} is a whole weight of the base, which no adapter replaces")
+
+
+def _refuse_without_effect(changes: Mapping[str, Mapping[str, Delta]], name: str) -> None:
+    if not any(_has_effect(delta) for modules in changes.values() for delta in modules.values()):
+        raise NotAnAdapter(name, "it changes nothing: every factor or every alpha is zero")
+
+
+def _has_effect(delta: Delta) -> bool:
+    if isinstance(delta, Dora):
+        return True
+    if isinstance(delta, Dense):
+        return any(bool(tensor.any()) for tensor in tensors_of(delta))
+    biases = (getattr(delta, part, None) for part in ("bias", "shift"))
+    if any(bias is not None and bool(bias.any()) for bias in biases):
+        return True
+    factors = [tensor for tensor in tensors_of(delta) if tensor.ndim > 1]
+    return delta.alpha != 0 and all(bool(torch.count_nonzero(factor)) for factor in factors)

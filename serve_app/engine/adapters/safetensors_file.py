@@ -28,15 +28,21 @@ from serve_app.settings import AdapterLimits
 MAX_HEADER_BYTES = 16 * 1024**2
 MAX_KEY_CHARACTERS = 512
 MAX_DIMENSIONS = 4
-FLOATS = {
+# Counters and flags of trainers are read too; that factors are floats is checked where they are used.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 READ_BYTES = 8 * 1024**2
 # Files follow one another in the process that reads them; few are larger, and it should stay small between them.
 BUFFERS = HostBuffers(max_idle_bytes=256 * 1024**2)
@@ -86,7 +92,9 @@ def read_tensor_file(path: Path, name: str, limits: AdapterLimits) -> TensorFile
     if len(header) > limits.max_tensors:
         raise RefusedAdapter(name, f"it has {len(header)} tensors, over the limit of {limits.max_tensors}")
     body = buffer[8 + header_size :]
-    entries = sorted((_entry(key, value, name) for key, value in header.items()), key=lambda entry: entry.start)
+    entries = sorted(
+        (_entry(key, value, name) for key, value in header.items()), key=lambda entry: (entry.start, entry.end)
+    )
     _check_layout(entries, body.numel(), name)
     return TensorFile({entry.key: _view(body, entry) for entry in entries}, metadata, digest)
 
@@ -143,11 +151,9 @@ def _entry(key: str, value: Any, name: str) -> _Entry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise MalformedFile(name, f"its header does not describe tensor {shown(key)}")
     dtype_name, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    dtype = FLOATS.get(dtype_name) if isinstance(dtype_name, str) else None
-    if dtype is None and key.endswith(".alpha") and isinstance(dtype_name, str):
-        dtype = INTEGERS.get(dtype_name)  # some trainers store alpha as the whole number they were given
+    dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
     if dtype is None:
-        raise MalformedFile(name, f"tensor {shown(key)} has type {shown(str(dtype_name))}, which is no float")
+        raise MalformedFile(name, f"tensor {shown(key)} has type {shown(str(dtype_name))}, which is not read")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise MalformedFile(name, f"tensor {shown(key)} has an impossible shape")
     if not _are_sizes(offsets) or len(offsets) != 2:

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, Dense, Dora, Hadamard, Kronecker, LowRank, dtype_named, tensors_of
+from serve_app.engine.adapters.deltas import (
+    Delta,
+    Dense,
+    Direction,
+    Dora,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    dtype_named,
+    tensors_of,
+)
 from serve_app.engine.adapters.metadata import Scaling
 from serve_app.engine.base.manifest import Layer
 from serve_app.refusals import MalformedFile, NonFinite, RankTooHigh, ShapeMismatch
@@ -100,10 +110,10 @@ def _peak(tensor: Tensor) -> float:
     return torch.maximum(-low, high).item()
 
 
-def _bound(delta: LowRank | Hadamard | Kronecker | Dense, peak: Callable[[Tensor], float]) -> float:
+def _bound(delta: Direction, peak: Callable[[Tensor], float]) -> float:
     match delta:
         case LowRank():
-            bias = 0.0 if delta.bias is None else peak(delta.bias)
+            bias = max((peak(bias) for bias in (delta.bias, delta.shift) if bias is not None), default=0.0)
             return max(bias, delta.rank * peak(delta.down) * peak(delta.up))
         case Hadamard():
             rank = delta.up_1.shape[1] * delta.up_2.shape[1]
@@ -114,10 +124,10 @@ def _bound(delta: LowRank | Hadamard | Kronecker | Dense, peak: Callable[[Tensor
             return max(peak(tensor) for tensor in tensors_of(delta))
 
 
-def _exact_peak(delta: LowRank | Hadamard | Kronecker | Dense) -> float:
+def _exact_peak(delta: Direction) -> float:
     match delta:
         case LowRank():
-            bias = 0.0 if delta.bias is None else _peak(delta.bias)
+            bias = max((_peak(bias) for bias in (delta.bias, delta.shift) if bias is not None), default=0.0)
             return max(bias, _peak(delta.up.flatten(1).double() @ delta.down.flatten(1).double()))
         case Hadamard():
             first = delta.up_1.double() @ delta.down_1.double()

@@ -6,13 +6,11 @@ Owns the process it runs in: one thread of torch, low priority, no output but it
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import logging
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 
 from serve_app.engine.adapters.canonical import write_canonical
 from serve_app.engine.adapters.parser import parse_adapter
-from serve_app.engine.admission.lane import DISK_FULL, WARM
+from serve_app.engine.admission.lane import DISK_FULL
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.file_locks import is_disk_full
 from serve_app.refusals import RefusedAdapter
@@ -42,11 +40,11 @@ def main() -> None:
     answers = _private_output()
     setup = json.loads(sys.stdin.readline())
     _settle(setup["parent"])
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
     manifest = BaseManifest.from_json(setup["manifest"])
     limits = AdapterLimits.model_validate(setup["limits"])
     _answer(answers, {})
-    # The key converters take seconds to import and few files need them; a file that does waits for this import.
-    threading.Thread(target=_warm_up, args=(answers,), daemon=True).start()
     for line in sys.stdin:
         _answer(answers, _admit(json.loads(line), manifest, limits))
 
@@ -54,7 +52,8 @@ def main() -> None:
 def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
     try:
         embeddings = Path(request["embeddings"]) if "embeddings" in request else None
-        adapter = parse_adapter(Path(request["source"]), request["name"], manifest, limits, embeddings)
+        source, settings = Path(request["source"]), request.get("settings")
+        adapter = parse_adapter(source, request["name"], manifest, limits, embeddings, settings)
         write_canonical(adapter, Path(request["target"]))
     except RefusedAdapter as refusal:
         return {"error": type(refusal).__name__, "reason": refusal.reason}
@@ -93,11 +92,3 @@ def _private_output() -> int:
 
 def _answer(answers: int, message: dict[str, Any]) -> None:
     os.write(answers, json.dumps(message).encode() + b"\n")
-
-
-def _warm_up(answers: int) -> None:
-    """Import the key converters, and say when that is done: from then on the time that a file takes is its own."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
-    importlib.import_module("diffusers.loaders.lora_pipeline")
-    _answer(answers, {WARM: True})

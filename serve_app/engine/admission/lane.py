@@ -25,7 +25,6 @@ TICK_S = 0.1
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from serve_app.engine.admission.child import main; main()"
 )
-WARM = "warm"  # the one message of the child's that answers nothing
 DISK_FULL = "DiskFull"  # the one answer that is not about the file
 
 
@@ -112,17 +111,15 @@ class ChildWorker:
 
     def _wait(self, child: Child, limit_s: float) -> dict[str, Any]:
         started = time.monotonic()
+        deadline = started + limit_s
         while True:
-            # What the child still has to load is not the file's fault, and a new child would load it again.
-            begun = None if child.warm_at is None else max(started, child.warm_at)
-            deadline = started + START_LIMIT_S if begun is None else begun + limit_s
             try:
                 return child.receive(min(TICK_S, max(0.0, deadline - time.monotonic())))
             except TimeoutError:
                 now = time.monotonic()
                 if now >= deadline:
                     raise
-                if begun is not None and now - begun > self._patience_s and self._asked > 1:
+                if now - started > self._patience_s and self._asked > 1:
                     raise AdmissionTooSlow from None
 
     def _ready_child(self) -> Child:
@@ -157,7 +154,6 @@ class Child:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=child_environment()
         )
         self._received = b""
-        self.warm_at: float | None = None
 
     @property
     def pid(self) -> int:
@@ -190,19 +186,16 @@ class Child:
         deadline = time.monotonic() + limit_s
         poll = select.poll()
         poll.register(self._process.stdout, select.POLLIN | select.POLLHUP)
-        while True:
-            while b"\n" not in self._received:
-                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    raise TimeoutError
-                chunk = self._process.stdout.read(65536)
-                if not chunk:
-                    raise EOFError
-                self._received += chunk
-            line, _, self._received = self._received.partition(b"\n")
-            answer: dict[str, Any] = json.loads(line)
-            if WARM not in answer:
-                return answer
-            self.warm_at = time.monotonic()
+        while b"\n" not in self._received:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+            chunk = self._process.stdout.read(65536)
+            if not chunk:
+                raise EOFError
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
 
     def kill(self) -> None:
         """End it, whatever it is doing."""

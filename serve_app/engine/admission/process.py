@@ -42,10 +42,12 @@ class AdmissionProcess:
         self._second = ChildWorker(setup, patience_s=self._limit_s, is_lasting=False)
         self._first.start()
 
-    async def admit(self, source: Path, name: str, target: Path, embeddings: Path | None = None) -> None:
+    async def admit(
+        self, source: Path, name: str, target: Path, embeddings: Path | None = None, settings: str | None = None
+    ) -> None:
         """Check `source` against the base and write its canonical form to `target`, whole or not at all.
 
-        `embeddings` is the file with the adapter's own words, where it has one.
+        `embeddings` is the file with the adapter's own words, `settings` the text of peft's, where it has them.
 
         Raises:
             AdmissionTimedOut: the check took longer than `limits.admission_timeout_s`.
@@ -55,6 +57,8 @@ class AdmissionProcess:
         request = {"source": str(source), "name": name, "target": str(target)}
         if embeddings is not None:
             request["embeddings"] = str(embeddings)
+        if settings is not None:
+            request["settings"] = settings
         try:
             try:
                 answer = await self._ask(self._first, request)

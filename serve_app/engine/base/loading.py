@@ -1,14 +1,12 @@
 """Loading a base model: from a folder or a Hub repository to a frozen pipeline on its device.
 
-Owns where the weights lie, their dtype, the VAE override and the fingerprint. Must not know requests or
+Owns where the weights lie, their dtype and the parts from elsewhere. Must not know requests or
 adapters. Weights are read from safetensors alone, and no code of a repository is ever run.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +15,23 @@ import diffusers
 import httpx2
 import torch
 import transformers
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
 from serve_app.config import BaseModelConfig, DTypeName
-from serve_app.engine.base.digests import FileDigests
 from serve_app.engine.base.manifest import adaptable_components
+from serve_app.engine.base.parts import files_of, load_part
 from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
-from serve_app.engine.base.remote_code import INDEX, RemoteCodeNotAllowed, check_folder, pipeline_name
-from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
+from serve_app.engine.base.remote_code import INDEX, check_folder, pipeline_name
+from serve_app.engine.base.unusable import check_base_folder, check_medium, refusal
+from serve_app.errors import BaseUnusable
 from serve_app.settings import ModelSource
 
 # These overflow nowhere in half precision but in SDXL's own VAE, which its configuration says
@@ -42,6 +39,7 @@ from serve_app.settings import ModelSource
 _FLOAT16_FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
 
 INDEX_TIMEOUT_S = 10.0
+_LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, BaseUnusable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +64,9 @@ class HubAccess:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device.
-
-    `fingerprint` is a hex digest; equal fingerprints mean equal weights in equal dtype.
-    """
+    """A frozen pipeline on its device."""
 
     pipeline: Any
-    fingerprint: str
 
 
 def resolve_source(source: ModelSource, embedded_root: Path | None) -> ResolvedSource:
@@ -92,42 +86,40 @@ def default_device() -> torch.device:
 def load_base(
     config: BaseModelConfig,
     source: ResolvedSource,
-    vae_source: ResolvedSource | None,
+    parts: Mapping[str, ResolvedSource],
     *,
     device: torch.device,
     hub: HubAccess,
-    digests: FileDigests | None = None,
 ) -> LoadedBase:
     """Load a base, freeze it, move it to `device` and set it up as the configuration says.
 
     Its components are those of its own `model_index.json`: a base that comes with a safety checker keeps it.
-    `digests` keeps what a folder's weights add up to, so that they are read for that once.
+    `parts` replaces some of them.
 
     Raises:
-        BaseUnusable: its files are missing, incomplete, pickled, need code of their own, or are no image model.
+        BaseUnusable: its files are missing, incomplete, pickled, quantised, need code of their own or a package that
+            is not installed, or are no image model; the sentence says which.
         HubUnavailable: the Hub did not answer and the local cache does not have all files.
     """
     _quieten()
     try:
-        folder = source.folder or _fetch_base(source, config.variant, hub)
+        folder = source.folder or _fetch_base(config, source, hub)
+        check_base_folder(config.id, folder)
         dtype = resolve_dtype(config.dtype, check_folder(folder), device)
-        parts: dict[str, Any] = {}
-        if vae_source is not None:
-            parts["vae"] = _load_vae(vae_source.folder or _fetch_vae(vae_source, hub), dtype)
+        folders = {name: part.folder or _fetch_part(name, part, hub) for name, part in parts.items()}
         pipeline: Any = DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, **parts,
+            trust_remote_code=False, **{name: load_part(name, place, dtype) for name, place in folders.items()},
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise _refusal(config.id, error, is_hub=source.hub is not None) from error
+    except _LOADING_ERRORS as error:
+        raise refusal(config.id, error, is_hub=source.hub is not None) from error
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
     _freeze(pipeline.to(device))
     configure_pipeline(pipeline, config)
     if config.compile:
         compile_denoiser(pipeline)
-    fingerprint = _fingerprint(folder, source, pipeline, dtype, digests or FileDigests(None))
-    return LoadedBase(pipeline, fingerprint)
+    return LoadedBase(pipeline)
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
@@ -139,37 +131,13 @@ def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
     folders: list[Path] = []
     try:
         if config.source.hub is not None:
-            folders.append(_fetch_base(resolve_source(config.source, None), config.variant, hub))
-        if config.vae_source is not None and config.vae_source.hub is not None:
-            folders.append(_fetch_vae(resolve_source(config.vae_source, None), hub))
-    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise _refusal(config.id, error, is_hub=True) from error
+            folders.append(_fetch_base(config, resolve_source(config.source, None), hub))
+        for name, part in config.part_sources.items():
+            if part.hub is not None:
+                folders.append(_fetch_part(name, resolve_source(part, None), hub))
+    except _LOADING_ERRORS as error:
+        raise refusal(config.id, error, is_hub=True) from error
     return tuple(folders)
-
-
-def _refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexError:
-    """Return what the operator reads; diffusers hides the Hub's own answer behind errors of its own."""
-    if isinstance(error, RemoteCodeNotAllowed):
-        return BaseUnusable(base_id, f"{error}, and no code of a base is ever run")
-    causes = tuple(_causes(error)) if is_hub else ()
-    if any(isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError)) for cause in causes):
-        return BaseUnusable(base_id, "its repository does not exist, or the Hub token may not read it")
-    if any(_is_unreachable(cause) for cause in causes):
-        return HubUnavailable(base_id, "the Hub did not answer, and the local cache lacks files")
-    return BaseUnusable(base_id, "its files are missing, incomplete or not in safetensors form")
-
-
-def _is_unreachable(cause: BaseException) -> bool:
-    """Say whether this is the Hub not answering; its client may use either of two HTTP libraries of one shape."""
-    hub_errors = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-    return isinstance(cause, hub_errors) or any(kind.__name__ == "TransportError" for kind in type(cause).__mro__)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def resolve_dtype(name: DTypeName, class_name: str, device: torch.device) -> torch.dtype:
@@ -190,15 +158,15 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _fetch_base(source: ResolvedSource, variant: str | None, hub: HubAccess) -> Path:
+def _fetch_base(config: BaseModelConfig, source: ResolvedSource, hub: HubAccess) -> Path:
     """Return the folder of a Hub base in the local cache, fetching what is missing; works offline from the cache."""
     assert source.hub is not None
     # Before anything else of it is here: what fetches the rest looks into the index for code to load.
-    pipeline_name(_fetch_index(source.hub, source.revision, hub))
+    check_medium(config.id, pipeline_name(_fetch_index(source.hub, source.revision, hub)))
     folder = DiffusionPipeline.download(
         source.hub,
         revision=source.revision,
-        variant=variant,
+        variant=config.variant,
         use_safetensors=True,
         trust_remote_code=False,
         token=hub.token,
@@ -224,27 +192,13 @@ def _fetch_index(repository: str, revision: str | None, hub: HubAccess) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
-def _fetch_vae(source: ResolvedSource, hub: HubAccess) -> Path:
-    """Return the folder of a Hub repository that is a VAE or holds one, without its other models."""
+def _fetch_part(name: str, source: ResolvedSource, hub: HubAccess) -> Path:
+    """Return the folder of a Hub repository that is a part of a base or holds one, without its other models."""
     assert source.hub is not None
-    files = ["config.json", "diffusion_pytorch_model.safetensors", "vae/*.json", "vae/diffusion*.safetensors"]
     folder = snapshot_download(
-        source.hub,
-        revision=source.revision,
-        allow_patterns=files,
-        token=hub.token,
-        cache_dir=hub.cache_dir,
+        source.hub, revision=source.revision, allow_patterns=files_of(name), token=hub.token, cache_dir=hub.cache_dir
     )
     return Path(folder)
-
-
-def _load_vae(folder: Path, dtype: torch.dtype) -> Any:
-    """Load a VAE that is the folder itself, or its `vae` part."""
-    part = folder if (folder / "config.json").is_file() else folder / "vae"
-    vae_class = getattr(diffusers, json.loads((part / "config.json").read_text())["_class_name"])
-    if not (isinstance(vae_class, type) and issubclass(vae_class, ModelMixin)):
-        raise ValueError("it is no model")
-    return vae_class.from_pretrained(part, torch_dtype=dtype, use_safetensors=True, local_files_only=True)
 
 
 def _freeze(pipeline: Any) -> None:
@@ -253,15 +207,3 @@ def _freeze(pipeline: Any) -> None:
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(requires_grad=False).eval()
-
-
-def _fingerprint(folder: Path, source: ResolvedSource, pipeline: Any, dtype: torch.dtype, digests: FileDigests) -> str:
-    """Digest what the adaptable weights are: the commit of a Hub repository, the bytes of a folder."""
-    digest = hashlib.sha256(f"{type(pipeline).__name__} {dtype}".encode())
-    if source.hub is not None:
-        digest.update(f"{source.hub} {folder.name}".encode())
-        return digest.hexdigest()
-    for name in adaptable_components(pipeline):
-        for path in sorted((folder / name).glob("*.safetensors")):
-            digest.update(f"{path.name} {digests.of(path)} ".encode())
-    return digest.hexdigest()

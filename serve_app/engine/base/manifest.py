@@ -24,7 +24,7 @@ import transformers
 
 from serve_app.errors import BaseUnusable
 
-LayerKind = Literal["linear", "conv"]
+LayerKind = Literal["linear", "conv", "norm"]
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZER = ("text_encoder", "tokenizer")  # what a text encoder's name has that its tokenizer's spells otherwise
@@ -53,14 +53,12 @@ class Vocabulary:
 class BaseManifest:
     """The adaptable layers of one loaded base: component name -> module name -> layer.
 
-    `loader` names the class of `diffusers.loaders.lora_pipeline` whose `lora_state_dict` knows this family's keys.
-    `layers_per_block` is the UNet's, which numbers blocks in kohya's SDXL files; None where there is no UNet.
-    `fingerprint` tells bases apart on disk: the same fingerprint means the same weights in the same dtype.
+    `layers_per_block` is the UNet's, which numbers blocks in the original implementation; None where there is no UNet.
+    `fingerprint` tells structures apart: the same fingerprint means the same layers in the same dtype.
     `vocabularies` are those of the text encoders that adapters can teach words, by component, in the pipeline's order.
     """
 
     pipeline: str
-    loader: str
     denoiser: str
     dtype: str
     layers_per_block: int | None
@@ -100,8 +98,8 @@ def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
 
 
-def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> BaseManifest:
-    """Describe a loaded pipeline; `fingerprint` None hashes the structure alone, which tells no fine-tunes apart."""
+def manifest_of(pipeline: DiffusionPipeline) -> BaseManifest:
+    """Describe a loaded pipeline."""
     components = adaptable_components(pipeline)
     denoiser = next(iter(components))
     layers = {name: _layers_of(module) for name, module in components.items()}
@@ -109,37 +107,31 @@ def manifest_of(pipeline: DiffusionPipeline, fingerprint: str | None = None) -> 
     layers_per_block = getattr(config, "layers_per_block", None)
     manifest = BaseManifest(
         pipeline=type(pipeline).__name__,
-        loader=_loader_of(type(pipeline)),
         denoiser=denoiser,
         dtype=_dtype_name(next(components[denoiser].parameters()).dtype),
         layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
         components=layers,
-        fingerprint=fingerprint or "",
+        fingerprint="",
         vocabularies=_vocabularies_of(pipeline),
     )
-    if fingerprint is not None:
-        return manifest
     structure = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     return dataclasses.replace(manifest, fingerprint=structure)
 
 
-def _loader_of(pipeline_class: type) -> str:
-    """Name the LoRA loader among a pipeline's ancestors: the first that says how its own files are keyed."""
-    for ancestor in pipeline_class.__mro__:
-        if ancestor.__module__ == "diffusers.loaders.lora_pipeline" and "lora_state_dict" in vars(ancestor):
-            return ancestor.__name__
-    raise ValueError(f"{pipeline_class.__name__} has no LoRA loader in diffusers")
+def adaptable_layers(component: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a component that an adapter may change, by name: linear layers, convolutions and norms."""
+    return {name: module for name, module in component.named_modules() if name and _kind_of(module) is not None}
 
 
-def adaptable_layers(component: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the modules of a component that an adapter may change, by name."""
+def _kind_of(module: nn.Module) -> LayerKind | None:
     from torch import nn
 
-    layers: dict[str, nn.Linear | nn.Conv2d] = {}
-    for name, module in component.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            layers[name] = module
-    return layers
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv2d):
+        return "conv" if module.groups == 1 else None
+    weight = module._parameters.get("weight")
+    return "norm" if weight is not None and weight.ndim == 1 else None
 
 
 def bytes_of_layers(components: Mapping[str, nn.Module]) -> int:
@@ -149,13 +141,12 @@ def bytes_of_layers(components: Mapping[str, nn.Module]) -> int:
 
 
 def _layers_of(component: nn.Module) -> dict[str, Layer]:
-    from torch import nn
-
     layers: dict[str, Layer] = {}
     for name, module in adaptable_layers(component).items():
-        kind: LayerKind = "linear" if isinstance(module, nn.Linear) else "conv"
-        weight = module.weight
-        layers[name] = Layer(kind, tuple(weight.shape), module.bias is not None, _dtype_name(weight.dtype))
+        kind, weight, has_bias = _kind_of(module), module.weight, getattr(module, "bias", None) is not None
+        assert kind is not None
+        assert isinstance(weight, torch.Tensor)
+        layers[name] = Layer(kind, tuple(weight.shape), has_bias, _dtype_name(weight.dtype))
     return layers
 
 

@@ -30,11 +30,15 @@ def configure_pipeline(pipeline: Any, config: BaseModelConfig) -> None:
 
 
 def set_memory_format(pipeline: Any, memory_format: torch.memory_format) -> None:
-    """Lay out the weights of the convolutions of denoiser and VAE; values follow them."""
+    """Lay out the weights of the convolutions of denoiser and VAE; values follow them.
+
+    A part with three-dimensional convolutions, such as a video model's VAE, has no such layout and stays as it is.
+    """
     # Untyped: torch's stubs lack this form of `to`.
     denoiser: Any = next(iter(adaptable_components(pipeline).values()))
     for module in (denoiser, pipeline.vae):
-        module.to(memory_format=memory_format)
+        if all(parameter.ndim <= 4 for parameter in module.parameters()):
+            module.to(memory_format=memory_format)
 
 
 def decode_one_by_one(vae: Any) -> None:

@@ -67,7 +67,9 @@ def _entries(index: str) -> dict[str, Any]:
 
 
 def _check_part(part: str, entry: list[Any]) -> None:
-    library = entry[0] if entry else None
+    if len(entry) != 2 or not all(value is None or isinstance(value, str) for value in entry):
+        return  # a setting of the pipeline, such as a list of layers
+    library = entry[0]
     if library is None or library in LIBRARIES or _is_pipeline_module(library):
         return
     raise RemoteCodeNotAllowed(f"its part '{part}' is of neither diffusers nor transformers")

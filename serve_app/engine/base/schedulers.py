@@ -1,21 +1,28 @@
 """The noise schedulers that one base offers.
 
-Owns which scheduler classes fit the base, and gives every call a scheduler of its own. Must not know
-requests.
+Owns which of the listed schedulers fit the base, and gives every call a scheduler of its own. Must not know requests.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import diffusers
+import numpy
+import torch
 
 from serve_app.config import BaseModelConfig
-from serve_app.errors import BaseUnusable, OutOfBounds, UnknownScheduler
+from serve_app.errors import BaseUnusable, MalformedRequest, OutOfBounds, UnknownScheduler
+from serve_app.families.family import Family
+from serve_app.families.schedulers import SCHEDULERS, SchedulerChoice, kind_of, listed_name, with_shift
 
 _TRIED_STEPS = range(1, 11)
+_SHIFTED_BY_SIZE = {"mu": 1.0}
+SchedulerOptions = tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +41,32 @@ class _Unfit:
 
 
 class NoiseSchedulers:
-    """The schedulers of one base, by class name.
+    """The schedulers of one base, by name.
 
     The templates are never stepped: every call gets a copy, so that nothing of one request (steps, history, the
     choice itself) reaches the next. A copy costs 0.1 ms; making a template costs ten times that, and for some classes
     a loop over all training steps. So those that nobody configured are made, and tried, when first asked for.
     """
 
-    def __init__(self, config: BaseModelConfig, own: Any) -> None:
+    def __init__(self, config: BaseModelConfig, own: Any, family: Family) -> None:
         """Try the default and the names that the configuration lists itself, with the configuration of `own`.
 
         `own` is the scheduler that the base came with. Names of the default list that do not fit are left out.
 
         Raises:
-            BaseUnusable: `config.scheduler`, or a name that the configuration itself lists, cannot serve this
-            base.
+            BaseUnusable: `config.scheduler`, a name that the configuration itself lists, or its options cannot serve
+            this base.
         """
         self._base_id = config.id
-        self._own = own
-        self._default = config.scheduler or type(own).__name__
-        wanted = {self._default, *(config.schedulers if "schedulers" in config.model_fields_set else ())}
-        self._known = frozenset((type(own).__name__, *wanted, *config.schedulers))
-        self._tried: dict[str, _Offer | _Unfit] = {}
-        for name in sorted(wanted):
+        self._family = family
+        self._kind = kind_of(type(own).__name__, own.config)
+        self._own_name = type(own).__name__
+        self._own = _rebuilt(own, config)
+        self._default = self._listed(config.scheduler or self._own_name)
+        listed = tuple(map(self._listed, config.schedulers or ()))
+        self._known = frozenset((self._own_name, self._default, *(listed or SCHEDULERS[self._kind])))
+        self._tried: dict[tuple[str, SchedulerOptions], _Offer | _Unfit] = {}
+        for name in sorted({self._default, *listed}):
             tried = self._try(name)
             if isinstance(tried, _Unfit):
                 raise BaseUnusable(config.id, f"scheduler '{name}' {tried.reason}")
@@ -65,56 +75,118 @@ class NoiseSchedulers:
         """Build every scheduler that is on the list; return the names of those that this base can use, sorted."""
         return tuple(name for name in sorted(self._known) if isinstance(self._try(name), _Offer))
 
-    def check(self, name: str | None, steps: int) -> None:
+    def check(
+        self, name: str | None, steps: int, options: SchedulerOptions = (), levels: frozenset[str] = frozenset()
+    ) -> None:
         """Refuse what this base cannot run; None means its default.
+
+        `levels` says how the caller chooses the steps: "sigmas", "timesteps" or neither.
 
         Raises:
             UnknownScheduler: says which schedulers it does offer.
+            MalformedRequest: the scheduler has no such option, or takes no steps of the caller's.
             OutOfBounds: the scheduler cannot run that few steps.
         """
-        name = name or self._default
+        name = self._listed(name or self._default)
         tried = self._try(name) if name in self._known else None
         if not isinstance(tried, _Offer):
             raise UnknownScheduler(name, self._base_id, ", ".join(self.supported_names()))
+        for level in sorted(levels - _step_parameters(tried.template)):
+            raise MalformedRequest(f"scheduler '{name}' takes no '{level}' of the caller's")
+        for option, _ in options:
+            if not set(with_shift({option: 1.0})) & _config_names(tried.template):
+                raise MalformedRequest(f"scheduler '{name}' has no option '{option}'")
+        if options and isinstance(changed := self._try(name, options), _Unfit):
+            raise MalformedRequest(f"scheduler '{name}' {changed.reason} and these options")
         if steps < tried.min_steps:
             raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
 
-    def fresh(self, name: str | None) -> Any:
+    def fresh(self, name: str | None, options: SchedulerOptions = ()) -> Any:
         """Return an unused scheduler of a name that `check` passes."""
-        tried = self._try(name or self._default)
+        tried = self._try(self._listed(name or self._default), options)
         assert isinstance(tried, _Offer)
         return copy.deepcopy(tried.template)
 
-    def _try(self, name: str) -> _Offer | _Unfit:
+    def _listed(self, name: str) -> str:
+        return name if name == self._own_name else listed_name(name, self._kind)
+
+    def _try(self, name: str, options: SchedulerOptions = ()) -> _Offer | _Unfit:
         """Return what came of trying a name; two threads may try one at a time, with the same outcome."""
-        if name not in self._tried:
-            self._tried[name] = _offer(name, self._own)
-        return self._tried[name]
+        if options:  # as many as callers think of: made anew each time
+            return self._offer(name, dict(options))
+        if (name, options) not in self._tried:
+            self._tried[name, options] = self._offer(name, {})
+        return self._tried[name, options]
+
+    def _offer(self, name: str, options: Mapping[str, Any]) -> _Offer | _Unfit:
+        """Make a scheduler from the configuration of the base's own, and find out how few steps it can run."""
+        if name == self._own_name and not options:
+            return _Offer(self._own, _fewest_steps(self._own) or 1)
+        own = SchedulerChoice(name, name) if name == self._own_name else None
+        choice = own or SCHEDULERS[self._kind].get(name)
+        if choice is None:
+            is_other = isinstance(getattr(diffusers, name, None), type)
+            what = (
+                f"does not fit this base, whose own is {self._own_name}"
+                if is_other
+                else "is not a scheduler of diffusers"
+            )
+            return _Unfit(what)
+        return self._made(getattr(diffusers, choice.class_name), {**choice.options, **with_shift(options)})
+
+    def _made(self, scheduler_class: Any, options: Mapping[str, Any]) -> _Offer | _Unfit:
+        config = {**self._own.config, **_shift_of(self._own), **options}
+        try:
+            template = scheduler_class.from_config(config)
+        except (ImportError, ValueError, TypeError, RuntimeError) as error:
+            return _Unfit(f"cannot be made from this base's configuration ({type(error).__name__})")
+        if not set(self._family.sends_levels) <= _step_parameters(template):
+            return _Unfit("cannot take the noise levels that this base's pipeline sets")
+        fewest = _fewest_steps(template)
+        return _Offer(template, fewest) if fewest else _Unfit("cannot run with this base's configuration")
 
 
-def _offer(name: str, own: Any) -> _Offer | _Unfit:
-    """Make a scheduler of class `name` from the configuration of `own`, and find out how few steps it can run."""
-    if name == type(own).__name__:
-        return _Offer(own, _fewest_steps(own) or 1)  # flow matching needs more than a number of steps
-    scheduler_class = getattr(diffusers, name, None)
-    if not isinstance(scheduler_class, type):
-        return _Unfit("is not a scheduler of diffusers")
-    if scheduler_class not in own.compatibles:
-        return _Unfit(f"does not fit this base, whose own is {type(own).__name__}")
+def _rebuilt(own: Any, config: BaseModelConfig) -> Any:
+    """Return the base's own scheduler with the options of the configuration, itself where there are none.
+
+    Raises:
+        BaseUnusable: it has no such option, or not with such a value.
+    """
+    unknown = set(config.scheduler_options) - _config_names(own)
+    if unknown:
+        raise BaseUnusable(config.id, f"{type(own).__name__} has no option '{min(unknown)}'")
+    if not config.scheduler_options:
+        return own
     try:
-        template: Any = scheduler_class.from_config(own.config)  # pyright: ignore[reportAttributeAccessIssue]
+        return type(own).from_config({**own.config, **with_shift(config.scheduler_options)})
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
-        return _Unfit(f"cannot be made from this base's configuration ({type(error).__name__})")
-    fewest = _fewest_steps(template)
-    return _Offer(template, fewest) if fewest else _Unfit("cannot run with this base's configuration")
+        raise BaseUnusable(config.id, f"its scheduler cannot be made with scheduler_options: {error}") from error
+
+
+def _shift_of(own: Any) -> dict[str, Any]:
+    """Return the shift of a flow by the name that schedulers of diffusion have for it."""
+    shift = own.config.get("shift")
+    return {} if shift is None else {"flow_shift": shift}
+
+
+def _config_names(scheduler: Any) -> frozenset[str]:
+    return frozenset(signature(type(scheduler).__init__).parameters)
+
+
+def _step_parameters(scheduler: Any) -> frozenset[str]:
+    return frozenset(signature(type(scheduler).set_timesteps).parameters)
 
 
 def _fewest_steps(template: Any) -> int | None:
     """Return the fewest steps that `template` accepts: multistep methods may need a run-up."""
+    extra = _SHIFTED_BY_SIZE if template.config.get("use_dynamic_shifting") else {}
     for steps in _TRIED_STEPS:
         try:
-            copy.deepcopy(template).set_timesteps(steps)
-        except (ImportError, ValueError, TypeError, RuntimeError, IndexError):
+            tried = copy.deepcopy(template)
+            with numpy.errstate(all="ignore"):  # one step alone may be stretched to an end that it has not
+                tried.set_timesteps(steps, **extra)
+        except (ImportError, ValueError, TypeError, RuntimeError, IndexError, AssertionError):
             continue
-        return steps
+        if torch.isfinite(torch.as_tensor(tried.timesteps)).all():
+            return steps
     return None

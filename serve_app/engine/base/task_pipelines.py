@@ -1,4 +1,4 @@
-"""What a base can draw from: text, a picture, a picture and a mask.
+"""What a base can draw from: text, a picture, a picture and a mask, a picture and an instruction.
 
 Owns the pipelines of one base, which share every module, and which of them a request takes. Must not know how a
 request becomes the arguments of a call.
@@ -6,65 +6,105 @@ request becomes the arguments of a call.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
+import diffusers
 from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
 from serve_app.core import GenerationRequest
 from serve_app.errors import MalformedRequest
+from serve_app.families.family import Family, Task
+from serve_app.families.table import family_of
+
+_NEEDS: Mapping[Task, str] = {
+    "text": "draws from a picture only; send one",
+    "image": "makes images from text only; leave out the picture",
+    "inpaint": "cannot redraw a part of a picture; leave out the mask",
+    "edit": "makes images from text only; leave out the picture",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class TaskPipelines:
-    """The pipelines over one set of modules; None where the family has no such pipeline."""
+    """The pipelines over one set of modules, by task; `whole` is the one that the base was loaded as."""
 
-    text_to_image: Any
-    image_to_image: Any | None
-    inpainting: Any | None
+    whole: Any
+    family: Family
+    by_task: Mapping[Task, Any]
 
     def of(self, request: GenerationRequest) -> Any:
         """Return the pipeline that a request takes.
 
         Raises:
-            MalformedRequest: the family has none.
+            MalformedRequest: the base has none.
         """
-        if request.image is None:
-            return self.text_to_image
-        if request.mask is not None:
-            if self.inpainting is None:
-                raise MalformedRequest(f"{request.base_id} cannot draw a part of a picture anew; leave out the mask")
-            return self.inpainting
-        if self.image_to_image is None:
-            raise MalformedRequest(f"{request.base_id} makes images from text only")
-        return self.image_to_image
+        task = self.task_of(request)
+        if task not in self.by_task:
+            needs = _NEEDS[task] if "text" in self.by_task or task != "image" else "needs a mask with the picture"
+            raise MalformedRequest(f"{request.base_id} {needs}")
+        return self.by_task[task]
+
+    def task_of(self, request: GenerationRequest) -> Task:
+        """Return what a request draws from."""
+        return self.family.task_of(has_image=request.image is not None, has_mask=request.mask is not None)
+
+    def without(self, task: Task) -> TaskPipelines:
+        """Return the pipelines but for one task."""
+        return replace(self, by_task={name: pipeline for name, pipeline in self.by_task.items() if name != task})
+
+    @property
+    def all(self) -> tuple[Any, ...]:
+        """Every pipeline once, the one that the base was loaded as first."""
+        return tuple({id(pipeline): pipeline for pipeline in (self.whole, *self.by_task.values())}.values())
 
 
 def variants_of(pipeline: Any) -> TaskPipelines:
-    """Return the pipelines over the modules of a text-to-image pipeline."""
-    variants = TaskPipelines(
-        text_to_image=pipeline,
-        image_to_image=_over(pipeline, AutoPipelineForImage2Image.from_pipe),
-        inpainting=_over(pipeline, AutoPipelineForInpainting.from_pipe),
-    )
-    for variant in filter(None, (variants.text_to_image, variants.image_to_image, variants.inpainting)):
+    """Return the pipelines over the modules of a loaded one."""
+    family = loaded_family(pipeline)
+    variants = TaskPipelines(pipeline, family, _by_task(pipeline, family))
+    for variant in variants.all:
         # An invisible watermark is drawn only where an optional package happens to be installed.
         if hasattr(variant, "watermark"):
             variant.watermark = None
     return variants
 
 
-def takes_size(pipeline: Any) -> bool:
-    """Say whether a pipeline needs telling the size; others take the picture's."""
-    return "width" in signature(type(pipeline).__call__).parameters
+def loaded_family(pipeline: Any) -> Family:
+    """Return the family of a loaded pipeline, as its own configuration has it."""
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    return family_of(type(pipeline).__name__, pipeline.config, getattr(denoiser, "config", None))
 
 
-def _over(pipeline: Any, from_pipe: Callable[[Any], Any]) -> Any | None:
-    try:
-        variant: Any = from_pipe(pipeline)
-    except ValueError:
-        return None
-    variant.set_progress_bar_config(disable=True)
-    return variant
+def parameters_of(pipeline: Any) -> frozenset[str]:
+    """Return the names of all parameters of a pipeline's call."""
+    return frozenset(signature(type(pipeline).__call__).parameters)
+
+
+def _by_task(pipeline: Any, family: Family) -> dict[Task, Any]:
+    if family.tasks is not None:
+        return {task: _as(pipeline, name) for task, name in family.tasks.items()}
+    guessed: dict[Task, Any] = {"text": pipeline}
+    for task, auto in (("image", AutoPipelineForImage2Image), ("inpaint", AutoPipelineForInpainting)):
+        try:
+            guessed[task] = _quiet(auto.from_pipe(pipeline))
+        except ValueError:  # diffusers knows none
+            continue
+    return guessed
+
+
+def _as(pipeline: Any, name: str) -> Any:
+    """Return the same modules in a pipeline of another class of diffusers; `from_pipe` would change their dtype."""
+    kind: Any = getattr(diffusers, name)
+    if type(pipeline) is kind:
+        return pipeline
+    modules, settings = kind._get_signature_keys(kind)
+    parts = {part: module for part, module in pipeline.components.items() if part in modules}
+    return _quiet(kind(**parts, **{name: pipeline.config[name] for name in settings if name in pipeline.config}))
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -7,6 +7,7 @@ adapters' weights, queues or threads: whoever calls sees to it that one thread a
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,19 +19,29 @@ from torch import Tensor
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.engine.base.digests import FileDigests
 from serve_app.engine.base.loading import HubAccess, LoadedBase, ResolvedSource, default_device, load_base
 from serve_app.engine.base.manifest import BaseManifest, adaptable_components, manifest_of
 from serve_app.engine.base.schedulers import NoiseSchedulers
-from serve_app.engine.base.task_pipelines import takes_size, variants_of
-from serve_app.engine.drawing.pixels import are_finite, fitted, fitted_mask, pixel_images, share_out
+from serve_app.engine.base.task_pipelines import parameters_of, variants_of
+from serve_app.engine.drawing.arguments import (
+    MAX_SEED,
+    arguments_of,
+    check_parameters,
+    parameters_taken,
+    parameters_without_effect,
+    set_area,
+)
+from serve_app.engine.drawing.pixels import are_finite, pixel_images, share_out
 from serve_app.engine.drawing.preview import LatentColours, OnPreview, Previewer, fit_latent_colours
 from serve_app.engine.drawing.steps import OnStep, StepCallback
 from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
 from serve_app.engine.drawing.vocabularies import TextualInversion
-from serve_app.errors import LoraplexError, OutOfBounds
+from serve_app.errors import LoraplexError, OutOfBounds, PipelineRefused
+from serve_app.families.abilities import BaseAbilities
+from serve_app.families.family import Family, Task
 
-MAX_SEED = 2**64 - 1
+log = logging.getLogger(__name__)
+
 _UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say some huge number
 
 
@@ -44,13 +55,8 @@ class PassOutcome:
     decode_ms: float
 
 
-def seeds_of(request: GenerationRequest) -> tuple[int, ...]:
-    """Return the seed of each image of a request; they wrap round after the largest."""
-    return tuple((request.seed + index) % (MAX_SEED + 1) for index in range(request.num_images))
-
-
 class BasePipeline:
-    """A base on its device: text-to-image, image-to-image and inpainting over the very same modules.
+    """A base on its device: the pipelines of all its tasks over the very same modules.
 
     A call leaves nothing behind: each has its own scheduler and generators, and the modules are as they were,
     be it finished, cancelled or failed. The same requests in the same pass give the same bits, and those of
@@ -65,7 +71,7 @@ class BasePipeline:
         """
         self._config = config
         self._variants = variants_of(loaded.pipeline)
-        self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler)
+        self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler, self._variants.family)
         self._idle_scheduler = loaded.pipeline.scheduler
         self._text_encoders = text_encoders_of(loaded.pipeline)
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
@@ -73,7 +79,7 @@ class BasePipeline:
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
         self._latent_colours: LatentColours | None = None
-        self.manifest: BaseManifest = manifest_of(loaded.pipeline, loaded.fingerprint)
+        self.manifest: BaseManifest = manifest_of(loaded.pipeline)
 
     @classmethod
     def load(
@@ -81,10 +87,9 @@ class BasePipeline:
         config: BaseModelConfig,
         source: ResolvedSource,
         *,
-        vae_source: ResolvedSource | None = None,
+        parts: Mapping[str, ResolvedSource] | None = None,
         device: torch.device | None = None,
         hub: HubAccess | None = None,
-        digests: FileDigests | None = None,
     ) -> BasePipeline:
         """Load a base onto `device`, by default the GPU where there is one; the rest is `load_base`'s.
 
@@ -93,7 +98,7 @@ class BasePipeline:
             HubUnavailable: its files are not all at hand and the Hub does not answer.
         """
         device, hub = device or default_device(), hub or HubAccess()
-        return cls(config, load_base(config, source, vae_source, device=device, hub=hub, digests=digests))
+        return cls(config, load_base(config, source, parts or {}, device=device, hub=hub))
 
     @property
     def base_id(self) -> str:
@@ -103,7 +108,22 @@ class BasePipeline:
     @property
     def components(self) -> dict[str, torch.nn.Module]:
         """The modules that adapters may change, by component name."""
-        return adaptable_components(self._variants.text_to_image)
+        return adaptable_components(self._variants.whole)
+
+    @property
+    def family(self) -> Family:
+        """What is known of bases of this kind, as this base's own configuration has it."""
+        return self._variants.family
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """What the base draws from."""
+        return tuple(self._variants.by_task)
+
+    @property
+    def max_images_per_pass(self) -> int | None:
+        """How many images may share a pass without changing one another; None for any number."""
+        return None if self.family.shares_passes else 1
 
     @property
     def default_pixels(self) -> int:
@@ -119,19 +139,43 @@ class BasePipeline:
         """Return the names of the noise schedulers that a request may choose from."""
         return self._schedulers.supported_names()
 
+    def parameters(self, task: Task) -> tuple[str, ...]:
+        """Return the optional parameters that a request for a task may set."""
+        return parameters_taken(self._variants.by_task[task], self.family)
+
+    def abilities(self) -> BaseAbilities:
+        """Return what requests may ask for."""
+        family = self.family
+        return BaseAbilities(
+            pipeline=type(self._variants.whole).__name__,
+            family=family.name,
+            parameters={task: self.parameters(task) for task in self.tasks},
+            schedulers=self.schedulers(),
+            side_multiple=family.side_multiple,
+            min_steps=family.min_steps,
+            tokens=family.tokens or _window(_tokenizer(getattr(self._variants.whole, self._tokenizer_name))),
+            previews=family.previews,
+        )
+
+    def withdraw(self, task: Task) -> None:
+        """Serve a task no more, because it was tried and failed; before anything else uses the pipeline."""
+        self._variants = self._variants.without(task)
+
     def check(self, request: GenerationRequest) -> None:
         """Refuse what this base cannot do, without touching the device; safe in any thread.
 
         Raises:
             UnknownScheduler: the base does not offer the scheduler.
-            OutOfBounds: the seed is no 64-bit number, or scheduler or strength cannot do with so few steps.
-            MalformedRequest: the base has no image-to-image, or no inpainting.
+            OutOfBounds: the seed is no 64-bit number, a side no multiple of the family's, or there are too few steps.
+            MalformedRequest: the base has no pipeline for the request, or the pipeline no such parameter.
         """
-        self._schedulers.check(request.scheduler, request.steps)
+        pipeline = self._variants.of(request)
+        levels = frozenset(request.options.given()) & {"sigmas", "timesteps"}
+        self._schedulers.check(request.scheduler, request.steps, request.scheduler_options, levels)
         if not 0 <= request.seed <= MAX_SEED:
             raise OutOfBounds("seed", request.seed, f"from 0 to {MAX_SEED}")
-        self._variants.of(request)
-        if request.image is None:
+        check_parameters(request, pipeline, self.family)
+        if request.image is None or "strength" not in parameters_of(pipeline):
             return
         strength = self._strength(request)
         if int(request.steps * strength) < 1:
@@ -139,18 +183,17 @@ class BasePipeline:
 
     def with_ti_tokens(self, words: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the prompts of passes inside it name an adapter's words, rows by component; for the device thread."""
-        variants = (self._variants.text_to_image, self._variants.image_to_image, self._variants.inpainting)
-        return self._vocabularies.loaded(words, [pipeline for pipeline in variants if pipeline is not None])
+        return self._vocabularies.loaded(words, self._variants.all)
 
     def truncation_warning(self, prompt: str, what: str = "prompt") -> str | None:
         """Say how many tokens of `prompt` the base reads, if not all; for the device thread only.
 
         Of several text encoders the one that reads the most decides.
         """
-        tokenizer = getattr(self._variants.text_to_image, self._tokenizer_name)
-        window: int = tokenizer.model_max_length
+        tokenizer = _tokenizer(getattr(self._variants.whole, self._tokenizer_name))
+        window = self.family.tokens or _window(tokenizer)
         # A token stands for one byte at least, so that short prompts need no counting.
-        if window > _UNBOUNDED_TOKENS or (prompt.isascii() and len(prompt) + 2 <= window):
+        if window is None or (prompt.isascii() and len(prompt) + 2 <= window):
             return None
         tokens = tokenizer(prompt, truncation=False, padding=False, verbose=False).input_ids
         return f"{what} truncated to {window} tokens" if len(tokens) > window else None
@@ -172,19 +215,24 @@ class BasePipeline:
             GenerationCancelled: `is_cancelled` said so after a step.
         """
         pipeline: Any = self._variants.of(requests[0])
-        arguments = self._arguments(pipeline, requests)
-        scheduler = self._schedulers.fresh(requests[0].scheduler)
+        arguments = arguments_of(requests, pipeline, self.family, strength=self._strength(requests[0]))
+        set_area(requests[0], pipeline, self.family)
+        scheduler = self._schedulers.fresh(requests[0].scheduler, requests[0].scheduler_options)
         watch = StepCallback(on_step, is_cancelled, self._previewer(requests, scheduler, on_preview))
         started = time.perf_counter()
         try:
             pipeline.scheduler = scheduler
             with encode_individually(self._text_encoders):
                 output = pipeline(**arguments, callback_on_step_end=watch)
-            are_sound: list[bool] = (watch.is_finite & are_finite(output.images).cpu()).tolist()
-            images = pixel_images(output.images)
-        except BaseException:
+            drawn: Any = output[0]  # its name differs from family to family
+            are_sound: list[bool] = (watch.is_finite & are_finite(drawn).cpu()).tolist()
+            images = pixel_images(drawn)
+        except BaseException as error:
             # SDXL decodes in float32 and goes back afterwards, unless decoding fails.
             pipeline.vae.to(dtype=self._vae_dtype)
+            if isinstance(error, (ValueError, TypeError)):
+                log.exception("a request passed all checks and was refused by %s: a bug", type(pipeline).__name__)
+                raise PipelineRefused(self.base_id, _sentence(error)) from error
             raise
         finally:
             pipeline.scheduler = self._idle_scheduler
@@ -199,47 +247,17 @@ class BasePipeline:
 
     def restore_dtypes(self) -> None:
         """Undo what a pass that failed for want of memory may have left: a decoder between two dtypes."""
-        vae: Any = self._variants.text_to_image.vae
+        vae: Any = self._variants.whole.vae
         vae.to(dtype=self._vae_dtype)
 
     def _previewer(
         self, requests: Sequence[GenerationRequest], scheduler: Any, on_preview: OnPreview | None
     ) -> Previewer | None:
-        if on_preview is None or not any(request.num_previews for request in requests):
+        if on_preview is None or not self.family.previews or not any(one.num_previews for one in requests):
             return None
         if self._latent_colours is None:
-            self._latent_colours = fit_latent_colours(self._variants.text_to_image.vae)
-        return Previewer(requests, self._latent_colours, scheduler, on_preview)
-
-    def _arguments(self, pipeline: Any, requests: Sequence[GenerationRequest]) -> dict[str, Any]:
-        """Return the keyword arguments of the pipeline call: one generator and picture for each image."""
-        head = requests[0]
-        rows = [request for request in requests for _ in range(request.num_images)]
-        seeds = [seed for request in requests for seed in seeds_of(request)]
-        texts = [(row.prompt, row.negative_prompt) for row in rows]
-        if head.image is None and len(set(texts)) == 1:
-            texts = texts[:1]  # encoded once, for all images of the pass
-        arguments: dict[str, Any] = {
-            "prompt": [prompt for prompt, _ in texts],
-            "num_images_per_prompt": len(rows) // len(texts),
-            "num_inference_steps": head.steps,
-            "guidance_scale": head.guidance_scale,
-            "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-            "output_type": "pt",
-        }
-        if head.negative_prompt is not None:
-            arguments["negative_prompt"] = [negative for _, negative in texts]
-        if head.image is None or takes_size(pipeline):
-            arguments |= {"width": head.width, "height": head.height}
-        if head.image is None:
-            return arguments
-        arguments["image"] = [picture for request in requests for picture in [fitted(request)] * request.num_images]
-        arguments["strength"] = self._strength(head)
-        if head.mask is not None:
-            arguments["mask_image"] = [
-                mask for request in requests for mask in [fitted_mask(request)] * request.num_images
-            ]
-        return arguments
+            self._latent_colours = fit_latent_colours(self._variants.whole.vae)
+        return Previewer(requests, self._latent_colours, scheduler, on_preview, self.family.latents)
 
     def _strength(self, request: GenerationRequest) -> float:
         return self._config.defaults.strength if request.strength is None else request.strength
@@ -250,7 +268,7 @@ class BasePipeline:
         flags = iter(blacked_out)
         found: list[tuple[str, ...]] = []
         for request in requests:
-            lines = [self.truncation_warning(request.prompt)]
+            lines = [self.truncation_warning(request.prompt), *self._without_effect(request)]
             if request.negative_prompt is not None:
                 lines.append(self.truncation_warning(request.negative_prompt, "negative prompt"))
             if any(list(itertools.islice(flags, request.num_images))):
@@ -258,9 +276,30 @@ class BasePipeline:
             found.append(tuple(line for line in lines if line is not None))
         return tuple(found)
 
+    def _without_effect(self, request: GenerationRequest) -> list[str]:
+        """Name the parameters of a request that change nothing."""
+        return parameters_without_effect(request, self.family, self._config.defaults.guidance_scale)
+
+
+def _window(tokenizer: Any) -> int | None:
+    """Return how many tokens a tokenizer reads, None where it has no limit of its own."""
+    window: int = tokenizer.model_max_length
+    return None if window > _UNBOUNDED_TOKENS else window
+
+
+def _sentence(error: BaseException) -> str:
+    """Return the first line of what a pipeline says, without the names of its code."""
+    lines = str(error).strip().splitlines() or ["it says no reason"]
+    return lines[0].replace("`", "'")[:200]
+
+
+def _tokenizer(part: Any) -> Any:
+    """Return the tokenizer of a part that is one, or a processor with one."""
+    return getattr(part, "tokenizer", part)
+
 
 def _widest_tokenizer(pipeline: Any) -> str:
     """Name the tokenizer that reads the longest prompt; the first of those that read alike."""
     components: dict[str, Any] = pipeline.components
     found = [name for name, part in components.items() if name.startswith("tokenizer") and part is not None]
-    return max(found, key=lambda name: components[name].model_max_length)
+    return max(found, key=lambda name: _tokenizer(components[name]).model_max_length)

@@ -81,7 +81,10 @@ def share_out(
 
 
 def _is_lost(request: GenerationRequest, image: PixelImage, is_censored: bool) -> bool:
-    """Whether an overflow was cut off to black: no base draws nothing but zeros, but an input picture may be black."""
+    """Return whether the image is black because of a numeric overflow.
+
+    A base never produces an all-zero image by itself; an input image may be black.
+    """
     if is_censored or not request.adapters or request.image is not None:
         return False
     return image.pixels.count(0) == len(image.pixels)

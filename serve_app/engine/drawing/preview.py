@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.engine.drawing.pixels import pixel_images
+from serve_app.families.family import LatentLayout
 
 # Hears, for each request of the pass in order, its previews after a step: none where none is due.
 OnPreview = Callable[[Sequence[tuple[PixelImage, ...]]], None]
@@ -55,11 +56,12 @@ def fit_latent_colours(vae: Any) -> LatentColours:
     try:
         if is_raised:
             vae.to(dtype=torch.float32)
-        encoded = vae.encode(swatches.to(vae.device, vae.dtype) * 2 - 1)
+        pictures = swatches.to(vae.device, vae.dtype) * 2 - 1
+        encoded = vae.encode(pictures[:, :, None] if _takes_frames(vae) else pictures)
     finally:
         if is_raised:
             vae.to(dtype=dtype)
-    latents = (encoded.latent_dist.mode().float().cpu() - _shift(vae)) * vae.config.scaling_factor
+    latents = normalized_latents(vae, _pictures(encoded.latent_dist.mode().float().cpu()))
     colours = functional.interpolate(swatches, size=latents.shape[-2:], mode="area")
     inputs = latents.permute(0, 2, 3, 1).flatten(0, 2)
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
@@ -68,8 +70,42 @@ def fit_latent_colours(vae: Any) -> LatentColours:
     return LatentColours(fitted[:-1], fitted[-1])
 
 
-def _shift(vae: Any) -> float:
-    return getattr(vae.config, "shift_factor", None) or 0.0
+def _takes_frames(vae: Any) -> bool:
+    """Say whether a VAE is one of videos: its pictures and latents have one more dimension, of one frame."""
+    return hasattr(vae.config, "temperal_downsample")
+
+
+def _pictures(latents: Tensor) -> Tensor:
+    """Return latents [n, channels, h, w] of which some have a dimension of one frame."""
+    return latents[:, :, 0] if latents.ndim == 5 else latents
+
+
+def normalized_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Return what a VAE encoded, [n, channels, h, w], as its denoiser has it: one of three ways, by its configuration.
+
+    The formulas are those of the `_encode_vae_image` of diffusers' pipelines.
+    """
+    config = vae.config
+    if getattr(config, "latents_mean", None) is not None:  # Qwen-Image: channel by channel
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return (latents - mean) / std
+    if hasattr(vae, "bn"):  # FLUX.2: 2x2 patches, by the statistics of a batch norm
+        latents = functional.pixel_unshuffle(latents, 2)
+        mean, variance = (
+            values.float().cpu().view(1, -1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var)
+        )
+        return (latents - mean) / (variance + config.batch_norm_eps) ** 0.5
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
+def unpacked_latents(latents: Tensor, layout: LatentLayout, width: int, height: int) -> Tensor:
+    """Return latents as pictures [n, channels, h, w]; those of tokens [n, tokens, channels] lie row by row."""
+    latents = _pictures(latents)
+    if latents.ndim != 3:
+        return latents
+    rows = round((latents.shape[1] * height / width) ** 0.5)
+    grid = latents.transpose(1, 2).unflatten(2, (rows, latents.shape[1] // rows))
+    return functional.pixel_shuffle(grid, 2) if layout == "packed" else grid
 
 
 def _swatches() -> Tensor:
@@ -97,8 +133,14 @@ class Previewer:
     """
 
     def __init__(
-        self, requests: Sequence[GenerationRequest], colours: LatentColours, scheduler: Any, tell: OnPreview
+        self,
+        requests: Sequence[GenerationRequest],
+        colours: LatentColours,
+        scheduler: Any,
+        tell: OnPreview,
+        layout: LatentLayout = "picture",
     ) -> None:
+        self._layout: LatentLayout = layout
         self._requests = requests
         self._colours = colours
         self._scheduler = scheduler
@@ -119,7 +161,9 @@ class Previewer:
         due = [step in preview_steps(steps, request.num_previews) for request in self._requests]
         if not any(due) or self._last is None:
             return
+        head = self._requests[0]
         latents = estimate_finished(self._scheduler, *self._last)
+        latents = unpacked_latents(latents, self._layout, head.width, head.height)
         if not self._colours.fits(latents):
             return
         images = iter(pixel_images(self._colours(latents)))
@@ -136,7 +180,7 @@ def estimate_finished(scheduler: Any, model_output: Tensor, timestep: Any, sampl
     if kind == "sample":
         return model_output
     time = float(timestep)
-    if kind is None:  # flow matching
+    if kind in (None, "flow_prediction"):
         return sample - time / scheduler.config.num_train_timesteps * model_output
     kept = float(scheduler.alphas_cumprod[round(time)])
     # Schedulers that start at a variance over 1 add the noise without shrinking the picture.

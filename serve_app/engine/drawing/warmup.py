@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import torch
 
@@ -11,27 +15,84 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.engine.drawing.pipeline import BasePipeline
 
+log = logging.getLogger(__name__)
+
 # Denoisers are called with other kinds of values at their second step.
 STEPS = 2
 
 
-def warm_up(pipeline: BasePipeline, base: BaseModelConfig, *, torch_threads: int) -> float:
-    """Draw the base's default picture, alone and as the largest batch, and return how many seconds that took.
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """How long it took, how many images of the default size fit one pass, and what such a pass took of a GPU."""
 
-    Call it before anything else uses the pipeline. It computes with `torch_threads`, in a thread of its own: their
-    number is part of what compiled code depends on. Whatever else a request may choose that changes shapes (its size,
-    guidance or none) compiles when it first comes.
+    seconds: float
+    images: int
+    pass_bytes: int
+
+
+def warm_up(
+    pipeline: BasePipeline,
+    base: BaseModelConfig,
+    *,
+    torch_threads: int,
+    is_out_of_memory: Callable[[BaseException], bool],
+) -> WarmUp:
+    """Draw the base's default picture, as the largest batch that fits and alone.
+
+    A batch that finds no room is halved, as requests will be; where not even one image fits, that is logged, since
+    smaller ones may. Call it before anything else uses the pipeline. It computes with `torch_threads`, in a thread of
+    its own: their number is part of what compiled code depends on. Whatever else a request may choose that changes
+    shapes (its size, guidance or none) compiles when it first comes.
     """
+    began, device = time.monotonic(), pipeline.device
 
-    def draw() -> None:
-        torch.set_num_threads(torch_threads)  # counts for the thread that says it
-        for num_images in sorted({1, base.replica.max_batch_images}):
+    def draw(num_images: int) -> bool:
+        try:
             pipeline.generate([_picture(base, num_images)])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
-    began = time.monotonic()
+    def run() -> tuple[int, int]:
+        torch.set_num_threads(torch_threads)  # counts for the thread that says it
+        images = base.replica.max_batch_images
+        before = _allocated(device)
+        while not draw(images):
+            _free(pipeline)
+            log.warning("%s: %d images of the default size do not fit one pass", base.id, images)
+            if images == 1:
+                return 0, 0
+            images //= 2
+        pass_bytes = _peak(device) - before
+        if images > 1:
+            draw(1)
+        return images, pass_bytes
+
     with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
-        thread.submit(draw).result()
-    return time.monotonic() - began
+        images, pass_bytes = thread.submit(run).result()
+    return WarmUp(time.monotonic() - began, images, pass_bytes)
+
+
+def _allocated(device: torch.device) -> int:
+    """Return what torch has of a GPU, and begin to watch for its peak."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _free(pipeline: BasePipeline) -> None:
+    gc.collect()
+    if pipeline.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(pipeline.device)
+    pipeline.restore_dtypes()
 
 
 def _picture(base: BaseModelConfig, num_images: int) -> GenerationRequest:

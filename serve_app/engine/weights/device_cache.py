@@ -7,15 +7,23 @@ is given. Must not know weights or what an adapter is used for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import LowRank, ParsedAdapter, tensors_of
+from serve_app.engine.adapters.deltas import Delta, Direction, ParsedAdapter, StackedLayers
 from serve_app.store.budget import ByteBudget, EvictionPlan
+
+HoldAdapters = Callable[[Sequence[ParsedAdapter]], AbstractContextManager[Sequence[ParsedAdapter]]]
+
+
+@contextmanager
+def as_they_are(adapters: Sequence[ParsedAdapter]) -> Iterator[Sequence[ParsedAdapter]]:
+    """Give the adapters themselves, where host and device memory are one."""
+    yield adapters
 
 
 class DeviceCache:
@@ -78,7 +86,7 @@ class DeviceCache:
 
 def moved_to(adapter: ParsedAdapter, device: torch.device) -> ParsedAdapter:
     """Copy an adapter to a device without waiting for the copy: in one piece where its tensors share one buffer."""
-    tensors = [tensor for _, _, delta in adapter.layers() for tensor in tensors_of(delta)]
+    tensors = list(adapter.tensors())
     buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
     if len(buffers) > 1 or not tensors:
         return _mapped(adapter, lambda tensor: tensor.to(device, non_blocking=True, copy=True))
@@ -94,8 +102,13 @@ def moved_to(adapter: ParsedAdapter, device: torch.device) -> ParsedAdapter:
 
 
 def _mapped(adapter: ParsedAdapter, change: Callable[[Tensor], Tensor]) -> ParsedAdapter:
+    def changed(delta: Delta) -> Delta:
+        return _mapped_delta(delta, change)
+
+    if isinstance(adapter.components, StackedLayers):
+        return replace(adapter, components=adapter.components.mapped(change, changed))
     components = {
-        component: {module: _mapped_delta(delta, change) for module, delta in modules.items()}
+        component: {module: changed(delta) for module, delta in modules.items()}
         for component, modules in adapter.components.items()
     }
     return replace(adapter, components=components)
@@ -107,6 +120,6 @@ def _mapped_delta(delta: Any, change: Callable[[Tensor], Tensor]) -> Any:
         value = getattr(delta, part.name)
         if isinstance(value, Tensor):
             changes[part.name] = change(value)
-        elif isinstance(value, LowRank):
+        elif isinstance(value, Direction):
             changes[part.name] = _mapped_delta(value, change)
     return replace(delta, **changes)

@@ -2,159 +2,132 @@
 
 Owns the formulas. Every function reads its inputs alone and writes only `out`, so that a result cannot depend on
 what ran before. Operations, their order and their dtypes are those of peft's `get_delta_weight` and `merge`, so that
-results equal a fresh load and fuse by diffusers to the last bit. Layers of one shape share every operation but the
-product of their factors, so that a swap's cost in Python does not grow with its arithmetic.
+results equal a fresh load and fuse by diffusers to the last bit. Layers that are alike take each operation together,
+so that a swap's cost in Python does not grow with their number.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, Dense, Dora, Hadamard, Kronecker, LowRank
+from serve_app.engine.adapters.deltas import Delta, Dense, Direction, Dora, Hadamard, LowRank
+from serve_app.engine.adapters.stacks import empty_rows
+from serve_app.engine.weights.parameters import LARGE_ELEMENTS
 
-# The bits of a product may depend on how its operands are aligned; this is how torch places tensors of their own.
-_ALIGNMENT_BYTES = 64
-# What products may take while a group is fused: on a CPU they should stay in its cache.
+# What products may take while a stack is fused: on a CPU they should stay in its cache.
 _SCRATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 # On a CPU a layer with a larger product is fused in blocks of rows, each from product to sum while it is in the
 # cache next to the core. Rows of a product do not depend on each other, so that the bits are those of the whole.
-_LARGE_ELEMENTS = 1 << 18
 _BLOCK_ELEMENTS = 1 << 19
 _ROWS_TOGETHER = 16  # blocks begin where a matrix of their own might, whatever the rank
 
-# The same operation on each pair of tensors, called once: what optimisers of torch are made of.
-_add_all = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
-_copy_all = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-_scale_all = torch._foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
+class BatchedProducts:
+    """Products of stacked factors: in one call where this device gives the bits of one by one.
 
-class LayerUpdate(NamedTuple):
-    """One layer to fuse: write `current` changed by `delta` to `out`.
-
-    `current` is `pristine`, or `out` itself after earlier adapters.
+    A batched product may sum in another order than peft's, which multiplies layer by layer. That depends on shapes,
+    dtype and library alone, so that each kind is tried both ways when it first comes.
     """
 
-    out: Tensor
-    pristine: Tensor
-    current: Tensor
-    delta: Delta
-    scale: float
+    def __init__(self) -> None:
+        self._is_exact: dict[object, bool] = {}
 
-
-# One linear layer of a group: where to write, the pristine weight, up and down.
-_Product = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def fuse_weights(changes: Sequence[LayerUpdate]) -> None:
-    """Fuse layers that do not depend on each other: those of one adapter."""
-    groups: dict[object, list[_Product]] = {}
-    factors: dict[object, tuple[float, bool]] = {}
-    for out, pristine, current, delta, scale in changes:
-        if type(delta) is LowRank and pristine.ndim == 2 and delta.down.dtype == pristine.dtype:
-            up, down, is_first = delta.up, delta.down, current is not out
-            alike = (up.shape, down.shape, pristine.dtype, is_first, delta.alpha, delta.divisor, scale)
-            group = groups.get(alike)
-            if group is None:
-                group = groups[alike] = []
-                factors[alike] = delta.factor(scale), is_first
-            group.append((out, pristine, up, down))
+    def multiply(self, ups: Tensor, downs: Tensor, outs: Tensor) -> None:
+        """Write ups @ downs, layer by layer, to `outs`: [n, out, rank], [n, rank, in], [n, out, in]."""
+        kind = (ups.shape, downs.shape[2], ups.stride(), downs.stride(), outs.stride(), ups.dtype, ups.device)
+        is_exact = self._is_exact.get(kind)
+        if is_exact is None:
+            is_exact = self._is_exact[kind] = len(ups) > 1 and self._try(ups, downs, outs)
+        if is_exact:
+            torch.bmm(ups, downs, out=outs)
         else:
-            fuse_weight(out, pristine, current, delta, scale)
-    scratch: dict[torch.dtype, Tensor] = {}
-    for alike, group in groups.items():
-        first = group[0][0]
-        if first.device.type == "cpu" and first.numel() > _LARGE_ELEMENTS:
-            for product in group:
-                _fuse_in_blocks(product, *factors[alike], scratch)
-            continue
-        count = max(_SCRATCH_BYTES.get(first.device.type, 0) // max(4 * first.numel(), 1), 1)
-        for start in range(0, len(group), count):
-            _fuse_alike(group[start : start + count], *factors[alike])
+            for up, down, out in zip(ups.unbind(), downs.unbind(), outs.unbind(), strict=True):
+                torch.mm(up, down, out=out)
+
+    @staticmethod
+    def _try(ups: Tensor, downs: Tensor, outs: Tensor) -> bool:
+        torch.bmm(ups, downs, out=outs)
+        differs = torch.zeros((), dtype=torch.bool, device=outs.device)
+        for up, down, out in zip(ups.unbind(), downs.unbind(), outs.unbind(), strict=True):
+            differs |= (torch.mm(up, down) != out).any()
+        return not differs.item()
 
 
-def _fuse_alike(group: Sequence[_Product], factor: float, is_first: bool) -> None:
-    """Fuse linear layers of one shape, rank and dtype; `is_first` is false after earlier adapters."""
-    outs, pristines, ups, downs = (list(column) for column in zip(*group, strict=True))
-    dtype, device = outs[0].dtype, outs[0].device
-    ups, downs = _computable_all(ups, device), _computable_all(downs, device)
-    if is_first and ups[0].dtype == dtype:
-        _multiply(ups, downs, outs)
+class StackFuser:
+    """Fuses stacked changes into stacked weights; `products` remembers what this device multiplies exactly."""
+
+    def __init__(self) -> None:
+        self.products = BatchedProducts()
+
+    def fuse(self, outs: Tensor, pristine: Tensor | None, ups: Tensor, downs: Tensor, factor: float) -> None:
+        """Write `pristine` with the changes to `outs`, or where that is None add them to what `outs` holds.
+
+        All are [n, ...]; the factors are in the weights' dtype.
+        """
+        width = torch.float32.itemsize
+        count = max(_SCRATCH_BYTES.get(outs.device.type, 0) // max(width * outs[0].numel(), 1), 1)
+        is_wide = outs.device.type != "cpu" and pristine is not None  # no scratch is needed
+        for start in range(0, len(outs), len(outs) if is_wide else count):
+            part = slice(start, len(outs) if is_wide else start + count)
+            base = None if pristine is None else pristine[part]
+            self._fuse_part(outs[part], base, ups[part], downs[part], factor)
+
+    def _fuse_part(self, outs: Tensor, pristine: Tensor | None, ups: Tensor, downs: Tensor, factor: float) -> None:
+        ups, downs = _computable_rows(ups, outs.device), _computable_rows(downs, outs.device)
+        is_direct = pristine is not None and ups.dtype == outs.dtype
+        products = outs if is_direct else empty_rows(len(outs), outs.shape[1:], ups.dtype, outs.device)
+        self.products.multiply(ups, downs, products)
         if factor != 1.0:
-            _scale_all(outs, factor)
-        _add_all(outs, pristines)
-        return
-    scratch = _aligned(len(outs), outs[0].shape, ups[0].dtype, device)
-    products = scratch.unbind()
-    _multiply(ups, downs, products)
-    if factor != 1.0:
-        scratch.mul_(factor)
-    if is_first:
-        _copy_all(outs, products)
-        _add_all(outs, pristines)
-    else:
-        _add_all(outs, scratch.to(dtype).unbind())
-
-
-def _fuse_in_blocks(product: _Product, factor: float, is_first: bool, scratch: dict[torch.dtype, Tensor]) -> None:
-    """Fuse one large linear layer on a CPU; `scratch` keeps memory that was touched for the next layer."""
-    out, pristine, up, down = product
-    up, down = _computable(up, out.device), _computable(down, out.device)
-    blocks = -(-out.numel() // _BLOCK_ELEMENTS)
-    rows = -(-len(out) // (blocks * _ROWS_TOGETHER)) * _ROWS_TOGETHER
-    needed = min(rows, len(out)) * out.shape[1]
-    memory = scratch.get(up.dtype)
-    if memory is None or memory.numel() < needed:
-        memory = scratch[up.dtype] = torch.empty(needed, dtype=up.dtype)
-    for part, base, up_rows in zip(out.split(rows), pristine.split(rows), up.split(rows), strict=True):
-        changes = torch.mm(up_rows, down, out=memory[: part.numel()].view(part.shape))
-        if factor != 1.0:
-            changes.mul_(factor)
-        if is_first:
-            part.copy_(changes)
-            part.add_(base)
-        else:
-            part.add_(changes.to(part.dtype))
-
-
-def _multiply(ups: Sequence[Tensor], downs: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    # One by one: a batched product may sum in another order than peft's.
-    for up, down, out in zip(ups, downs, outs, strict=True):
-        torch.mm(up, down, out=out)
-
-
-def _computable_all(factors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Do what `_computable` does to factors of one shape and dtype."""
-    first = factors[0]
-    if device.type == "cpu" and first.dtype in (torch.float16, torch.bfloat16):
-        converted = _aligned(len(factors), first.shape, torch.float32, device).unbind()
-        _copy_all(converted, factors)
-        return list(converted)
-    return [factor.to(device, non_blocking=True) for factor in factors]
-
-
-def _aligned(count: int, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return room for `count` matrices, [count, *shape], each where a tensor of its own might lie."""
-    rows, columns = shape
-    per_line = _ALIGNMENT_BYTES // dtype.itemsize
-    stride = -(-rows * columns // per_line) * per_line
-    return torch.empty(count * stride, dtype=dtype, device=device).as_strided(
-        (count, rows, columns), (stride, columns, 1)
-    )
+            products.mul_(factor)
+        if pristine is None:
+            outs.add_(products.to(outs.dtype))
+            return
+        if not is_direct:
+            outs.copy_(products)
+        outs.add_(pristine)
 
 
 def fuse_weight(out: Tensor, pristine: Tensor, current: Tensor, delta: Delta, scale: float) -> None:
     """Write `current` changed by `delta` to `out`; `current` is `pristine` or `out` itself, after earlier adapters."""
-    if not isinstance(delta, Dora):
+    if isinstance(delta, Dora):
+        _fuse_dora(out, pristine, current, delta, scale)
+    elif isinstance(delta, LowRank) and _is_large(out) and delta.down.dtype == out.dtype:
+        _fuse_in_blocks(out, current, delta, scale)
+    else:
         torch.add(current, weight_delta(delta, pristine, scale), out=out)
-        return
+
+
+def _is_large(out: Tensor) -> bool:
+    return out.device.type == "cpu" and out.ndim == 2 and out.numel() > LARGE_ELEMENTS
+
+
+def _fuse_in_blocks(out: Tensor, current: Tensor, delta: LowRank, scale: float) -> None:
+    """Fuse one large linear layer on a CPU."""
+    up, down, factor = _computable(delta.up, out.device), _computable(delta.down, out.device), delta.factor(scale)
+    blocks = -(-out.numel() // _BLOCK_ELEMENTS)
+    rows = -(-len(out) // (blocks * _ROWS_TOGETHER)) * _ROWS_TOGETHER
+    memory = torch.empty(min(rows, len(out)) * out.shape[1], dtype=up.dtype)
+    for part, base, up_rows in zip(out.split(rows), current.split(rows), up.split(rows), strict=True):
+        changes = torch.mm(up_rows, down, out=memory[: part.numel()].view(part.shape))
+        if factor != 1.0:
+            changes.mul_(factor)
+        if current is out:
+            part.add_(changes.to(part.dtype))
+        else:
+            part.copy_(changes)
+            part.add_(base)
+
+
+def _fuse_dora(out: Tensor, pristine: Tensor, current: Tensor, delta: Dora, scale: float) -> None:
     change = weight_delta(delta.direction, pristine, scale)
-    norm = _norm_per_output(pristine + change)
-    ratio = (delta.magnitude.to(pristine.device, non_blocking=True) / norm).view(-1, *[1] * (pristine.ndim - 1))
+    magnitude = delta.magnitude.to(pristine.device, non_blocking=True)
+    if delta.is_per_input:
+        norm = (pristine + change).transpose(0, 1).flatten(1).norm(dim=1)
+        ratio = (magnitude / norm).view(1, -1, *[1] * (pristine.ndim - 2))
+    else:
+        ratio = (magnitude / _norm_per_output(pristine + change)).view(-1, *[1] * (pristine.ndim - 1))
     out.copy_(ratio * (current + change))
 
 
@@ -162,18 +135,22 @@ def fuse_bias(out: Tensor, current: Tensor, delta: Delta, scale: float) -> None:
     """Write `current`, a bias, changed by `delta` to `out`; the change must have a bias."""
     change = delta.direction if isinstance(delta, Dora) else delta
     assert isinstance(change, LowRank | Dense)
-    assert change.bias is not None
-    bias = change.bias.to(current.device, non_blocking=True)
-    torch.add(current, bias * change.factor(scale), out=out)
+    shift = change.shift if isinstance(change, LowRank) else None
+    for addend, factor in ((change.bias, change.factor(scale)), (shift, scale)):
+        if addend is not None:
+            torch.add(current, addend.to(current.device, non_blocking=True) * factor, out=out)
+            current = out
 
 
-def bias_of(delta: Delta) -> Tensor | None:
-    """Return what a change adds to the layer's bias, unscaled."""
+def changes_bias(delta: Delta) -> bool:
+    """Say whether a change adds to the layer's bias."""
     change = delta.direction if isinstance(delta, Dora) else delta
-    return change.bias if isinstance(change, LowRank | Dense) else None
+    if isinstance(change, LowRank):
+        return change.bias is not None or change.shift is not None
+    return isinstance(change, Dense) and change.bias is not None
 
 
-def weight_delta(delta: LowRank | Hadamard | Kronecker | Dense, weight: Tensor, scale: float) -> Tensor:
+def weight_delta(delta: Direction, weight: Tensor, scale: float) -> Tensor:
     """Return what to add to `weight`, in its shape and on its device, in the dtype of the factors."""
     if isinstance(delta, LowRank):
         return _low_rank_delta(delta, weight, scale)
@@ -181,7 +158,8 @@ def weight_delta(delta: LowRank | Hadamard | Kronecker | Dense, weight: Tensor, 
         return (_computable(delta.weight, weight.device) * scale).to(weight.dtype)
     if isinstance(delta, Hadamard):
         factors = (delta.up_1, delta.down_1, delta.up_2, delta.down_2)
-        up_1, down_1, up_2, down_2 = (_computable(factor, weight.device) for factor in factors)
+        # In 32 bits on every device: a half may leave the range of 16 bits where the product does not.
+        up_1, down_1, up_2, down_2 = (factor.to(weight.device, torch.float32) for factor in factors)
         product = (up_1 @ down_1) * (up_2 @ down_2)
     else:
         left, right = (_computable(factor, weight.device) for factor in (delta.left, delta.right))
@@ -206,6 +184,13 @@ def _computable(factor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu" and factor.dtype in (torch.float16, torch.bfloat16):
         return factor.float()
     return factor.to(device, non_blocking=True)
+
+
+def _computable_rows(factors: Tensor, device: torch.device) -> Tensor:
+    """Do what `_computable` does to stacked factors."""
+    if device.type == "cpu" and factors.dtype in (torch.float16, torch.bfloat16):
+        return empty_rows(len(factors), factors.shape[1:], torch.float32, device).copy_(factors)
+    return factors.to(device, non_blocking=True)
 
 
 def _norm_per_output(weight: Tensor) -> Tensor:

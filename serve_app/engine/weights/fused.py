@@ -1,26 +1,26 @@
 """Exact application of adapters to a base's live weights.
 
-Owns the binding of parameters: pristine tensor or fused twin. Must not know files, requests or which adapter comes
-next. Used by one thread, the device thread; `prepare` alone may run in another while a pass runs.
+Owns the order of preparing, binding and restoring, and what is bound. Must not know files, requests or which adapter
+comes next. Used by one thread, the device thread; `prepare` alone may run in another while a pass runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from serve_app.core import Scale, scale_of
+from serve_app.core import Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter, bytes_of
 from serve_app.engine.base.manifest import adaptable_layers
-from serve_app.engine.weights.device_cache import DeviceCache, moved_to
-from serve_app.engine.weights.fuse import LayerUpdate, bias_of, fuse_bias, fuse_weights
+from serve_app.engine.weights.beside import BesideFuser
+from serve_app.engine.weights.device_cache import DeviceCache, as_they_are, moved_to
 from serve_app.engine.weights.in_place import InPlaceFuser
-from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, layers_among, layers_of
+from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, lay_in_slabs, layers_among, layers_of
 from serve_app.engine.weights.side_stream import SideStream
 
 AdapterSet = Sequence[tuple[ParsedAdapter, Scale]]
@@ -33,6 +33,35 @@ class StalePreparation(Exception):
     """What was prepared has been written over since, and must not be bound."""
 
 
+class Fuser(Protocol):
+    """A way to bring adapters into the weights: beside the pristine ones, or where they lie."""
+
+    @property
+    def fused_bytes(self) -> int:
+        """The memory that fused buffers take."""
+        ...
+
+    def prepare(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> Callable[[], None]:
+        """Do what can be done without a change to what is bound; returns what does the rest."""
+        ...
+
+    def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
+        """Bind the base with these adapters; a failure leaves anything bound, for `restore`."""
+        ...
+
+    def restore(self) -> None:
+        """Bind the base."""
+        ...
+
+    def reserve(self, sets: int) -> None:
+        """Take the memory of so many sets of fused buffers now."""
+        ...
+
+    def drop_spares(self) -> None:
+        """Give back all memory that nothing bound needs."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedSwap:
     """A composition fused and ready to be bound; good until the next one is prepared or applied.
@@ -43,8 +72,7 @@ class PreparedSwap:
 
     key: AdapterSetKey
     turn: int
-    fused_buffers: Mapping[ParameterSlot, Tensor] = field(repr=False)
-    composition: AdapterSet = field(default=(), repr=False)
+    finish: Callable[[], None] = field(repr=False)
 
 
 class FusedWeights:
@@ -52,11 +80,13 @@ class FusedWeights:
 
     Invariants: the tensors that were loaded are never written; what is bound depends on the composition alone, never
     on what was bound before; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
-    bound; after a failure to apply, the base is bound. A fused twin exists only for parameters that some adapter
-    touched, a second one only for those that were prepared while the first was bound; both are kept for the next.
-    With the pristine weights on the host there are no twins: live parameters are written where they lie, every layer
+    bound; after a failure to apply, the base is bound. Fused buffers exist only for slabs and parameters that some
+    adapter touched, a second set only for those that were prepared while the first was bound, unless `reserve` made
+    them; both are kept for the next.
+    With the pristine weights on the host there are no buffers: live parameters are written where they lie, every layer
     that adapters may change has a copy on the host, and it is the copies that are never written.
-    Construct after the components are on their device and in their dtype.
+    Construct after the components are on their device and in their dtype: weights of linear layers that have one
+    shape are moved together.
     """
 
     def __init__(
@@ -73,30 +103,38 @@ class FusedWeights:
             device_cache_bytes: What adapters that are used again and again may take of a GPU.
             pristine_in: "host" takes host memory for all layers that adapters may change, and none of the device.
         """
-        self._sites: dict[ParameterName, ParameterSlot] = {}
-        self._buffers: dict[ParameterName, Tensor] = {}
+        self._slots: dict[ParameterName, ParameterSlot] = {}
+        self._tensors: dict[ParameterName, Tensor] = {}
         for component, module in components.items():
             # matmul picks its kernel by requires_grad, so that a base's own bits would depend on its history.
             module.requires_grad_(False)
             parameters = module.named_parameters()
-            self._sites |= {
+            self._slots |= {
                 (component, name): ParameterSlot(parameter, parameter.data) for name, parameter in parameters
             }
-            self._buffers |= {(component, name): value for name, value in module.named_buffers()}
-        self._layers = layers_of(self._sites)
-        self._in_place: InPlaceFuser | None = None
-        if pristine_in == "host":
-            names = {component: adaptable_layers(module) for component, module in components.items()}
-            self._in_place = InPlaceFuser(layers_among(self._layers, names))
-        in_place = frozenset[ParameterSlot]() if self._in_place is None else self._in_place.sites
-        self._live = {".".join(("live", *name)): site for name, site in self._sites.items() if site in in_place}
-        self._bound: Mapping[ParameterSlot, Tensor] = {}
-        self._applied: AdapterSetKey = ()
-        self._turn = 0
-        device = next((site.parameter.device for site in self._sites.values()), torch.device("cpu"))
-        self._side = SideStream(device)
+            self._tensors |= {(component, name): value for name, value in module.named_buffers()}
+        device = next((slot.pristine.device for slot in self._slots.values()), torch.device("cpu"))
         is_on_gpu = device.type == "cuda"
         self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_on_gpu else None
+        self._applied: AdapterSetKey = ()
+        self._turn = 0
+        self._live: dict[str, ParameterSlot] = {}
+        self._fuser = self._fuser_for(components, device, pristine_in)
+
+    def _fuser_for(
+        self, components: Mapping[str, nn.Module], device: torch.device, pristine_in: Literal["device", "host"]
+    ) -> Fuser:
+        layers = layers_of(self._slots)
+        names = {component: adaptable_layers(module) for component, module in components.items()}
+        adaptable = layers_among(layers, names)
+        slabs = lay_in_slabs(adaptable)
+        hold = as_they_are if self._cache is None else self._cache.holding
+        if pristine_in == "device":
+            return BesideFuser(tuple(self._slots.values()), layers, slabs, SideStream(device), hold)
+        fuser = InPlaceFuser(adaptable, slabs, hold)
+        self._live = {".".join(("live", *name)): slot for name, slot in self._slots.items() if slot in fuser.slots}
+        self._is_written = fuser.is_modified
+        return fuser
 
     @property
     def applied(self) -> AdapterSetKey:
@@ -105,8 +143,8 @@ class FusedWeights:
 
     @property
     def twin_bytes(self) -> int:
-        """The memory that fused twins take, bound or not."""
-        return sum(fused_buffer.nbytes for site in self._sites.values() for fused_buffer in site.fused_buffers)
+        """The memory that fused buffers take, bound or not."""
+        return self._fuser.fused_bytes
 
     @property
     def cached_bytes(self) -> int:
@@ -134,25 +172,21 @@ class FusedWeights:
     @property
     def watched(self) -> dict[str, Tensor]:
         """What must have the bits that it was loaded with, but while `is_modified`: `loaded`, and the live weights."""
-        return self.loaded | {name: site.parameter.data for name, site in self._live.items()}
+        return self.loaded | {name: slot.parameter.data for name, slot in self._live.items()}
 
     def is_modified(self, name: str) -> bool:
         """Whether one of `watched` is a live weight that has adapters in it."""
-        site = self._live.get(name)
-        return site is not None and self._in_place is not None and self._in_place.is_modified(site)
+        slot = self._live.get(name)
+        return slot is not None and self._is_written(slot)
 
     def prepare(self, composition: AdapterSet) -> PreparedSwap:
-        """Fuse a composition into twins that are not bound, whatever is bound meanwhile; for `bind`.
+        """Fuse a composition into buffers that are not bound, whatever is bound meanwhile; for `bind`.
 
         Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is. With the
         pristine weights on the host it only looks the layers up, and binding fuses.
         """
-        if self._in_place is not None:
-            self._turn += 1
-            for adapter, _ in composition:
-                self._in_place.check(adapter)
-            return PreparedSwap(adapter_set_key(composition), self._turn, {}, tuple(composition))
-        return self._fuse(composition, overwrites_bound=False)
+        self._turn += 1
+        return PreparedSwap(adapter_set_key(composition), self._turn, self._fuser.prepare(*_columns(composition)))
 
     def bind(self, prepared: PreparedSwap) -> None:
         """Bind a prepared composition: an assignment per parameter, and no arithmetic.
@@ -162,64 +196,38 @@ class FusedWeights:
         """
         if prepared.turn != self._turn:
             raise StalePreparation
-        if self._in_place is not None:
-            self._write(self._in_place, prepared.composition)
-            return
-        self._side.join()
-        try:
-            for site in self._bound.keys() - prepared.fused_buffers.keys():
-                site.parameter.data = site.pristine
-            for site, fused_buffer in prepared.fused_buffers.items():
-                site.parameter.data = fused_buffer
-        except BaseException:
-            self.restore()
-            raise
-        self._bound, self._applied = prepared.fused_buffers, prepared.key
-        self._side.release()
+        self._change(prepared.key, prepared.finish)
 
     def apply(self, composition: AdapterSet) -> None:
         """Bind the base with these adapters at these scales, in this order; an empty composition binds the base.
 
         Equals, to the last bit, a fresh base with the same adapters through `set_adapters` and `fuse_lora`. Takes no
-        second twins: those that are bound are written over. On any failure the base is bound and the failure is
-        raised on.
+        second set of buffers: those that are bound are written over. On any failure the base is bound and the failure
+        is raised on.
         """
-        if adapter_set_key(composition) == self._applied:
+        key = adapter_set_key(composition)
+        if key == self._applied:
             return
-        if self._in_place is not None:
-            self._turn += 1
-            self._write(self._in_place, composition)
-            return
-        self._side.release()
-        try:
-            self.bind(self._fuse(composition, overwrites_bound=True))
-        except BaseException:
-            self.restore()
-            raise
+        self._turn += 1
+        self._change(key, lambda: self._fuser.apply(*_columns(composition)))
 
     def restore(self) -> None:
         """Bind the loaded tensors everywhere, or copy them back."""
-        if self._in_place is not None:
-            self._applied = _NONE
-            self._in_place.restore()
-            self._applied = ()
-            return
-        self._side.join()
-        for site in self._sites.values():
-            if site.parameter.data_ptr() != site.pristine.data_ptr():
-                site.parameter.data = site.pristine
-        self._bound, self._applied = {}, ()
-        self._side.release()
+        self._applied = _NONE
+        self._fuser.restore()
+        self._applied = ()
+
+    def reserve(self, *, ahead: bool) -> None:
+        """Take the memory of the fused buffers now: one set, or two where swaps are prepared ahead."""
+        self._fuser.reserve(2 if ahead else 1)
 
     def drop_spare_twins(self) -> None:
-        """Give back the memory of twins that are not bound; whatever was prepared is lost."""
+        """Give back the memory of buffers that are not bound; whatever was prepared is lost."""
         self._turn += 1
-        for site in self._sites.values():
-            bound = self._bound.get(site)
-            site.fused_buffers = [fused_buffer for fused_buffer in site.fused_buffers if fused_buffer is bound]
+        self._fuser.drop_spares()
 
     def drop_spares(self) -> None:
-        """Give back all memory that nothing bound needs: spare twins and the adapters on the device."""
+        """Give back all memory that nothing bound needs: spare buffers and the adapters on the device."""
         self.drop_spare_twins()
         if self._cache is not None:
             self._cache.clear()
@@ -236,86 +244,22 @@ class FusedWeights:
         return digest.hexdigest()
 
     def _loaded(self) -> dict[ParameterName, Tensor]:
-        return {name: site.pristine for name, site in self._sites.items()} | self._buffers
+        return {name: slot.pristine for name, slot in self._slots.items()} | self._tensors
 
-    def _write(self, in_place: InPlaceFuser, composition: AdapterSet) -> None:
-        """Fuse where the weights lie, on the device's own stream: after the pass before, and before the next."""
-        adapters, scales = [adapter for adapter, _ in composition], [scale for _, scale in composition]
+    def _change(self, key: AdapterSetKey, act: Callable[[], None]) -> None:
         self._applied = _NONE
         try:
-            if self._cache is None:
-                in_place.fuse(adapters, scales)
-            else:
-                with self._cache.holding(adapters) as residents:
-                    in_place.fuse(residents, scales)
+            act()
         except BaseException:
             self.restore()
             raise
-        self._applied = adapter_set_key(composition)
-
-    def _fuse(self, composition: AdapterSet, *, overwrites_bound: bool) -> PreparedSwap:
-        self._turn += 1
-        fused_buffers: dict[ParameterSlot, Tensor] = {}
-        adapters = [adapter for adapter, _ in composition]
-        with torch.no_grad(), self._side.filling():
-            if self._cache is None:
-                self._fuse_all(adapters, composition, fused_buffers, overwrites_bound)
-            else:
-                with self._cache.holding(adapters) as residents:
-                    self._fuse_all(residents, composition, fused_buffers, overwrites_bound)
-        return PreparedSwap(adapter_set_key(composition), self._turn, fused_buffers)
-
-    def _fuse_all(
-        self,
-        adapters: Sequence[ParsedAdapter],
-        composition: AdapterSet,
-        fused_buffers: dict[ParameterSlot, Tensor],
-        overwrites_bound: bool,
-    ) -> None:
-        for adapter, (_, scale) in zip(adapters, composition, strict=True):
-            for component in adapter.components:
-                self._fuse_component(adapter, component, scale_of(scale, component), fused_buffers, overwrites_bound)
-
-    def _fuse_component(
-        self,
-        adapter: ParsedAdapter,
-        component: str,
-        scale: float,
-        fused_buffers: dict[ParameterSlot, Tensor],
-        overwrites_bound: bool,
-    ) -> None:
-        layers, changes = self._layers[component], []
-        for module, delta in adapter.components[component].items():
-            layer = layers[module]
-            site = layer.weight
-            current = fused_buffers.get(site, site.pristine)
-            fused_buffer = fused_buffers[site] = (
-                self._spare(site, overwrites_bound) if current is site.pristine else current
-            )
-            changes.append(LayerUpdate(fused_buffer, site.pristine, current, delta, scale))
-            if bias_of(delta) is not None:
-                assert layer.bias is not None
-                site = layer.bias
-                current = fused_buffers.get(site, site.pristine)
-                fused_buffer = fused_buffers[site] = (
-                    self._spare(site, overwrites_bound) if current is site.pristine else current
-                )
-                fuse_bias(fused_buffer, current, delta, scale)
-        fuse_weights(changes)
-
-    def _spare(self, site: ParameterSlot, overwrites_bound: bool) -> Tensor:
-        """Return a twin to write: one that is not bound, else a new one, unless the bound one may go."""
-        bound = self._bound.get(site)
-        for fused_buffer in site.fused_buffers:
-            if fused_buffer is not bound:
-                return fused_buffer
-        if bound is not None and overwrites_bound:
-            return bound
-        fused_buffer = torch.empty_like(site.pristine)
-        site.fused_buffers.append(fused_buffer)
-        return fused_buffer
+        self._applied = key
 
 
 def adapter_set_key(composition: AdapterSet) -> AdapterSetKey:
     """Return what tells compositions apart: digests and scales, in order."""
     return tuple((adapter.digest, scale) for adapter, scale in composition)
+
+
+def _columns(composition: AdapterSet) -> tuple[list[ParsedAdapter], list[Scale]]:
+    return [adapter for adapter, _ in composition], [scale for _, scale in composition]

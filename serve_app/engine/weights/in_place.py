@@ -6,18 +6,22 @@ requests or which adapter comes next. Used by one thread, on one stream.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from serve_app.core import Scale, scale_of
-from serve_app.engine.adapters.deltas import Dora, ParsedAdapter
-from serve_app.engine.weights.fuse import LayerUpdate, bias_of, fuse_bias, fuse_weight, fuse_weights
-from serve_app.engine.weights.parameters import Layers, ParameterSlot
+from serve_app.engine.adapters.deltas import Delta, Dora, LowRankStack, ParsedAdapter
+from serve_app.engine.adapters.host_buffer import page_locked
+from serve_app.engine.adapters.stacks import stack_layers
+from serve_app.engine.weights.device_cache import HoldAdapters
+from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
+from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
 
 _ALIGNMENT_BYTES = 64
-# Torch rounds page-locked memory up to a power of two, so that it is taken in pieces of this size.
+# A page-locked piece takes milliseconds to get, so that small tensors share one.
 _PIECE_BYTES = 256 << 20
 
 
@@ -25,66 +29,117 @@ class InPlaceFuser:
     """The layers that adapters may change, each with a copy on the host of what was loaded.
 
     Invariants: the copies are never written; a parameter keeps its memory for ever, and holds its pristine values
-    unless it is known to be written. After a failure `restore` makes the base whole again.
+    unless it is known to be written. After a failure `restore` makes the base whole again. Nothing can be fused ahead.
     """
 
-    def __init__(self, layers: Layers) -> None:
+    fused_bytes = 0
+
+    def __init__(self, layers: Layers, slabs: Sequence[Slab], hold: HoldAdapters) -> None:
         """Copy the layers' parameters to the host, page-locked where they lie on a GPU; reads every byte once."""
-        self._layers = layers
+        self._layers, self._hold = layers, hold
+        self._stacks = StackFuser()
         self._written: set[ParameterSlot] = set()
-        every = [site for modules in layers.values() for layer in modules.values() for site in layer if site]
-        self.sites = frozenset(every)
+        self._copies = dict(zip(slabs, host_copies([slab.values for slab in slabs]), strict=True))
+        every = [slot for modules in layers.values() for layer in modules.values() for slot in layer if slot]
+        self.slots = frozenset(every)
         """The parameters that have a copy."""
-        for site, copy in zip(every, host_copies([site.parameter.data for site in every]), strict=True):
-            site.pristine = copy
+        for slab, copy in self._copies.items():
+            for slot, values in zip(slab.slots, copy.unbind(), strict=True):
+                slot.pristine = values
+        alone = [slot for slot in every if slot.slab is None]
+        for slot, copy in zip(alone, host_copies([slot.pristine for slot in alone]), strict=True):
+            slot.pristine = copy
 
-    def is_modified(self, site: ParameterSlot) -> bool:
+    def is_modified(self, slot: ParameterSlot) -> bool:
         """Whether a parameter may hold something else than its pristine values."""
-        return site in self._written
+        return slot in self._written
 
-    def check(self, adapter: ParsedAdapter) -> None:
-        """Look up every layer of an adapter, and write nothing.
+    def prepare(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> Callable[[], None]:
+        """Look up every layer, and write nothing; returns what fuses.
 
         Raises:
             KeyError: there is no such layer.
         """
-        for component, module, _ in adapter.layers():
-            self._layers[component][module]
+        for adapter in adapters:
+            self._check(adapter)
+        return partial(self.apply, adapters, scales)
+
+    def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
+        """Write the base with these adapters, in this order; a failure leaves it half written, for `restore`."""
+        for adapter in adapters:
+            self._check(adapter)
+        self.restore()
+        with torch.no_grad(), self._hold(adapters) as residents:
+            for adapter, scale in zip(residents, scales, strict=True):
+                layers = stack_layers(adapter.components)
+                for stack in layers.stacks:
+                    self._fuse_stack(stack, scale_of(scale, stack.component))
+                for component, module, delta in layers.singles:
+                    self._fuse_single(component, module, delta, scale_of(scale, component))
 
     def restore(self) -> None:
         """Copy the pristine values back to every parameter that was written."""
         with torch.no_grad():
-            for site in self._written:
-                site.parameter.data.copy_(site.pristine, non_blocking=True)
+            for slab, copy in self._copies.items():
+                written = sorted(slot.row for slot in self._written if slot.slab is slab)
+                for rows in _ranges(written):
+                    slab.values[rows].copy_(copy[rows], non_blocking=True)
+            for slot in self._written:
+                if slot.slab is None:
+                    slot.parameter.data.copy_(slot.pristine, non_blocking=True)
         self._written.clear()  # only now: what a failure left undone is done by the next call
 
-    def fuse(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
-        """Write the base with these adapters, in this order; a failure leaves it half written, for `restore`."""
-        for adapter in adapters:
-            self.check(adapter)
-        self.restore()
-        with torch.no_grad():
-            for adapter, scale in zip(adapters, scales, strict=True):
-                for component in adapter.components:
-                    self._fuse_component(adapter, component, scale_of(scale, component))
+    def reserve(self, sets: int) -> None:
+        """Do nothing: there are no buffers."""
 
-    def _fuse_component(self, adapter: ParsedAdapter, component: str, scale: float) -> None:
-        changes: list[LayerUpdate] = []
-        for module, delta in adapter.components[component].items():
-            layer = self._layers[component][module]
-            live, is_first = layer.weight.parameter.data, layer.weight not in self._written
-            self._written.add(layer.weight)
-            if isinstance(delta, Dora):
-                # Its norm is that of the pristine weight. One by one: the copies on the device must not add up.
-                pristine = live if is_first else layer.weight.pristine.to(live.device, non_blocking=True)
-                fuse_weight(live, pristine, live, delta, scale)
-            else:
-                changes.append(LayerUpdate(live, live, live, delta, scale))
-            if bias_of(delta) is not None:
-                assert layer.bias is not None
-                self._written.add(layer.bias)
-                fuse_bias(layer.bias.parameter.data, layer.bias.parameter.data, delta, scale)
-        fuse_weights(changes)
+    def drop_spares(self) -> None:
+        """Do nothing: there are no buffers."""
+
+    def _check(self, adapter: ParsedAdapter) -> None:
+        layers = stack_layers(adapter.components)
+        for stack in layers.stacks:
+            for module in stack.modules:
+                self._layers[stack.component][module]
+        for component, module, _ in layers.singles:
+            self._layers[component][module]
+
+    def _fuse_stack(self, stack: LowRankStack, scale: float) -> None:
+        slots = [self._layers[stack.component][module].weight for module in stack.modules]
+        singles = None
+        for run in runs_of(slots, ()):
+            if run.slab is None:
+                singles = singles or list(stack.layers())
+                for module, delta in singles[run.start : run.stop]:
+                    self._fuse_single(stack.component, module, delta, scale)
+                continue
+            part = slice(run.start, run.stop)
+            self._written.update(slots[part])
+            live = run.slab.values[run.rows]
+            self._stacks.fuse(live, None, stack.ups[part], stack.downs[part], stack.factor(scale))
+
+    def _fuse_single(self, component: str, module: str, delta: Delta, scale: float) -> None:
+        weight, bias = self._layers[component][module]
+        live, is_first = weight.parameter.data, weight not in self._written
+        self._written.add(weight)
+        # The norm of a DoRA is that of the pristine weight.
+        is_apart = isinstance(delta, Dora) and not is_first
+        pristine = weight.pristine.to(live.device, non_blocking=True) if is_apart else live
+        fuse_weight(live, pristine, live, delta, scale)
+        if changes_bias(delta):
+            assert bias is not None
+            self._written.add(bias)
+            fuse_bias(bias.parameter.data, bias.parameter.data, delta, scale)
+
+
+def _ranges(rows: Sequence[int]) -> list[slice]:
+    """Return the rows, which grow, as ranges."""
+    ranges: list[slice] = []
+    for row in rows:
+        if ranges and ranges[-1].stop == row:
+            ranges[-1] = slice(ranges[-1].start, row + 1)
+        else:
+            ranges.append(slice(row, row + 1))
+    return ranges
 
 
 def host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -92,10 +147,11 @@ def host_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     copies: list[Tensor] = []
     piece, used = torch.empty(0, dtype=torch.uint8), 0
     for tensor in tensors:
-        is_pinned = tensor.device.type == "cuda"
-        if used + tensor.nbytes > piece.nbytes or piece.is_pinned() != is_pinned:
-            size = max(tensor.nbytes, _PIECE_BYTES if is_pinned else 0)
-            piece, used = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned), 0
+        is_on_gpu = tensor.device.type == "cuda"
+        if used + tensor.nbytes > piece.nbytes:
+            size = max(tensor.nbytes, _PIECE_BYTES if is_on_gpu else 0)
+            locked = page_locked(size) if is_on_gpu else None
+            piece, used = torch.empty(size, dtype=torch.uint8) if locked is None else locked, 0
         strides = torch.empty_like(tensor, device="meta").stride()
         values = (
             piece[used : used + tensor.nbytes]

@@ -1,26 +1,70 @@
-"""The parameters of a base, and which of them make up a layer.
+"""The parameters of a base, which of them make up a layer, and the slabs that weights of one shape lie in.
 
 Owns the record of where a parameter's values lie. Must not know adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from serve_app.engine.adapters.stacks import empty_rows, layer_order
+
 ParameterName = tuple[str, str]
+# On a CPU larger weights are fused block by block, and gain nothing from lying together.
+LARGE_ELEMENTS = 1 << 18
+BUFFER_SETS = 2
 
 
 @dataclass(slots=True, eq=False)
 class ParameterSlot:
-    """One parameter of the base: the values it was loaded with, and the tensors that fused values go to."""
+    """One parameter of the base: the values it was loaded with, and where in a slab they lie, if they do.
+
+    `fused_buffers` are the tensors that fused values go to, one for each set, made when first asked for.
+    """
 
     parameter: nn.Parameter
     pristine: Tensor
-    fused_buffers: list[Tensor] = field(default_factory=list)
+    slab: Slab | None = None
+    row: int = 0
+    fused_buffers: list[Tensor | None] = field(default_factory=lambda: [None] * BUFFER_SETS)
+
+
+class Slab:
+    """The weights of linear layers of one component, shape and dtype, in one piece of memory: row i is slot i's.
+
+    `values` [n, out, in] is what the layers were loaded with; `fused` has the same shape, one for each set of fused
+    buffers, made when first asked for.
+    """
+
+    def __init__(self, slots: Sequence[ParameterSlot]) -> None:
+        """Move the slots' values here; their parameters become views."""
+        first = slots[0].pristine
+        self.values = empty_rows(len(slots), first.shape, first.dtype, first.device)
+        self.slots = tuple(slots)
+        self.fused: list[Tensor | None] = [None] * BUFFER_SETS
+        for row, (slot, values) in enumerate(zip(slots, self.values.unbind(), strict=True)):
+            slot.slab, slot.row = self, row
+            slot.parameter.data = slot.pristine = values.copy_(slot.pristine)
+
+    def fused_in(self, which: int) -> Tensor:
+        """Return the fused buffers of a set."""
+        buffers = self.fused[which]
+        if buffers is None:
+            first = self.values[0]
+            buffers = self.fused[which] = empty_rows(len(self.slots), first.shape, first.dtype, first.device)
+            for slot, row in zip(self.slots, buffers.unbind(), strict=True):
+                slot.fused_buffers[which] = row
+        return buffers
+
+    def drop(self, which: int) -> None:
+        """Give back the fused buffers of a set."""
+        self.fused[which] = None
+        for slot in self.slots:
+            slot.fused_buffers[which] = None
 
 
 class LayerParameters(NamedTuple):
@@ -49,3 +93,54 @@ def layers_among(layers: Layers, names: Mapping[str, Collection[str]]) -> dict[s
         component: {module: layer for module, layer in modules.items() if module in names[component]}
         for component, modules in layers.items()
     }
+
+
+def lay_in_slabs(layers: Layers) -> list[Slab]:
+    """Move the weights of linear layers together that have one shape; returns the slabs.
+
+    On a GPU it takes the memory of the largest slab for a while.
+    """
+    slabs: list[Slab] = []
+    for modules in layers.values():
+        groups: dict[object, list[ParameterSlot]] = {}
+        for module in sorted(modules, key=layer_order):
+            slot = modules[module].weight
+            if _fits_slab(slot.pristine):
+                groups.setdefault((slot.pristine.shape, slot.pristine.dtype), []).append(slot)
+        slabs += [Slab(slots) for slots in groups.values()]
+    return slabs
+
+
+def _fits_slab(weight: Tensor) -> bool:
+    is_small = weight.device.type != "cpu" or weight.numel() <= LARGE_ELEMENTS
+    return weight.ndim == 2 and weight.is_contiguous() and weight.is_floating_point() and is_small
+
+
+class Run(NamedTuple):
+    """Layers `start` to `stop` of a stack, whose weights are rows from `row` of one slab, or of none."""
+
+    start: int
+    stop: int
+    slab: Slab | None
+    row: int
+    is_first: bool
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the slab."""
+        return slice(self.row, self.row + self.stop - self.start)
+
+
+def runs_of(slots: Sequence[ParameterSlot], fused: Collection[ParameterSlot]) -> Iterator[Run]:
+    """Cut a stack's slots where the next one lies elsewhere; `is_first` where none of a run is among `fused`."""
+    start = 0
+    for stop in range(1, len(slots) + 1):
+        first = slots[start]
+        is_first = first not in fused
+        if stop < len(slots):
+            slot = slots[stop]
+            is_next = slot.slab is first.slab is not None and slot.row == first.row + stop - start
+            if is_next and (slot not in fused) == is_first:
+                continue
+        yield Run(start, stop, first.slab, first.row, is_first)
+        start = stop

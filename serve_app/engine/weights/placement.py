@@ -7,15 +7,20 @@ from typing import Literal
 
 import torch
 
-TargetLayer = Literal["device", "host"]
+Place = Literal["device", "host"]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightPlacement:
-    """What was chosen; with the pristine weights on the host nothing can be prepared ahead."""
+    """The chosen placement. With the base weights on the host, swaps cannot be prefetched."""
 
-    pristine_in: TargetLayer
+    pristine_in: Place
     prepares_ahead: bool
+
+    @property
+    def buffer_sets(self) -> int:
+        """How many sets of fused buffers the device must hold."""
+        return 0 if self.pristine_in == "host" else 2 if self.prepares_ahead else 1
 
 
 def choose_placement(
@@ -37,7 +42,7 @@ def choose_placement(
         free_bytes: What the GPU has left with the base loaded; None without one.
     """
     if free_bytes is None:
-        place: TargetLayer = "host" if pristine_in == "host" else "device"
+        place: Place = "host" if pristine_in == "host" else "device"
         return WeightPlacement(place, prepares_ahead=place == "device" and prepare_ahead == "always")
     room = free_bytes - reserved_bytes
     if pristine_in == "host" or (pristine_in == "auto" and room < layer_bytes):
@@ -46,9 +51,21 @@ def choose_placement(
     return WeightPlacement("device", prepare_ahead == "always" or (prepare_ahead == "auto" and is_roomy))
 
 
-def free_bytes_of(device: torch.device) -> int | None:
-    """Return what could still be taken of a GPU's memory, torch's own spare blocks included; None without a GPU."""
+def free_bytes_of(device: torch.device, gpu_fraction: float = 1.0) -> int | None:
+    """Return what a replica could still take of a GPU's memory, torch's own spare blocks included; None without one.
+
+    `gpu_fraction` is the replica's share of the GPU.
+    """
     if device.type != "cuda":
         return None
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    held, used = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    return bytes_within_share(total, free + held - used, used, gpu_fraction)
+
+
+def bytes_within_share(total_bytes: int, free_bytes: int, used_bytes: int, gpu_fraction: float) -> int:
+    """Return what one of several replicas on a GPU may still take: what is free, and no more than its share's rest.
+
+    Others may not have taken theirs yet. A replica of one GPU or more has the whole of it.
+    """
+    return min(free_bytes, int(total_bytes * min(gpu_fraction or 1.0, 1.0)) - used_bytes)

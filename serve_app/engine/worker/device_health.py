@@ -6,12 +6,12 @@ looks sees the verdicts alone.
 
 from __future__ import annotations
 
-import errno
 import logging
 
 import torch
 
 from serve_app.engine.weights.integrity import CorruptTensor, ThrottledChecker
+from serve_app.engine.weights.shortage import is_out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -74,13 +74,6 @@ class DeviceHealth:
             self.is_corrupt = True
 
 
-_NO_MEMORY = (
-    "out of memory",  # CUDA's caching allocator, and its driver for what lies outside of that
-    "can't allocate memory",
-    "not enough memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
 # After each of these every further call on the device fails, until the process ends.
 _BROKEN = (
     "illegal memory access",
@@ -99,15 +92,6 @@ _BROKEN = (
     "no CUDA-capable device",
     "CUDA error: unknown error",
 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, the device's or the host's: what was begun failed, and the device works on."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)
 
 
 def is_fatal(error: BaseException) -> bool:

@@ -16,7 +16,8 @@ import torch
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.prefetch import SwapPrefetcher
-from serve_app.engine.worker.device_health import first_line, is_out_of_memory
+from serve_app.engine.weights.shortage import is_out_of_memory
+from serve_app.engine.worker.device_health import first_line
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from serve_app.core import GenerationRequest, GenerationResult, PixelImage, Timings
-from serve_app.engine.drawing.pipeline import BasePipeline, seeds_of
+from serve_app.engine.drawing.arguments import seeds_of
+from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.steps import GenerationCancelled
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.memory import OomRecovery
@@ -68,7 +69,7 @@ class BatchRunner:
         self._denoise_ms = self._decode_ms = 0.0
 
     def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> BatchOutput:
-        """Draw jobs that share a batch key, with an adapter's words known; their adapters are applied.
+        """Run jobs that share a batch key; `words` are their adapter's tokens. The caller has applied the adapters.
 
         Raises:
             GenerationCancelled: the worker is aborting.
@@ -79,6 +80,7 @@ class BatchRunner:
         most = self._memory.max_images_per_pass(pixels)
         if most is None:
             self._memory.resume_prefetch()
+        most = self._pipeline.max_images_per_pass or most
         for whole in split_into_passes([job.request.num_images for job in jobs], most):
             if not self._memory.try_run(lambda whole=whole: self._draw(whole, shares, words, is_again=False)):
                 self._memory.on_oom(images_in(whole) * pixels)

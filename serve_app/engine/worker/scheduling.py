@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.core import GenerationRequest, Priority, Scale
+from serve_app.core import NO_OPTIONS, GenerationRequest, PipelineOptions, Priority, Scale, SchedulerOption
 from serve_app.work import LatencyModel
 
 # The adapters of a request in their order of application: (digest of the file, scale) each.
@@ -37,6 +37,8 @@ class BatchKey:
     has_image: bool
     has_mask: bool
     has_negative_prompt: bool
+    options: PipelineOptions = NO_OPTIONS
+    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ def batch_key(request: GenerationRequest, composition: AdapterSetKey) -> BatchKe
         has_image=request.image is not None,
         has_mask=request.mask is not None,
         has_negative_prompt=request.negative_prompt is not None,
+        options=request.options,
+        scheduler_options=request.scheduler_options,
     )
 
 
@@ -159,8 +163,8 @@ def unmeetable_deadlines(
 ) -> tuple[int, ...]:
     """Return the tickets of those whose deadline has passed, or cannot be met even at twice the predicted pace.
 
-    `pace` None means that nothing is known yet. A request that waits alone is tried all the same: nobody gains by
-    its being refused, and only what runs can correct a wrong pace.
+    `pace` None means that nothing is known yet. If only one request is waiting, it runs even if its deadline looks
+    unreachable: rejecting it helps nobody, and only a real run can correct a wrong estimate.
     """
 
     def is_in_vain(item: QueuedRequest) -> bool:

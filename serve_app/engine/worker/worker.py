@@ -23,7 +23,8 @@ from serve_app.engine.drawing.steps import GenerationCancelled
 from serve_app.engine.weights.fused import FusedWeights, adapter_set_key
 from serve_app.engine.weights.integrity import ThrottledChecker
 from serve_app.engine.weights.prefetch import SwapPrefetcher
-from serve_app.engine.worker.device_health import DeviceHealth, is_out_of_memory
+from serve_app.engine.weights.shortage import is_out_of_memory
+from serve_app.engine.worker.device_health import DeviceHealth
 from serve_app.engine.worker.jobs import Job, JobQueue, OnEvent
 from serve_app.engine.worker.memory import OomCounts, OomRecovery
 from serve_app.engine.worker.pace import LoadStats, LoadTracker, guess_of
@@ -134,7 +135,7 @@ class EngineWorker:
         self._failed_batches = 0
         self._steps = 0
         self._applied: AdapterSetKey = weights.applied
-        self._prefetcher = SwapPrefetcher(weights, torch_threads=torch_threads) if prepares_ahead else None
+        self._prefetcher = SwapPrefetcher(weights, torch_threads=torch_threads, clock=clock) if prepares_ahead else None
         self._soundness = DeviceHealth(pipeline.base_id, pipeline.device, self_check)
         self._memory = OomRecovery(pipeline, weights, self._prefetcher, verify=self._soundness.check_all, clock=clock)
         self._is_abandoned = False
@@ -334,7 +335,7 @@ class EngineWorker:
         return pixels <= self._pipeline.default_pixels and all(isinstance(one, OutOfMemory) for one in endings)
 
     def _lost(self, jobs: Sequence[Job]) -> list[GenerationResult | Exception]:
-        return [ReplicaLost(self._pipeline.base_id, attempts=1, why=self._soundness.failure_reason) for _ in jobs]
+        return [ReplicaLost(self._pipeline.base_id, attempts=1, reason=self._soundness.failure_reason) for _ in jobs]
 
     def _apply(self, adapters: Sequence[tuple[ParsedAdapter, Scale]]) -> None:
         applier = self._weights if self._prefetcher is None else self._prefetcher
@@ -356,12 +357,12 @@ class EngineWorker:
             job.report(step, steps)
 
     def _abandon(self, why: str | None = None) -> None:
-        """Fail whatever is left, so that nobody waits for ever, however the thread came to its end."""
+        """Fail all remaining jobs when the thread ends, for whatever reason."""
         with self._changed:
             self._is_closing = True
             left = self._queue.clear()
         for job in left:
-            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, why=why or self._soundness.failure_reason))
+            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, reason=why or self._soundness.failure_reason))
 
 
 def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:

@@ -17,9 +17,15 @@ from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, HubToken, Scales
 from serve_app.errors import ModelNotFound
+from serve_app.families.abilities import BaseAbilities
 from serve_app.settings import ModelSource
 
 BASE = BaseModelConfig(id="demo/sdxl", aliases=("xl",), source=ModelSource(embedded="demo/sdxl"))
+
+ABILITIES = BaseAbilities(
+    pipeline="StableDiffusionXLPipeline", family="SDXL", parameters={"text": ("negative_prompt",)},
+    schedulers=("DDIMScheduler", "Euler Karras"), side_multiple=16, min_steps=1, tokens=77, previews=True,
+)  # fmt: skip
 
 
 def spec(model: str) -> AdapterSpec:
@@ -48,6 +54,7 @@ class FakeRegistry:
                 "r1", "demo/sdxl", device="cpu", waiting=1, running=2, backlog_s=1.23456,
                 applied=(ActiveAdapter("demo/sketch", Scales(0.5, 1.0)),),
                 holdings=(ResidentAdapter("demo/sketch@1/f", "demo/sketch", "applied"),),
+                abilities=ABILITIES,
             ),
         )  # fmt: skip
         self.failure: Exception | None = None

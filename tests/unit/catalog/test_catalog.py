@@ -347,9 +347,9 @@ async def test_known_adapters_are_those_in_folders_and_those_resolved_and_nothin
     world.put("me/foreign", adapter_files("other/base"))
     world.hub.push("hub/a", adapter_files("big", SDXL_LORA))
     catalog = world.catalog()
-    assert [spec.id for spec in await catalog.known_adapters()] == ["me/b"]
+    assert [known.spec.id for known in await catalog.known()] == ["me/b"]
     await catalog.adapter(ref("hub/a"))
-    assert [(spec.id, spec.base_id) for spec in await catalog.known_adapters()] == [
+    assert [(known.spec.id, known.spec.base_id) for known in await catalog.known()] == [
         ("hub/a", "big"),
         ("me/b", "demo/sd"),
     ]

@@ -79,3 +79,13 @@ async def test_an_embeddings_file_of_an_absurd_size_is_refused_before_it_is_fetc
         LoraplexError, match="'embeddings.safetensors', with the words of adapter me/huge, is too large"
     ):
         await world.catalog().adapter(AdapterRef("me/huge"))
+
+
+async def test_the_settings_of_peft_beside_an_adapter_are_part_of_what_it_is(world: World):
+    text = b'{"peft_type": "LORA", "lora_alpha": 8, "r": 4}'
+    world.put("me/peft", {"README.md": adapter_files("demo/sd")["README.md"], "adapter_model.safetensors": lora()})
+    plain = await world.catalog().adapter(AdapterRef("me/peft"))
+    world.put("me/peft", {"adapter_config.json": text})
+    scaled = await world.catalog().adapter(AdapterRef("me/peft"))
+    assert (plain.settings, scaled.settings) == (None, text.decode())
+    assert scaled.key != plain.key

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ def test_a_run_prints_a_table_and_writes_its_report(tmp_path: Path) -> None:
     assert report["command"] in " ".join(outcome.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
@@ -53,9 +52,3 @@ def test_an_absent_device_is_one_clear_line() -> None:
     assert outcome.exit_code == 1
     assert "torch finds no CUDA device here; use --device cpu" in outcome.output
     assert "Traceback" not in outcome.output
-
-
-def test_the_command_line_starts_without_torch() -> None:
-    program = "import sys, serve_app.cli.main; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert not {"torch", "diffusers", "transformers", "peft"} & set(loaded.stdout.split())

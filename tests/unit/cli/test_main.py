@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.demo.embedded import embedded_serve_file
 from tests.unit.cli.conftest import Run
 
 SHIPPED = Path(__file__).parents[3] / "serve_config.yaml"
@@ -16,7 +17,7 @@ def test_the_version_is_the_package_s(run: Run) -> None:
     assert (result.exit_code, result.stdout) == (0, f"loraplex {version('loraplex')}\n")
 
 
-@pytest.mark.parametrize("command", ["check", "serve", "models", "generate", "inspect", "pull", "bench"])
+@pytest.mark.parametrize("command", ["check", "serve", "init", "models", "generate", "inspect", "pull", "bench"])
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     assert command in run("--help").stdout
     assert "Usage:" in run(command, "--help").stdout
@@ -74,3 +75,24 @@ def test_serve_refuses_an_invalid_file_before_it_starts_anything(run: Run, tmp_p
     result = run("serve", path, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["valid"] is False
+
+
+def test_init_writes_a_file_that_check_accepts_and_never_overwrites_one(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert run("init", path).exit_code == 0
+    checked = run("check", path, "--json")
+    assert json.loads(checked.stdout)["bases"] == ["stabilityai/stable-diffusion-xl-base-1.0"]
+    path.write_text("mine")
+    again = run("init", path)
+    assert (again.exit_code, path.read_text()) == (1, "mine")
+    assert "exists already" in again.stderr
+
+
+def test_init_says_why_a_file_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    result = run("init", tmp_path / "no-such-folder" / "mine.yaml")
+    assert result.exit_code == 1
+    assert "No such file or directory" in result.stderr
+
+
+def test_serve_without_a_file_means_the_demo_bases() -> None:
+    assert embedded_serve_file().read_text() == SHIPPED.read_text()

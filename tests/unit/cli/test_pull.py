@@ -85,7 +85,7 @@ def test_an_adapter_that_is_not_there_is_told(run: Run, config: Path) -> None:
 
 def test_bases_land_in_the_hub_client_s_own_cache(config: Path, hub: HubServer, tmp_path: Path) -> None:
     # The Hub client takes endpoint and cache for bases from its environment when it is imported, hence the process.
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
     program = "from serve_app.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "pull", "--bases", "--config", str(config), "--json"],

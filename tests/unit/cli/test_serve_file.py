@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
+from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file, timeout_disagreements
+from serve_app.config import AppConfig
 
 SHIPPED = Path(__file__).parents[3] / "serve_config.yaml"
 
@@ -41,7 +42,7 @@ def test_a_planted_typo_is_found_and_placed(tmp_path: Path, right: str, typo: st
 
 def test_a_typo_in_a_deployment_override_is_found(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
-    data["applications"][0]["deployments"] = [{"name": "Ingress", "num_replica": 3}]
+    data["applications"][0]["deployments"] = [{"name": "LoraplexIngress", "num_replica": 3}]
     assert "deployments.0.num_replica: unknown key; did you mean 'num_replicas'?" in faults(
         tmp_path, yaml.safe_dump(data)
     )
@@ -55,3 +56,26 @@ def test_a_file_without_our_application_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [", "\x00"])
 def test_what_is_no_mapping_is_refused_in_a_line(tmp_path: Path, text: str) -> None:
     assert len(faults(tmp_path, text).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"request_timeout_s": 400}, "http_options.request_timeout_s: 330 s must be over ingress.request_timeout_s"),
+        ({"graceful_shutdown_timeout_s": 20}, "graceful_shutdown_timeout_s 20 s is under ingress.request_timeout_s"),
+        ({"max_backlog_s": 900}, "max_backlog_s 900 s is over ingress.request_timeout_s"),
+    ],
+)
+def test_times_that_do_not_go_together_are_found(tmp_path: Path, change: dict[str, int], told: str) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    args = data["applications"][0]["args"]
+    part = (
+        args.setdefault("ingress", {}) if "request_timeout_s" in change else args["bases"][0].setdefault("replica", {})
+    )
+    part.update(change)
+    assert told in faults(tmp_path, yaml.safe_dump(data))
+
+
+def test_the_default_times_go_together() -> None:
+    config = AppConfig.model_validate({"bases": [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}}]})
+    assert timeout_disagreements(config, 330.0) == []

@@ -18,6 +18,9 @@ from serve_app.demo.styles import STYLES
 
 PAIRS = 12
 
+# What they hold changes with the weights alone.
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True, slots=True)
 class BatchOutput:
@@ -31,7 +34,6 @@ class BatchOutput:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def drawn(request: pytest.FixtureRequest) -> BatchOutput:
-    torch.set_num_threads(1)
     pipeline = load_base(base_id(request.param))
     requests = sample_requests(50)
     pictures = draw(pipeline, [r.prompt for r in requests], [r.seed for r in requests])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+import pytest
 
 from serve_app.demo.embedded import STYLE_NAMES
 from serve_app.demo.sheet import PROMPTS, contact_sheet
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_every_style_unlike_the_base() -> None:
-    torch.set_num_threads(1)
-
     pixels = np.asarray(contact_sheet()).astype(np.int16)
 
     rows = sum(len(prompts) for prompts in PROMPTS.values())

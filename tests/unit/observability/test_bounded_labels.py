@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.observability.bounded_labels import COUNTED_PER_PLACE, HALF_LIFE_S, NAMES_PER_PLACE, OTHER, BoundedLabels
+from serve_app.observability.bounded_labels import COUNTED_PER_SLOT, HALF_LIFE_S, NAMES_PER_SLOT, OTHER, BoundedLabels
 
 
 class Clock:
@@ -70,5 +70,5 @@ def test_names_and_counts_are_bounded_for_the_life_of_a_process(
         clock.now_s += pause_s
         told.update(labels(top, f"me/{adapter}", times))
         assert len(top._named) <= places
-        assert len(top._uses) <= places * (1 + COUNTED_PER_PLACE)
-    assert len(told - {OTHER}) <= places * NAMES_PER_PLACE
+        assert len(top._uses) <= places * (1 + COUNTED_PER_SLOT)
+    assert len(told - {OTHER}) <= places * NAMES_PER_SLOT

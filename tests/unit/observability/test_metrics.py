@@ -1,8 +1,9 @@
-"""Telemetry through Serve's own metric classes, which also check names and labels, remembering what they were told."""
+"""Metrics through Serve's own metric classes, which check names and labels; every value is recorded."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -11,6 +12,7 @@ from ray.serve import metrics
 from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, ScaledAdapter, Timings
 from serve_app.observability.metrics import (
     DECLARED,
+    FORMER_NAMES,
     AdapterMetrics,
     IngressMetrics,
     MetricFactory,
@@ -69,7 +71,7 @@ def test_names_follow_the_rules_of_prometheus_and_are_distinct() -> None:
 
 def test_no_label_but_one_can_take_as_many_values_as_there_are_adapters() -> None:
     labels = {label for declared in DECLARED for label in declared.labels}
-    few = {"route", "status", "base", "code", "tier", "stage", "result", "place", "by", "outcome", "why"}
+    few = {"route", "status", "base", "code", "tier", "source", "stage", "by", "outcome", "reason"}
     assert labels <= few | {"adapter"}
     assert {one.name for one in DECLARED if "adapter" in one.labels} == {
         "loraplex_adapter_requests",
@@ -91,7 +93,7 @@ def drawn(*adapters: str, token: HubToken | None = None) -> tuple[GenerationRequ
 def test_requests_and_device_time_are_counted_for_each_of_a_request_s_adapters(
     points: list[tuple[str, float, Labels]],
 ) -> None:
-    AdapterMetrics(2, clock=lambda: 0.0, meters=METERS).drawn(*drawn("acme/oil", "acme/ink"))
+    AdapterMetrics(2, clock=lambda: 0.0, factory=METERS).drawn(*drawn("acme/oil", "acme/ink"))
     assert points == [
         (name, value, {"base": "demo/sd15", "adapter": adapter})
         for adapter in ("acme/oil", "acme/ink")
@@ -102,7 +104,7 @@ def test_requests_and_device_time_are_counted_for_each_of_a_request_s_adapters(
 def test_a_walk_through_a_thousand_adapters_tells_the_names_of_no_more_than_the_configured_number(
     points: list[tuple[str, float, Labels]],
 ) -> None:
-    metrics = AdapterMetrics(3, clock=lambda: 0.0, meters=METERS)
+    metrics = AdapterMetrics(3, clock=lambda: 0.0, factory=METERS)
     for index in range(1000):
         metrics.drawn(*drawn(f"acme/{index}"))
     told = {labels["adapter"] for _, _, labels in points}
@@ -112,7 +114,7 @@ def test_a_walk_through_a_thousand_adapters_tells_the_names_of_no_more_than_the_
 def test_an_adapter_that_not_everybody_may_read_is_counted_without_its_name(
     points: list[tuple[str, float, Labels]],
 ) -> None:
-    metrics = AdapterMetrics(3, clock=lambda: 0.0, meters=METERS)
+    metrics = AdapterMetrics(3, clock=lambda: 0.0, factory=METERS)
     metrics.drawn(*drawn("acme/secret", token=HubToken("hf_x")))
     assert {labels["adapter"] for _, _, labels in points} == {"private"}
 
@@ -133,7 +135,7 @@ def test_refusals_are_counted_by_code_and_retries_by_base(points: list[tuple[str
     ingress.retried("demo/sd15", "stalled")
     assert points == [
         ("loraplex_refusals", 1, {"code": "model_not_found"}),
-        ("loraplex_retries", 1, {"base": "demo/sd15", "why": "stalled"}),
+        ("loraplex_retries", 1, {"base": "demo/sd15", "reason": "stalled", "why": "stalled"}),
     ]
 
 
@@ -151,9 +153,29 @@ def test_the_times_of_a_request_are_reported_in_seconds(points: list[tuple[str, 
     ]
 
 
-def test_adapters_are_counted_by_the_tier_they_were_found_on(points: list[tuple[str, float, Labels]]) -> None:
+def test_adapters_are_counted_by_the_tier_they_were_found_on_under_the_former_name_too(
+    points: list[tuple[str, float, Labels]],
+) -> None:
     ReplicaMetrics("demo/sd15", METERS).adapter_found("disk")
-    assert points == [("loraplex_adapters", 1, {"base": "demo/sd15", "tier": "disk"})]
+    labels = {"base": "demo/sd15", "tier": "disk"}
+    assert points == [("loraplex_adapter_lookups", 1, labels), ("loraplex_adapters", 1, labels)]
+
+
+@pytest.mark.parametrize(
+    ("count", "labels"),
+    [
+        (lambda: ReplicaMetrics("b", METERS).file_fetched("peer"), {"source": "peer", "tier": "peer", "base": "b"}),
+        (lambda: RouterMetrics("b", METERS).routed("host"), {"tier": "host", "place": "host", "base": "b"}),
+        (lambda: ProxyMetrics(METERS).lost("cut"), {"outcome": "cut", "result": "cut"}),
+        (lambda: TracingMetrics(METERS).sent(1, True), {"outcome": "sent", "result": "sent"}),
+        (lambda: IngressMetrics(METERS).access_checked("ok"), {"outcome": "ok", "result": "ok"}),
+    ],
+)
+def test_a_label_with_a_new_name_is_exported_under_both(
+    points: list[tuple[str, float, Labels]], count: Callable[[], None], labels: Labels
+) -> None:
+    count()
+    assert [found for _, _, found in points] == [labels]
 
 
 def test_requests_given_up_are_counted_by_how_far_they_were(points: list[tuple[str, float, Labels]]) -> None:
@@ -178,7 +200,7 @@ def test_self_checks_are_counted_once_however_often_they_are_reported(
     replica = ReplicaMetrics("demo/sd15", METERS)
     for sound, is_corrupt in ((0, False), (2, False), (2, False), (3, True), (3, True)):
         replica.self_checked(sound=sound, is_corrupt=is_corrupt)
-    assert [(value, labels["result"]) for _, value, labels in points] == [(2, "ok"), (1, "ok"), (1, "mismatch")]
+    assert [(value, labels["outcome"]) for _, value, labels in points] == [(2, "ok"), (1, "ok"), (1, "mismatch")]
 
 
 def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, float, Labels]]) -> None:
@@ -191,7 +213,7 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     ingress.granted("keeper")
     replica.served(Timings(), batch_size=1)
     replica.adapter_found("host")
-    replica.file_brought("hub")
+    replica.file_fetched("hub")
     replica.host_tier(used_bytes=1, evictions=1)
     replica.cancelled("queued")
     replica.self_checked(sound=1, is_corrupt=False)
@@ -200,7 +222,7 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     replica.worked(backlog_s=1.0, predicted_s=1.0, busy_s=1.0)
     replica.started(start_s=1.0, warmed=1)
     RouterMetrics("demo/sd15", METERS).routed("host")
-    AdapterMetrics(1, clock=lambda: 0.0, meters=METERS).drawn(*drawn("acme/oil"))
+    AdapterMetrics(1, clock=lambda: 0.0, factory=METERS).drawn(*drawn("acme/oil"))
     TracingMetrics(METERS).sent(3, True)
     ProxyMetrics(METERS).lost("resent")
-    assert {name for name, _, _ in points} == {declared.name for declared in DECLARED}
+    assert {name for name, _, _ in points} == {declared.name for declared in DECLARED} | set(FORMER_NAMES.values())

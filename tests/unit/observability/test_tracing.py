@@ -150,7 +150,7 @@ def test_a_collector_that_refuses_is_named_once_and_costs_no_request(
     assert {is_sent for _, is_sent in told} == {False}
     assert sum(spans for spans, _ in told) == 2
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["the collector of tracing.endpoint does not take spans; they are lost until it does"]
+    assert lines == ["the collector of tracing.endpoint does not accept spans; they are lost until it does"]
 
 
 def test_without_an_endpoint_nothing_is_traced_and_no_sdk_is_loaded() -> None:

@@ -23,7 +23,7 @@ import sys, time
 from pathlib import Path
 from serve_app.store.admitted import AdmittedFiles
 folder, budget_bytes = Path(sys.argv[1]), int(sys.argv[2])
-files = AdmittedFiles(folder, budget_bytes, base_fingerprint="base", dtype="float32", clock=time.time)
+files = AdmittedFiles(folder, budget_bytes, depends_on=("base", "float32"), clock=time.time)
 """
 
 
@@ -36,8 +36,7 @@ def open_files(tmp_path: Path) -> Iterator[Open]:
         files = AdmittedFiles(
             tmp_path / "admitted",
             budget_bytes,
-            base_fingerprint=base,
-            dtype=dtype,
+            depends_on=(base, dtype),
             clock=lambda: float(next(ticks)),
         )
         opened.append(files)
@@ -282,7 +281,7 @@ def test_replicas_that_come_and_go_disturb_nobody(open_files: Open, tmp_path: Pa
     script = """
 print("ready", flush=True)
 while True:
-    AdmittedFiles(folder, budget_bytes, base_fingerprint="base", dtype="float32", clock=time.time).close()
+    AdmittedFiles(folder, budget_bytes, depends_on=("base", "float32"), clock=time.time).close()
 """
     files = open_files()
     with process(script, tmp_path / "admitted") as other:

@@ -21,7 +21,7 @@ class Books:
         self.quarantine = Quarantine(clock=lambda: self.now, on_change=self.told.append)
 
     def end(self, wanted: GenerationRequest, error: Exception | None = None) -> None:
-        with self.quarantine.watched(wanted):
+        with self.quarantine.guard(wanted):
             if error is not None:
                 raise error
 

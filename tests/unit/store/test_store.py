@@ -41,9 +41,7 @@ class Bench:
     async def store(
         self, budget_bytes: int = 1000, load: Callable[[AdapterSpec, Path], bytes] = load, **settings: Any
     ) -> AsyncIterator[AdapterStore[bytes]]:
-        admitted = AdmittedFiles(
-            self.folder / "admitted", 10_000, base_fingerprint="base", dtype="float32", clock=self.clock
-        )
+        admitted = AdmittedFiles(self.folder / "admitted", 10_000, depends_on=("base", "float32"), clock=self.clock)
         store = AdapterStore(
             admitted=admitted,
             fetch=self.remote.fetch,

@@ -73,7 +73,7 @@ export class Composer extends EventTarget {
       // A large one as text: numbers of JavaScript lose its last digits.
       seed: Number.isSafeInteger(Number(seed)) ? Number(seed) : seed,
       scheduler: byId("scheduler").value || null,
-      strength: this.picture.file ? number("strength") : null,
+      strength: this.picture.file && takesStrength(this.base) ? number("strength") : null,
       loras: this.adapters.ids.length ? this.adapters.value : null,
     };
     return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== null));
@@ -137,7 +137,7 @@ export class Composer extends EventTarget {
   }
 
   #usePicture(size) {
-    byId("strength-field").hidden = !size;
+    byId("strength-field").hidden = !size || !takesStrength(this.base);
     this.#forgive(byId("picture").closest(".field"));
     if (size) [byId("width").value, byId("height").value] = fitted(size, this.base?.limits ?? {});
   }
@@ -201,9 +201,15 @@ function bound(id, min, max, hint) {
   if (hint) byId(hint).textContent = !max ? "" : min > 1 ? `${min}–${max}` : `≤${max}`;
 }
 
-// The size nearest to a picture's that the base draws: its shape, in multiples of 8.
-function fitted({ width, height }, { min_side = 8, max_side = Infinity, max_pixels = Infinity }) {
+// Whether a base redraws pictures by a strength; those that edit by instruction do not.
+function takesStrength(base) {
+  return !base?.tasks || "image" in base.tasks || !("edit" in base.tasks);
+}
+
+// The size nearest to a picture's that the base draws: its shape, in multiples of what its sides must be.
+function fitted({ width, height }, { min_side = 8, max_side = Infinity, max_pixels = Infinity, side_multiple = 8 }) {
   const scale = Math.min(1, max_side / Math.max(width, height), Math.sqrt(max_pixels / (width * height)));
-  const side = (pixels) => Math.max(Math.ceil(min_side / 8) * 8, Math.floor((pixels * scale) / 8) * 8);
+  const [least, step] = [Math.ceil(min_side / side_multiple), side_multiple];
+  const side = (pixels) => Math.max(least, Math.floor((pixels * scale) / step)) * step;
   return [side(width), side(height)];
 }

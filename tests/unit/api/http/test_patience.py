@@ -29,7 +29,7 @@ def nervous_gateway() -> FakeGateway:
 @pytest.fixture(scope="module")
 def nervous_url(nervous_gateway: FakeGateway) -> Iterator[str]:
     """A server that keeps streams alive every moment."""
-    with served(create_app(nervous_gateway, IngressSettings(keep_alive_s=TICK_S))) as url:
+    with served(create_app(nervous_gateway, IngressSettings(sse_ping_interval_s=TICK_S))) as url:
         yield url
 
 

@@ -174,7 +174,7 @@ def test_a_png_reply_is_the_very_pixels(client: TestClient) -> None:
 def test_separate_scales_are_told_in_the_reply(client: TestClient) -> None:
     lora = {"id": "a/b", "scale": {"unet": 0.8, "text_encoder": 0.3}}
     response = client.post("/", json={"inputs": "elephant", "parameters": {"loras": [lora]}})
-    assert response.headers["x-adapters"] == "a/b@0123abcd;0.8/0.3;48"
+    assert response.headers["x-adapters"] == "a/b@0123abcd;0.8/0.3;48/50"
     response = client.post("/v1/images/generations", json={"prompt": "elephant", "lora": lora})
     assert response.json()["loraplex"]["adapters"][0]["scale"] == {"denoiser": 0.8, "text_encoder": 0.3}
 
@@ -191,7 +191,7 @@ def test_the_headers_tell_how_the_image_came_about(client: TestClient, gateway: 
         "x-compute-characters": "6",
         "x-seed": "5",
         "x-base-model": "demo/sdxl",
-        "x-adapters": "a/b@0123abcd;0.8;48, c/%C3%BC@0123abcd;1;48",
+        "x-adapters": "a/b@0123abcd;0.8;48/50, c/%C3%BC@0123abcd;1;48/50",
         "x-batch-size": "1",
         "x-warning": "the prompt was cut after 'gr\\xf6\\xdfte' x-evil: 1",
         "x-request-id": "made-id",

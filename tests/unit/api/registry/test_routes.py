@@ -63,8 +63,10 @@ def test_bases_say_what_a_form_must_know(client: TestClient) -> None:
     assert (base["id"], base["aliases"], base["is_default"]) == ("demo/sdxl", ["xl"], True)
     assert base["defaults"] == {"steps": 30, "guidance_scale": 7.5, "width": 512, "height": 512, "strength": 0.8}
     assert base["limits"]["max_pixels"] == 1024 * 1024
-    assert base["limits"]["side_multiple"] == 8
-    assert "DDIMScheduler" in base["schedulers"]
+    assert base["limits"]["side_multiple"] == 16
+    assert base["schedulers"] == ["DDIMScheduler", "Euler Karras"]
+    assert base["tasks"] == {"text": ["negative_prompt"]}
+    assert (base["family"], base["tokens"], base["has_previews"]) == ("SDXL", 77, True)
 
 
 def test_no_reply_names_a_place_on_this_machine(client: TestClient) -> None:

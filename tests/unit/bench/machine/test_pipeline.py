@@ -1,9 +1,13 @@
 import json
 from functools import cache
 
+import pytest
+
 from serve_app.bench.machine.pipeline import run_pipeline
 from serve_app.bench.measuring.options import PipelineOptions
 from serve_app.bench.measuring.report import PipelineReport
+
+pytestmark = pytest.mark.slow
 
 OPTIONS = PipelineOptions(size=64, steps=1, repeats=1, vae_sides=(64,))
 

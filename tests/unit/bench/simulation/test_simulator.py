@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from serve_app.autoscaling import ScalingRule
 from serve_app.bench.simulation.compare import compare, figures_of, policies_named
-from serve_app.bench.simulation.profile import BaseTimings, Profile, read_profile
+from serve_app.bench.simulation.profile import BaseTimings, LinearCost, Profile, TierCosts, read_profile
 from serve_app.bench.simulation.routers import POLICIES, Policy
 from serve_app.bench.simulation.simulator import Fleet, Run, simulate
 from serve_app.bench.traffic.workload import AdapterAsk, Arrival, Traffic, Workload, generate
-from serve_app.routing.cost import LinearCost, TierCosts
 from serve_app.work import LatencyModel
 
 SIZE = 100
@@ -32,7 +31,7 @@ BY_HAND = Profile(
     sources={},
     unproved=(),
 )
-LORAPLEX, LEAST_LOADED, LATE, RAY, HASH, AFFINITY, BLOG = POLICIES
+LORAPLEX, LEAST_WORK, RANDOM_TWO, LEAST_LOADED, LATE, RAY, HASH, AFFINITY, BLOG = POLICIES
 
 
 def asked(*requests: tuple[float, str]) -> Workload:

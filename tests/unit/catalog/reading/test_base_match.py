@@ -75,6 +75,29 @@ def test_what_the_file_states_of_itself_tells_equal_structures_apart():
     assert match_bases("a", [], [], stated, [SD, SDXL]).bases == ("sdxl",)
 
 
+def test_a_file_that_fits_two_families_is_ambiguous_where_both_are_served():
+    chroma = BaseArchitecture("chroma", "chroma", "transformer")
+    placed = match_bases("a", [], [], FLUX_FILE, [SD, FLUX, chroma])
+    assert (placed.bases, placed.is_ambiguous) == (("flux", "chroma"), True)
+    stated = header(
+        pair("transformer.single_transformer_blocks.0.attn.to_q", 3072), **{"modelspec.architecture": "flux-1-dev/lora"}
+    )
+    assert match_bases("a", [], [], stated, [SD, FLUX, chroma]).bases == ("flux",)
+
+
+def test_widths_and_numbers_of_blocks_tell_one_family_from_another():
+    deep = header(pair("transformer.transformer_blocks.40.attn.to_q", 3072))
+    flux = BaseArchitecture("flux", "flux", "transformer", None, frozenset({3072}), (("double", 19), ("single", 38)))
+    qwen = BaseArchitecture("qwen", "qwen-image", "transformer", None, frozenset({3072}), (("double", 60),))
+    sd3 = BaseArchitecture("sd3", "sd3", "transformer", None, frozenset({1536}), (("double", 24),))
+    assert match_bases("a", [], [], deep, [flux, qwen, sd3]).bases == ("qwen",)
+
+
+def test_a_base_that_the_file_fits_serves_by_name_what_its_card_made_for_an_unserved_fine_tune():
+    placed = match_bases("a", ["someone/fine-tune"], [], CROSS_SDXL, [SD, SDXL])
+    assert (placed.bases, placed.made_for, placed.by_name) == ((), "someone/fine-tune", ("sdxl",))
+
+
 def test_without_a_card_and_without_a_fitting_base_it_is_placed_nowhere():
     placed = match_bases("a", [], [], CROSS_SDXL, [SD])
     assert (placed.bases, placed.made_for) == ((), "sdxl")

@@ -61,3 +61,10 @@ def test_odd_values_beside_readable_ones_do_not_hide_them():
     card = parse_card("---\ndate: 2024-99-99\nbase_model: [a/b, {c: d}, 7]\ntags: [lora, [x]]\n---\n")
     assert card.base_models == ("a/b", "7")
     assert card.tags == ("lora",)
+
+
+@pytest.mark.parametrize(
+    "path", ["/workspace/models/sdxl", "./sdxl", "~/sdxl", "C:\\\\models\\\\sdxl", "models/sd/sdxl"]
+)
+def test_a_path_on_its_authors_disk_names_no_base(path: str) -> None:
+    assert parse_card(f'---\nbase_model: "{path}"\n---\n').claims == ()

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save
 
 from serve_app.catalog.reading.header import MalformedHeader, describe, parse_header, read_header
+from serve_app.families.structure import published
 from tests.unit.catalog.builders import BLOCK, lora, pair
 
 
@@ -81,20 +82,27 @@ def test_a_convolution_counts_its_input_channels():
 
 
 @pytest.mark.parametrize(
-    ("module", "width", "family"),
+    ("module", "width", "families"),
     [
-        ("transformer.single_transformer_blocks.0.attn.to_q", 3072, "flux"),
-        ("lora_unet_double_blocks_0_img_attn_qkv", 3072, None),
-        ("lora_unet_single_blocks_0_linear1", 3072, "flux"),
-        ("transformer.transformer_blocks.0.attn.to_q", 1536, "sd3"),
-        ("transformer.transformer_blocks.0.img_mod.1", 3072, "qwen-image"),
-        ("diffusion_model.layers.0.attention.to_q", 3840, "z-image"),
+        ("transformer.single_transformer_blocks.0.attn.to_q", 3072, {"flux", "chroma"}),
+        ("lora_unet_single_blocks_0_modulation_lin", 3072, {"flux"}),
+        ("lora_unet_double_blocks_0_img_attn_qkv", 3072, {"flux", "chroma", "flux2"}),
+        ("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj", 6144, {"flux2"}),
+        ("distilled_guidance_layer.layers.0.in_layer", 5120, {"chroma"}),
+        ("transformer.transformer_blocks.0.attn.to_q", 1536, {"sd3"}),
+        ("lora_unet_joint_blocks_3_x_block_attn_qkv", 1536, {"sd3"}),
+        ("transformer.transformer_blocks.0.attn.to_q", 3072, {"flux", "chroma", "flux2", "qwen-image"}),
+        ("transformer.transformer_blocks.0.img_mod.1", 3072, {"qwen-image"}),
+        ("diffusion_model.layers.0.attention.to_q", 3840, {"z-image"}),
+        ("diffusion_model.layers.0.attention.qkv", 2304, {"lumina2"}),
+        ("diffusion_model.blocks.3.self_attn.q", 5120, {"wan"}),
     ],
 )
-def test_transformers_are_told_from_unets(module: str, width: int, family: str | None):
+def test_names_and_widths_tell_the_families_that_a_transformer_can_be_of(module: str, width: int, families: set[str]):
     found = facts(pair(module, width))
     assert found.components == {"transformer"}
-    assert found.family == family
+    assert published(found.families, found.hidden_widths) == families
+    assert found.family == (next(iter(families)) if len(families) == 1 else None)
 
 
 def test_kohya_metadata_states_the_family_where_structure_does_not():

@@ -53,6 +53,28 @@ def test_learned_words_lie_beside_their_adapter(adapter: str, names: list[str], 
     assert embeddings_beside(listing(adapter, *names), adapter) == found
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("pytorch_lora_weights-00001-of-00002.safetensors", "pytorch_lora_weights-00002-of-00002.safetensors"),
+        ("unet/adapter_model.safetensors", "text_encoder/adapter_model.safetensors"),
+    ],
+)
+def test_an_adapter_in_several_files_is_refused_as_that(names: tuple[str, ...]):
+    with pytest.raises(NotAnAdapter, match="it lies in 2 files"):
+        candidates(listing(*names), None)
+
+
+def test_what_peft_saves_for_one_model_of_a_pipeline_is_the_adapter():
+    assert candidates(listing("unet/adapter_model.safetensors"), None) == ("unet/adapter_model.safetensors",)
+
+
+def test_files_that_lie_where_parts_do_can_be_named():
+    with pytest.raises(NotAnAdapter, match="name it as 'filename'"):
+        candidates(listing("unet/style.safetensors"), None)
+    assert candidates(listing("unet/style.safetensors"), "unet/style.safetensors") == ("unet/style.safetensors",)
+
+
 def test_the_file_that_is_asked_for_is_the_one():
     assert candidates(listing("a.safetensors", "b.safetensors"), "b.safetensors") == ("b.safetensors",)
     with pytest.raises(ModelNotFound, match=r"no file 'c\.safetensors'"):

@@ -200,7 +200,7 @@ class Asked:
 
 
 def access(asked: Asked, clock: Clock, **settings: Any) -> CallerAccess[str, str]:
-    return CallerAccess(asked, access_ttl_s=60, failure_ttl_s=15, clock=clock, salt=b"salt", **settings)
+    return CallerAccess(asked, access_ttl_s=60, failure_ttl_s=15, clock=clock, **settings)
 
 
 async def test_many_askers_with_one_token_make_one_look_up_which_outlives_who_leaves() -> None:
@@ -254,9 +254,9 @@ async def test_what_is_kept_holds_no_token_and_is_bounded() -> None:
     checks = access(asked, clock, max_entries=3)
     for index in range(10):
         await checks.get("x", HubToken(f"hf_secret{index}"))
-    kept = repr(checks._checked.keys())
+    kept = repr(checks._cache._values.keys())
     assert "hf_secret" not in kept
-    assert len(checks._checked) == 3
+    assert len(checks._cache._values) == 3
 
 
 def test_the_hub_of_the_tests_forgets_a_revoked_token(hub: HubServer, tmp_path: Path) -> None:

@@ -3,10 +3,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
-from serve_app.catalog.resolving.lookups import MAX_FAILURES, SingleFlightCache
+from serve_app.catalog.resolving.lookups import MAX_FAILURES, CachePolicy, SingleFlightCache
+from serve_app.catalog.sources.hub_errors import HubRetryAfter
 from serve_app.errors import HubUnavailable, LoraplexError, ModelNotFound
 from tests.unit.catalog.builders import Clock
 
@@ -30,14 +33,20 @@ class Source:
         return answer
 
 
-def lookups(source: Source, clock: Clock, **options: float) -> SingleFlightCache[str, str]:
-    settings = {"ttl_s_of": lambda _: 60.0, "failure_ttl_s": 5.0, "clock": clock} | options
-    return SingleFlightCache(source, **settings)
+class Known(SingleFlightCache[str, str]):
+    """A cache in front of one source."""
+
+    def __init__(self, source: Callable[[str], Awaitable[str]], clock: Clock, **options: Any) -> None:
+        super().__init__(CachePolicy(lambda _: 60.0, 5.0, **options), clock=clock)
+        self._source = source
+
+    async def get(self, key: str) -> str:  # type: ignore[override]
+        return await super().get(key, lambda: self._source(key))
 
 
 async def test_a_value_is_asked_for_once_within_its_time():
     source, clock = Source(), Clock()
-    known = lookups(source, clock)
+    known = Known(source, clock)
     assert await known.get("k") == await known.get("k") == "k 1"
     clock.now += 61
     assert await known.get("k") == "k 2"
@@ -46,7 +55,7 @@ async def test_a_value_is_asked_for_once_within_its_time():
 async def test_a_failure_is_kept_for_its_own_shorter_time():
     source, clock = Source(), Clock()
     source.failure = ModelNotFound("k")
-    known = lookups(source, clock)
+    known = Known(source, clock)
     for _ in range(3):
         with pytest.raises(ModelNotFound):
             await known.get("k")
@@ -59,7 +68,7 @@ async def test_a_failure_is_kept_for_its_own_shorter_time():
 async def test_those_who_ask_together_share_one_look_up_and_those_who_leave_hurt_nobody():
     source = Source()
     source.may_answer.clear()
-    known = lookups(source, Clock())
+    known = Known(source, Clock())
     askers = [asyncio.create_task(known.get("k")) for _ in range(20)]
     await asyncio.sleep(0)
     for leaver in askers[:5]:
@@ -73,7 +82,7 @@ async def test_those_who_ask_together_share_one_look_up_and_those_who_leave_hurt
 async def test_a_look_up_goes_on_when_everybody_left():
     source = Source()
     source.may_answer.clear()
-    known = lookups(source, Clock())
+    known = Known(source, Clock())
     asker = asyncio.create_task(known.get("k"))
     await asyncio.sleep(0)
     asker.cancel()
@@ -85,7 +94,7 @@ async def test_a_look_up_goes_on_when_everybody_left():
 
 async def test_an_old_value_stays_while_the_source_is_away_and_goes_when_it_says_no():
     source, clock = Source(), Clock()
-    known = lookups(source, clock)
+    known = Known(source, clock)
     await known.get("k")
     clock.now += 61
     source.failure = HubUnavailable("k", "down")
@@ -100,7 +109,7 @@ async def test_an_old_value_stays_while_the_source_is_away_and_goes_when_it_says
 
 async def test_a_slow_renewal_is_not_waited_for():
     source, clock = Source(), Clock()
-    known = lookups(source, clock, grace_s=0.01)
+    known = Known(source, clock, grace_s=0.01)
     await known.get("k")
     clock.now += 61
     source.may_answer.clear()
@@ -116,7 +125,7 @@ async def test_a_slow_renewal_is_not_waited_for():
 async def test_a_failure_that_is_raised_often_gathers_no_tracebacks():
     source = Source()
     source.failure = ModelNotFound("k")
-    known = lookups(source, Clock())
+    known = Known(source, Clock())
     depths = []
     for _ in range(3):
         with pytest.raises(ModelNotFound) as raised:
@@ -127,10 +136,59 @@ async def test_a_failure_that_is_raised_often_gathers_no_tracebacks():
 
 async def test_the_least_recently_asked_is_forgotten_over_the_limit():
     source = Source()
-    known = lookups(source, Clock(), max_entries=2)
+    known = Known(source, Clock(), max_entries=2)
     for key in ("a", "b", "a", "c"):
         await known.get(key)
     assert sorted(known.values()) == ["a 1", "c 3"]
+
+
+async def test_a_flood_of_unknown_names_evicts_no_answer_and_is_itself_bounded():
+    source = Source()
+    known = Known(source, Clock(), max_entries=3)
+    await known.get("good")
+    source.failure = ModelNotFound("k")
+    for index in range(10):
+        with pytest.raises(ModelNotFound):
+            await known.get(f"unknown{index}")
+    asked = source.asked
+    assert await known.get("good") == "good 1"
+    assert source.asked == asked
+    assert len(known._failures) == 3
+
+
+async def test_a_failure_is_kept_for_as_long_as_the_hub_asked_and_says_how_much_is_left():
+    source, clock = Source(), Clock()
+    source.failure = HubRetryAfter("k", "the Hub is limiting requests", 60)
+    known = Known(source, clock)
+    for passed_s in (0, 20):
+        clock.now += passed_s
+        with pytest.raises(HubUnavailable) as raised:
+            await known.get("k")
+        assert raised.value.retry_after_s == 60 - passed_s
+    assert source.asked == 1
+
+
+async def test_without_grace_no_expired_value_is_used():
+    source, clock = Source(), Clock()
+    known = Known(source, clock, grace_s=None)
+    await known.get("k")
+    clock.now += 60
+    source.failure = HubUnavailable("k", "down")
+    with pytest.raises(HubUnavailable):
+        await known.get("k")
+    assert list(known.values()) == []
+
+
+async def test_a_value_that_replaces_a_failure_is_used():
+    source, clock = Source(), Clock()
+    source.failure = ModelNotFound("k")
+    known = Known(source, clock)
+    with pytest.raises(ModelNotFound):
+        await known.get("k")
+    source.failure = None
+    clock.now += 5
+    assert await known.get("k") == await known.get("k") == "k 2"
+    assert not known._failures
 
 
 async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
@@ -147,7 +205,7 @@ async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
         except OSError:
             raise HubUnavailable(key, "the Hub broke off") from None
 
-    known = SingleFlightCache(look_up, ttl_s_of=lambda _: 60.0, failure_ttl_s=5.0, clock=Clock())
+    known = Known(look_up, Clock())
     with pytest.raises(HubUnavailable):
         await known.get("k")
     gc.collect()
@@ -156,7 +214,7 @@ async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
 
 async def test_failures_drive_out_no_value_and_leave_when_their_time_is_over():
     source, clock = Source(), Clock()
-    known = lookups(source, clock, max_entries=10)
+    known = Known(source, clock)
     await known.get("good")
     source.failure = ModelNotFound("k")
     for index in range(MAX_FAILURES + 50):

@@ -112,13 +112,14 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_and_one_at_work_is_le
     originals: DownloadCache, tmp_path: Path
 ) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from serve_app.catalog.sources.download_cache import Originals\n"
-        "with Originals(Path(sys.argv[1]), 100, clock=time.time).draft('a') as draft:\n"
+        "import sys, time; from pathlib import Path\n"
+        "from serve_app.catalog.sources.download_cache import DownloadCache\n"
+        "with DownloadCache(Path(sys.argv[1]), 100, clock=time.time).draft('a') as draft:\n"
         "    draft.add(b'half'); print('here', flush=True); sys.stdin.read()"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "hub")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[3],
+        cwd=Path(__file__).parents[4],
     )  # fmt: skip
     with child:
         assert child.stdout is not None

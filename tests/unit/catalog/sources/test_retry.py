@@ -36,7 +36,7 @@ class Questions:
         self.clock.now += pause_s
 
     def ask(self, *errors: LoraplexError, until: float = 100.0) -> str:
-        return self.calls.persist(failing(list(errors)), "me/sketch", None, until, PAUSES)
+        return self.calls.retry(failing(list(errors)), "me/sketch", None, until, PAUSES)
 
 
 def away(count: int = 1) -> list[LoraplexError]:
@@ -94,9 +94,9 @@ def test_while_the_hub_limits_requests_none_is_sent_and_afterwards_they_are_agai
     assert asked.ask() == "answer"
 
 
-def test_tries_are_counted_from_the_last_headway() -> None:
+def test_tries_are_counted_from_the_last_progress() -> None:
     asked = Questions()
     arrived = itertools.count()
     with pytest.raises(HubUnavailable):
-        asked.calls.persist(failing(away(99)), "me/sketch", None, 50.0, PAUSES, lambda: next(arrived))
+        asked.calls.retry(failing(away(99)), "me/sketch", None, 50.0, PAUSES, lambda: next(arrived))
     assert len(asked.pauses) > 10

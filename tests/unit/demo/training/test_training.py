@@ -16,10 +16,11 @@ from serve_app.demo.training.autoencoder import train_autoencoder
 from serve_app.demo.training.base import train_base
 from serve_app.demo.training.text import train_text_encoders
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("work")
     train_autoencoder(folder / "vae", steps=3)
     tokenizer = build_tokenizer(folder / "tokenizer")

@@ -162,7 +162,7 @@ async def test_a_failing_request_s_line_names_key_code_base_and_adapters_and_not
     draft = replace(DRAFT, model="demo/sd15", key="alice", hub_token=HubToken("hf_of-alice"), num_images=99)
     with caplog.at_level("INFO"), pytest.raises(OutOfBounds):
         await gateway(Replica()).generate(draft, request_id="r7")
-    (line,) = [record.getMessage() for record in caplog.records]
+    (line,) = [record.getMessage() for record in caplog.records if record.name.endswith("dispatch")]
     assert line.startswith("request r7 with key alice failed: ")
     assert line.endswith("(out_of_bounds); base demo/sd15, adapters none")
     assert "a cat" not in line

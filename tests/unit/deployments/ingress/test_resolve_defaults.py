@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,6 +8,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import (
     AdapterSpec,
     GenerationRequest,
+    PipelineOptions,
     PixelImage,
     PixelMask,
     Scale,
@@ -14,7 +17,8 @@ from serve_app.core import (
     UnresolvedRequest,
 )
 from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
-from serve_app.errors import OutOfBounds, UnknownScheduler
+from serve_app.errors import BadRequest, MalformedRequest, OutOfBounds, UnknownScheduler
+from serve_app.families.table import family_of
 
 BASE = BaseModelConfig.model_validate(
     {
@@ -76,6 +80,12 @@ def test_a_value_out_of_bounds_is_refused_by_name(draft: UnresolvedRequest, name
     assert caught.value.name == name
 
 
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_text_of_exactly_the_longest_length_is_taken(field: str) -> None:
+    text = "p" * BASE.limits.max_prompt_characters
+    assert getattr(settled(UnresolvedRequest(**{"prompt": "p", field: text})), field) == text
+
+
 def test_too_many_adapters_are_refused() -> None:
     with pytest.raises(OutOfBounds, match="at most 2"):
         settled(UnresolvedRequest("p"), *(ScaledAdapter(spec(f"x/{name}"), 1.0) for name in "abc"))
@@ -122,3 +132,70 @@ def test_what_is_masked_is_drawn_anew_unless_a_strength_says_otherwise() -> None
 def test_the_steps_to_come_are_those_that_the_strength_leaves(strength: float | None, steps: int) -> None:
     image = None if strength is None else PixelImage(64, 64, b"")
     assert settled(UnresolvedRequest("p", image=image, strength=strength)).planned_steps == steps
+
+
+def settled_as(pipeline: str, draft: UnresolvedRequest) -> GenerationRequest:
+    return resolve_defaults(draft, BASE, (), request_id="r", seed=99, family=family_of(pipeline))
+
+
+def test_sides_are_multiples_of_the_family_s() -> None:
+    with pytest.raises(OutOfBounds, match="a multiple of 16 from 32 to 128"):
+        settled_as("ZImagePipeline", UnresolvedRequest("p", width=72))
+    assert settled_as("StableDiffusionPipeline", UnresolvedRequest("p", width=72)).width == 72
+
+
+def test_a_picture_is_fitted_to_what_the_family_draws() -> None:
+    request = settled_as("SanaSprintPipeline", UnresolvedRequest("p", image=PixelImage(100, 70, b"")))
+    assert (request.width, request.height) == (96, 64)
+
+
+def test_an_edit_by_instruction_takes_no_strength_and_runs_all_its_steps() -> None:
+    picture = PixelImage(64, 64, b"")
+    request = settled_as("FluxKontextPipeline", UnresolvedRequest("p", image=picture))
+    assert (request.strength, request.planned_steps) == (None, 12)
+    with pytest.raises(MalformedRequest, match="takes no 'strength'"):
+        settled_as("FluxKontextPipeline", UnresolvedRequest("p", image=picture, strength=0.5))
+
+
+def test_what_a_family_does_not_draw_from_is_refused_with_what_it_does() -> None:
+    with pytest.raises(MalformedRequest, match="does not serve 'text'; it serves inpaint"):
+        settled_as("FluxFillPipeline", UnresolvedRequest("p"))
+
+
+def test_the_work_is_that_of_the_family() -> None:
+    draft = UnresolvedRequest("p", guidance_scale=1.0)
+    assert settled_as("ZImagePipeline", draft).denoiser_runs == 2
+    assert settled_as("StableDiffusionXLPipeline", draft).denoiser_runs == 1
+    assert settled(draft).denoiser_runs is None
+
+
+def test_as_many_steps_are_run_as_noise_levels_are_given() -> None:
+    levels = PipelineOptions(sigmas=(1.0, 0.6, 0.2))
+    assert settled(UnresolvedRequest("p", options=levels)).steps == 3
+    with pytest.raises(MalformedRequest, match="'sigmas' has 3"):
+        settled(UnresolvedRequest("p", steps=4, options=levels))
+
+
+def test_a_family_that_needs_two_steps_refuses_one() -> None:
+    with pytest.raises(OutOfBounds, match="at least 2 for one"):
+        settled_as("QwenImagePipeline", UnresolvedRequest("p", steps=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ((("num_train_timesteps", 5),), "cannot set 'num_train_timesteps'"),
+        ((("shift", True),), "must be of type float"),
+        ((("shift", 1000.0),), "at most 100"),
+        ((("timestep_spacing", "odd"),), "one of leading, linspace, trailing"),
+    ],
+)
+def test_a_request_sets_harmless_options_of_a_scheduler_alone(options: Any, reason: str) -> None:
+    with pytest.raises(BadRequest, match=reason):
+        settled(UnresolvedRequest("p", scheduler_options=options))
+
+
+def test_schedulers_go_by_the_names_that_people_type() -> None:
+    assert settled(UnresolvedRequest("p", scheduler="DPM++ 2M Karras")).scheduler == "DPM++ 2M Karras"
+    with pytest.raises(UnknownScheduler):
+        settled(UnresolvedRequest("p", scheduler="Euler z"))

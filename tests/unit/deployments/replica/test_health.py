@@ -47,7 +47,7 @@ def test_what_cannot_go_on_is_named(state: WorkerState, reason: str, is_fatal: b
     [
         ({}, STALL_AFTER_S),
         ({"compile": True}, STALL_AFTER_COMPILING_S),
-        ({"compile": True, "replica": {"stall_after_s": 7.0}}, 7.0),
+        ({"compile": True, "replica": {"stall_timeout_s": 7.0}}, 7.0),
     ],
 )
 def test_how_long_a_device_may_be_still_is_configured_or_leaves_room_for_compiling(

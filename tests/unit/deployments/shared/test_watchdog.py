@@ -17,10 +17,10 @@ LONG_SILENCE_S = 10.0
 WAIT_S = 120.0
 GUARDED = """
 import asyncio, os, signal, sys, time
-from serve_app.deployments.shared.watchdog import Guardian
+from serve_app.deployments.shared.watchdog import Watchdog
 
 async def live():
-    print(Guardian(float(sys.argv[1])).pid, flush=True)
+    print(Watchdog(float(sys.argv[1])).pid, flush=True)
     await asyncio.sleep(0.01)
     match sys.argv[2]:
         case "stops": os.kill(os.getpid(), signal.SIGSTOP)

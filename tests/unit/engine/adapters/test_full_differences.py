@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import ParsedAdapter
+from serve_app.engine.adapters.deltas import Dense, ParsedAdapter
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
 from serve_app.engine.weights.fused import FusedWeights
-from serve_app.refusals import MalformedFile, NonFinite, RefusedAdapter, ShapeMismatch, UnsupportedMethod
+from serve_app.refusals import NonFinite, RefusedAdapter, ShapeMismatch
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, full, lora
@@ -58,8 +58,6 @@ def altered(change: str) -> dict[str, Tensor]:
             tensors[f"{key}.diff"] = tensors[f"{key}.diff"].repeat(1, 2)
         case "wide bias":
             tensors[f"{key}.diff_b"] = tensors[f"{key}.diff_b"].repeat(2)
-        case "bias alone":
-            del tensors[f"{key}.diff"]
         case "nan":
             tensors[f"{key}.diff"][0] = float("nan")
         case "bias beside factors":
@@ -74,9 +72,8 @@ def altered(change: str) -> dict[str, Tensor]:
     [
         ("wide", ShapeMismatch, "the file has a difference of shape"),
         ("wide bias", ShapeMismatch, "the file changes a bias of shape"),
-        ("bias alone", MalformedFile, "none of its weight"),
         ("nan", NonFinite, "NaN or infinite"),
-        ("bias beside factors", UnsupportedMethod, "mixes several methods"),
+        ("bias beside factors", ShapeMismatch, "changes a bias that it does not have"),
     ],
 )
 def test_those_that_do_not_fit_are_refused(
@@ -84,3 +81,11 @@ def test_those_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(error, match=reason):
         read(tmp_path, altered(change))
+
+
+def test_a_change_of_the_bias_alone_leaves_the_weight(tmp_path: Path) -> None:
+    tensors = {key: tensor for key, tensor in full(tiny_pipeline("sd15")).items() if key.endswith(".diff_b")}
+    for _, _, delta in read(tmp_path, tensors).layers():
+        assert isinstance(delta, Dense)
+        assert delta.bias is not None
+        assert not delta.weight.any()

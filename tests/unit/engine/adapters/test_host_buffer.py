@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import threading
 
+import pytest
 import torch
 
-from serve_app.engine.adapters.host_buffer import LARGE_BYTES, HostBuffers
+from serve_app.engine.adapters.host_buffer import LARGE_BYTES, HostBuffers, book_page_locked_at_its_size
 
 
 def test_a_dropped_buffer_is_used_again_by_one_of_about_its_size() -> None:
@@ -71,3 +72,14 @@ def test_threads_never_share_a_buffer() -> None:
     for thread in threads:
         thread.join()
     assert faults == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here memory can be page-locked")
+def test_what_cannot_be_page_locked_is_taken_pageable_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    buffer = HostBuffers().take(LARGE_BYTES, pinned=True)
+    assert len(buffer.fill_(1)) == LARGE_BYTES
+    assert "could not be page-locked" in caplog.text
+
+
+def test_torch_knows_how_to_take_page_locked_memory_at_its_size() -> None:
+    book_page_locked_at_its_size()  # an option that torch does not know raises

@@ -48,6 +48,25 @@ asyncio.run(main())
 """
 
 
+# Who waits for whom does not depend on what is read: this child reads files whole, with all else as in the real one's
+# protocol, and starts in a moment where that one imports torch.
+LIGHT = """
+import json, os, sys
+setup = json.loads(sys.stdin.readline())
+assert setup["parent"] == os.getppid()
+print(json.dumps({}), json.dumps({"warm": True}), sep="\\n", flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    answer = {}
+    with open(asked["source"], "rb") as file:
+        if not file.read():
+            answer = {"error": "MalformedFile", "reason": "its file is empty"}
+    if not answer:
+        open(asked["target"], "w").close()
+    print(json.dumps(answer), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
 def manifest() -> BaseManifest:
     return manifest_of(tiny_pipeline("sd15"))
@@ -58,6 +77,11 @@ def admission(manifest: BaseManifest) -> Iterator[AdmissionProcess]:
     process = AdmissionProcess(manifest, AdapterLimits())
     yield process
     process.close()
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.engine.admission.lane.BOOT", LIGHT)
 
 
 @pytest.fixture
@@ -131,7 +155,7 @@ async def test_the_child_has_one_thread_of_torch_and_a_low_priority(
 
 
 async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_another(
-    manifest: BaseManifest, source: Path, tmp_path: Path
+    light: None, manifest: BaseManifest, source: Path, tmp_path: Path
 ) -> None:
     """A pipe that nobody writes to is a file that is never read to its end."""
     endless = tmp_path / "endless.safetensors"
@@ -156,7 +180,7 @@ async def test_a_file_that_takes_too_long_costs_its_child_and_the_next_gets_anot
 # Nothing but the end of the test ever answers for an endless file.
 @pytest.mark.timeout(1200)
 async def test_a_file_that_hangs_does_not_hold_up_the_others(
-    manifest: BaseManifest, source: Path, tmp_path: Path
+    light: None, manifest: BaseManifest, source: Path, tmp_path: Path
 ) -> None:
     """The second child is still reading it when the first has answered for everybody else."""
     endless = [tmp_path / f"endless-{number}.safetensors" for number in range(2)]
@@ -189,7 +213,7 @@ async def test_a_file_that_hangs_does_not_hold_up_the_others(
 
 
 async def test_a_slow_file_that_nobody_waits_behind_keeps_its_child(
-    manifest: BaseManifest, source: Path, tmp_path: Path
+    light: None, manifest: BaseManifest, source: Path, tmp_path: Path
 ) -> None:
     endless = tmp_path / "endless.safetensors"
     os.mkfifo(endless)
@@ -216,7 +240,9 @@ async def test_the_words_beside_an_adapter_are_admitted_with_it(
         await admission.admit(source, "owner/wide", tmp_path / "other", wide)
 
 
-async def test_a_child_that_dies_over_a_file_is_replaced(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
+async def test_a_child_that_dies_over_a_file_is_replaced(
+    light: None, manifest: BaseManifest, source: Path, tmp_path: Path
+) -> None:
     admission = AdmissionProcess(manifest, AdapterLimits())
     try:
         await admission.admit(source, "a/b", tmp_path / "canonical")
@@ -244,7 +270,9 @@ def test_the_child_dies_with_a_parent_that_is_killed(manifest: BaseManifest, sou
     assert not psutil.pid_exists(child)
 
 
-async def test_closing_ends_the_child_and_refuses_more(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
+async def test_closing_ends_the_child_and_refuses_more(
+    light: None, manifest: BaseManifest, source: Path, tmp_path: Path
+) -> None:
     admission = AdmissionProcess(manifest, AdapterLimits())
     await admission.admit(source, "a/b", tmp_path / "canonical")
     child = admission.pid
@@ -256,7 +284,7 @@ async def test_closing_ends_the_child_and_refuses_more(manifest: BaseManifest, s
 
 
 async def test_the_process_that_reads_files_is_given_no_token_nor_anything_else_of_ours(
-    manifest: BaseManifest, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: None, manifest: BaseManifest, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN", "LORAPLEX_API_KEY"):
         monkeypatch.setenv(name, "a-secret-of-ours")
@@ -273,7 +301,7 @@ async def test_the_process_that_reads_files_is_given_no_token_nor_anything_else_
 
 
 def test_a_lane_that_is_closed_while_its_child_starts_reads_nothing_more(
-    manifest: BaseManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    light: None, manifest: BaseManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endless = tmp_path / "endless.safetensors"
     os.mkfifo(endless)

@@ -16,6 +16,7 @@ from serve_app.engine.base.manifest import adaptable_components, manifest_of
 from serve_app.engine.base.pipeline_setup import compile_denoiser
 from serve_app.engine.drawing.warmup import warm_up
 from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.shortage import is_out_of_memory
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.settings import AdapterLimits, Defaults
 from tests.engine_cases import base_config, load, one_image, request, use_of, wrap
@@ -95,7 +96,10 @@ def test_after_the_warm_up_the_first_requests_compile_nothing(tmp_path: Path) ->
     compile_denoiser(live, backend=backend)
     base, config = wrap(live), base_config("sd15", defaults=SMALL)
     weights, adapter = FusedWeights(base.components), adapters(live, tmp_path)[0]
-    assert warm_up(base, config, torch_threads=1) > 0
+    assert (
+        warm_up(base, config, torch_threads=1, is_out_of_memory=is_out_of_memory).images
+        == config.replica.max_batch_images
+    )
     compiled = backend.graphs
     worker = EngineWorker(base, weights, max_batch_images=config.replica.max_batch_images, torch_threads=1)
     try:

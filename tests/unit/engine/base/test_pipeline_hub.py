@@ -24,7 +24,6 @@ WAIT_S = 120.0
 LOADER = """
 import hashlib, json, sys
 from pathlib import Path
-import torch
 from serve_app.config import BaseModelConfig
 from serve_app.settings import ModelSource
 from serve_app.engine.base.loading import HubAccess, resolve_source
@@ -32,7 +31,6 @@ from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import LoraplexError
 from tests.engine_cases import one_image, request
 
-torch.set_num_threads(1)
 for line in sys.stdin:
     source = ModelSource(**json.loads(line))
     config = BaseModelConfig(id="tiny/base", source=source, schedulers=("DDIMScheduler",))
@@ -52,7 +50,7 @@ class Loader:
     """A process that loads bases from the Hub, one per question."""
 
     def __init__(self, endpoint: str, cache: Path) -> None:
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(cache)}
         self.process = subprocess.Popen(
             [sys.executable, "-c", LOADER, str(cache / "hub")],
             stdin=subprocess.PIPE,

@@ -15,6 +15,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.engine.base.loading import ResolvedSource, resolve_dtype, resolve_source
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BaseUnusable
+from serve_app.families.schedulers import SCHEDULERS
 from serve_app.settings import ModelSource
 from tests.engine_cases import BASE, load, one_image, request, wrap
 from tests.tiny import tiny_folder, tiny_pipeline
@@ -31,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
 
 def load_from(folder: Path, vae: Path | None = None, **changes: Any) -> BasePipeline:
     config = BaseModelConfig(id=BASE, source=ModelSource(folder=folder), schedulers=ONE_SCHEDULER, **changes)
-    vae_source = None if vae is None else ResolvedSource(folder=vae)
-    return BasePipeline.load(config, ResolvedSource(folder=folder), vae_source=vae_source, device=CPU)
+    parts = {} if vae is None else {"vae": ResolvedSource(folder=vae)}
+    return BasePipeline.load(config, ResolvedSource(folder=folder), parts=parts, device=CPU)
 
 
 def halve(file: Path) -> None:
@@ -135,12 +136,12 @@ def test_a_base_with_broken_files_is_refused_without_naming_paths(folder: Path, 
     assert str(folder) not in str(caught.value)
 
 
-def test_the_fingerprint_tells_weights_and_dtypes_apart(folder: Path) -> None:
+def test_the_fingerprint_is_that_of_the_structure_and_the_dtype(folder: Path) -> None:
     fingerprint = load_from(folder).manifest.fingerprint
     assert load_from(tiny_folder("sd15")).manifest.fingerprint == fingerprint
     assert load_from(folder, dtype="bfloat16").manifest.fingerprint != fingerprint
     halve(folder / "text_encoder/model.safetensors")
-    assert load_from(folder).manifest.fingerprint != fingerprint
+    assert load_from(folder).manifest.fingerprint == fingerprint
 
 
 @pytest.mark.parametrize("place", ["the folder itself", "its vae part"])
@@ -170,9 +171,13 @@ def test_a_scheduler_that_cannot_serve_the_base_fails_its_start(name: str) -> No
         wrap(live, schedulers=("DDIMScheduler", name))
 
 
-def test_schedulers_of_the_default_list_that_do_not_fit_are_not_offered() -> None:
-    pipeline = wrap(tiny_pipeline("sd3"), "sd3")
-    assert pipeline.schedulers() == ("FlowMatchEulerDiscreteScheduler",)
+def test_a_base_that_predicts_a_flow_offers_the_schedulers_of_flows() -> None:
+    offered = wrap(tiny_pipeline("sd3"), "sd3").schedulers()
+    assert {"FlowMatchHeunDiscreteScheduler", "UniPCMultistepScheduler"} < set(offered) == set(SCHEDULERS["flow"])
+
+
+def test_schedulers_that_take_no_noise_levels_are_not_offered_where_the_pipeline_sets_them() -> None:
+    assert "FlowMatchHeunDiscreteScheduler" not in wrap(tiny_pipeline("flux"), "flux").schedulers()
 
 
 @pytest.mark.parametrize(

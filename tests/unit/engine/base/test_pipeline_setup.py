@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from serve_app.config import BaseModelConfig
-from serve_app.engine.base.pipeline_setup import TILES, configure_pipeline, decode_by_tiles, decode_one_by_one
+from serve_app.engine.base.pipeline_setup import (
+    TILES,
+    configure_pipeline,
+    decode_by_tiles,
+    decode_one_by_one,
+    set_memory_format,
+)
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.weights.fused import FusedWeights
 from tests.engine_cases import base_config, largest_difference, load, one_image, request
@@ -56,3 +62,11 @@ def test_on_a_cpu_only_always_tiles(wanted: str, is_tiled: bool) -> None:
         pipeline, BaseModelConfig.model_validate({"id": "a", "source": {"folder": "."}, "vae_tiling": wanted})
     )
     assert pipeline.vae.use_tiling is is_tiled
+
+
+def test_a_part_with_three_dimensional_convolutions_keeps_its_layout() -> None:
+    pipeline = tiny_pipeline("sd15")
+    pipeline.vae = torch.nn.Sequential(torch.nn.Conv3d(2, 2, 3), torch.nn.Conv2d(2, 2, 3))
+    set_memory_format(pipeline, torch.channels_last)
+    assert pipeline.vae[1].weight.is_contiguous()
+    assert not pipeline.unet.conv_in.weight.is_contiguous()

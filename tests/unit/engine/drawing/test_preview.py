@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 
-from serve_app.config import DIFFUSION_SCHEDULERS, BaseModelConfig
+from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage, Preview, Progress
 from serve_app.demo.embedded import embedded_root
 from serve_app.engine.base.loading import resolve_source
@@ -18,6 +18,7 @@ from serve_app.engine.drawing.preview import estimate_finished, fit_latent_colou
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.jobs import OnEvent
 from serve_app.engine.worker.worker import EngineWorker
+from serve_app.families.schedulers import SCHEDULERS
 from serve_app.settings import ModelSource
 from tests.engine_cases import load, on_steps, one_image, photo, request, wrap
 from tests.tiny import tiny_pipeline
@@ -43,7 +44,7 @@ def test_previews_are_spread_over_the_steps(steps: int, count: int, due: set[int
     assert preview_steps(steps, count) == due
 
 
-@pytest.mark.parametrize("scheduler", [None, *DIFFUSION_SCHEDULERS])
+@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS["noise"]])
 def test_previews_change_no_image(pipeline: BasePipeline, scheduler: str | None) -> None:
     wanted = request(steps=4, scheduler=scheduler)
     images: list[Any] = []
@@ -76,7 +77,7 @@ def test_images_made_from_images_have_previews(pipeline: BasePipeline) -> None:
     assert len(previews_of(pipeline, wanted)) == 1
 
 
-@pytest.mark.parametrize(("family", "completed_rounds"), [("sd3", 1), ("flux", 0)])
+@pytest.mark.parametrize(("family", "completed_rounds"), [("sd3", 1), ("flux", 1)])
 def test_families_with_other_latents_draw_as_ever(family: str, completed_rounds: int) -> None:
     live = tiny_pipeline(family)
     pipeline = wrap(live, family, schedulers=(type(live.scheduler).__name__,))
@@ -86,7 +87,7 @@ def test_families_with_other_latents_draw_as_ever(family: str, completed_rounds:
     assert isinstance(outcome.images[0], tuple)
 
 
-@pytest.mark.parametrize("name", DIFFUSION_SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS["noise"] if name.endswith("Scheduler")])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_finished_latents_are_told_from_any_step(name: str, kind: str) -> None:
     import diffusers

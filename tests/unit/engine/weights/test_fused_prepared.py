@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
 from serve_app.engine.base.manifest import adaptable_components
@@ -119,19 +120,20 @@ def test_preparing_leaves_what_is_bound_as_it_is() -> None:
     assert live.weights.applied == ((adapter("attention", torch.float32).digest, 1.0),)
 
 
+class _NoArithmetic(TorchDispatchMode):
+    """Lets tensors be looked at and bound, not computed with."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ in {"detach", "set_"}
+        return func(*args, **(kwargs or {}))
+
+
 def test_binding_what_was_prepared_fuses_nothing() -> None:
     live = Live()
     live.apply("everything")
     prepared = live.prepare("attention")
-    fused_buffers = {id(fused_buffer): fused_buffer.clone() for fused_buffer in prepared.fused_buffers.values()}
-    live.weights.bind(prepared)
-    bound = {id(site.parameter): site.parameter.data_ptr() for site in prepared.fused_buffers}
-    assert all(
-        torch.equal(fused_buffer, fused_buffers[id(fused_buffer)]) for fused_buffer in prepared.fused_buffers.values()
-    )
-    assert all(
-        bound[id(site.parameter)] == fused_buffer.data_ptr() for site, fused_buffer in prepared.fused_buffers.items()
-    )
+    with _NoArithmetic():
+        live.weights.bind(prepared)
     assert live.holds("attention")
 
 

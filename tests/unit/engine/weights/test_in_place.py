@@ -64,35 +64,33 @@ def test_what_was_prepared_is_what_binding_fuses(live: Live) -> None:
 
 
 def test_an_unknown_layer_is_found_before_anything_is_written(live: Live) -> None:
-    prepared = live.prepare("attention")
     with pytest.raises(KeyError):
         live.prepare("attention", BROKEN)
-    live.weights.restore()
     assert live.holds()
-    assert prepared.fused_buffers == {}
 
 
 def test_a_base_that_could_not_be_restored_is_not_taken_for_whole() -> None:
     module = Stubborn()
     weights = FusedWeights({"unet": module}, pristine_in="host")
-    pristine = module.layer.weight.clone()
-    delta = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0, 1.0)
-    weights.apply([(ParsedAdapter("one", {"unet": {"layer": delta}}, Coverage(1, 1)), 1.0)])
-    kept, module.layer.weight.data = module.layer.weight.data, torch.zeros(3, 3)  # nothing can be copied there
+    pristine = module.conv.weight.clone()
+    delta = LowRank(torch.ones(1, 4, 1, 1), torch.ones(4, 1, 1, 1), 1.0, 1.0)
+    weights.apply([(ParsedAdapter("one", {"unet": {"conv": delta}}, Coverage(1, 1)), 1.0)])
+    kept, module.conv.weight.data = module.conv.weight.data, torch.zeros(3, 3)  # nothing can be copied there
     with pytest.raises(RuntimeError):
         weights.apply([])
-    module.layer.weight.data = kept
-    assert not torch.equal(module.layer.weight, pristine)
+    module.conv.weight.data = kept
+    assert not torch.equal(module.conv.weight, pristine)
     weights.apply([])
-    assert torch.equal(module.layer.weight, pristine)
+    assert torch.equal(module.conv.weight, pristine)
 
 
 class Stubborn(nn.Module):
-    """One layer, and a norm, which no adapter may change."""
+    """Two layers, and a norm, which no adapter may change."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
+        self.conv = nn.Conv2d(4, 4, 1)
         self.norm = nn.LayerNorm(4)
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from serve_app.engine.base.manifest import bytes_of_layers
-from serve_app.engine.weights.placement import WeightPlacement, choose_placement, free_bytes_of
+from serve_app.engine.weights.placement import (
+    WeightPlacement,
+    bytes_within_share,
+    choose_placement,
+    free_bytes_of,
+)
 
 TWINS, CACHE = 5_000, 2_000
 ONCE, TWICE = TWINS + CACHE, 2 * TWINS + CACHE
@@ -52,3 +59,62 @@ def test_a_cpu_has_no_memory_of_its_own_to_run_short_of() -> None:
 def test_only_layers_that_adapters_may_change_are_counted() -> None:
     module = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Conv2d(2, 3, 1, bias=False), nn.Embedding(5, 5))
     assert bytes_of_layers({"unet": module, "text_encoder": nn.Linear(3, 3, bias=False)}) == 4 * (8 + 2 + 6 + 9)
+
+
+GIB, GB = 2**30, 10**9
+# What a card has in all; what CUDA's own context takes of it is not torch's to give.
+CARDS = {"A10G": int(22.5 * GIB), "L4": 22 * GIB, "A100": int(79.2 * GIB), "H100": int(79.2 * GIB)}
+CONTEXT = GB // 2
+# From published parameter counts at 2 bytes: the base, the layers that adapters may change, a pass as the bases of
+# cluster/serve_config.gpu.yaml are drawn (an allowance: not measured on a device).
+BASES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (int(2.2 * GB), int(1.7 * GB), int(1.5 * GB)),
+    "stabilityai/stable-diffusion-xl-base-1.0": (int(6.9 * GB), int(6.2 * GB), 4 * GB),
+    "black-forest-labs/FLUX.1-dev": (int(33.7 * GB), int(23.9 * GB), 6 * GB),
+}
+SD15, SDXL, FLUX = BASES
+CONFIG: Any = yaml.safe_load(Path("cluster/serve_config.gpu.yaml").read_text())
+REPLICAS = {base["id"]: base["replica"] for base in CONFIG["applications"][0]["args"]["bases"]}
+
+
+def placed(card: str, base_id: str) -> tuple[WeightPlacement, int]:
+    """Return what a replica of the configuration chooses on a card, and what is left with everything in its place."""
+    weights, layers, pass_bytes = BASES[base_id]
+    replica = REPLICAS[base_id]
+    cache = int(str(replica["device_cache"]).removesuffix("GiB")) * GIB
+    total = CARDS[card]
+    room = bytes_within_share(total, total - CONTEXT - weights, weights, replica["num_gpus"])
+    chosen = choose_placement("auto", "auto", layer_bytes=layers, reserved_bytes=cache + pass_bytes, free_bytes=room)
+    return chosen, room - cache - pass_bytes - chosen.buffer_sets * layers
+
+
+@pytest.mark.parametrize(
+    ("card", "base_id", "expected"),
+    [
+        ("A10G", SD15, DEVICE_AHEAD),
+        ("L4", SD15, DEVICE_AHEAD),
+        ("A100", SD15, DEVICE_AHEAD),
+        ("H100", SD15, DEVICE_AHEAD),
+        ("A10G", SDXL, DEVICE),
+        ("L4", SDXL, DEVICE),
+        ("A100", SDXL, DEVICE_AHEAD),
+        ("H100", SDXL, DEVICE_AHEAD),
+        ("A100", FLUX, DEVICE),
+        ("H100", FLUX, DEVICE),
+    ],
+)
+def test_the_configuration_for_gpus_leaves_room_for_a_pass(card: str, base_id: str, expected: WeightPlacement) -> None:
+    chosen, left = placed(card, base_id)
+    assert chosen == expected
+    assert left >= 0
+
+
+@pytest.mark.parametrize("card", ["A10G", "L4"])
+def test_flux_does_not_fit_a_small_card_at_all(card: str) -> None:
+    assert BASES[FLUX][0] > CARDS[card]
+
+
+def test_a_replica_of_half_a_gpu_leaves_the_other_half_though_it_is_free_yet() -> None:
+    assert bytes_within_share(100, free_bytes=90, used_bytes=10, gpu_fraction=0.5) == 40
+    assert bytes_within_share(100, free_bytes=30, used_bytes=10, gpu_fraction=0.5) == 30
+    assert bytes_within_share(100, free_bytes=90, used_bytes=10, gpu_fraction=2.0) == 90

@@ -63,7 +63,7 @@ def test_a_device_beyond_repair_is_reported_at_once_and_all_its_requests_go_else
     for job in jobs:
         with pytest.raises(ReplicaLost) as caught:
             job.future.result(WAIT_S)
-        assert caught.value.why == "device"
+        assert caught.value.reason == "device"
     bench.worker.close()
     state = bench.worker.snapshot()
     assert (state.is_lost, state.failed_batches) == (True, 1)
@@ -105,7 +105,7 @@ def test_a_device_that_hangs_is_noticed_and_its_requests_go_elsewhere_while_it_h
     for job in (running, waiting):
         with pytest.raises(ReplicaLost) as caught:
             job.future.result(0)
-        assert caught.value.why == "stalled"
+        assert caught.value.reason == "stalled"
     bench.worker.close()  # waits for nobody who hangs
     opened.set()
 

@@ -6,6 +6,7 @@ import gc
 from pathlib import Path
 
 import psutil
+import pytest
 
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.base.manifest import adaptable_components, manifest_of
@@ -17,6 +18,7 @@ from tests.tiny import tiny_pipeline
 ADAPTERS, SWAPS, WARM_UP = 200, 2000, 400
 
 
+@pytest.mark.slow
 def test_two_thousand_swaps_among_two_hundred_adapters_take_no_more_memory(tmp_path: Path) -> None:
     pipeline = tiny_pipeline("sd15")
     manifest, weights = manifest_of(pipeline), FusedWeights(adaptable_components(pipeline))

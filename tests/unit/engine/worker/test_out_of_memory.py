@@ -21,7 +21,8 @@ from serve_app.deployments.replica.health import MAX_FAILED_BATCHES, diagnose
 from serve_app.engine.adapters.deltas import LowRank, ParsedAdapter
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.prefetch import SwapPrefetcher
-from serve_app.engine.worker.device_health import is_fatal, is_out_of_memory
+from serve_app.engine.weights.shortage import is_out_of_memory
+from serve_app.engine.worker.device_health import is_fatal
 from serve_app.engine.worker.jobs import Job
 from serve_app.engine.worker.memory import RECOVERY_S
 from serve_app.engine.worker.worker import EngineWorker
@@ -253,7 +254,6 @@ import torch
 from tests.engine_cases import request
 from tests.unit.engine.worker.test_out_of_memory import Bench
 
-torch.set_num_threads(1)
 bench = Bench()
 image = bench.image(request(steps=1))
 taken = [int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmSize")][0] << 10

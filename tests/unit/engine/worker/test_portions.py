@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.drawing.pipeline import seeds_of
+from serve_app.engine.drawing.arguments import seeds_of
 from serve_app.engine.worker.passes import RequestSlice, images_in, split_into_passes, split_per_image
 from tests.engine_cases import request
 

@@ -1,1 +1,0 @@
-"""What keys may ask for, counted over all ingress replicas. Must not know requests' contents."""

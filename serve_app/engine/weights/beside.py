@@ -1,0 +1,147 @@
+"""Fusing into buffers beside the pristine weights, which stay on the device and are never written.
+
+Owns the buffers and which of them are bound. Must not know files, requests or which adapter comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from serve_app.core import Scale, scale_of
+from serve_app.engine.adapters.deltas import Delta, LowRankStack, ParsedAdapter
+from serve_app.engine.adapters.stacks import stack_layers
+from serve_app.engine.weights.device_cache import HoldAdapters
+from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
+from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
+from serve_app.engine.weights.side_stream import SideStream
+
+Fused = Mapping[ParameterSlot, Tensor]
+
+
+class BesideFuser:
+    """Two sets of fused buffers, of which one at most is bound.
+
+    Invariants: what is fused goes to a set as a whole; `prepare` never writes the set that is bound. A buffer is made
+    when an adapter first touches its layer, those of a slab together, and kept for the next.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[ParameterSlot],
+        layers: Layers,
+        slabs: Sequence[Slab],
+        side: SideStream,
+        hold: HoldAdapters,
+    ) -> None:
+        self._slots, self._layers, self._slabs = slots, layers, slabs
+        self._side, self._hold = side, hold
+        self._stacks = StackFuser()
+        self._bound: Fused = {}
+        self._bound_set = 0
+
+    @property
+    def fused_bytes(self) -> int:
+        """The memory that fused buffers take, bound or not."""
+        return sum(buffer.nbytes for slot in self._slots for buffer in slot.fused_buffers if buffer is not None)
+
+    def prepare(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> Callable[[], None]:
+        """Fuse into the set that is not bound; returns what binds it."""
+        which = 1 - self._bound_set if self._bound else self._bound_set
+        return partial(self._bind, self._fuse(adapters, scales, which), which)
+
+    def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
+        """Fuse into the set that is bound, and bind it."""
+        self._side.release()
+        self._bind(self._fuse(adapters, scales, self._bound_set), self._bound_set)
+
+    def restore(self) -> None:
+        """Bind the pristine tensors everywhere."""
+        self._side.join()
+        for slot in self._slots:
+            if slot.parameter.data_ptr() != slot.pristine.data_ptr():
+                slot.parameter.data = slot.pristine
+        self._bound = {}
+        self._side.release()
+
+    def reserve(self, sets: int) -> None:
+        """Make the buffers of every slab now, for one set or two."""
+        with self._side.filling():
+            for slab in self._slabs:
+                for which in range(sets):
+                    slab.fused_in(which)
+
+    def drop_spares(self) -> None:
+        """Give back the buffers of which nothing is bound."""
+        for which in range(2):
+            in_use = self._bound.keys() if which == self._bound_set else frozenset[ParameterSlot]()
+            for slab in self._slabs:
+                if in_use.isdisjoint(slab.slots):
+                    slab.drop(which)
+            for slot in self._slots:
+                if slot.slab is None and slot not in in_use:
+                    slot.fused_buffers[which] = None
+
+    def _bind(self, fused: Fused, which: int) -> None:
+        self._side.join()
+        for slot in self._bound.keys() - fused.keys():
+            slot.parameter.data = slot.pristine
+        for slot, buffer in fused.items():
+            slot.parameter.data = buffer
+        self._bound, self._bound_set = fused, which
+        self._side.release()
+
+    def _fuse(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale], which: int) -> Fused:
+        fused: dict[ParameterSlot, Tensor] = {}
+        with torch.no_grad(), self._side.filling(), self._hold(adapters) as residents:
+            for adapter, scale in zip(residents, scales, strict=True):
+                layers = stack_layers(adapter.components)
+                for stack in layers.stacks:
+                    self._fuse_stack(stack, scale_of(scale, stack.component), fused, which)
+                for component, module, delta in layers.singles:
+                    self._fuse_single(component, module, delta, scale_of(scale, component), fused, which)
+        return fused
+
+    def _fuse_stack(self, stack: LowRankStack, scale: float, fused: dict[ParameterSlot, Tensor], which: int) -> None:
+        modules = self._layers[stack.component]
+        slots = [modules[module].weight for module in stack.modules]
+        singles = None
+        for run in list(runs_of(slots, fused)):
+            if run.slab is None:
+                singles = singles or list(stack.layers())
+                for module, delta in singles[run.start : run.stop]:
+                    self._fuse_single(stack.component, module, delta, scale, fused, which)
+                continue
+            outs, part = run.slab.fused_in(which)[run.rows], slice(run.start, run.stop)
+            pristine = run.slab.values[run.rows] if run.is_first else None
+            self._stacks.fuse(outs, pristine, stack.ups[part], stack.downs[part], stack.factor(scale))
+            for slot in slots[part]:
+                buffer = slot.fused_buffers[which]
+                assert buffer is not None
+                fused[slot] = buffer
+
+    def _fuse_single(
+        self, component: str, module: str, delta: Delta, scale: float, fused: dict[ParameterSlot, Tensor], which: int
+    ) -> None:
+        weight, bias = self._layers[component][module]
+        current = fused.get(weight, weight.pristine)
+        out = fused[weight] = _buffer_of(weight, which)
+        fuse_weight(out, weight.pristine, current, delta, scale)
+        if changes_bias(delta):
+            assert bias is not None
+            current = fused.get(bias, bias.pristine)
+            out = fused[bias] = _buffer_of(bias, which)
+            fuse_bias(out, current, delta, scale)
+
+
+def _buffer_of(slot: ParameterSlot, which: int) -> Tensor:
+    """Return a slot's buffer in a set, made where there is none."""
+    if slot.slab is not None:
+        slot.slab.fused_in(which)
+    buffer = slot.fused_buffers[which]
+    if buffer is None:
+        buffer = slot.fused_buffers[which] = torch.empty_like(slot.pristine)
+    return buffer

@@ -1,0 +1,26 @@
+"""What one loaded base can do: what its replicas found out, and what `/v1/bases` says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from serve_app.families.family import Task
+
+
+@dataclass(frozen=True, slots=True)
+class BaseAbilities:
+    """What requests to a base may ask for.
+
+    `parameters` are the optional ones, by task: each task in it was tried. `tokens` is how much of a prompt is read.
+    `previews` says whether streams can carry any.
+    """
+
+    pipeline: str
+    family: str
+    parameters: Mapping[Task, tuple[str, ...]]
+    schedulers: tuple[str, ...]
+    side_multiple: int
+    min_steps: int
+    tokens: int | None
+    previews: bool

@@ -1,0 +1,49 @@
+"""Builds tiny pipelines by name: the same weights at every call, each built once in a process."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import torch
+
+from tests.tiny_families import flow, flux, language, noise
+
+BUILDERS: dict[str, Any] = {**noise.BUILDERS, **flow.BUILDERS, **flux.BUILDERS, **language.BUILDERS}
+# Their processors need torchvision, which is an extra.
+NEED_TORCHVISION = ("flux2", "kandinsky5", "qwen_image_edit", "qwen_image_edit_plus")
+MAKE_VIDEOS = ("wan_t2v",)
+IMAGE_FAMILIES = tuple(sorted(set(BUILDERS) - set(MAKE_VIDEOS)))
+
+
+def tiny_family(name: str) -> Any:
+    """Return a fresh pipeline."""
+    pipeline = copy.deepcopy(_master(name))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@functools.cache
+def _master(name: str) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        pipeline = BUILDERS[name]()
+        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        with torch.no_grad():
+            for parameter in denoiser.parameters():
+                _enliven(parameter)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    return pipeline
+
+
+def _enliven(parameter: torch.nn.Parameter) -> None:
+    """Give an untrained parameter values that show: some start as zeros, some uninitialised."""
+    if not torch.isfinite(parameter).all():
+        parameter.normal_(0, 0.02)
+    if parameter.ndim > 1:
+        parameter.mul_(1.5)
+        if not parameter.any():
+            parameter.normal_(0, 0.05)

@@ -1,0 +1,61 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.cli.serve_file import ServeFileInvalid, applications_of
+from serve_app.families.config_files import unusable_reason
+from tests.family_table import DOCUMENT, with_table
+
+
+def base_folder(folder: Path, index: dict[str, Any], **configs: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for part, config in configs.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+SDXL = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+
+
+def test_a_base_whose_files_say_nothing_against_it_is_usable(tmp_path: Path) -> None:
+    assert unusable_reason(base_folder(tmp_path / "base", SDXL, unet={"sample_size": 128})) is None
+
+
+def test_a_video_model_is_refused_by_what_it_makes(tmp_path: Path) -> None:
+    reason = unusable_reason(base_folder(tmp_path / "base", {"_class_name": "WanPipeline"}))
+    assert reason == "WanPipeline makes videos, and only images are served"
+
+
+def test_a_quantised_part_is_refused_by_how_it_is_quantised(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "base", SDXL, unet={"quantization_config": {"quant_method": "bitsandbytes"}})
+    reason = unusable_reason(folder)
+    assert reason is not None
+    assert "its part 'unet' is quantised (bitsandbytes)" in reason
+
+
+@pytest.mark.parametrize("place", ["the file", "its folder"])
+def test_a_single_file_is_refused_with_the_way_to_convert_it(tmp_path: Path, place: str) -> None:
+    file = tmp_path / "checkpoint.safetensors"
+    file.touch()
+    reason = unusable_reason(file if place == "the file" else tmp_path)
+    assert reason is not None
+    assert "from_single_file" in reason
+
+
+def test_loraplex_check_names_the_base_and_the_cause(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "base", {"_class_name": "LTXPipeline"})
+    serve_file = tmp_path / "serve.yaml"
+    base = {"id": "a/video", "source": {"folder": str(folder)}}
+    application = {"import_path": "serve_app.app:build", "args": {"bases": [base]}}
+    serve_file.write_text(json.dumps({"applications": [application]}))
+    with pytest.raises(ServeFileInvalid) as caught:
+        applications_of(serve_file)
+    assert caught.value.faults == ["applications.0.args.bases.0: LTXPipeline makes videos, and only images are served"]
+
+
+def test_the_table_of_the_documentation_is_that_of_the_rows() -> None:
+    assert DOCUMENT.read_text() == with_table(DOCUMENT.read_text())
