@@ -142,7 +142,9 @@ def _outside_of(path: Path) -> Inspection:
     seen = replace(seen, header=facts)
     if not facts.has_pairs:
         return seen.refused(
-            NotAnAdapter(path.name, "it has no layers of an adapter: no pair of factors, in any spelling that is read")
+            NotAnAdapter(
+                path.name, "it has no layers of an adapter: no pair of low-rank factors, in any spelling that is read"
+            )
         )
     return seen
 

@@ -93,11 +93,13 @@ class AdapterInfo:
         if self.placement.bases:
             return
         made_for, by_name = self.placement.made_for, self.placement.by_name
-        reason = f"it was made for {made_for}, which is not served; served are {', '.join(served)}"
+        known = f"served are {', '.join(served)}"
+        reason = f"it was made for {made_for}, which is not served; {known}"
         if by_name:
             reason = (
-                f"its card names {made_for}, which is not served. If it is a fine-tune of {' or '.join(by_name)}, "
-                f"which its layers fit, name that base in the request, or have '{made_for}' made an alias of it"
+                f"its card names {made_for}, which is not served; {known}. If it is a fine-tune of "
+                f"{' or '.join(by_name)}, which its layers fit, name that base in the request, or have '{made_for}' "
+                "made an alias of it"
             )
         raise BaseNotServed(self.id, reason)
 
@@ -202,7 +204,7 @@ class AdapterInspector:
         if not adapters:
             what = f"'{names[0]}' has no" if len(names) == 1 else f"none of {', '.join(names)} has"
             raise NotAnAdapter(
-                listing.id, f"{what} layers of an adapter: no pair of factors, in any spelling that is read"
+                listing.id, f"{what} layers of an adapter: no pair of low-rank factors, in any spelling that is read"
             )
         if len(adapters) > 1:
             raise AmbiguousFile(listing.id, _choice([name for name, _ in adapters]))
