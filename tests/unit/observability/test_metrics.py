@@ -210,7 +210,6 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     ingress.retried("demo/sd15", "died")
     ingress.aliases_known(1)
     ingress.access_checked("ok")
-    ingress.granted("keeper")
     replica.served(Timings(), batch_size=1)
     replica.adapter_found("host")
     replica.file_fetched("hub")
