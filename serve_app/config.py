@@ -158,6 +158,11 @@ class IngressSettings(StrictModel):
     A caller has `body_timeout_s` to send a body. A stream that is silent for `sse_ping_interval_s` gets a comment, so
     that proxies keep it open. A request whose replica dies is sent again at most `max_retries` times. An ingress
     replica that fails three health checks in a row, each with `health_check_timeout_s`, is replaced.
+
+    `max_json` limits JSON apart from a picture in base64, `decode_timeout_s` the processor time of decoding a picture.
+    Only web pages of the service itself and of `cors_origins` may draw and change. A service that is bound to loopback
+    answers to localhost, to addresses, and to `hosts`. An ingress replica looks up at most `unknown_ids_per_minute`
+    unknown ids for a key or an address.
     """
 
     renamed = {"keep_alive_s": "sse_ping_interval_s"}
@@ -165,7 +170,9 @@ class IngressSettings(StrictModel):
     num_cpus: NonNegativeFloat = 0.5
     max_ongoing_requests: PositiveInt = 256
     max_body: ByteSize = Field(default=ByteSize(32 * 1024**2), validate_default=True)
+    max_json: ByteSize = Field(default=ByteSize(1024**2), validate_default=True)
     max_image_pixels: PositiveInt = 4096 * 4096
+    decode_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
     sse_ping_interval_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0
@@ -173,6 +180,8 @@ class IngressSettings(StrictModel):
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0
     cors_origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
+    unknown_ids_per_minute: PositiveInt = 60
 
 
 class RegistrySettings(StrictModel):

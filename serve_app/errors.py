@@ -11,11 +11,13 @@
     ├── Unauthorized 401
     ├── AccessDenied 403            a gated or private repository
     ├── AdminRequired 403           a key that may not change the registry
+    ├── ForeignOrigin 403           a web page of another origin
     ├── ModelNotFound 404           neither a base nor an adapter
     ├── NotAcceptable 406
     ├── NameTaken 409               a name that is already in use
     ├── BodyTimeout 408             the body did not arrive in time
     ├── TooLarge 413
+    ├── UnknownHost 421             a name that a service on loopback does not have
     ├── HeadersTooLarge 431
     ├── RefusedAdapter 422
     │   ├── UnsafeFile              anything but safetensors
@@ -33,6 +35,7 @@
     ├── QueueFull 429
     ├── Overloaded 429              more requests than the ingress can handle
     ├── KeyLimitReached 429         an API key over its limit
+    ├── UnknownIdLimitReached 429   a caller that asks for too many unknown ids
     ├── InternalError 500           ours
     ├── Unavailable 503
     │   ├── NotReady                the base is starting
@@ -194,6 +197,29 @@ class AdminRequired(LoraplexError):
 
 
 @dataclass(eq=False)
+class ForeignOrigin(LoraplexError):
+    """A web page of another origin had its visitor's browser ask."""
+
+    origin: str
+    status = 403
+    code = "foreign_origin"
+    template = "pages of {origin} may not use this service; its operator can name them in ingress.cors_origins"
+
+
+@dataclass(eq=False)
+class UnknownHost(LoraplexError):
+    """A service on loopback was asked by a name that is none of this machine's."""
+
+    host: str
+    status = 421
+    code = "unknown_host"
+    template = (
+        "this service is bound to loopback and does not answer to the name '{host}'; ask 127.0.0.1 or localhost, or "
+        "have its operator name it in ingress.hosts"
+    )
+
+
+@dataclass(eq=False)
 class ModelNotFound(LoraplexError):
     """Neither a served base nor an adapter that was found; `detail` says where it was searched for."""
 
@@ -293,6 +319,21 @@ class KeyLimitReached(LoraplexError):
     code = "key_limit_reached"
     retry_after = True
     template = "the key '{key}' is limited to {limit}; try again in {retry_after_s} s"
+
+
+@dataclass(eq=False)
+class UnknownIdLimitReached(LoraplexError):
+    """A caller that asks for one id after the other that nobody knows."""
+
+    limit: int
+    retry_after_s: int = 1
+    status = 429
+    code = "unknown_id_limit_reached"
+    retry_after = True
+    template = (
+        "too many ids that are not known here were asked for; at most {limit} a minute are looked up for a key or an "
+        "address; try again in {retry_after_s} s, or name a known one"
+    )
 
 
 @dataclass(eq=False)

@@ -57,6 +57,19 @@ def routes(app: FastAPI) -> Iterator[tuple[str, str]]:
             yield method, route.path
 
 
+def spellings(path: str) -> Iterator[str]:
+    """Yield addresses that mean a route's path, or nearly so: encoded, doubled, suffixed, in other letters."""
+    yield from (
+        path + suffix for suffix in ("%0A", "%0D%0A", "%00", "%09", "%20", "%E2%80%A8", "/", "//", "/.", "?", ";")
+    )
+    yield from (f"/{path}", f"/.{path}", f"/x/..{path}", path.replace("/", "//"), path.replace("/", "/./"))
+    yield from (path.upper(), path.title(), f"/{path[1:].replace('/', '%2F')}", f"/{path[1:].replace('/', '%5C')}")
+    letter = next((place for place, sign in enumerate(path) if sign.isalpha()), None)
+    if letter is not None:
+        yield f"{path[:letter]}%{ord(path[letter]):02X}{path[letter + 1 :]}"
+        yield f"{path[:letter]}%25{ord(path[letter]):02X}{path[letter + 1 :]}"
+
+
 def request_of(method: str, path: str, *, adapter: str, model: str, image: bytes) -> tuple[str, dict[str, Any]]:
     """Return the address and the rest of a request to a route, which asks for an adapter where the route can be."""
     url = path.replace("{name:path}", adapter).replace("{id:path}", model).replace("{name}", "none.css")

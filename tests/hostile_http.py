@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-HOST = "service.example"
+HOST = "localhost"
 TOKEN = "hf_" + "SecretSecretSecretSecret"
 KEY = "sk-" + "live-secret-of-a-caller"
 SECRETS = (TOKEN, KEY)
@@ -137,7 +137,7 @@ def fields() -> Iterator[HostileRequest]:
     yield ai("a minus image", n=-1)
     yield ai("a size of words", size="hugexhuge")
     yield ai("a size of many digits", size="9" * 400 + "x8")
-    yield ai("a reply by address", response_format="url")
+    yield ai("a reply by address", response_format="file")
     yield ai("a stream of words", stream="yes")
     yield ai("a million previews", stream=True, partial_images=1_000_000)
     yield ai("an unknown field", webhook="http://169.254.169.254/")
@@ -236,7 +236,6 @@ def forms() -> Iterator[HostileRequest]:
         "no picture": prompt + end,
         "no end": prompt + image,
         "a picture as text": prompt + field("image", "http://169.254.169.254/x.png") + end,
-        "two pictures": prompt + image + image + end,
         "a thousand files": prompt + image * 1000 + end,
         "a thousand fields": image + prompt * 1000 + end,
         "a field of two megabytes": image + field("prompt", "a" * 2_000_000) + end,

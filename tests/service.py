@@ -113,10 +113,8 @@ def connect(url: str) -> socket.socket:
 def posted(path: str, body: dict[str, Any]) -> bytes:
     """Return a request as it is sent."""
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-    )
-    return head.encode() + content
+    kind = "host: 127.0.0.1\r\ncontent-type: application/json"
+    return f"POST {path} HTTP/1.1\r\n{kind}\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content
 
 
 def pixels_of(reply: httpx.Response) -> NDArray[np.uint8]:

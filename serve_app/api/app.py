@@ -12,17 +12,19 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from serve_app.api.document import add_document_routes, build_document
+from serve_app.api import document
+from serve_app.api.document import build_document
 from serve_app.api.http import error_responses
 from serve_app.api.http.auth import Access, Authentication
 from serve_app.api.http.boundary import RequestIdMiddleware, new_uuid
-from serve_app.api.http.gateway import Gateway
-from serve_app.api.huggingface.routes import add_inference_routes
-from serve_app.api.openai.models import add_model_routes
-from serve_app.api.openai.routes import add_openai_routes
-from serve_app.api.pages.pages import add_page_routes
-from serve_app.api.pages.status import add_status_routes
-from serve_app.api.registry.routes import add_registry_routes
+from serve_app.api.http.gateway import Gateway, Services
+from serve_app.api.http.origins import OriginCheck
+from serve_app.api.huggingface import routes as inference
+from serve_app.api.openai import models
+from serve_app.api.openai import routes as images
+from serve_app.api.pages import pages, status
+from serve_app.api.pictures.decoder import PictureDecoder
+from serve_app.api.registry import routes as registry
 from serve_app.config import IngressSettings
 
 
@@ -53,6 +55,7 @@ def create_app(
     app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
     error_responses.install(app)
     app.add_middleware(Authentication, access=access or Access(), clock=clock)
+    app.add_middleware(OriginCheck, origins=settings.cors_origins, hosts=settings.hosts)
     app.add_middleware(RequestIdMiddleware, new_request_id=new_request_id, echo_request_id=echo_request_id)
     if settings.cors_origins:
         # Added last, so outermost: a page must be able to read our own failures too.
@@ -62,11 +65,9 @@ def create_app(
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    add_status_routes(app, gateway)
-    add_inference_routes(app, gateway, settings)
-    add_openai_routes(app, gateway, settings, now=now)
-    add_model_routes(app, gateway)
-    add_registry_routes(app, gateway.registry, settings)
-    add_document_routes(app)
-    add_page_routes(app)
+    decoder = PictureDecoder(max_pixels=settings.max_image_pixels, limit_s=settings.decode_timeout_s)
+    app.state.services = Services(gateway, settings, decoder, now)
+    for routed in (status, inference, images, models, registry, document, pages):
+        # Not `include_router`: that hides the routes, and access is decided by them.
+        app.router.routes.extend(routed.router.routes)
     return app

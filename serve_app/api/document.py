@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
@@ -44,12 +44,13 @@ def _schemas(models: Sequence[type[BaseModel]], mode: JsonSchemaMode) -> dict[st
     return schemas["$defs"]
 
 
-def add_document_routes(app: FastAPI) -> None:
-    """Add the route of the documentation page; the JSON's own is FastAPI's."""
+router = APIRouter(include_in_schema=False)
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> Response:
-        return asset_response(request, read_page("docs.html", operations=render(app.openapi())))
+
+@router.get("/docs")
+async def docs(request: Request) -> Response:
+    """Show the document; its JSON has a route of FastAPI's own."""
+    return asset_response(request, read_page("docs.html", operations=render(request.app.openapi())))
 
 
 def render(document: dict[str, Any]) -> str:

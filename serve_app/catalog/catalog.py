@@ -10,16 +10,18 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseFamilies
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
-from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource
+from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource, is_valid_id
 from serve_app.catalog.replica_report import KnownAdapter
 from serve_app.catalog.resolving.access import CallerAccess
-from serve_app.catalog.resolving.compatibility import check_named, check_words, common_base, spec_on
+from serve_app.catalog.resolving.aliases import told_as
+from serve_app.catalog.resolving.compatibility import check_distinct, check_named, check_words, common_base, spec_on
 from serve_app.catalog.resolving.lookups import CachePolicy, SingleFlightCache
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
@@ -33,6 +35,10 @@ from serve_app.settings import nearest
 # Folders are cheap to read again, and people edit them in place.
 LOCAL_TTL_S = 2.0
 LISTED_AT_ONCE = 8
+# Comparing takes half a millisecond for ten names.
+MAX_COMPARED = 300
+# What clients of OpenAI's shape ask for where nobody tells them otherwise.
+CLIENTS_OWN_MODELS = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "dall-e-2", "dall-e-3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,7 @@ class Catalog:
         clock: Callable[[], float],
         resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
         on_access_check: Callable[[str], None] = lambda _: None,
+        counting_unknown: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Start with empty caches.
 
@@ -83,7 +90,9 @@ class Catalog:
             clock: Monotonic seconds.
             resolve_alias: Replaces an alias by its target and returns any other name unchanged.
             on_access_check: Called with the outcome of each check of a caller's access.
+            counting_unknown: Entered around each look-up of an unknown id on behalf of a caller.
         """
+        self._counting_unknown = counting_unknown
         self._config = config
         self._resolve_alias = resolve_alias
         settings = config.adapters
@@ -145,7 +154,10 @@ class Catalog:
         refs = tuple(ref if self._config.base(ref.id) is not None else self._resolve_alias(ref) for ref in asked)
         check_named(refs, self._config)
         # Look-ups are shared and run to their end; the first error in the order of the request is raised.
-        outcomes = await asyncio.gather(*(self._found(ref, token) for ref in refs), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(self._named(named.id, ref, token) for ref, named in zip(refs, asked, strict=True)),
+            return_exceptions=True,
+        )
         findings: list[AdapterInfo] = []
         is_private = False
         for outcome in outcomes:
@@ -153,6 +165,7 @@ class Catalog:
                 raise outcome
             findings.append(outcome.finding)
             is_private = is_private or outcome.is_private
+        check_distinct(asked, findings)
         base = named or common_base(findings, self._config)
         specs = [spec_on(finding, base, self._config) for finding in findings]
         check_words(specs)
@@ -163,14 +176,18 @@ class Catalog:
         """Return an adapter on its own base; raises as `lookup_adapter` does."""
         return (await self.lookup_adapter(ref)).spec
 
-    async def lookup_adapter(self, ref: AdapterRef, *, token: HubToken | None = None) -> KnownAdapter:
+    async def lookup_adapter(
+        self, ref: AdapterRef, *, token: HubToken | None = None, is_listing: bool = False
+    ) -> KnownAdapter:
         """Return an adapter on its own base, with the facts that lists show; `token` is the caller's own.
+
+        An unknown id is counted against the caller, unless it is looked up for a list.
 
         Raises:
             ModelNotFound, AccessDenied, HubUnavailable: it cannot be read.
             RefusedAdapter: it exists but cannot be served; the subclass says why.
         """
-        info = (await self._found(ref, token)).finding
+        info = (await (self._found(ref, token) if is_listing else self._counted(ref, token))).finding
         spec = spec_on(info, common_base([info], self._config), self._config)
         return KnownAdapter(spec, info.header.max_rank)
 
@@ -214,6 +231,17 @@ class Catalog:
             return not isinstance(error, missing)
         return True
 
+    async def _named(self, name: str, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
+        with told_as(name, ref.id):
+            return await self._counted(ref, token)
+
+    async def _counted(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
+        """Return an adapter that a caller named; an unknown id is counted."""
+        if self._infos.knows(_Key(ref.id, ref.revision, ref.filename)) or not is_valid_id(ref.id):
+            return await self._found(ref, token)
+        with self._counting_unknown():
+            return await self._found(ref, token)
+
     async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter as anybody sees it, or else as the caller does."""
         if self._config.base(ref.id) is not None:
@@ -237,8 +265,16 @@ class Catalog:
         try:
             return await self._inspector.examine(key.id, key.revision, key.filename)
         except ModelNotFound as error:
-            hint = nearest(key.id, [name for base in self._config.bases for name in base.names])
-            raise ModelNotFound(error.model, error.detail + hint) from None
+            raise ModelNotFound(error.model, error.detail + await self._hint(key.id)) from None
+
+    async def _hint(self, name: str) -> str:
+        """Return what may have been meant: the nearest base or adapter that everybody may know of."""
+        if name in CLIENTS_OWN_MODELS:
+            return f"; a client that always asks for it needs 'aliases: [{name}]' at a base of the configuration"
+        bases = [name for base in self._config.bases for name in base.names]
+        listed = [model for source in self._sources for model in await source.ids()]
+        known = [*bases, *listed, *(info.id for info in self._infos.values())]
+        return nearest(name, known[:MAX_COMPARED])
 
     async def _card(self, model: str) -> Card | None:
         return await self._cards.get(model, lambda: self._look_up_card(model))

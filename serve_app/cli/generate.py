@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from serve_app.cli.terminal import (
     print_line,
     reporting,
 )
-from serve_app.core import AdapterRef, AppliedAdapter, Scales, UnresolvedRequest
+from serve_app.core import AdapterRef, AppliedAdapter, Scales, UnresolvedRequest, scale_of
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -104,6 +105,9 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate an image with a running service and save it."""
+    for name, value in (("--guidance", guidance), ("--strength", strength)):
+        if value is not None and not math.isfinite(value):
+            raise typer.BadParameter(f"{name} must be a finite number")
     if image is None and (strength is not None or mask is not None):
         raise typer.BadParameter("--strength and --mask go with --image")
     if sheet and count != 1:
@@ -211,7 +215,8 @@ def _adapter(text: str) -> AdapterRef:
         if match is not None:
             scale = float(match["scale"] or 1.0)
             scales = Scales(scale, float(match["text"])) if match["text"] else scale
-            return AdapterRef(match["id"], scales, match["revision"])
+            if all(math.isfinite(scale_of(scales, part)) for part in ("denoiser", "text_encoder")):
+                return AdapterRef(match["id"], scales, match["revision"])
     except ValueError:
         pass
     raise typer.BadParameter(f"'{text}' is no adapter; one looks like owner/name, owner/name:0.8 or owner/name@v1:0.8")

@@ -13,10 +13,11 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.http.waiting import PROXY_HEADERS
+from serve_app.deployments.front.connection import SlowReaderMiddleware, bound_heads
 from serve_app.deployments.front.load_shedding import LoadSheddingMiddleware
 from serve_app.deployments.front.own_routes import OwnRoutesOnly
 from serve_app.deployments.front.retry import RetryMiddleware
-from serve_app.deployments.shared.logs import keep_credentials_out
+from serve_app.deployments.shared.logs import keep_lines_safe
 from serve_app.observability.metrics import ProxyMetrics
 from serve_app.redaction import contains_secret
 
@@ -38,11 +39,14 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._:@/+=-]{1,128}")
 def guards() -> list[Middleware]:
     """Return the layer around Serve's proxy; called by Serve."""
     # It logs paths, and callers put tokens and keys into those too.
-    keep_credentials_out()
+    keep_lines_safe()
+    # Serve makes its server after this.
+    bound_heads()
     metrics = ProxyMetrics()
 
     def layers(app: ASGIApp) -> ASGIApp:
-        return ServeHeaderFilter(LoadSheddingMiddleware(RetryMiddleware(app, metrics.lost), metrics.shed))
+        retried = RetryMiddleware(app, metrics.lost)
+        return SlowReaderMiddleware(ServeHeaderFilter(LoadSheddingMiddleware(retried, metrics.shed)))
 
     return [Middleware(OwnRoutesOnly, layers)]
 

@@ -195,6 +195,23 @@ def test_a_deadline_ends_either_shape(ai: openai.OpenAI) -> None:
         list(stream)
 
 
+def test_an_edit_of_several_pictures_with_adapters_as_the_client_writes_them(
+    ai: openai.OpenAI, service: Service
+) -> None:
+    source = png(service.draw(PROMPT, model="demo/sdxl", seed=7))
+    raw = ai.images.with_raw_response.edit(
+        image=[("a.png", source), ("b.png", source)], prompt=PROMPT, model="demo/sdxl", response_format="url",
+        input_fidelity="high", extra_body={"seed": 1, "loras": [{"id": "demo/sdxl-sepia", "scale": 0.5}]},
+    )  # fmt: skip
+    reply = raw.parse()
+    assert reply.data is not None
+    prefix, _, encoded = (reply.data[0].url or "").partition(",")
+    assert prefix == "data:image/png;base64"
+    assert pixels(encoded).shape == (64, 64, 3)
+    assert raw.headers["x-adapters"].startswith("demo/sdxl-sepia@")
+    assert len(raw.headers.get_list("x-warning")) == 2
+
+
 def test_models_are_listed(ai: openai.OpenAI) -> None:
     assert {"demo/sdxl", "demo/sd15", "demo/sdxl-sepia"} <= {model.id for model in ai.models.list()}
 

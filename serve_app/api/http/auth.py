@@ -1,7 +1,8 @@
 """Who may do what: keys, checked before any route.
 
-Owns which routes are open, which need a key and which an admin key. A route that is not named here needs a key. Never
-logs or repeats what was presented.
+Access is decided by the route that will answer, never by the path: routes of `OpenRoute` need no key, those of
+`DrawingRoute` any key. Every other route needs a key to read and an admin key for the rest. Never logs or repeats what
+was presented.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import hmac
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.http.caller import Caller, read_hub_token
+from serve_app.api.http.caller import Caller, accounts_of, asked_by, read_hub_token
 from serve_app.api.http.error_responses import error_response
 from serve_app.api.http.limits import UNLIMITED, LocalRateLimiter, RateLimiter
 from serve_app.config import ApiKey, digest_of
@@ -23,10 +27,16 @@ from serve_app.errors import AdminRequired, LoraplexError, Unauthorized
 log = logging.getLogger(__name__)
 
 READING = ("GET", "HEAD")
-# What health checks ask, and what a browser loads before anybody can type in a key.
-OPEN_PATHS = ("/", "/health")
-OPEN_BELOW = "/static/"
-REGISTRY = "/v1/loras"
+Need = Literal["nothing", "key", "admin"]
+
+
+class OpenRoute(APIRoute):
+    """A route that reads, and needs no key: what health checks ask, and what a browser loads before anybody can type
+    in a key."""
+
+
+class DrawingRoute(APIRoute):
+    """A route that draws, and changes nothing: any key will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +54,17 @@ class Access:
     on_refusal: Callable[[str], None] = field(default=lambda _: None)
 
 
-def needs_key(method: str, path: str) -> bool:
-    """Whether a request needs a key, where keys are configured."""
-    return not (method in READING and (path in OPEN_PATHS or path.startswith(OPEN_BELOW)))
+def need_of(route: BaseRoute | None, method: str) -> Need:
+    """Return what a request to a route needs, where keys are configured; None is no route, which answers 404 or 405."""
+    if route is None or method in READING:
+        return "nothing" if isinstance(route, OpenRoute) else "key"
+    return "key" if isinstance(route, DrawingRoute) else "admin"
 
 
-def needs_admin(method: str, path: str) -> bool:
-    """Whether a request needs an admin key: all that change the registry."""
-    return method not in READING and (path == REGISTRY or path.startswith(f"{REGISTRY}/"))
+def route_of(scope: Scope) -> BaseRoute | None:
+    """Return the route that will answer a request: the first that matches it whole, as the router chooses."""
+    routes: list[BaseRoute] = scope["app"].routes
+    return next((route for route in routes if route.matches(scope)[0] is Match.FULL), None)
 
 
 class Authentication:
@@ -75,6 +88,7 @@ class Authentication:
             await self._refuse(error, scope, receive, send)
             return
         scope["state"]["caller"] = caller
+        asked_by.set(accounts_of(scope, caller.key))
         if key is None:
             await self._app(scope, receive, send)
             return
@@ -90,12 +104,11 @@ class Authentication:
         Raises:
             Unauthorised, AdminRequired, MalformedRequest: it is not let in.
         """
-        headers, method, path = Headers(scope=scope), scope["method"], _path(scope)
-        keys = self._access.keys()
+        headers, keys = Headers(scope=scope), self._access.keys()
         key: ApiKey | None = None
-        if keys and needs_key(method, path):
+        if keys and (need := need_of(route_of(scope), scope["method"])) != "nothing":
             key = _presented(headers, keys)
-            if needs_admin(method, path) and not key.admin:
+            if need == "admin" and not key.admin:
                 raise AdminRequired(key.name)
         token = read_hub_token(headers, is_key_in_authorization=bool(keys)) if self._access.takes_hub_tokens else None
         return key, Caller(None if key is None else key.name, hub_token=token)

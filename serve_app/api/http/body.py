@@ -1,13 +1,15 @@
-"""Request bodies: read under a limit, parsed as strict JSON.
+"""Request bodies: read under a limit, parsed as strict JSON or as a form.
 
-Owns bytes to JSON values; which fields they may have is `serve_app.api.huggingface.schemas`'.
+Owns bytes to JSON values, and what those may weigh before anybody looks at them; which fields they may have is
+`serve_app.api.huggingface.schemas`'.
 """
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -18,10 +20,18 @@ from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message
 
+from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import ClientDisconnected
+from serve_app.api.pictures.images import is_base64_image
 from serve_app.errors import BodyTimeout, MalformedRequest, TooLarge
 
 MAX_DEPTH = 16
+# Of a whole body: 64 adapters with all that can be said of each are a tenth of it.
+MAX_VALUES = 4096
+# Up to here parsing takes less time than the way to a thread and back.
+SMALL_BYTES = 16 * 1024
+# A string of this length in a body is cut out of it before the rest is parsed.
+LONG_STRING_BYTES = 64 * 1024
 BODY_TIMEOUT_S = 30.0
 
 
@@ -53,11 +63,60 @@ async def read_body(request: Request, max_bytes: int, *, timeout_s: float = BODY
     return b"".join(chunks)
 
 
+async def read_json(body: bytes, *, max_bytes: int, pictures: Sequence[str] = ()) -> JsonValue:
+    """Return the JSON value of a body, parsed away from the event loop unless it is small.
+
+    A picture in base64 in a field of `pictures` may be longer than `max_bytes`: it is not parsed but taken out.
+
+    Raises:
+        MalformedRequest: it is no JSON, or too deep.
+        TooLarge: without such a string it is over `max_bytes`, or it has too many values.
+    """
+    if len(body) <= SMALL_BYTES:
+        return parse_json(body)
+    return await asyncio.to_thread(_parse_large, body, max_bytes, pictures)
+
+
+def _parse_large(body: bytes, max_bytes: int, pictures: Sequence[str]) -> JsonValue:
+    too_large = TooLarge("the JSON", f"{ByteSize(max_bytes).human_readable()}, a picture in base64 aside")
+    if len(body) <= max_bytes:
+        return parse_json(body)
+    cut = _long_string(body) if pictures else None
+    if cut is None or len(body) - (cut.stop - cut.start) > max_bytes:
+        raise too_large
+    # A caller cannot know it, so that it stands where the string stood and nowhere else.
+    mark = secrets.token_hex(16)
+    value = parse_json(body[: cut.start] + mark.encode() + body[cut.stop :])
+    field = next((name for name in pictures if isinstance(value, dict) and value.get(name) == mark), None)
+    if field is None or not isinstance(value, dict):
+        raise too_large
+    # What encoders of JSON and of base64 put into such text; whatever else is no base64 is refused with the picture.
+    text = body[cut].replace(b"\\/", b"/").replace(b"\\n", b"").replace(b"\\r", b"").decode("ascii", "replace")
+    if not is_base64_image(text):
+        raise too_large
+    value[field] = text
+    return value
+
+
+def _long_string(body: bytes) -> slice | None:
+    """Return where the first string of at least twice `LONG_STRING_BYTES` stands, without its quotes."""
+    position = LONG_STRING_BYTES
+    while position < len(body):
+        begin, end = body.rfind(b'"', 0, position), body.find(b'"', position)
+        if begin < 0 or end < 0:
+            return None
+        if end - begin > 2 * LONG_STRING_BYTES:
+            return slice(begin + 1, end)
+        position = max(end + 1, position + LONG_STRING_BYTES)
+    return None
+
+
 def parse_json(body: bytes) -> JsonValue:
     """Return the JSON value of a body: UTF-8, finite numbers, at most `MAX_DEPTH` levels deep.
 
     Raises:
         MalformedRequest: it is none of that.
+        TooLarge: it has more than `MAX_VALUES` values.
     """
     if not body.strip():
         raise MalformedRequest('the body is empty; send JSON such as {"inputs": "a prompt"}')
@@ -65,22 +124,32 @@ def parse_json(body: bytes) -> JsonValue:
         value: JsonValue = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
         raise MalformedRequest(f"the body is not JSON: {error}") from None
-    if _is_deeper(value, MAX_DEPTH):
-        raise MalformedRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
+    _check_shape(value)
     return value
 
 
-def _is_deeper(value: JsonValue, levels: int) -> bool:
-    if not isinstance(value, (dict, list)):
-        return False
-    if levels == 0:
-        return True
-    inner = value.values() if isinstance(value, dict) else value
-    return any(_is_deeper(item, levels - 1) for item in inner)
+def _check_shape(value: JsonValue) -> None:
+    """Refuse what would take long to look through, as soon as that is seen."""
+    level, count = [value], 1
+    for _ in range(MAX_DEPTH + 1):
+        below: list[JsonValue] = []
+        for item in level:
+            if isinstance(item, (dict, list)):
+                count += len(item)
+                if count > MAX_VALUES:
+                    raise TooLarge("the number of values in the JSON", str(MAX_VALUES))
+                below.extend(item.values() if isinstance(item, dict) else item)
+        if not below:
+            return
+        level = below
+    raise MalformedRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
 
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
+_OBJECT_FIELD = re.compile(r"(?P<list>\w{1,64})(?:\[(?P<index>[0-9]{0,3})\])?\[(?P<key>[A-Za-z_]\w{0,63})\]", re.ASCII)
+# What is a number in such an object.
+_NUMBERS = ("scale", "weight")
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -88,33 +157,41 @@ _BOOLEANS = {"true": True, "false": False}
 class Form:
     """A form as it was sent: text fields, the last of each name, and the files under each name.
 
-    `name[]` is a list of text.
+    `name[]` is a list of text; `name[key]`, `name[][key]` and `name[0][key]` are a list of objects.
     """
 
-    fields: Mapping[str, str | list[str]]
+    fields: Mapping[str, Any]
     files: Mapping[str, tuple[bytes, ...]]
 
 
 async def read_form(headers: Headers, body: bytes) -> Form:
-    """Return the form of a body.
+    """Return the form of a body, taken apart away from the event loop unless it is small.
 
     Raises:
         MalformedRequest: it is no multipart form.
     """
     if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise MalformedRequest("the body must be a multipart form with an 'image' file")
+    if len(body) <= SMALL_BYTES:
+        return await _form_of(headers, body)
+    return await asyncio.to_thread(asyncio.run, _form_of(headers, body))
 
+
+async def _form_of(headers: Headers, body: bytes) -> Form:
     async def replay() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
     request = Request({"type": "http", "method": "POST", "headers": headers.raw}, replay)
-    fields: dict[str, str | list[str]] = {}
+    fields: dict[str, Any] = {}
+    objects = _ObjectFields()
     files: dict[str, list[bytes]] = {}
     try:
         async with request.form(max_files=16, max_fields=128) as form:
             for name, value in form.multi_items():
                 if isinstance(value, UploadFile):
                     files.setdefault(name.removesuffix("[]"), []).append(await value.read())
+                elif (found := _OBJECT_FIELD.fullmatch(name)) is not None:
+                    objects.add(found["list"], found["index"] or "", found["key"], value)
                 elif name.endswith("[]"):
                     entries = fields.setdefault(name.removesuffix("[]"), [])
                     fields[name.removesuffix("[]")] = [*entries, value] if isinstance(entries, list) else [value]
@@ -123,15 +200,52 @@ async def read_form(headers: Headers, body: bytes) -> Form:
     except (MultiPartException, KeyError, UnicodeDecodeError) as error:
         reason = error.message if isinstance(error, MultiPartException) else "it is damaged"
         raise MalformedRequest(f"the multipart form cannot be read: {reason}") from None
-    return Form(fields, {name: tuple(contents) for name, contents in files.items()})
+    return Form(objects.joined_to(fields), {name: tuple(contents) for name, contents in files.items()})
 
 
-def typed(model: type[BaseModel], fields: Mapping[str, str | list[str]]) -> dict[str, Any]:
+class _ObjectFields:
+    """Objects that come field by field: numbered, or without a number in columns, as OpenAI's clients write them."""
+
+    def __init__(self) -> None:
+        self._lists: dict[str, dict[str, dict[str, str]]] = {}
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def add(self, name: str, index: str, key: str, value: str) -> None:
+        """Take one field."""
+        if not index:
+            self._counts[name, key] = self._counts.get((name, key), 0) + 1
+            index = f"column {self._counts[name, key]}"
+        self._lists.setdefault(name, {}).setdefault(index, {})[key] = value
+
+    def joined_to(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return other fields with the objects beside them.
+
+        Raises:
+            MalformedRequest: a name comes both ways, or it cannot be told which fields belong together.
+        """
+        for name in self._lists:
+            counts = {count for (counted, _), count in self._counts.items() if counted == name}
+            if name in fields or len(counts) > 1:
+                raise MalformedRequest(
+                    f"it cannot be told which fields of '{clip(name)}' belong together; send it as JSON text"
+                )
+        lists = {name: list(rows.values()) for name, rows in self._lists.items()}
+        return fields | {
+            name: [{key: _number(text) if key in _NUMBERS else text for key, text in row.items()} for row in rows]
+            for name, rows in lists.items()
+        }
+
+
+def _number(text: str) -> Any:
+    return float(text) if _NUMBER.fullmatch(text) else text
+
+
+def typed(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return text fields as the JSON values that a model expects: numbers, booleans; empty text means absent."""
     values: dict[str, Any] = {}
     for name, text in fields.items():
         field = model.model_fields.get(name)
-        if isinstance(text, list) or field is None:
+        if not isinstance(text, str) or field is None:
             values[name] = text
         elif text or field.is_required():
             values[name] = _typed(text, _kinds(field.annotation))

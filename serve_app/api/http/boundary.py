@@ -1,7 +1,7 @@
 """The outermost layer of the HTTP face: request ids, a limit on headers, and no exception past this point.
 
-Owns `x-request-id`, how large a request's head may be, and the reply to an unexpected failure. Plain ASGI, so that a
-hang-up reaches the routes.
+Owns `x-request-id`, `nosniff`, what a request's head may be, and the reply to an unexpected failure. Plain ASGI, so
+that a hang-up reaches the routes.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.http.error_responses import error_response, internal_error
 from serve_app.api.http.replies import EXPOSED_HEADERS, Stages
-from serve_app.errors import HeadersTooLarge
+from serve_app.errors import HeadersTooLarge, MalformedRequest
 from serve_app.redaction import contains_secret
 
 log = logging.getLogger(__name__)
 
 # Browsers send a few kilobytes, cookies and all.
 MAX_HEAD_BYTES = 32 * 1024
+# C0, DEL and C1, and what else ends a line: no id holds one, and a router's pattern may match before a final newline.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SANE_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
@@ -61,6 +63,7 @@ class RequestIdMiddleware:
                 if self._echo_request_id:
                     headers["x-request-id"] = request_id
                 headers["access-control-expose-headers"] = EXPOSED_HEADERS
+                headers["x-content-type-options"] = "nosniff"
             await send(message)
 
         try:
@@ -73,9 +76,11 @@ class RequestIdMiddleware:
 
 
 def _refusal(scope: Scope) -> ASGIApp | None:
-    """Return the reply to a request whose head alone is too large, None where it is not."""
+    """Return the reply to a request whose head alone is at fault, None where it is not."""
     size_bytes = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
     size_bytes += sum(len(name) + len(value) for name, value in scope["headers"])
-    if size_bytes <= MAX_HEAD_BYTES:
-        return None
-    return error_response(scope, HeadersTooLarge(size_bytes, MAX_HEAD_BYTES))
+    if size_bytes > MAX_HEAD_BYTES:
+        return error_response(scope, HeadersTooLarge(size_bytes, MAX_HEAD_BYTES))
+    if _CONTROL.search(scope["path"]):
+        return error_response(scope, MalformedRequest("the path holds a control character"))
+    return None

@@ -7,11 +7,13 @@ any route.
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.types import Scope
 
 from serve_app.core import HubToken, UnresolvedRequest
 from serve_app.errors import MalformedRequest
@@ -43,6 +45,15 @@ class Caller:
 
 
 NOBODY = Caller()
+# Whom the work of the request that runs is counted against: a key and an address, as far as there are any.
+asked_by: ContextVar[tuple[str, ...]] = ContextVar("asked_by", default=())
+
+
+def accounts_of(scope: Scope, key: str | None) -> tuple[str, ...]:
+    """Return whom a request's work is counted against; addresses of one IPv6 network (/64) are one."""
+    host = str((scope.get("client") or ("",))[0])
+    address = ":".join(host.split(":")[:4]) if ":" in host else host
+    return tuple(name for name in (f"key {key}" if key else "", f"address {address}" if address else "") if name)
 
 
 def caller_of(request: Request) -> Caller:

@@ -1,16 +1,21 @@
-"""What the HTTP layer asks of the service behind it.
+"""What the HTTP layer asks of the service behind it, and how a route comes by it.
 
 Owns the interface alone; `serve_app.deployments` implements it, tests give it a fake.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from typing import Protocol
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Annotated, Protocol
 
+from fastapi import Depends
+from starlette.requests import Request
+
+from serve_app.api.pictures.decoder import PictureDecoder
 from serve_app.catalog.replica_report import LoraReport, Preloaded, Removal, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
-from serve_app.config import BaseModelConfig
+from serve_app.config import BaseModelConfig, IngressSettings
 from serve_app.core import GenerationEvent, GenerationResult, HubToken, ModelInfo, UnresolvedRequest
 
 
@@ -104,3 +109,22 @@ class Gateway(Protocol):
     async def models(self) -> tuple[ModelInfo, ...]:
         """Return the bases that are served and the adapters known so far."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every route works with; `now` is in seconds since 1970."""
+
+    gateway: Gateway
+    settings: IngressSettings
+    decoder: PictureDecoder
+    now: Callable[[], float]
+
+
+def _services_of(request: Request) -> Services:
+    services: Services = request.app.state.services
+    return services
+
+
+ServicesOf = Annotated[Services, Depends(_services_of)]
+"""A route's parameter of this type is given the services of its application."""

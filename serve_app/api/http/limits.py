@@ -1,4 +1,4 @@
-"""How much a key may ask for: requests in a second, requests at once, images in a minute.
+"""How much a key may ask for: requests in a second, requests at once, images in a minute; and how many unknown ids.
 
 Owns the counting, exact within one process, and what auth asks of it; `deployments.ingress.redis_limits` counts over
 several ingress replicas. Must not know HTTP or which keys there are.
@@ -7,13 +7,24 @@ several ingress replicas. Must not know HTTP or which keys there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
+from serve_app.api.http.caller import asked_by
 from serve_app.config import KeyLimits
-from serve_app.errors import KeyLimitReached, OutOfBounds
+from serve_app.errors import (
+    AccessDenied,
+    HubUnavailable,
+    KeyLimitReached,
+    ModelNotFound,
+    OutOfBounds,
+    UnknownIdLimitReached,
+)
 
 UNLIMITED = KeyLimits()
+# Past so many, those who have asked for nothing unknown lately are forgotten.
+MAX_ACCOUNTS = 10_000
 
 
 class Grant(Protocol):
@@ -159,6 +170,51 @@ class KeyQuotas:
             self._known = {one: known for one, known in self._known.items() if not known.is_untouched}
             self._known[key, limits] = KeyQuota(key, limits, clock=self._clock, share=self._share)
         return self._known[key, limits]
+
+
+class UnknownIdLimit:
+    """Counts look-ups of ids that nothing is known of, by key and by address; one that turns out to exist is free.
+
+    Each ingress replica counts for itself: what is bounded is the work it does and the questions it asks the Hub.
+    """
+
+    def __init__(self, per_minute: int, *, clock: Callable[[], float]) -> None:
+        self._per_minute = per_minute
+        self._clock = clock
+        self._buckets: dict[str, TokenBucket] = {}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Look one id up on behalf of the caller of the request that runs.
+
+        Raises:
+            UnknownIdLimitReached: the caller asked for too many.
+        """
+        if len(self._buckets) > MAX_ACCOUNTS:
+            self._buckets = {name: bucket for name, bucket in self._buckets.items() if not bucket.is_full}
+        buckets = [self._bucket(name) for name in asked_by.get()]
+        wait_s = max((bucket.wait_s(1) for bucket in buckets), default=0.0)
+        if wait_s > 0:
+            raise UnknownIdLimitReached(self._per_minute, math.ceil(wait_s))
+        for bucket in buckets:
+            bucket.take(1)
+        try:
+            yield
+        except (ModelNotFound, AccessDenied, HubUnavailable):
+            raise
+        except BaseException:
+            self._give_back(buckets)
+            raise
+        self._give_back(buckets)
+
+    def _bucket(self, name: str) -> TokenBucket:
+        if name not in self._buckets:
+            self._buckets[name] = TokenBucket(self._per_minute / 60, self._per_minute, clock=self._clock)
+        return self._buckets[name]
+
+    def _give_back(self, buckets: Sequence[TokenBucket]) -> None:
+        for bucket in buckets:
+            bucket.take(-1)
 
 
 class LocalRateLimiter:

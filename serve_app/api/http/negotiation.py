@@ -6,11 +6,11 @@ Owns reading Accept and choosing; pure. Must not know how images are encoded.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
+from serve_app.api.pictures.images import ImageFormat
 from serve_app.errors import NotAcceptable
 
-ImageFormat = Literal["jpeg", "png", "webp"]
 FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
 # Not registered, but browsers and people write it.
 _ALIASES = {"image/jpg": "image/jpeg", "*": "*/*"}

@@ -65,4 +65,3 @@ IMAGE_HEADERS: dict[str, Any] = {
     "x-warning": _header("what was done otherwise than asked, such as a prompt cut off", type="string"),
     "server-timing": _header("milliseconds of each stage", type="string"),
 }
-STREAM_HEADERS: dict[str, Any] = {name: IMAGE_HEADERS[name] for name in ("x-seed", "x-base-model")}

@@ -6,7 +6,7 @@ Owns the response headers of a generation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from urllib.parse import quote
 
 from starlette.responses import Response
@@ -65,8 +65,13 @@ def describe(response: Response, result: GenerationResult, prompt: str, stages: 
     headers["x-adapters"] = ", ".join(adapter_text(adapter) for adapter in result.adapters)
     headers["x-batch-size"] = str(result.batch_size)
     headers["server-timing"] = _server_timing(result.timings, stages)
-    for warning in result.warnings:
-        headers.append("x-warning", _plain(warning))
+    add_warnings(response, result.warnings)
+
+
+def add_warnings(response: Response, warnings: Sequence[str]) -> None:
+    """Tell what was done otherwise than asked."""
+    for warning in warnings:
+        response.headers.append("x-warning", _plain(warning))
 
 
 def adapter_text(adapter: AppliedAdapter) -> str:

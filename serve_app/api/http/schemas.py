@@ -111,7 +111,10 @@ ScaleEntry = Annotated[
 
 
 class LoraEntry(RequestModel):
-    """One adapter: exactly one of `id`, `name` and `path` (an id, never a file), and at most one scale."""
+    """One adapter: one of `id`, `name` and `path` (an id, never a file), and at most one scale.
+
+    Beside `path`, `name` is only what the caller calls it, as other services have it.
+    """
 
     id: Name | None = None
     name: Name | None = None
@@ -123,7 +126,8 @@ class LoraEntry(RequestModel):
 
     @model_validator(mode="after")
     def _unambiguous(self) -> LoraEntry:
-        if sum(value is not None for value in (self.id, self.name, self.path)) != 1:
+        named = [name for name in ("id", "name", "path") if getattr(self, name) is not None]
+        if len(named) != 1 and named != ["name", "path"]:
             raise PydanticCustomError("unfit", "needs exactly one of 'id', 'name' and 'path'")
         if self.scale is not None and self.weight is not None:
             raise PydanticCustomError("unfit", "takes 'scale' or 'weight', not both")
@@ -133,7 +137,7 @@ class LoraEntry(RequestModel):
         """Return the adapter that this names."""
         scale = self.scale if self.scale is not None else self.weight
         return AdapterRef(
-            id=(self.id or self.name or self.path or "").strip(),
+            id=(self.id or self.path or self.name or "").strip(),
             scale=1.0 if scale is None else scale.value(),
             revision=self.revision,
             filename=self.filename,

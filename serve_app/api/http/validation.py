@@ -81,7 +81,7 @@ def json_type(value: Any) -> str:
         (type(None), "null"),
         (bool, "a boolean"),
         (int, "an integer"),
-        (float, f"{value}"),
+        (float, str(value) if isinstance(value, float) else ""),
         (str, "a string"),
         ((list, tuple), "an array"),
     )

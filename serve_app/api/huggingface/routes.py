@@ -6,26 +6,17 @@ the limits of any base.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.http.body import parse_json, read_body
+from serve_app.api.http.auth import DrawingRoute
+from serve_app.api.http.body import read_body, read_json
 from serve_app.api.http.caller import charge_quota
-from serve_app.api.http.gateway import Gateway
-from serve_app.api.http.images import (
-    decode_base64,
-    decode_image,
-    encode_image,
-    is_base64_image,
-    is_image,
-    off_loop,
-    pixels_of,
-)
+from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.negotiation import FORMATS, choose_format
 from serve_app.api.http.openapi_responses import (
     IMAGE_HEADERS,
@@ -40,13 +31,21 @@ from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
     PRIORITY_PARAMETER,
     TIMEOUT_PARAMETER,
+    Deadline,
     deadline_of,
     priority_of,
     run_until_disconnect,
     with_scheduling,
 )
 from serve_app.api.huggingface.schemas import InferenceBody, Parameters
-from serve_app.config import IngressSettings
+from serve_app.api.pictures.decoder import EncodedPicture
+from serve_app.api.pictures.images import (
+    encode_image,
+    is_base64_image,
+    is_image,
+    off_loop,
+    pixels_of,
+)
 from serve_app.core import AdapterRef, PixelImage, UnresolvedRequest
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 
@@ -80,45 +79,39 @@ _BODY: dict[str, Any] = {
 }
 
 
-def add_inference_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings) -> None:
-    """Add the routes of this family over a gateway."""
+router = APIRouter(
+    route_class=DrawingRoute, tags=["Hugging Face shape"], responses=_REPLIES, default_response_class=Response
+)
 
-    async def answer(request: Request, model: str | None) -> Response:
-        stages: Stages = request.state.stages
-        deadline = deadline_of(request, settings.request_timeout_s)
-        priority = priority_of(request)
-        form = choose_format(",".join(request.headers.getlist("accept")))
-        read = await _read_draft(request, model, settings)
-        draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
-        stages.end("parse")
-        result = await run_until_disconnect(
-            request,
-            gateway.generate(draft, request_id=request.state.request_id),
-            deadline=deadline,
-        )
-        stages.end("service")
-        content = await off_loop(pixels_of(result.images[0]), encode_image, result.images[0], form)
-        stages.end("encode")
-        response = Response(content, media_type=f"image/{form}")
-        describe(response, result, draft.prompt, stages)
-        return response
 
-    documented: dict[str, Any] = {
-        "tags": ["Hugging Face shape"],
-        "responses": _REPLIES,
-        "openapi_extra": _BODY,
-        "response_class": Response,
-    }
+@router.post("/", operation_id="infer", openapi_extra=_BODY)
+async def infer(request: Request, services: ServicesOf) -> Response:
+    """Draw with the default base, or with the base of the adapter that the request names."""
+    return await _answer(request, services, None)
 
-    @app.post("/", operation_id="infer", **documented)
-    async def infer(request: Request) -> Response:
-        """Draw with the default base, or with the base of the adapter that the request names."""
-        return await answer(request, None)
 
-    @app.post("/models/{id:path}", operation_id="infer_with_model", **documented)
-    async def infer_with_model(id: str, request: Request) -> Response:
-        """Draw with a base, or with an adapter on the base that it was made for."""
-        return await answer(request, _model_id(id))
+@router.post("/models/{id:path}", operation_id="infer_with_model", openapi_extra=_BODY)
+async def infer_with_model(id: str, request: Request, services: ServicesOf) -> Response:
+    """Draw with a base, or with an adapter on the base that it was made for."""
+    return await _answer(request, services, _model_id(id))
+
+
+async def _answer(request: Request, services: Services, model: str | None) -> Response:
+    stages: Stages = request.state.stages
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    priority = priority_of(request)
+    form = choose_format(",".join(request.headers.getlist("accept")))
+    read = await _read_draft(request, model, services, deadline)
+    draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
+    stages.end("parse")
+    call = services.gateway.generate(draft, request_id=request.state.request_id)
+    result = await run_until_disconnect(request, call, deadline=deadline)
+    stages.end("service")
+    content = await off_loop(pixels_of(result.images[0]), encode_image, result.images[0], form)
+    stages.end("encode")
+    response = Response(content, media_type=f"image/{form}")
+    describe(response, result, draft.prompt, stages)
+    return response
 
 
 def _model_id(path: str) -> str:
@@ -128,22 +121,24 @@ def _model_id(path: str) -> str:
     return model
 
 
-async def _read_draft(request: Request, model: str | None, settings: IngressSettings) -> UnresolvedRequest:
+async def _read_draft(request: Request, model: str | None, services: Services, deadline: Deadline) -> UnresolvedRequest:
+    settings = services.settings
     body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     lora = _lora_header(request.headers)
     if is_image(body) or (_says_image(request.headers) and not body.lstrip().startswith(b"{")):
-        image = await asyncio.to_thread(decode_image, body, "body", max_pixels=settings.max_image_pixels)
+        decoding = services.decoder.image(EncodedPicture("body", body))
+        image = await run_until_disconnect(request, decoding, deadline=deadline)
         return UnresolvedRequest(prompt="", model=model, adapters=_adapters(lora, Parameters()), image=image)
-    asked = validate_model(InferenceBody, parse_json(body))
+    value = await read_json(body, max_bytes=settings.max_json, pictures=("image", "inputs"))
+    asked = validate_model(InferenceBody, value)
     parameters = asked.parameters or Parameters()
     adapters = _adapters(lora, parameters)
     prompt, encoded = _prompt_and_image(asked, parameters)
     _check_one_image(parameters)
     if encoded is None:
         return _draft(parameters, prompt, model, adapters, None)
-    name = "image" if asked.image is not None else "inputs"
-    content = await asyncio.to_thread(decode_base64, encoded, name)
-    image = await asyncio.to_thread(decode_image, content, name, max_pixels=settings.max_image_pixels)
+    decoding = services.decoder.image(EncodedPicture("image" if asked.image is not None else "inputs", encoded))
+    image = await run_until_disconnect(request, decoding, deadline=deadline)
     return _draft(parameters, prompt, model, adapters, image)
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.http.gateway import Gateway
+from serve_app.api.http.gateway import ServicesOf
 from serve_app.api.http.schemas import ERROR_REPLIES
 from serve_app.api.http.validation import clip
 from serve_app.api.openai.schemas import Model, ModelList
@@ -21,43 +21,37 @@ from serve_app.errors import ModelNotFound, OutOfBounds
 MAX_PAGE = 1000
 
 
-def add_model_routes(app: FastAPI, gateway: Gateway) -> None:
-    """Add the routes over a gateway."""
-    documented: dict[str, Any] = {"tags": ["OpenAI shape"], "response_class": Response}
-
-    @app.get(
-        "/v1/models",
-        operation_id="list_models",
-        responses={200: {"model": ModelList}, **ERROR_REPLIES},
-        openapi_extra={
-            "parameters": [
-                _query("limit", "how many at most", type="integer", minimum=1, maximum=MAX_PAGE),
-                _query("after", "the last id of the page before", type="string"),
-            ]
-        },
-        **documented,
-    )
-    async def models(request: Request) -> Response:
-        """List the bases and the adapters known so far, at most `limit`, from the one behind `after` on."""
-        page = _page(await gateway.models(), request.query_params.get("after"), _limit(request))
-        return Response(page.model_dump_json(), media_type="application/json")
-
-    @app.get(
-        "/v1/models/{id:path}",
-        operation_id="describe_model",
-        responses={200: {"model": Model}, **ERROR_REPLIES},
-        **documented,
-    )
-    async def model(id: str) -> Response:
-        """Describe a base or an adapter known so far."""
-        found = next((info for info in await gateway.models() if info.id == id), None)
-        if found is None:
-            raise ModelNotFound(clip(id))
-        return Response(_model(found).model_dump_json(), media_type="application/json")
-
-
 def _query(name: str, description: str, **schema: Any) -> dict[str, Any]:
     return {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+
+
+router = APIRouter(tags=["OpenAI shape"], default_response_class=Response)
+
+
+@router.get(
+    "/v1/models",
+    operation_id="list_models",
+    responses={200: {"model": ModelList}, **ERROR_REPLIES},
+    openapi_extra={
+        "parameters": [
+            _query("limit", "how many at most", type="integer", minimum=1, maximum=MAX_PAGE),
+            _query("after", "the last id of the page before", type="string"),
+        ]
+    },
+)
+async def models(request: Request, services: ServicesOf) -> Response:
+    """List the bases and the adapters known so far, at most `limit`, from the one behind `after` on."""
+    page = _page(await services.gateway.models(), request.query_params.get("after"), _limit(request))
+    return Response(page.model_dump_json(), media_type="application/json")
+
+
+@router.get("/v1/models/{id:path}", operation_id="describe_model", responses={200: {"model": Model}, **ERROR_REPLIES})
+async def model(id: str, services: ServicesOf) -> Response:
+    """Describe a base or an adapter known so far."""
+    found = next((info for info in await services.gateway.models() if info.id == id), None)
+    if found is None:
+        raise ModelNotFound(clip(id))
+    return Response(_model(found).model_dump_json(), media_type="application/json")
 
 
 def _limit(request: Request) -> int:

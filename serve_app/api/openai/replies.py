@@ -8,11 +8,9 @@ from __future__ import annotations
 import base64
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from serve_app.api.http.events import PROGRESS, ServerEvent
-from serve_app.api.http.images import encode_image, off_loop, pixels_of, resized
-from serve_app.api.http.negotiation import ImageFormat
 from serve_app.api.openai.schemas import (
     AdapterReport,
     CompletedEvent,
@@ -24,6 +22,7 @@ from serve_app.api.openai.schemas import (
     ProgressEvent,
     Report,
 )
+from serve_app.api.pictures.images import ImageFormat, encode_image, off_loop, pixels_of, resized
 from serve_app.core import Accepted, GenerationEvent, GenerationResult, PixelImage, Preview, Progress
 from serve_app.errors import OutOfBounds
 
@@ -44,12 +43,18 @@ def images_reply(asked: ImageGeneration, result: GenerationResult, created: int)
     """Return the JSON of a finished request; encodes images, so call it in a thread."""
     reply = ImagesReply(
         created=created,
-        data=[ImageData(b64_json=_encoded(image, asked)) for image in result.images],
+        data=[_data(_encoded(image, asked), asked) for image in result.images],
         output_format=_format(asked),
         size=_size(result.images[0]),
         loraplex=_report(result),
     )
-    return reply.model_dump_json()
+    return reply.model_dump_json(exclude_none=True)
+
+
+def _data(encoded: str, asked: ImageGeneration) -> ImageData:
+    if asked.response_format == "url":
+        return ImageData(url=f"data:image/{_format(asked)};base64,{encoded}")
+    return ImageData(b64_json=encoded)
 
 
 async def event_replies(
@@ -58,8 +63,10 @@ async def event_replies(
     asked: ImageGeneration,
     kind: EventKind,
     now: Callable[[], float],
+    warnings: tuple[str, ...],
 ) -> AsyncGenerator[ServerEvent]:
-    """Yield what is written of a stream whose first event was `accepted`; `now` is in seconds since 1970."""
+    """Yield what is written of a stream whose first event was `accepted`; `now` is in seconds since 1970, `warnings`
+    what the request alone gave rise to."""
     with own_names():
         async with aclosing(events):
             yield _event(ProgressEvent(type=f"{kind}.{PROGRESS}", queue_position=None, step=0, steps=accepted.steps))
@@ -70,6 +77,7 @@ async def event_replies(
                     pixels = accepted.width * accepted.height
                     yield await off_loop(pixels, _preview, event, accepted, asked, kind, int(now()))
                 elif isinstance(event, GenerationResult):
+                    event = replace(event, warnings=(*warnings, *event.warnings))
                     for index in range(len(event.images)):
                         pixels = pixels_of(event.images[index])
                         yield await off_loop(pixels, _completed, event, index, asked, kind, int(now()))

@@ -6,21 +6,20 @@ know the limits of any base.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.http.body import Form, parse_json, read_body, read_form, typed
+from serve_app.api.http.auth import DrawingRoute
+from serve_app.api.http.body import Form, read_body, read_form, read_json, typed
 from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.events import EventStream
-from serve_app.api.http.gateway import Gateway
-from serve_app.api.http.images import decode_image, decode_mask, off_loop, pixels_of
+from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.openapi_responses import IMAGE_HEADERS, REQUEST_ID_PARAMETER, Replies
-from serve_app.api.http.replies import Stages, describe, header_id
+from serve_app.api.http.replies import Stages, add_warnings, describe, header_id
 from serve_app.api.http.schemas import ERROR_REPLIES, validate_model
 from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
@@ -36,7 +35,8 @@ from serve_app.api.http.waiting import (
 )
 from serve_app.api.openai.replies import event_replies, images_reply, own_names
 from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
-from serve_app.config import IngressSettings
+from serve_app.api.pictures.decoder import EncodedPicture, PictureDecoder
+from serve_app.api.pictures.images import off_loop, pixels_of
 from serve_app.core import Accepted, AdapterRef, PixelImage, PixelMask, UnresolvedRequest
 from serve_app.errors import MalformedRequest
 
@@ -51,101 +51,126 @@ _REPLIES: Replies = {
 }
 
 
-def add_openai_routes(app: FastAPI, gateway: Gateway, settings: IngressSettings, *, now: Callable[[], float]) -> None:
-    """Add the routes of this family over a gateway; `now` is in seconds since 1970."""
-    documented: dict[str, Any] = {"tags": ["OpenAI shape"], "response_class": Response}
-
-    async def answer(
-        request: Request, asked: ImageGeneration, draft: UnresolvedRequest, kind: EventKind, deadline: Deadline
-    ) -> Response:
-        draft = with_scheduling(draft, priority=priority_of(request), deadline=deadline)
-        with own_names():
-            draft = await charge_quota(request, draft)
-            return await (stream if asked.stream else draw)(request, asked, draft, kind, deadline)
-
-    async def stream(
-        request: Request, asked: ImageGeneration, draft: UnresolvedRequest, kind: EventKind, deadline: Deadline
-    ) -> Response:
-        request_id = request.state.request_id
-        accepting = gateway.stream(with_retry_seed(draft, request), request_id=request_id)
-        events = each_while_connected(request, accepting, deadline=deadline)
-        # What is refused before the first event still has a status of its own.
-        accepted = await anext(events)
-        assert isinstance(accepted, Accepted)
-        response = EventStream(
-            event_replies(events, accepted, asked, kind, now),
-            request_id=request_id,
-            keep_alive_s=settings.sse_ping_interval_s,
-        )
-        response.headers["x-base-model"] = header_id(accepted.base_id)
-        response.headers["x-seed"] = str(accepted.seed)
-        return response
-
-    async def draw(
-        request: Request, asked: ImageGeneration, draft: UnresolvedRequest, _: EventKind, deadline: Deadline
-    ) -> Response:
-        stages: Stages = request.state.stages
-        stages.end("parse")
-        call = gateway.generate(draft, request_id=request.state.request_id)
-        result = await run_until_disconnect(request, call, deadline=deadline)
-        stages.end("service")
-        content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(now()))
-        stages.end("encode")
-        response = Response(content, media_type="application/json")
-        describe(response, result, draft.prompt, stages)
-        return response
-
-    async def body_of(request: Request) -> bytes:
-        return await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
-
-    @app.post(
-        "/v1/images/generations",
-        operation_id="generate_images",
-        responses=_REPLIES,
-        openapi_extra=_body("application/json", "ImageGeneration"),
-        **documented,
-    )
-    async def generations(request: Request) -> Response:
-        """Draw images from a prompt."""
-        deadline = deadline_of(request, settings.request_timeout_s)
-        asked = validate_model(ImageGeneration, parse_json(await body_of(request)))
-        return await answer(request, asked, _draft(asked), "image_generation", deadline)
-
-    @app.post(
-        "/v1/images/edits",
-        operation_id="edit_image",
-        responses=_REPLIES,
-        openapi_extra=_body("multipart/form-data", "ImageEditForm"),
-        **documented,
-    )
-    async def edits(request: Request) -> Response:
-        """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
-        deadline = deadline_of(request, settings.request_timeout_s)
-        form = await read_form(request.headers, await body_of(request))
-        asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
-        image, mask = await asyncio.to_thread(_pictures, form, settings.max_image_pixels)
-        return await answer(request, asked, _draft(asked, image, mask), "image_edit", deadline)
-
-
 def _body(kind: str, schema: str) -> dict[str, Any]:
     content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     parameters = [TIMEOUT_PARAMETER, PRIORITY_PARAMETER, REQUEST_ID_PARAMETER]
     return {"requestBody": {"required": True, "content": content}, "parameters": parameters}
 
 
-def _pictures(form: Form, max_pixels: int) -> tuple[PixelImage, PixelMask | None]:
+router = APIRouter(route_class=DrawingRoute, tags=["OpenAI shape"], responses=_REPLIES, default_response_class=Response)
+
+
+@router.post(
+    "/v1/images/generations",
+    operation_id="generate_images",
+    openapi_extra=_body("application/json", "ImageGeneration"),
+)
+async def generations(request: Request, services: ServicesOf) -> Response:
+    """Draw images from a prompt."""
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    settings = services.settings
+    body = await read_body(request, min(settings.max_json, settings.max_body), timeout_s=settings.body_timeout_s)
+    asked = validate_model(ImageGeneration, await read_json(body, max_bytes=settings.max_json))
+    return await _answer(request, services, asked, _draft(asked), "image_generation", deadline)
+
+
+@router.post("/v1/images/edits", operation_id="edit_image", openapi_extra=_body("multipart/form-data", "ImageEditForm"))
+async def edits(request: Request, services: ServicesOf) -> Response:
+    """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    body = await read_body(request, services.settings.max_body, timeout_s=services.settings.body_timeout_s)
+    form = await read_form(request.headers, body)
+    asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
+    image, mask = await run_until_disconnect(request, _pictures(form, services.decoder), deadline=deadline)
+    return await _answer(request, services, asked, _draft(asked, image, mask), "image_edit", deadline, _unused(form))
+
+
+async def _answer(
+    request: Request,
+    services: Services,
+    asked: ImageGeneration,
+    draft: UnresolvedRequest,
+    kind: EventKind,
+    deadline: Deadline,
+    warnings: tuple[str, ...] = (),
+) -> Response:
+    warnings = (*asked.unused(), *warnings)
+    draft = with_scheduling(draft, priority=priority_of(request), deadline=deadline)
+    with own_names():
+        draft = await charge_quota(request, draft)
+        if asked.stream:
+            return await _stream(request, services, asked, draft, kind, deadline, warnings)
+        return await _draw(request, services, asked, draft, deadline, warnings)
+
+
+async def _stream(
+    request: Request,
+    services: Services,
+    asked: ImageGeneration,
+    draft: UnresolvedRequest,
+    kind: EventKind,
+    deadline: Deadline,
+    warnings: tuple[str, ...],
+) -> Response:
+    request_id = request.state.request_id
+    accepting = services.gateway.stream(with_retry_seed(draft, request), request_id=request_id)
+    events = each_while_connected(request, accepting, deadline=deadline)
+    # What is refused before the first event still has a status of its own.
+    accepted = await anext(events)
+    assert isinstance(accepted, Accepted)
+    response = EventStream(
+        event_replies(events, accepted, asked, kind, services.now, warnings),
+        request_id=request_id,
+        keep_alive_s=services.settings.sse_ping_interval_s,
+    )
+    response.headers["x-base-model"] = header_id(accepted.base_id)
+    response.headers["x-seed"] = str(accepted.seed)
+    add_warnings(response, warnings)
+    return response
+
+
+async def _draw(
+    request: Request,
+    services: Services,
+    asked: ImageGeneration,
+    draft: UnresolvedRequest,
+    deadline: Deadline,
+    warnings: tuple[str, ...],
+) -> Response:
+    stages: Stages = request.state.stages
+    stages.end("parse")
+    call = services.gateway.generate(draft, request_id=request.state.request_id)
+    result = await run_until_disconnect(request, call, deadline=deadline)
+    stages.end("service")
+    result = replace(result, warnings=(*warnings, *result.warnings))
+    content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(services.now()))
+    stages.end("encode")
+    response = Response(content, media_type="application/json")
+    describe(response, result, draft.prompt, stages)
+    return response
+
+
+async def _pictures(form: Form, decoder: PictureDecoder) -> tuple[PixelImage, PixelMask | None]:
     """Return the one picture of an edit, and its mask where there is one."""
     unknown = next((name for name in form.files if name not in ("image", "mask")), None)
     if unknown is not None:
         raise MalformedRequest(f"unknown file '{clip(unknown)}'; the picture is 'image', and 'mask' says which part")
-    image = decode_image(_file(form, "image"), "image", max_pixels=max_pixels)
+    # Further pictures are for families that take several, which none here does; a warning says so.
+    if "image" not in form.files:
+        raise MalformedRequest("'image' is missing: send the picture as a file")
+    image = await decoder.image(EncodedPicture("image", form.files["image"][0]))
     if "mask" not in form.files:
         return image, None
-    mask = decode_mask(_file(form, "mask"), "mask", max_pixels=max_pixels)
+    mask = await decoder.mask(EncodedPicture("mask", _file(form, "mask")))
     if (mask.width, mask.height) != (image.width, image.height):
         sizes = f"{mask.width}x{mask.height}, but 'image' is {image.width}x{image.height}"
         raise MalformedRequest(f"'mask' is {sizes}; both must have one size")
     return image, mask
+
+
+def _unused(form: Form) -> tuple[str, ...]:
+    count = len(form.files.get("image", ()))
+    return (f"only the first of {count} pictures is used: no base here takes several",) if count > 1 else ()
 
 
 def _file(form: Form, name: str) -> bytes:

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue
 from pydantic_core import PydanticCustomError, from_json
 
-from serve_app.api.http.negotiation import ImageFormat
 from serve_app.api.http.schemas import (
     MAX_ADAPTERS_NAMED,
+    MAX_NAME_LENGTH,
     ErrorEnvelope,
     Int,
     LoraEntry,
@@ -22,8 +22,11 @@ from serve_app.api.http.schemas import (
     PipelineParameters,
     Seed,
 )
+from serve_app.api.pictures.images import ImageFormat
 
 MAX_PARTIAL_IMAGES = 3
+# JSON text of as many adapters as are read, each with all that can be said of it.
+MAX_ADAPTERS_TEXT = 64 * 1024
 EventKind = Literal["image_generation", "image_edit"]
 
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -35,6 +38,8 @@ def _entries(value: Any) -> Any:
         text = value.strip()
         if not text.startswith(("[", "{")):
             return [text] if text else []
+        if len(text) > MAX_ADAPTERS_TEXT:
+            raise PydanticCustomError("unfit", f"is text of over {MAX_ADAPTERS_TEXT} characters")
         try:
             value = from_json(text, allow_inf_nan=False)
         except ValueError as error:
@@ -63,12 +68,20 @@ class ImageGeneration(PipelineParameters):
     model: Name | None = Field(default=None, description="a base, an adapter, or '<base>:<adapter>'")
     n: Int | None = Field(default=None, description="how many images; image i is drawn with seed + i")
     size: Size | None = Field(default=None, description="'auto', or width and height such as '512x768'")
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = Field(
+        default=None, description="url: an address that holds the image itself, 'data:image/png;base64,...'"
+    )
     output_format: ImageFormat | None = Field(default=None, description="png where absent")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
         default=None, description="quality of jpeg and webp"
     )
-    background: Literal["auto", "opaque"] | None = None
+    background: Literal["auto", "opaque", "transparent"] | None = Field(
+        default=None, description="images are opaque; 'transparent' is accepted with a warning"
+    )
+    style: Annotated[str, Field(max_length=MAX_NAME_LENGTH)] | None = Field(
+        default=None, description="accepted with a warning; adapters are for styles"
+    )
+    moderation: Literal["auto", "low"] | None = Field(default=None, description="accepted with a warning")
     quality: Literal["auto", "standard", "low", "medium", "high", "hd"] | None = Field(
         default=None, description="accepted, and changes nothing"
     )
@@ -85,6 +98,15 @@ class ImageGeneration(PipelineParameters):
     lora: LoraInput | None = Field(default=None, description="an adapter; the same as `loras`")
     loras: LoraInput | None = Field(default=None, description="an id, an object, an array, or JSON text of one")
 
+    def unused(self) -> tuple[str, ...]:
+        """Return a warning for each field that was accepted and changes nothing."""
+        warnings = {
+            "style": self.style and "'style' changes nothing here: name an adapter for a style",
+            "moderation": self.moderation and "'moderation' changes nothing here",
+            "background": self.background == "transparent" and "'background' is opaque: no base draws transparency",
+        }
+        return tuple(warning for warning in warnings.values() if warning)
+
     def pixels(self) -> tuple[int, int] | tuple[None, None]:
         """Return width and height, None for both where the base or the picture decides."""
         found = _SIZE.fullmatch(self.size or "")
@@ -95,6 +117,12 @@ class ImageEdit(ImageGeneration):
     """A request for changed versions of a picture, beside the picture itself."""
 
     strength: float | None = Field(default=None, description="over 0 (keep the picture) to 1 (ignore it)")
+    input_fidelity: Literal["high", "low"] | None = Field(default=None, description="accepted with a warning")
+
+    def unused(self) -> tuple[str, ...]:
+        """Return a warning for each field that was accepted and changes nothing."""
+        fidelity = "'input_fidelity' changes nothing here: 'strength' says how much of the picture stays"
+        return (*super().unused(), *((fidelity,) if self.input_fidelity else ()))
 
 
 class ImageEditForm(ImageEdit):
@@ -127,9 +155,10 @@ class Report(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One image."""
+    """One image: in base64, or as a data URL where that was asked for."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
 
 
 class TokenDetails(BaseModel):

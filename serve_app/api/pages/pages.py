@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+
+from serve_app.api.http.auth import OpenRoute
 
 STATIC = Path(__file__).parent / "static"
 MEDIA_TYPES = {
@@ -76,14 +77,14 @@ def asset_response(request: Request, asset: Asset) -> Response:
     return Response(asset.content, headers={**headers, "content-type": asset.media_type})
 
 
-def add_page_routes(app: FastAPI) -> None:
-    """Add the route of what the pages load."""
-    assets = read_assets()
-    documented: dict[str, Any] = {"include_in_schema": False}
+router = APIRouter(route_class=OpenRoute, include_in_schema=False)
+_assets = read_assets()
 
-    @app.get("/static/{name}", **documented)
-    @app.head("/static/{name}", **documented)
-    async def static(request: Request, name: str) -> Response:
-        if name not in assets:
-            raise HTTPException(404)
-        return asset_response(request, assets[name])
+
+@router.get("/static/{name}")
+@router.head("/static/{name}")
+async def static(request: Request, name: str) -> Response:
+    """Return a file that a page loads."""
+    if name not in _assets:
+        raise HTTPException(404)
+    return asset_response(request, _assets[name])

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from pydantic import BaseModel, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.body import parse_json, read_body
 from serve_app.api.http.caller import hub_token_of
-from serve_app.api.http.gateway import Registry
-from serve_app.api.http.schemas import ERROR_REPLIES, ErrorEnvelope, validate_model
+from serve_app.api.http.gateway import ServicesOf
+from serve_app.api.http.schemas import ERROR_REPLIES, MAX_NAME_LENGTH, ErrorEnvelope, validate_model
+from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import TIMEOUT_PARAMETER, deadline_of, run_until_disconnect
 from serve_app.api.registry.schemas import (
     AppliedLora,
@@ -37,9 +38,9 @@ from serve_app.api.registry.schemas import (
 )
 from serve_app.catalog.replica_report import LoraReport, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
-from serve_app.config import BaseModelConfig, IngressSettings
+from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, Scale, Scales
-from serve_app.errors import MalformedRequest, OutOfBounds
+from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 from serve_app.families.abilities import BaseAbilities
 
 MAX_BODY_BYTES = 64 * 1024
@@ -51,105 +52,105 @@ _CHANGES: dict[int | str, dict[str, Any]] = {
 _BASES = TypeAdapter(list[Base])
 
 
-def add_registry_routes(app: FastAPI, registry: Registry, settings: IngressSettings) -> None:
-    """Add the routes over a registry."""
-    listed: dict[str, Any] = {"tags": ["Registry"], "response_class": Response}
-
-    @app.get("/v1/loras", operation_id="list_loras", responses={200: {"model": LoraList}, **ERROR_REPLIES}, **listed)
-    async def loras(request: Request) -> Response:
-        """List the adapters and aliases known so far, where each is resident, and how much it is used."""
-        rows = await registry.loras(token=hub_token_of(request))
-        return _json(LoraList(data=[_lora(row) for row in rows]))
-
-    @app.get(
-        "/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **ERROR_REPLIES}, **listed
-    )
-    async def lora(name: str, request: Request) -> Response:
-        """Say of one adapter or alias what the list would."""
-        return _json(_lora(await registry.lora(name, token=hub_token_of(request))))
-
-    @app.get(
-        "/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **ERROR_REPLIES}, **listed
-    )
-    async def replicas(request: Request) -> Response:
-        """List the replicas of every base: what each is doing, and which adapters it holds."""
-        reports = await registry.replicas(token=hub_token_of(request))
-        return _json(ReplicaList(data=[_replica(report) for report in reports]))
-
-    @app.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **ERROR_REPLIES}, **listed)
-    async def bases() -> Response:
-        """List the bases, with the defaults and limits of each."""
-        default, served = registry.default_base(), registry.bases()
-        reports = await registry.replicas(token=None)
-        known = {report.base_id: report.abilities for report in reports if report.abilities is not None}
-        content = _BASES.dump_json(
-            [_base(base, known.get(base.id), is_default=base.id == default.id) for base in served]
-        )
-        return Response(content, media_type="application/json")
-
-    _add_changes(app, registry, settings)
-
-
-def _add_changes(app: FastAPI, registry: Registry, settings: IngressSettings) -> None:
-    changing: dict[str, Any] = {"tags": ["Registry"], "response_class": Response}
-
-    @app.post(
-        "/v1/loras",
-        operation_id="add_lora",
-        responses={200: {"model": Lora}, **_CHANGES},
-        openapi_extra=_body("NewLora", is_required=True),
-        **changing,
-    )
-    async def add(request: Request) -> Response:
-        """Give an adapter a further name, once it is known that it can be served."""
-        deadline = deadline_of(request, settings.request_timeout_s)
-        asked = validate_model(NewLora, parse_json(await read_body(request, MAX_BODY_BYTES)))
-        alias = Alias(asked.lora_name, _target(asked))
-        call = registry.add_alias(
-            alias,
-            may_replace=bool(asked.replace),
-            preload=_preload_of(asked),
-            token=hub_token_of(request),
-        )
-        return _json(_lora(await run_until_disconnect(request, call, deadline=deadline)))
-
-    # Before the route of a removal: the names of both may hold slashes.
-    @app.post(
-        "/v1/loras/{name:path}/preload",
-        operation_id="preload_lora",
-        responses={200: {"model": PreloadedLora}, **ERROR_REPLIES},
-        openapi_extra=_body("PreloadOrder", is_required=False),
-        **changing,
-    )
-    async def preload(name: str, request: Request) -> Response:
-        """Have some replicas fetch an adapter into memory; the reply comes once they hold it."""
-        deadline = deadline_of(request, settings.request_timeout_s)
-        body = await read_body(request, MAX_BODY_BYTES)
-        asked = validate_model(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
-        call = registry.preload(name, asked.replicas or 1, token=hub_token_of(request))
-        done = await run_until_disconnect(request, call, deadline=deadline)
-        return _json(PreloadedLora(id=name, asked=done.asked, replicas=list(done.replicas)))
-
-    @app.delete(
-        "/v1/loras/{name:path}",
-        operation_id="delete_lora",
-        responses={200: {"model": DeletedLora}, **ERROR_REPLIES},
-        openapi_extra={"parameters": [TIMEOUT_PARAMETER]},
-        **changing,
-    )
-    async def delete(name: str, request: Request) -> Response:
-        """Remove an alias, and have every replica forget the adapter once no request uses it."""
-        deadline = deadline_of(request, settings.request_timeout_s)
-        await read_body(request, MAX_BODY_BYTES)
-        done = await run_until_disconnect(
-            request, registry.remove(name, token=hub_token_of(request)), deadline=deadline
-        )
-        return _json(DeletedLora(id=done.id, deleted=done.was_alias, replicas=list(done.replicas)))
-
-
 def _body(schema: str, *, is_required: bool) -> dict[str, Any]:
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
     return {"requestBody": {"required": is_required, "content": content}, "parameters": [TIMEOUT_PARAMETER]}
+
+
+router = APIRouter(tags=["Registry"], default_response_class=Response)
+
+
+@router.get("/v1/loras", operation_id="list_loras", responses={200: {"model": LoraList}, **ERROR_REPLIES})
+async def loras(request: Request, services: ServicesOf) -> Response:
+    """List the adapters and aliases known so far, where each is resident, and how much it is used."""
+    rows = await services.gateway.registry.loras(token=hub_token_of(request))
+    return _json(LoraList(data=[_lora(row) for row in rows]))
+
+
+@router.get("/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **ERROR_REPLIES})
+async def lora(name: str, request: Request, services: ServicesOf) -> Response:
+    """Say of one adapter or alias what the list would."""
+    return _json(_lora(await services.gateway.registry.lora(_checked(name), token=hub_token_of(request))))
+
+
+@router.get("/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **ERROR_REPLIES})
+async def replicas(request: Request, services: ServicesOf) -> Response:
+    """List the replicas of every base: what each is doing, and which adapters it holds."""
+    reports = await services.gateway.registry.replicas(token=hub_token_of(request))
+    return _json(ReplicaList(data=[_replica(report) for report in reports]))
+
+
+@router.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **ERROR_REPLIES})
+async def bases(services: ServicesOf) -> Response:
+    """List the bases, with the defaults and limits of each."""
+    registry = services.gateway.registry
+    default, served = registry.default_base(), registry.bases()
+    reports = await registry.replicas(token=None)
+    known = {report.base_id: report.abilities for report in reports if report.abilities is not None}
+    content = _BASES.dump_json([_base(base, known.get(base.id), is_default=base.id == default.id) for base in served])
+    return Response(content, media_type="application/json")
+
+
+@router.post(
+    "/v1/loras",
+    operation_id="add_lora",
+    responses={200: {"model": Lora}, **_CHANGES},
+    openapi_extra=_body("NewLora", is_required=True),
+)
+async def add(request: Request, services: ServicesOf) -> Response:
+    """Give an adapter a further name, once it is known that it can be served."""
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    asked = validate_model(NewLora, parse_json(await read_body(request, MAX_BODY_BYTES)))
+    call = services.gateway.registry.add_alias(
+        Alias(asked.lora_name, _target(asked)),
+        may_replace=bool(asked.replace),
+        preload=_preload_of(asked),
+        token=hub_token_of(request),
+    )
+    return _json(_lora(await run_until_disconnect(request, call, deadline=deadline)))
+
+
+# Before the route of a removal: the names of both may hold slashes.
+@router.post(
+    "/v1/loras/{name:path}/preload",
+    operation_id="preload_lora",
+    responses={200: {"model": PreloadedLora}, **ERROR_REPLIES},
+    openapi_extra=_body("PreloadOrder", is_required=False),
+)
+async def preload(name: str, request: Request, services: ServicesOf) -> Response:
+    """Have some replicas fetch an adapter into memory; the reply comes once they hold it."""
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    body = await read_body(request, MAX_BODY_BYTES)
+    asked = validate_model(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
+    call = services.gateway.registry.preload(_checked(name), asked.replicas or 1, token=hub_token_of(request))
+    done = await run_until_disconnect(request, call, deadline=deadline)
+    return _json(PreloadedLora(id=name, asked=done.asked, replicas=list(done.replicas)))
+
+
+@router.delete(
+    "/v1/loras/{name:path}",
+    operation_id="delete_lora",
+    responses={200: {"model": DeletedLora}, **ERROR_REPLIES},
+    openapi_extra={"parameters": [TIMEOUT_PARAMETER]},
+)
+async def delete(name: str, request: Request, services: ServicesOf) -> Response:
+    """Remove an alias, and have every replica forget the adapter once no request uses it."""
+    deadline = deadline_of(request, services.settings.request_timeout_s)
+    await read_body(request, MAX_BODY_BYTES)
+    call = services.gateway.registry.remove(_checked(name), token=hub_token_of(request))
+    done = await run_until_disconnect(request, call, deadline=deadline)
+    return _json(DeletedLora(id=done.id, deleted=done.was_alias, replicas=list(done.replicas)))
+
+
+def _checked(name: str) -> str:
+    """Return the name in a route.
+
+    Raises:
+        ModelNotFound: it is longer than any name is.
+    """
+    if len(name) > MAX_NAME_LENGTH:
+        raise ModelNotFound(clip(name), f"a name has at most {MAX_NAME_LENGTH} characters")
+    return name
 
 
 def _target(asked: NewLora) -> AdapterRef:

@@ -29,6 +29,8 @@ from serve_app.families.structure import (
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 * 1024 * 1024
 MAX_NAME_CHARACTERS = 512
+# More than any limit of a base lets in; as many take a second to look through.
+MAX_TENSORS = 100_000
 
 DTYPE_BITS: Mapping[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -115,6 +117,8 @@ def parse_header(head: bytes, *, file_bytes: int | None = None) -> SafetensorsHe
     text = head[LENGTH_BYTES : LENGTH_BYTES + length]
     if len(text) < length:
         raise MalformedHeader("it is truncated within its header")
+    if text.count(b'"dtype"') > MAX_TENSORS:
+        raise MalformedHeader(f"its header names over {MAX_TENSORS} tensors")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError):

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from serve_app.catalog.reading.base_match import BaseMatch, match_bases
 from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
+from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card
-from serve_app.catalog.reading.header import HeaderFacts, describe
+from serve_app.catalog.reading.header import HeaderFacts, SafetensorsHeader, describe
 from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
 from serve_app.catalog.reading.selection import candidates, embeddings_beside
 from serve_app.config import BaseModelConfig
@@ -21,6 +22,8 @@ from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
 from serve_app.refusals import AmbiguousFile, BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
 
 MAX_HEADERS_READ = 8
+# Up to here, looking at all of them takes less time than the way to a thread and back.
+FEW_TENSORS = 2000
 MAX_CHAIN = 3
 MAX_PARENTS = 3
 # A word is a few kilobytes; a file of this size is something else.
@@ -45,6 +48,12 @@ class AdapterInfo:
     placement: BaseMatch
     embeddings: str | None = None
     settings: str | None = None
+    digest: str | None = None
+
+    @property
+    def content(self) -> str:
+        """What tells the bytes of this file from others': the same for all names and revisions of one file."""
+        return self.digest or f"{self.location}@{self.revision}/{self.filename}"
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
@@ -166,6 +175,7 @@ class AdapterInspector:
             header=facts,
             placement=await self._place(model, listing.card, facts),
             embeddings=embeddings,
+            digest=listed.digest if listed else None,
             settings=await self._settings(source, listing, chosen),
         )
 
@@ -189,7 +199,7 @@ class AdapterInspector:
         if len(names) > MAX_HEADERS_READ:
             raise AmbiguousFile(listing.id, _choice(names))
         adapters = [
-            (name, facts) for name in names if (facts := describe(await source.header(listing, name))).has_pairs
+            (name, facts) for name in names if (facts := await _described(await source.header(listing, name))).has_pairs
         ]
         if not adapters:
             what = f"'{names[0]}' has no" if len(names) == 1 else f"none of {', '.join(names)} has"
@@ -226,6 +236,12 @@ class AdapterInspector:
             return await self._card_of(model)
         except (ModelNotFound, AccessDenied):
             return None
+
+
+async def _described(header: SafetensorsHeader) -> HeaderFacts:
+    if len(header.tensors) <= FEW_TENSORS:
+        return describe(header)
+    return await run_blocking(lambda: describe(header))
 
 
 def _embeddings(listing: RepositoryListing, adapter: str) -> str | None:

@@ -33,10 +33,11 @@ def is_valid_revision(revision: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RepositoryFile:
-    """One file of a repository; a size of None means that the place did not say."""
+    """One file of a repository; a size or digest of None means that the place did not say."""
 
     name: str
     size_bytes: int | None
+    digest: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,20 +6,23 @@ the store may block on the disk, so call it from a thread.
 
 from __future__ import annotations
 
+import copy
 import logging
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve_app.core import AdapterRef
-from serve_app.errors import NameTaken, OutOfBounds
+from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound, NameTaken, OutOfBounds
 
 log = logging.getLogger(__name__)
 
+# What somebody may be told who may not know the adapter.
+UNREADABLE = (ModelNotFound, AccessDenied, HubUnavailable)
 MAX_ALIASES = 10_000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS aliases (
@@ -71,6 +74,19 @@ class AliasTable:
         return tuple(sorted(alias.name for alias in self.aliases.values() if alias.target.id == model))
 
 
+@contextmanager
+def told_as(name: str, target: str) -> Iterator[None]:
+    """Refuse what an alias stands for under the alias's name: it tells nobody without access what that is."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if name == target:
+            raise
+        renamed = copy.copy(error)
+        renamed.model = name
+        raise renamed from None
+
+
 class AliasStore:
     """The aliases on disk.
 
@@ -112,7 +128,8 @@ class AliasStore:
             if known.get(alias.name) == alias:
                 return self._table()
             if alias.name in known and not may_replace:
-                raise NameTaken(alias.name, f"it stands for {known[alias.name].target.id}")
+                # Not for which: an admin need not be able to read it.
+                raise NameTaken(alias.name, "it is an alias of another adapter")
             if alias.name not in known and len(known) >= MAX_ALIASES:
                 raise OutOfBounds("lora_name", f"one alias more than {MAX_ALIASES}", f"at most {MAX_ALIASES} in all")
             row = (alias.name, target.id, target.revision, target.filename, self._clock())

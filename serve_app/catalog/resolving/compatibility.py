@@ -18,17 +18,27 @@ def check_named(refs: Sequence[AdapterRef], config: AppConfig) -> None:
 
     Raises:
         OutOfBounds: more adapters than any base takes.
-        MalformedRequest: one is named twice.
     """
     most = max(base.limits.max_adapters for base in config.bases)
     if len(refs) > most:
         raise OutOfBounds("loras", f"{len(refs)} adapters", f"at most {most}")
-    named: set[tuple[str, str | None, str | None]] = set()
-    for ref in refs:
-        key = (ref.id.casefold(), ref.revision, ref.filename)
-        if key in named:
-            raise MalformedRequest(f"adapter {ref.id} is named twice; name it once, with the scale it should have")
-        named.add(key)
+
+
+def check_distinct(refs: Sequence[AdapterRef], findings: Sequence[AdapterInfo]) -> None:
+    """Refuse an adapter that is named twice, in whatever spellings: its scales would add up past their limit.
+
+    Raises:
+        MalformedRequest: two of the references mean the same bytes.
+    """
+    named: dict[str, str] = {}
+    for ref, finding in zip(refs, findings, strict=True):
+        other = named.get(finding.content)
+        named[finding.content] = ref.id
+        if other is not None:
+            again = "" if other == ref.id else f", as {other} and as {ref.id}"
+            raise MalformedRequest(
+                f"adapter {ref.id} is named twice{again}; name it once, with the scale it should have"
+            )
 
 
 def check_words(specs: Sequence[AdapterSpec]) -> None:

@@ -23,6 +23,8 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 MAX_ENTRIES = 10_000
+# Anybody can ask for names that do not exist.
+MAX_FAILURES = 1000
 GRACE_S = 0.5
 
 
@@ -86,15 +88,21 @@ class SingleFlightCache(Generic[K, V]):
             error.retry_after_s = max(1, math.ceil(found.expires_at - self._clock()))
         raise error
 
+    def knows(self, key: K) -> bool:
+        """Whether `get` would answer without a look-up of something new."""
+        failure = self._failures.get(key)
+        is_refused = failure is not None and self._clock() < failure.expires_at
+        return is_refused or key in self._values or key in self._tasks
+
     def values(self) -> Iterator[V]:
         """Yield every cached value, expired ones included."""
         return (entry.value for entry in list(self._values.values()))
 
     def _find(self, key: K) -> _Value[V] | _Failure | None:
-        entries = self._values if key in self._values else self._failures
-        if key in entries:
-            entries.move_to_end(key)
-        return entries.get(key)
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        return self._failures.get(key)
 
     async def _outcome(
         self, key: K, look_up: Callable[[], Awaitable[V]], old: _Value[V] | _Failure | None
@@ -131,11 +139,19 @@ class SingleFlightCache(Generic[K, V]):
             outcome = self._after_failure(key, error)
         self._values.pop(key, None)
         self._failures.pop(key, None)
-        entries = self._values if isinstance(outcome, _Value) else self._failures
-        entries[key] = outcome  # type: ignore[assignment]
-        while len(entries) > self._policy.max_entries:
-            entries.popitem(last=False)
+        if isinstance(outcome, _Value):
+            self._values[key] = outcome
+            while len(self._values) > self._policy.max_entries:
+                self._values.popitem(last=False)
+        else:
+            self._failures[key] = outcome
+            self._drop_failures()
         return outcome
+
+    def _drop_failures(self) -> None:
+        now, most = self._clock(), min(self._policy.max_entries, MAX_FAILURES)
+        while len(self._failures) > most or next(iter(self._failures.values())).expires_at < now:
+            self._failures.popitem(last=False)
 
     def _after_failure(self, key: K, error: LoraplexError) -> _Value[V] | _Failure:
         asked_s = error.retry_after_s if isinstance(error, HubRetryAfter) else 0.0

@@ -43,6 +43,7 @@ from serve_app.catalog.sources.token_context import current_hub_token
 from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.errors import HubUnavailable, ModelNotFound
+from serve_app.redaction import contains_secret
 from serve_app.refusals import MalformedFile
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,8 @@ class HubSource(AdapterSource):
 
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
         """Return the repository at its present commit, or at the last one seen if the Hub is unavailable."""
-        if not is_valid_id(model):
+        # What looks like a key or token was pasted there by mistake, and is nobody's to know.
+        if not is_valid_id(model) or contains_secret(f"{model} {revision}"):
             return None
         if revision is not None and not is_valid_revision(revision):
             raise ModelNotFound(model, "a revision is a branch, a tag or a commit")
@@ -133,8 +135,10 @@ class HubSource(AdapterSource):
                 raise
             head = cached
         listed = listing.file(filename)
+        file_bytes = listed.size_bytes if listed else None
         try:
-            return parse_header(head, file_bytes=listed.size_bytes if listed else None)
+            # Away from the loop: a header of many megabytes takes seconds.
+            return await run_blocking(lambda: parse_header(head, file_bytes=file_bytes))
         except MalformedHeader as error:
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
@@ -246,6 +250,9 @@ def _listing(model: str, info: ModelInfo) -> RepositoryListing:
         origin=HUB,
         location=info.id,
         revision=info.sha,
-        files=tuple(RepositoryFile(file.rfilename, file.size) for file in info.siblings or ()),
+        files=tuple(
+            RepositoryFile(file.rfilename, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+            for file in info.siblings or ()
+        ),
         card=card_from(card, tuple(info.tags or ())),
     )

@@ -130,6 +130,6 @@ def _listing_from(data: dict[str, Any]) -> RepositoryListing:
         origin=HUB,
         location=data["location"],
         revision=data["revision"],
-        files=tuple(RepositoryFile(file["name"], file["size_bytes"]) for file in data["files"]),
+        files=tuple(RepositoryFile(file["name"], file["size_bytes"], file.get("digest")) for file in data["files"]),
         card=Card(**cast("dict[str, Any]", card)),
     )

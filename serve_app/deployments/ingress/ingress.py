@@ -22,8 +22,9 @@ from starlette.types import ASGIApp
 
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
-from serve_app.api.http.limits import LocalRateLimiter, RateLimiter
+from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
+from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
 from serve_app.demo.embedded import embedded_root
@@ -213,7 +214,8 @@ class Readiness:
             return True
         async with self._lock:
             if time.monotonic() - self._checked_at > READINESS_TTL_S:
-                self._is_ready = await asyncio.to_thread(self._any_running)
+                # A thread of its own: health waits for nobody's work.
+                self._is_ready = await run_blocking(self._any_running)
                 self._checked_at = time.monotonic()
         return self._is_ready
 
@@ -242,12 +244,14 @@ class Ingress:
         repositories = build_sources(config, environment, embedded_root=embedded_root())
         app_name = serve.get_replica_context().app_name
         self._aliases = AliasMirror(AliasClient(keeper), on_change=self._metrics.aliases_known)
+        unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
         catalog = Catalog(
             config,
             repositories,
             clock=time.monotonic,
             resolve_alias=self._aliases.resolve_alias,
             on_access_check=self._metrics.access_checked,
+            counting_unknown=unknown_ids.counting,
         )
 
         def counts() -> dict[str, ReplicaCount]:

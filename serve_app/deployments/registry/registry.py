@@ -25,7 +25,7 @@ from serve_app.catalog.replica_report import (
     Removal,
     ReplicaReport,
 )
-from serve_app.catalog.resolving.aliases import Alias
+from serve_app.catalog.resolving.aliases import Alias, told_as
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, AdapterSpec, HubToken
 from serve_app.deployments.registry.alias_mirror import AliasMirror
@@ -78,7 +78,7 @@ class ServiceRegistry:
 
         async def resolved(alias: Alias) -> tuple[Alias, KnownAdapter] | None:
             with contextlib.suppress(LoraplexError):
-                return alias, await self._catalog.lookup_adapter(alias.target, token=token)
+                return alias, await self._catalog.lookup_adapter(alias.target, token=token, is_listing=True)
             return None
 
         aliases = sorted(self._aliases.table.aliases.values(), key=lambda alias: alias.name)
@@ -102,7 +102,7 @@ class ServiceRegistry:
         Raises:
             LoraplexError: whatever resolving the name raises.
         """
-        adapter = await self._catalog.lookup_adapter(self._aliases.resolve_alias(AdapterRef(name)), token=token)
+        adapter = await self._looked_up(name, token)
         is_alias = name in self._aliases.table.aliases
         row = LoraReport(
             name,
@@ -160,8 +160,13 @@ class ServiceRegistry:
         Raises:
             LoraplexError: whatever resolving or fetching it raises.
         """
-        adapter = await self._catalog.lookup_adapter(self._aliases.resolve_alias(AdapterRef(name)), token=token)
+        adapter = await self._looked_up(name, token)
         return await self._preload(adapter.spec, replicas, token)
+
+    async def _looked_up(self, name: str, token: HubToken | None) -> KnownAdapter:
+        target = self._aliases.resolve_alias(AdapterRef(name))
+        with told_as(name, target.id):
+            return await self._catalog.lookup_adapter(target, token=token)
 
     async def _preload(self, spec: AdapterSpec, count: int, token: HubToken | None) -> Preloaded:
         reports = await self._replicas.reports(is_fresh=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import SecretStr
@@ -129,11 +130,9 @@ class World:
         environment = Environment(hub_token=token, cache_dir=self.folder / "cache")
         return build_sources(config or self.config(), environment, embedded_root=self.folder / "demo-root")
 
-    def catalog(
-        self, config: AppConfig | None = None, *, resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref
-    ) -> Catalog:
+    def catalog(self, config: AppConfig | None = None, **more: Any) -> Catalog:
         config = config or self.config()
-        return Catalog(config, self.places(config), clock=self.clock, resolve_alias=resolve_alias)
+        return Catalog(config, self.places(config), clock=self.clock, **more)
 
     def put(self, model: str, files: Mapping[str, bytes]) -> Path:
         """Make a repository in the adapters' folder."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import threading
 from collections import Counter
@@ -293,6 +294,30 @@ async def test_an_adapter_named_twice_is_a_bad_request(world: World):
             await catalog.resolve(model, refs)
 
 
+async def test_no_spelling_of_an_adapter_lets_it_be_named_twice(world: World):
+    commit = world.hub.push("me/a", adapter_files("demo/sd"))
+    world.hub.push("me/copy", adapter_files("demo/sd"))
+    catalog = world.catalog(resolve_alias=lambda asked: ref("me/a", scale=asked.scale) if asked.id == "mine" else asked)
+    spellings = [
+        ref("me/a", scale=10.0), ref("me/a", revision="main"), ref("me/a", revision=commit), ref("mine"),
+        ref("me/a", filename=WEIGHTS), ref("me/a", revision="main", filename=WEIGHTS), ref("me/copy"),
+    ]  # fmt: skip
+    for first in spellings:
+        for second in spellings:
+            with pytest.raises(MalformedRequest, match="is named twice"):
+                await catalog.resolve("demo/sd", (first, second))
+
+
+@pytest.mark.parametrize("secret", ["hf_" + "a" * 30, "lpx_" + "b" * 40, "sk-proj-" + "c" * 40])
+async def test_what_looks_like_a_key_or_token_is_never_asked_of_the_hub(world: World, secret: str):
+    catalog = world.catalog()
+    for asked in (ref(secret), ref(f"me/{secret}"), ref("me/a", revision=secret)):
+        with pytest.raises(ModelNotFound) as refusal:
+            await catalog.resolve(None, (asked,))
+        assert secret not in str(refusal.value)
+    assert world.hub.count() == 0
+
+
 async def test_adapters_of_different_bases_cannot_be_combined(world: World):
     world.put("me/a", adapter_files("demo/sd"))
     world.put("me/b", adapter_files("big", SDXL_LORA))
@@ -374,3 +399,26 @@ async def test_a_known_adapter_resolves_at_once_in_a_few_turns_of_the_loop(
     assert resolving.done()
     assert resolving.result() == before
     assert calls["call"] < MAX_CALLS
+
+
+async def test_only_names_that_nothing_is_known_of_are_counted(world: World):
+    world.put("me/a", adapter_files("demo/sd"))
+    counted: list[str] = []
+
+    @contextlib.contextmanager
+    def counting():
+        try:
+            yield
+        except ModelNotFound as error:
+            counted.append(error.model)
+            raise
+
+    catalog = world.catalog(counting_unknown=counting)
+    for name in ("me/a", "me/nobody", "me/nobody", "../x", "demo/sd", "me/else"):
+        with contextlib.suppress(ModelNotFound):
+            await catalog.resolve(name, ())
+    assert counted == ["me/nobody", "me/else"]
+    await catalog.visible(["me/gone"], None)
+    with pytest.raises(ModelNotFound):
+        await catalog.lookup_adapter(ref("me/listed"), is_listing=True)
+    assert counted == ["me/nobody", "me/else"]

@@ -27,6 +27,18 @@ async def test_a_mistyped_base_is_answered_with_the_nearest(world: World):
         await world.catalog().resolve("demo/sdd", ())
 
 
+async def test_a_mistyped_adapter_is_answered_with_the_nearest_adapter(world: World):
+    world.put("demo/sd-sepia", adapter_files("demo/sd"))
+    with pytest.raises(ModelNotFound, match="did you mean 'demo/sd-sepia'"):
+        await world.catalog().resolve("demo/sd-sepai", ())
+
+
+@pytest.mark.parametrize("name", ["gpt-image-1", "dall-e-3"])
+async def test_a_model_that_clients_ask_for_by_themselves_is_answered_with_what_to_configure(world: World, name: str):
+    with pytest.raises(ModelNotFound, match=rf"aliases: \[{name}\]"):
+        await world.catalog().resolve(name, ())
+
+
 async def test_a_gated_adapter_is_denied_and_a_missing_revision_not_found(world: World):
     world.hub.push("me/sketch", adapter_files("demo/sd"))
     catalog = world.catalog()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.api.http.images import encode_image
+from serve_app.api.pictures.images import encode_image
 from serve_app.cli.service import Pictures, ServiceClient, Step
 from serve_app.cli.terminal import CommandFailed
 from serve_app.core import UnresolvedRequest

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
-from serve_app.api.http.auth import Access
+from serve_app.api.http.auth import Access, DrawingRoute, OpenRoute, need_of
 from serve_app.config import ApiKey, IngressSettings, KeyLimits, digest_of
 from serve_app.core import HubToken
-from tests.access_matrix import KEYED, MATRIX, OPEN, request_of, routes
+from tests.access_matrix import CHANGING, KEYED, MATRIX, OPEN, request_of, routes, spellings
 from tests.unit.api.fakes import FakeGateway
 
 USER, ADMIN, WRONG = "lpx_user-key", "lpx_admin-key", "lpx_wrong-key"
@@ -112,16 +113,45 @@ def test_unknown_paths_and_methods_need_a_key_too(guarded: Guarded) -> None:
         assert guarded.ask(method, path, ADMIN).status_code in (404, 405)
 
 
+def asked_as(guarded: Guarded, method: str, path: str, spelling: str, key: str | None) -> Any:
+    url, more = request_of(method, path, adapter="demo/sketch", model="demo/sdxl", image=b"no picture")
+    guarded.gateway.reset()
+    # An address, as a client would put a leading `//` elsewhere.
+    return guarded.ask(method, f"http://testserver{spelling}", key, **more)
+
+
+@pytest.mark.parametrize(("method", "path"), [route for route, rule in MATRIX.items() if rule.needs == CHANGING])
+def test_no_spelling_of_a_path_gets_a_user_past_the_admins(guarded: Guarded, method: str, path: str) -> None:
+    url, _ = request_of(method, path, adapter="demo/sketch", model="demo/sdxl", image=b"")
+    for spelling in spellings(url):
+        for key in (USER, None):
+            status = asked_as(guarded, method, path, spelling, key).status_code
+            assert status >= 400, spelling
+            assert guarded.gateway.registry.tokens == [], spelling
+
+
+@pytest.mark.parametrize(("method", "path"), [route for route, rule in MATRIX.items() if rule.needs == KEYED])
+def test_no_spelling_of_a_path_gets_anybody_in_without_a_key(guarded: Guarded, method: str, path: str) -> None:
+    url, _ = request_of(method, path, adapter="demo/sketch", model="demo/sdxl", image=b"")
+    for spelling in spellings(url):
+        status = asked_as(guarded, method, path, spelling, None).status_code
+        assert status >= 400, spelling
+        assert (guarded.gateway.drafts, guarded.gateway.registry.tokens) == ([], []), spelling
+
+
+@pytest.mark.parametrize("path", ["/v1/loras%0A", "/models/a%00b", "/models/a%1Bb", "/health%7F", "/v1/models/a%C2%85"])
+def test_a_path_with_a_control_character_is_malformed(guarded: Guarded, path: str) -> None:
+    reply = guarded.ask("POST", path, ADMIN, json=ADAPTER)
+    assert reply.status_code == 400
+    assert "control character" in reply.text
+
+
 @pytest.mark.parametrize(
-    "path", ["//v1/loras", "/v1//loras", "/v1/loras/", "/V1/loras", "/v1/%6Coras", "/static/../v1/loras", "/./v1/loras"]
+    "needs", [(OpenRoute, "nothing", "admin"), (DrawingRoute, "key", "key"), (APIRoute, "key", "admin")]
 )
-def test_no_spelling_of_a_path_gets_a_user_past_the_admins(guarded: Guarded, path: str) -> None:
-    url = f"http://testserver{path}"
-    for method in ("POST", "DELETE"):
-        assert guarded.ask(method, url, USER, json=ADAPTER).status_code >= 400
-        assert guarded.ask(method, url, None, json=ADAPTER).status_code == 401
-    assert guarded.gateway.registry.added == []
-    assert guarded.gateway.registry.tokens == []
+def test_a_route_that_neither_reads_nor_draws_asks_for_an_admin_key(needs: tuple[type[APIRoute], str, str]) -> None:
+    route = needs[0]("/new", lambda: None, methods=["GET", "POST"])
+    assert (need_of(route, "GET"), need_of(route, "POST")) == needs[1:]
 
 
 @pytest.mark.parametrize(

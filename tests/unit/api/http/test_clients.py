@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.inference._generated.types import ImageToImageTargetSize
 from PIL import Image
 
-from serve_app.api.http.images import encode_image
+from serve_app.api.pictures.images import encode_image
 from serve_app.core import AdapterRef, UnresolvedRequest
 from serve_app.errors import ModelNotFound
 from tests.service import connect, posted
@@ -100,7 +100,7 @@ def test_a_caller_who_hangs_up_while_waiting_cancels_the_generation(url: str, ga
 
 def test_a_caller_who_hangs_up_amid_the_body_starts_nothing(url: str, gateway: FakeGateway) -> None:
     with connect(url) as caller:
-        caller.sendall(b'POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{"inputs": "ele')
+        caller.sendall(b'POST / HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 1000\r\n\r\n{"inputs": "ele')
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     connection.request("GET", "/")
     assert connection.getresponse().read() == b'{"ok":"ok"}'
@@ -122,7 +122,9 @@ def test_status_is_answered_while_a_generation_runs(url: str, gateway: FakeGatew
 
 def test_a_body_that_is_too_long_by_its_header_is_refused_before_it_is_sent(url: str) -> None:
     with connect(url) as caller:
-        caller.sendall(b"POST / HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 999999999999\r\n\r\n")
+        caller.sendall(
+            b"POST / HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: 999999999999\r\n\r\n"
+        )
         reply = caller.makefile("rb").read()
     head, _, content = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 413 ")

@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.api.http.limits import KeyQuota
+from serve_app.api.http.caller import accounts_of, asked_by
+from serve_app.api.http.limits import KeyQuota, UnknownIdLimit
 from serve_app.config import KeyLimits
-from serve_app.errors import KeyLimitReached, OutOfBounds
+from serve_app.errors import (
+    AccessDenied,
+    HubUnavailable,
+    KeyLimitReached,
+    LoraplexError,
+    ModelNotFound,
+    OutOfBounds,
+    UnknownIdLimitReached,
+)
+from serve_app.refusals import RankTooHigh
 
 
 class Clock:
@@ -112,3 +124,43 @@ def test_no_more_than_burst_and_rate_allow_are_ever_let_in(rate: float, burst: i
         clock.now += gap
         let_in += waits(allowed) == 0
     assert let_in <= burst + rate * sum(gaps) + 1e-6
+
+
+@pytest.mark.parametrize("accounts", [("key a", "address 1"), ("key a", "address 2"), ("key b", "address 1")])
+def test_unknown_ids_are_counted_by_key_and_by_address(accounts: tuple[str, ...]) -> None:
+    now = [0.0]
+    limit = UnknownIdLimit(3, clock=lambda: now[0])
+
+    def look_up(error: Exception | None) -> None:
+        with limit.counting():
+            if error is not None:
+                raise error
+
+    asked_by.set(("key a", "address 1"))
+    for error in (
+        None,
+        RankTooHigh("a/b", "it exists"),
+        ModelNotFound("x"),
+        HubUnavailable("x", "y"),
+        AccessDenied("x"),
+    ):
+        with contextlib.suppress(LoraplexError):
+            look_up(error)
+    asked_by.set(accounts)
+    with pytest.raises(UnknownIdLimitReached) as caught:
+        look_up(None)
+    assert caught.value.retry_after_s == 20
+    asked_by.set(("key c", "address 3"))
+    look_up(None)
+    asked_by.set(accounts)
+    now[0] += 20
+    look_up(None)
+
+
+def test_addresses_of_one_network_are_one_account() -> None:
+    def accounts(host: str, key: str | None = None) -> tuple[str, ...]:
+        return accounts_of({"client": (host, 5)}, key)
+
+    assert accounts("2001:db8:1:2::7") == accounts("2001:db8:1:2:9:9:9:9") != accounts("2001:db8:1:3::7")
+    assert accounts("10.0.0.1", "alice") == ("key alice", "address 10.0.0.1")
+    assert accounts_of({}, None) == ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 from typing import Any
 
@@ -13,8 +14,9 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
-from serve_app.api.http.images import encode_image
+from serve_app.api.pictures.images import encode_image
 from serve_app.config import IngressSettings
+from serve_app.core import PixelImage
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PNG = encode_image(gradient(16, 16), "png")
@@ -227,3 +229,47 @@ def test_any_json_is_an_image_or_a_refusal(body: Any) -> None:
 @given(body=st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "replace")))
 def test_any_bytes_are_a_refusal(body: bytes) -> None:
     assert_refused(FUZZ_CLIENT.post("/", content=body), FUZZ_GATEWAY, ".")
+
+
+# What JSON may weigh
+
+NOISY = base64.b64encode(os.urandom(3_000_000)).decode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": "a" * 2_000_000},
+        {"inputs": "a", "options": {"a": "b" * 1_100_000}},
+        {"inputs": "a", "parameters": {"negative_prompt": NOISY}},
+        {"image": NOISY, "inputs": "a", "options": {str(index): "c" * 1000 for index in range(1100)}},
+        {"inputs": "a", **{f"{index:x}": 1 for index in range(5000)}},
+        {"inputs": "a", "options": {"a": [[]] * 5000}},
+        {"inputs": "a", "parameters": {"loras": [1] * 100_000}},
+    ],
+    ids=["prompt", "option", "picture elsewhere", "much beside a picture", "fields", "lists", "adapters"],
+)
+def test_json_beside_a_picture_has_a_limit_of_its_own(client: TestClient, gateway: FakeGateway, body: Any) -> None:
+    response = client.post("/", content=json.dumps(body))
+    assert response.json()["code"] in ("too_large", "malformed_request"), response.text
+    assert response.status_code in (400, 413)
+    assert gateway.drafts == []
+
+
+@pytest.mark.parametrize("name", ["image", "inputs"])
+def test_a_picture_in_base64_may_weigh_more_than_json(client: TestClient, gateway: FakeGateway, name: str) -> None:
+    large = encode_image(PixelImage(1200, 800, os.urandom(1200 * 800 * 3)), "png")
+    encoded = base64.b64encode(large).decode()
+    bodies = [{name: encoded, "parameters": {"prompt": "a"}}, {name: f"data:image/png;base64,{encoded}"}]
+    for body in bodies:
+        response = client.post("/", content=json.dumps(body).replace("/", "\\/"))
+        assert response.status_code == 200, response.text
+        image = gateway.drafts.pop().image
+        assert image is not None
+        assert (image.width, image.height) == (1200, 800)
+
+
+def test_json_of_the_other_shape_has_the_limit_without_an_exception(client: TestClient, gateway: FakeGateway) -> None:
+    for body in ({"prompt": "a" * 1_100_000}, {"prompt": "a", "loras": "[" + "1," * 50_000 + "1]"}):
+        assert client.post("/v1/images/generations", json=body).status_code in (400, 413)
+    assert gateway.drafts == []

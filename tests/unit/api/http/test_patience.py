@@ -88,7 +88,9 @@ def test_a_body_that_does_not_arrive_is_waited_for_no_longer_than_allowed(
 ) -> None:
     nervous_gateway.reset()
     with connect(hasty_url) as caller:
-        caller.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n".encode() + b'{"inputs": "ele')
+        caller.sendall(
+            f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: 1000\r\n\r\n".encode() + b'{"inputs": "ele'
+        )
         reply = caller.makefile("rb").read()  # to the end: the server closes the connection
     head, _, content = reply.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")

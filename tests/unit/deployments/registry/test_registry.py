@@ -218,8 +218,14 @@ async def test_an_alias_of_a_private_adapter_shows_to_those_who_may_read_it(scen
     assert "mine" in [row.id for row in await registry.loras(token=ALICE)]
     for token in (HubToken("hf_bob"), None):
         assert "acme/private" not in str(await registry.loras(token=token))
-        with pytest.raises(ModelNotFound):
-            await scene.catalog.resolve("mine", (), token=token)
+        for asked in (
+            scene.catalog.resolve("mine", (), token=token),
+            registry.lora("mine", token=token),
+            registry.preload("mine", 1, token=token),
+        ):
+            with pytest.raises(ModelNotFound, match="model mine") as caught:
+                await asked
+            assert "acme/private" not in str(caught.value)
 
 
 async def test_replicas_show_a_private_adapter_to_its_readers_alone(scene: Scene) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve_app.api.http.images import decode_base64, decode_image, encode_image, is_base64_image, is_image
+from serve_app.api.pictures.images import decode_base64, decode_image, encode_image, is_base64_image, is_image
 from serve_app.core import PixelImage
 from serve_app.errors import MalformedRequest, TooLarge
 from tests.unit.api.fakes import gradient
