@@ -5,7 +5,7 @@ Owns which method the parts belong to, and what LoRA's and DoRA's mean. Results 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ class LayerParts(Mapping[str, Tensor]):
     def __contains__(self, part: object) -> bool:
         return part in self._parts
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ def build_delta(tensors: Mapping[str, Tensor], scaling: Scaling | None, place: T
         UnsupportedMethod: the parts belong to no method that is served, or to several.
     """
     parts = LayerParts(tensors)
-    _check_floats(parts, place)
+    _check_floats(tensors, place)
     direction = _direction(parts, scaling, place)
     magnitude, is_per_input = _magnitude(parts, place)
     if isinstance(direction, LowRank):
@@ -95,8 +95,8 @@ def _direction(parts: LayerParts, scaling: Scaling | None, place: TargetLayer) -
     raise place.malformed("lacks its factors")
 
 
-def _check_floats(parts: LayerParts, place: TargetLayer) -> None:
-    for part, tensor in parts._parts.items():
+def _check_floats(tensors: Mapping[str, Tensor], place: TargetLayer) -> None:
+    for part, tensor in tensors.items():
         if part != "alpha" and not tensor.is_floating_point():
             raise place.malformed(
                 f"has a '{part}' of type {str(tensor.dtype).removeprefix('torch.')}, which is no float"
