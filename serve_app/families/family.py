@@ -32,6 +32,7 @@ class Family:
     `sends_levels` are the arguments ("sigmas", "timesteps") by which the pipeline
     always tells the scheduler its steps, which not every scheduler takes.
     `area_parameter` names what must say how many pixels are drawn, where the pipeline otherwise draws its own number.
+    `two_step_arguments` hold for exactly two steps and are None otherwise.
     `reads_guidance` is False where guidance changes nothing.
     """
 
@@ -50,6 +51,7 @@ class Family:
     min_steps: int = 1
     area_parameter: Literal["max_area", "default_sample_size"] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
+    two_step_arguments: tuple[str, ...] = ()
     needs_torchvision: bool = False
     is_known: bool = True
 
@@ -64,6 +66,11 @@ class Family:
     def serves(self, task: Task) -> bool:
         """Say whether the family has a pipeline for a task; True where only diffusers knows."""
         return self.tasks is None or task in self.tasks
+
+    @property
+    def only_redraws(self) -> bool:
+        """Whether every image begins as a noisy picture."""
+        return self.tasks is not None and not {"text", "edit"} & set(self.tasks)
 
     @property
     def previews(self) -> bool:

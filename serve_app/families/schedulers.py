@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-PredictionKind = Literal["noise", "flow"]
-"""What a denoiser predicts: noise (epsilon, v or the sample), or the direction of a flow."""
+PredictionKind = Literal["noise", "flow", "own"]
+"""What a denoiser predicts: noise (epsilon, v, the sample), the direction of a flow, or what only one class reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +92,12 @@ SCHEDULERS: Mapping[PredictionKind, Mapping[str, SchedulerChoice]] = {
         _FLOW_VARIANTS,
         dict.fromkeys((_UNIPC, _DPM, "DEISMultistepScheduler"), _FLOW_SIGMAS),
     ),
+    "own": {},
 }
-_TYPED: Mapping[PredictionKind, Mapping[str, str]] = {"noise": _NOISE_CLASSES, "flow": _FLOW_CLASSES}
+_TYPED: Mapping[PredictionKind, Mapping[str, str]] = {"noise": _NOISE_CLASSES, "flow": _FLOW_CLASSES, "own": {}}
+
+# Schedulers of distilled bases that no other can stand for.
+_ONLY_THEMSELVES = ("SCMScheduler",)
 
 # Options that a request may set: they choose at which noise levels the steps are, and change nothing else.
 REQUEST_OPTIONS: Mapping[str, type] = {
@@ -130,6 +134,8 @@ def is_known_name(name: str) -> bool:
 
 def kind_of(class_name: str, config: Mapping[str, Any]) -> PredictionKind:
     """Return what the denoiser behind a base's own scheduler predicts."""
+    if class_name in _ONLY_THEMSELVES:
+        return "own"
     is_flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     return "flow" if is_flow or class_name.startswith("FlowMatch") else "noise"
 

@@ -130,6 +130,7 @@ FAMILIES: Mapping[str, Family] = {
         tokens=300,
         latents="none",
         fixed={"use_resolution_binning": False},
+        two_step_arguments=("intermediate_timesteps",),
         guided_above=NEVER,
         tasks=_tasks("SanaSprint", inpaint=False),
     ),

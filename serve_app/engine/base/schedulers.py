@@ -76,11 +76,18 @@ class NoiseSchedulers:
         return tuple(name for name in sorted(self._known) if isinstance(self._try(name), _Offer))
 
     def check(
-        self, name: str | None, steps: int, options: SchedulerOptions = (), levels: frozenset[str] = frozenset()
+        self,
+        name: str | None,
+        steps: int,
+        options: SchedulerOptions = (),
+        levels: frozenset[str] = frozenset(),
+        *,
+        redraws: bool = False,
     ) -> None:
         """Refuse what this base cannot run; None means its default.
 
-        `levels` says how the caller chooses the steps: "sigmas", "timesteps" or neither.
+        `redraws` says that the image begins as a noisy picture, `levels` how the caller chooses the steps: by "sigmas",
+        "timesteps" or neither.
 
         Raises:
             UnknownScheduler: says which schedulers it does offer.
@@ -91,6 +98,8 @@ class NoiseSchedulers:
         tried = self._try(name) if name in self._known else None
         if not isinstance(tried, _Offer):
             raise UnknownScheduler(name, self._base_id, ", ".join(self.supported_names()))
+        if redraws and not self._can_redraw(tried.template):
+            raise MalformedRequest(f"scheduler '{name}' cannot begin with a picture; {self._own_name} can")
         for level in sorted(levels - _step_parameters(tried.template)):
             raise MalformedRequest(f"scheduler '{name}' takes no '{level}' of the caller's")
         for option, _ in options:
@@ -100,6 +109,10 @@ class NoiseSchedulers:
             raise MalformedRequest(f"scheduler '{name}' {changed.reason} and these options")
         if steps < tried.min_steps:
             raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
+
+    def _can_redraw(self, template: Any) -> bool:
+        """Say whether a scheduler can add noise to a picture as the pipelines of its kind ask for it."""
+        return self._kind != "flow" or hasattr(template, "scale_noise")
 
     def fresh(self, name: str | None, options: SchedulerOptions = ()) -> Any:
         """Return an unused scheduler of a name that `check` passes."""
@@ -142,6 +155,8 @@ class NoiseSchedulers:
             return _Unfit(f"cannot be made from this base's configuration ({type(error).__name__})")
         if not set(self._family.sends_levels) <= _step_parameters(template):
             return _Unfit("cannot take the noise levels that this base's pipeline sets")
+        if self._family.only_redraws and not self._can_redraw(template):
+            return _Unfit("cannot begin with a picture, as all that this base draws does")
         fewest = _fewest_steps(template)
         return _Offer(template, fewest) if fewest else _Unfit("cannot run with this base's configuration")
 

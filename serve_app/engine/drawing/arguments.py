@@ -74,6 +74,7 @@ def arguments_of(
         "num_images_per_prompt": len(rows) // len(texts),
         **dict.fromkeys(family.guidance, head.guidance_scale),
         **family.fixed,
+        **(dict.fromkeys(family.two_step_arguments) if head.steps != 2 else {}),
         **_size(head, family),
         **head.options.given(),
     }

@@ -172,7 +172,8 @@ class BasePipeline:
         """
         pipeline = self._variants.of(request)
         levels = frozenset(request.options.given()) & {"sigmas", "timesteps"}
-        self._schedulers.check(request.scheduler, request.steps, request.scheduler_options, levels)
+        redraws = self._variants.task_of(request) in ("image", "inpaint")
+        self._schedulers.check(request.scheduler, request.steps, request.scheduler_options, levels, redraws=redraws)
         if not 0 <= request.seed <= MAX_SEED:
             raise OutOfBounds("seed", request.seed, f"from 0 to {MAX_SEED}")
         check_parameters(request, pipeline, self.family)

@@ -103,3 +103,13 @@ def test_every_scheduler_on_offer_draws(pipeline: BasePipeline) -> None:
         wanted = asked(task, scheduler=name, steps=4)
         image, _ = drawn(pipeline, wanted)
         assert image.width == wanted.width, name
+
+
+def test_a_scheduler_that_cannot_begin_with_a_picture_is_refused_for_one(pipeline: BasePipeline) -> None:
+    for task in set(pipeline.tasks) & {"image", "inpaint"}:
+        for name in {"UniPCMultistepScheduler", "FlowMatchLCMScheduler"} & set(pipeline.schedulers()):
+            try:
+                pipeline.check(asked(task, scheduler=name, steps=4))
+            except BadRequest:
+                continue
+            assert drawn(pipeline, asked(task, scheduler=name, steps=4))[0].width == 64
