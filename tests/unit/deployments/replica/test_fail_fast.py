@@ -47,7 +47,7 @@ def test_a_hung_device_ends_the_process_once_its_jobs_were_given_up() -> None:
         assert case.leaving.check_failed()
         found = case.leaving.check_and_exit()  # and again: what is found first is what is told
         assert found is not None
-        assert "no headway for 11 s" in found.reason
+        assert "no progress for 11 s" in found.message
         assert case.worker.abandoned == ["stalled"]
         assert not case.ended.is_set()
         await asyncio.wait_for(case.ended.wait(), 60.0)
@@ -59,7 +59,7 @@ def test_whoever_comes_meanwhile_waits_for_the_end_that_sends_it_elsewhere() -> 
     async def run() -> None:
         case = Case()
         case.worker.state = replace(WELL, is_lost=True)
-        assert case.leaving.check_failed()
+        assert case.leaving.check_and_exit() is not None
         comes = asyncio.create_task(case.leaving.block_if_exiting())
         await asyncio.wait_for(case.ended.wait(), 60.0)
         assert not comes.done()

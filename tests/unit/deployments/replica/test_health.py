@@ -31,14 +31,14 @@ def test_a_busy_worker_is_well() -> None:
         (replace(WELL, is_corrupt=True, is_alive=False), "damaged in memory", False, False),
         (replace(WELL, is_lost=True, is_alive=False), "device of demo/sd15 is beyond repair", True, False),
         (replace(WELL, is_alive=False), "device thread of demo/sd15 died", True, False),
-        (replace(WELL, stalled_s=STALL_AFTER_S + 1), "no headway for 301 s", True, False),
+        (replace(WELL, stalled_s=STALL_AFTER_S + 1), "no progress for 301 s", True, False),
         (replace(WELL, failed_batches=MAX_FAILED_BATCHES), "3 batches in a row", False, True),
     ],
 )
 def test_what_cannot_go_on_is_named(state: WorkerState, reason: str, is_fatal: bool, can_serve: bool) -> None:
     found = diagnose(state, "demo/sd15")
     assert found is not None
-    assert reason in found.reason
+    assert reason in found.message
     assert (found.is_fatal, found.can_serve) == (is_fatal, can_serve)
 
 
