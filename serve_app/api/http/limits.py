@@ -7,7 +7,7 @@ several ingress replicas. Must not know HTTP or which keys there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -184,7 +184,7 @@ class UnknownIdLimit:
         self._buckets: dict[str, TokenBucket] = {}
 
     @contextmanager
-    def counting(self) -> Iterator[None]:
+    def counting(self) -> Generator[None]:
         """Look one id up on behalf of the caller of the request that runs.
 
         Raises:

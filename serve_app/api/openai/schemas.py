@@ -39,7 +39,7 @@ def _entries(value: Any) -> Any:
         if not text.startswith(("[", "{")):
             return [text] if text else []
         if len(text) > MAX_ADAPTERS_TEXT:
-            raise PydanticCustomError("unfit", f"is text of over {MAX_ADAPTERS_TEXT} characters")
+            raise PydanticCustomError("unfit", "is text of over {limit} characters", {"limit": MAX_ADAPTERS_TEXT})
         try:
             value = from_json(text, allow_inf_nan=False)
         except ValueError as error:

@@ -11,7 +11,7 @@ import logging
 import sqlite3
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ class AliasTable:
 
 
 @contextmanager
-def told_as(name: str, target: str) -> Iterator[None]:
+def told_as(name: str, target: str) -> Generator[None]:
     """Refuse what an alias stands for under the alias's name: it tells nobody without access what that is."""
     try:
         yield
