@@ -73,7 +73,7 @@ def _demo(base_id: str, options: PipelineOptions, device: torch.device) -> tuple
         vae_tiling="never",
     )
     source = resolve_source(config.source, embedded_root())
-    pipeline: Any = load_base(config, source, None, device=device, hub=HubAccess()).pipeline
+    pipeline: Any = load_base(config, source, {}, device=device, hub=HubAccess()).pipeline
     pipeline.vae.use_slicing = False
     return config, pipeline
 

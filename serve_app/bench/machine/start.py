@@ -131,7 +131,7 @@ class _StartRun:
     def _load_base(self) -> None:
         source = ModelSource(folder=self._folder)
         config = BaseModelConfig(id="benchmark", source=source, dtype=self._options.dtype.value)
-        load_base(config, ResolvedSource(folder=self._folder), None, device=CPU, hub=HubAccess())
+        load_base(config, ResolvedSource(folder=self._folder), {}, device=CPU, hub=HubAccess())
 
     def _construct(self) -> None:
         """Build the module as its class does by itself: every weight is initialised, to be overwritten by a load."""
