@@ -58,7 +58,9 @@ def test_a_cpu_has_no_memory_of_its_own_to_run_short_of() -> None:
 
 def test_only_layers_that_adapters_may_change_are_counted() -> None:
     module = nn.Sequential(nn.Linear(4, 2), nn.LayerNorm(2), nn.Conv2d(2, 3, 1, bias=False), nn.Embedding(5, 5))
-    assert bytes_of_layers({"unet": module, "text_encoder": nn.Linear(3, 3, bias=False)}) == 4 * (8 + 2 + 6 + 9)
+    assert bytes_of_layers({"unet": module, "text_encoder": nn.Sequential(nn.Linear(3, 3, bias=False))}) == 4 * (
+        8 + 2 + 4 + 6 + 9
+    )
 
 
 GIB, GB = 2**30, 10**9
