@@ -137,12 +137,9 @@ class PipelineOptions:
 
     def given(self) -> dict[str, object]:
         """Return what was asked, by name."""
-        values = {name: getattr(self, name) for name in self.__slots__}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if value is not None
-        }
+        values: dict[str, object] = {name: getattr(self, name) for name in self.__slots__}
+        levels = {name: list(value) for name in ("sigmas", "timesteps") if (value := getattr(self, name)) is not None}
+        return {name: value for name, value in values.items() if value is not None} | levels
 
 
 NO_OPTIONS = PipelineOptions()

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 def nearest(name: str, known: list[str]) -> str:
     """Return "; did you mean 'x'?" for the closest known name, or an empty string."""
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    words = set(name.split("_"))
+    match = [one for one in known if words < set(one.split("_"))] or difflib.get_close_matches(name, known, cutoff=0.6)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 

@@ -45,7 +45,11 @@ FAMILIES: Mapping[str, Family] = {
         "InstructPix2Pix", tasks={"edit": "StableDiffusionInstructPix2PixPipeline"}, guided_runs=3
     ),
     "LatentConsistencyModelPipeline": Family(
-        "LCM", tasks=_tasks("LatentConsistencyModel", inpaint=False), guided_above=NEVER
+        "LCM",
+        tasks=_tasks("LatentConsistencyModel", inpaint=False),
+        guided_above=NEVER,
+        sends_levels=("original_inference_steps",),
+        unfit_schedulers=("TCDScheduler",),
     ),
     "StableDiffusionXLPipeline": Family("SDXL", tasks=_tasks("StableDiffusionXL")),
     "StableDiffusionXLInpaintPipeline": Family(
@@ -104,13 +108,20 @@ FAMILIES: Mapping[str, Family] = {
         tasks={"edit": "QwenImageEditPlusPipeline"},
     ),
     "ZImagePipeline": Family(
-        "Z-Image", side_multiple=16, tokens=512, guided_above=0.0, sends_levels=("sigmas",), tasks=_tasks("ZImage")
+        "Z-Image",
+        side_multiple=16,
+        tokens=512,
+        guided_above=0.0,
+        sends_levels=("sigmas",),
+        unfit_schedulers=("UniPCMultistepScheduler",),
+        tasks=_tasks("ZImage"),
     ),
     "HiDreamImagePipeline": Family(
         "HiDream",
         side_multiple=16,
         tokens=128,
         area_parameter="default_sample_size",
+        unfit_schedulers=("DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
         tasks={"text": "HiDreamImagePipeline"},
     ),
     "Lumina2Pipeline": Family(

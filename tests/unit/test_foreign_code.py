@@ -61,4 +61,6 @@ def test_no_base_may_bring_code_of_its_own() -> None:
 def test_only_the_way_to_the_hub_can_fetch_from_an_address() -> None:
     for name, tree in SOURCES.items():
         if not name.startswith(FETCHES):
-            assert [module for module in imported(tree) if is_one_of(module, CLIENTS)] == [], name
+            clients = [module for module in imported(tree) if is_one_of(module, CLIENTS)]
+            # Errors of the Hub's client may be told apart anywhere.
+            assert [module for module in clients if not module.startswith("huggingface_hub.errors")] == [], name

@@ -192,7 +192,8 @@ def describe(header: SafetensorsHeader) -> HeaderFacts:
     blocks = {hidden_width(stem, width) for stem, width in widths.items()} - {None}
     blocks |= {width for stem, width in in_unet.items() if _SELF_ATTENTION.search(stem)}
     hidden = frozenset(width for width in blocks if width is not None)
-    stated, families = stated_family(header.metadata), families_of(widths) if not in_unet else frozenset()
+    stated = stated_family(header.metadata)
+    families = frozenset[str]() if in_unet else families_of(widths)
     return HeaderFacts(
         has_pairs=bool(reading) and any(OUTPUT_PARTS & parts.keys() for parts in layers.values()),
         methods=_methods(layers),

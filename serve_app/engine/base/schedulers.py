@@ -18,7 +18,7 @@ import torch
 from serve_app.config import BaseModelConfig
 from serve_app.errors import BaseUnusable, MalformedRequest, OutOfBounds, UnknownScheduler
 from serve_app.families.family import Family
-from serve_app.families.schedulers import SCHEDULERS, SchedulerChoice, kind_of, listed_name, with_shift
+from serve_app.families.schedulers import SCHEDULERS, PredictionKind, SchedulerChoice, kind_of, listed_name, with_shift
 
 _TRIED_STEPS = range(1, 11)
 _SHIFTED_BY_SIZE = {"mu": 1.0}
@@ -59,7 +59,7 @@ class NoiseSchedulers:
         """
         self._base_id = config.id
         self._family = family
-        self._kind = kind_of(type(own).__name__, own.config)
+        self._kind: PredictionKind = kind_of(type(own).__name__, own.config)
         self._own_name = type(own).__name__
         self._own = _rebuilt(own, config)
         self._default = self._listed(config.scheduler or self._own_name)
@@ -153,7 +153,8 @@ class NoiseSchedulers:
             template = scheduler_class.from_config(config)
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
             return _Unfit(f"cannot be made from this base's configuration ({type(error).__name__})")
-        if not set(self._family.sends_levels) <= _step_parameters(template):
+        is_unfit = type(template).__name__ in self._family.unfit_schedulers
+        if is_unfit or not set(self._family.sends_levels) <= _step_parameters(template):
             return _Unfit("cannot take the noise levels that this base's pipeline sets")
         if self._family.only_redraws and not self._can_redraw(template):
             return _Unfit("cannot begin with a picture, as all that this base draws does")

@@ -87,7 +87,8 @@ def _by_task(pipeline: Any, family: Family) -> dict[Task, Any]:
     if family.tasks is not None:
         return {task: _as(pipeline, name) for task, name in family.tasks.items()}
     guessed: dict[Task, Any] = {"text": pipeline}
-    for task, auto in (("image", AutoPipelineForImage2Image), ("inpaint", AutoPipelineForInpainting)):
+    others: dict[Task, Any] = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
+    for task, auto in others.items():
         try:
             guessed[task] = _quiet(auto.from_pipe(pipeline))
         except ValueError:  # diffusers knows none

@@ -105,7 +105,7 @@ def test_the_wrong_base_for_an_id_is_told_as_the_service_would(run: Run, config:
         ("broken/truncated", "malformed_file"),
         ("broken/pickled", "unsafe_file"),
         ("broken/nan", "non_finite"),
-        ("broken/no-layer", "not_an_adapter"),
+        ("broken/no-layer", "no_layer_matches"),
         ("broken/mislabelled", "shape_mismatch"),
         ("demo/sdxl", "not_an_adapter"),
     ],

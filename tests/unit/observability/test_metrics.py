@@ -72,7 +72,7 @@ def test_names_follow_the_rules_of_prometheus_and_are_distinct() -> None:
 def test_no_label_but_one_can_take_as_many_values_as_there_are_adapters() -> None:
     labels = {label for declared in DECLARED for label in declared.labels}
     few = {"route", "status", "base", "code", "tier", "source", "stage", "outcome", "reason"}
-    assert labels <= few | {"adapter"}
+    assert labels <= few | {"adapter", "share"}
     assert {one.name for one in DECLARED if "adapter" in one.labels} == {
         "loraplex_adapter_requests",
         "loraplex_adapter_device_seconds",
@@ -140,7 +140,7 @@ def test_refusals_are_counted_by_code_and_retries_by_base(points: list[tuple[str
 
 
 def test_the_times_of_a_request_are_reported_in_seconds(points: list[tuple[str, float, Labels]]) -> None:
-    timings = Timings(queue_ms=1000, fetch_ms=2000, swap_ms=3000, denoise_ms=4000, decode_ms=5000)
+    timings = Timings(queue_ms=1000, fetch_ms=2000, swap_ms=3000, denoise_ms=4000, decode_ms=5000, suspended_ms=6000)
     ReplicaMetrics("demo/sd15", METERS).served(timings, batch_size=2)
     base = {"base": "demo/sd15"}
     assert points == [
@@ -150,6 +150,8 @@ def test_the_times_of_a_request_are_reported_in_seconds(points: list[tuple[str, 
         ("loraplex_denoise_seconds", 4.0, base),
         ("loraplex_decode_seconds", 5.0, base),
         ("loraplex_batch_images", 2, base),
+        ("loraplex_suspended_seconds", 6.0, base),
+        ("loraplex_slowdown", pytest.approx((1 + 6 + 3 + 4 + 5) / (3 + 4 + 5)), base),
     ]
 
 

@@ -78,5 +78,5 @@ def test_full_replicas_are_passed_over_and_none_is_chosen_where_all_are_full() -
 
 
 def test_an_unknown_policy_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(BenchmarkRefused, match="there is no policy 'best'; there are loraplex, least-work"):
+    with pytest.raises(BenchmarkRefused, match="there is no policy 'best'; there are loraplex, loraplex-whole"):
         policies_named(["best"])

@@ -85,20 +85,21 @@ def test_a_base_that_could_not_be_restored_is_not_taken_for_whole() -> None:
 
 
 class Stubborn(nn.Module):
-    """Two layers, and a norm, which no adapter may change."""
+    """Three layers, and an embedding, which no adapter may change."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(4, 4)
         self.conv = nn.Conv2d(4, 4, 1)
         self.norm = nn.LayerNorm(4)
+        self.words = nn.Embedding(4, 4)
 
 
 def test_a_layer_that_no_adapter_may_change_is_refused() -> None:
     weights = FusedWeights({"unet": Stubborn()}, pristine_in="host")
     delta = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0, 1.0)
     with pytest.raises(KeyError):
-        weights.apply([(ParsedAdapter("one", {"unet": {"norm": delta}}, Coverage(1, 1)), 1.0)])
+        weights.apply([(ParsedAdapter("one", {"unet": {"words": delta}}, Coverage(1, 1)), 1.0)])
 
 
 def test_what_is_checked_is_what_was_loaded_whatever_is_fused(live: Live) -> None:

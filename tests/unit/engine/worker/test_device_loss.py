@@ -70,7 +70,7 @@ def test_a_device_beyond_repair_is_reported_at_once_and_all_its_requests_go_else
     found = diagnose(state, "tiny/base")
     assert found is not None
     assert (found.is_fatal, found.can_serve) == (True, False)
-    assert "beyond repair" in found.reason
+    assert "beyond repair" in found.message
     with pytest.raises(ReplicaLost):
         bench.worker.submit(request(), ())
 

@@ -79,7 +79,8 @@ def test_a_request_s_passage_is_traced_from_the_queue_to_its_pixels(
     order = [spans[name] for name in ("queue", "swap", "denoise", "decode")]
     # A millisecond of tolerance: each is reckoned back from the end of the pass by a clock of its own.
     assert all(later.began - earlier.ended > -1_000_000 for earlier, later in itertools.pairwise(order))
-    assert spans["denoise"].facts == {"loraplex.steps": 2, "loraplex.images": 1, "loraplex.pixels": 64 * 64}
+    facts = {"loraplex.steps": 2, "loraplex.images": 1, "loraplex.pixels": 64 * 64, "loraplex.suspended_ms": 0}
+    assert spans["denoise"].facts == facts
     (line,) = [record for record in caplog.records if "begins on the device" in record.getMessage()]
     assert asked.request_id in line.getMessage()
     assert line.__dict__["request_id"] == asked.request_id

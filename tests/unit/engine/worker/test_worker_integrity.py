@@ -69,7 +69,7 @@ def test_a_flipped_bit_is_noticed_while_nothing_waits_and_the_replica_is_unhealt
     state = bench.until(lambda state: state.is_corrupt and not state.is_alive)
     found = diagnose(state, "demo/sd15")
     assert found is not None
-    assert "damaged in memory" in found.reason
+    assert "damaged in memory" in found.message
     with pytest.raises(ReplicaLost):
         bench.worker.submit(request(), ())
     bench.worker.close()
