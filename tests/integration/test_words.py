@@ -25,7 +25,10 @@ def taught(hub: HubServer) -> str:
         width = json.loads((EMBEDDED / "demo" / "sdxl" / component / "config.json").read_text())["hidden_size"]
         rows[f"text_encoders_{place}"] = random.standard_normal((2, width)).astype(np.float32)
     hub.push("acme/taught", {**files, "embeddings.safetensors": save(rows)})
-    hub.push("acme/taught-too", {**files, "embeddings.safetensors": save(rows)})
+    # Other weights: two ids of the same bytes would be one adapter that is named twice.
+    other = (EMBEDDED / "demo" / "sdxl-night" / "pytorch_lora_weights.safetensors").read_bytes()
+    too = {**files, "pytorch_lora_weights.safetensors": other, "embeddings.safetensors": save(rows)}
+    hub.push("acme/taught-too", too)
     return "acme/taught"
 
 

@@ -136,7 +136,8 @@ export class Card {
 
 // Where the milliseconds went: a bar of the stages, and each one's share in numbers.
 function timing(spent) {
-  const names = [...STAGES.filter((name) => name in spent), ...Object.keys(spent).filter((name) => !STAGES.includes(name))];
+  const all = [...STAGES.filter((name) => name in spent), ...Object.keys(spent).filter((name) => !STAGES.includes(name))];
+  const names = all.filter((name) => name !== "suspended" || spent[name] > 0);  // seldom, and then worth a row
   const total = names.reduce((sum, name) => sum + spent[name], 0);
   const parts = names.map((name) => {
     const part = h(`span.part.${name}`);
