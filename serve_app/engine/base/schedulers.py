@@ -21,6 +21,7 @@ from serve_app.families.family import Family
 from serve_app.families.schedulers import SCHEDULERS, PredictionKind, SchedulerChoice, kind_of, listed_name, with_shift
 
 _TRIED_STEPS = range(1, 11)
+_USUAL_STEPS = (12, 30)
 _SHIFTED_BY_SIZE = {"mu": 1.0}
 SchedulerOptions = tuple[tuple[str, Any], ...]
 
@@ -158,6 +159,8 @@ class NoiseSchedulers:
             return _Unfit("cannot take the noise levels that this base's pipeline sets")
         if self._family.only_redraws and not self._can_redraw(template):
             return _Unfit("cannot begin with a picture, as all that this base draws does")
+        if self._kind == "noise" and not _runs_through(template):
+            return _Unfit("cannot run with the noise levels of this base's training")
         fewest = _fewest_steps(template)
         return _Offer(template, fewest) if fewest else _Unfit("cannot run with this base's configuration")
 
@@ -191,6 +194,23 @@ def _config_names(scheduler: Any) -> frozenset[str]:
 
 def _step_parameters(scheduler: Any) -> frozenset[str]:
     return frozenset(signature(type(scheduler).set_timesteps).parameters)
+
+
+def _runs_through(template: Any) -> bool:
+    """Step through usual numbers of steps: sigmas that fall on one timestep lead some classes past their end."""
+    for steps in _USUAL_STEPS:
+        tried, sample = copy.deepcopy(template), torch.ones(1, 4, 1, 1)
+        try:
+            with numpy.errstate(all="ignore"):
+                tried.set_timesteps(steps)
+                for timestep in tried.timesteps:
+                    output = tried.scale_model_input(sample, timestep)
+                    sample = tried.step(output, timestep, sample, return_dict=False)[0]
+        except (IndexError, AssertionError):
+            return False
+        except (AttributeError, ImportError, ValueError, TypeError, RuntimeError):
+            continue
+    return True
 
 
 def _fewest_steps(template: Any) -> int | None:
