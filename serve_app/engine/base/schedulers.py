@@ -22,6 +22,7 @@ from serve_app.families.schedulers import SCHEDULERS, PredictionKind, SchedulerC
 
 _TRIED_STEPS = range(1, 11)
 _USUAL_STEPS = (12, 30)
+_MAX_TRIED = 256
 _SHIFTED_BY_SIZE = {"mu": 1.0}
 SchedulerOptions = tuple[tuple[str, Any], ...]
 
@@ -126,11 +127,12 @@ class NoiseSchedulers:
 
     def _try(self, name: str, options: SchedulerOptions = ()) -> _Offer | _Unfit:
         """Return what came of trying a name; two threads may try one at a time, with the same outcome."""
-        if options:  # as many as callers think of: made anew each time
-            return self._offer(name, dict(options))
-        if (name, options) not in self._tried:
-            self._tried[name, options] = self._offer(name, {})
-        return self._tried[name, options]
+        tried = self._tried.get((name, options))
+        if tried is None:
+            tried = self._offer(name, dict(options))
+            if not options or len(self._tried) < _MAX_TRIED:  # callers may think of any number of options
+                self._tried[name, options] = tried
+        return tried
 
     def _offer(self, name: str, options: Mapping[str, Any]) -> _Offer | _Unfit:
         """Make a scheduler from the configuration of the base's own, and find out how few steps it can run."""
