@@ -29,8 +29,8 @@ class Family:
     of the base's own tokenizer. `guidance` are the parameters that a request's guidance sets. The denoiser runs
     `guided_runs` times a step where guidance is over `guided_above`, and once otherwise. `has_own_true_cfg` says that
     `true_cfg_scale` is a parameter beside the guidance: with a negative prompt and a scale over 1 it runs twice.
-    `sends_levels` are the arguments ("sigmas", "timesteps") by which the pipeline always tells the scheduler its steps,
-    which not every scheduler takes; `unfit_schedulers` take them and fail on the pipeline's values.
+    `sends_levels` are the arguments ("sigmas", "timesteps", "mu") by which the pipeline always tells the scheduler its
+    steps, which not every scheduler takes; `unfit_schedulers` take them and fail on the pipeline's values.
     `area_parameter` names what must say how many pixels are drawn, where the pipeline otherwise draws its own number.
     `two_step_arguments` hold for exactly two steps and are None otherwise.
     `reads_guidance` is False where guidance changes nothing.

@@ -121,6 +121,7 @@ FAMILIES: Mapping[str, Family] = {
         side_multiple=16,
         tokens=128,
         area_parameter="default_sample_size",
+        sends_levels=("mu",),
         unfit_schedulers=("DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
         tasks={"text": "HiDreamImagePipeline"},
     ),

@@ -24,15 +24,20 @@ POISON = 666
 pytestmark = pytest.mark.timeout(600)
 
 
+# Ray itself sends a request again whose replica ends before it has told that it took it.
+TAKEN_AFTER_S = 3.0
+
+
 @serve.deployment(num_replicas=3, health_check_period_s=1.0)
 class Mortal:
-    """Ends its process on the request with seed 666, and writes down that it did."""
+    """Ends its process on the request with seed 666, once that counts as taken, and writes down that it did."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     async def generate(self, request: GenerationRequest) -> str:
         if request.seed == POISON:
+            await asyncio.sleep(TAKEN_AFTER_S)
             (self._folder / str(os.getpid())).touch()
             os._exit(1)
         return request.request_id
