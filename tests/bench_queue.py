@@ -54,7 +54,7 @@ def run_worker() -> Busy:
 
     pipeline = load("sd15")
     weights = FusedWeights(pipeline.components)
-    check = ThrottledChecker(IntegrityChecker(weights.watched, is_modified=weights.is_modified))
+    check = ThrottledChecker(IntegrityChecker(weights.checksummed_tensors, is_modified=weights.is_modified))
     worker = EngineWorker(pipeline, weights, max_batch_images=1, torch_threads=1, self_check=check)
     adapters = [parsed_adapter(pipeline.manifest, seed=seed) for seed in range(3)]
     worker.submit(request(steps=8), ()).future.result(60)

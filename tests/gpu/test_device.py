@@ -136,7 +136,7 @@ def test_what_is_prepared_beside_running_passes_is_exact(tmp_path: Path) -> None
 def test_a_flipped_bit_is_found_where_the_weights_lie() -> None:
     net = Net(torch.bfloat16)
     weights = FusedWeights({"unet": net})
-    check = IntegrityChecker(weights.watched, is_modified=weights.is_modified)
+    check = IntegrityChecker(weights.checksummed_tensors, is_modified=weights.is_modified)
     assert check.check_all() is None
     net.wide[1].weight.data.view(torch.int16)[3, 5] ^= 1
     damage = check.check_all()

@@ -1,4 +1,4 @@
-"""Our own way of changing an adapter: file, canonical file, host memory, device, twin weights.
+"""Our own way of changing an adapter: file, canonical file, host memory, device, fused buffers.
 
 Owns the order in which the engine's parts are called, so that it can be said what was timed.
 """
@@ -91,7 +91,7 @@ class LoraplexSwap:
             fused.append(self._prepared(_renamed(second, round_number)))
         with self._stopwatch.timed(Step.RESTORE):
             self._weights.apply([])
-        return [{name: data for name, data in bound.items() if self._is_twin(name, data)} for bound in fused]
+        return [{name: data for name, data in bound.items() if self._is_fused_buffer(name, data)} for bound in fused]
 
     def stream(self, images: ImageSteps, first: ParsedAdapter) -> None:
         """Run images in turn: with the last one's adapter, with the other one, and with one prepared beforehand."""
@@ -155,7 +155,7 @@ class LoraplexSwap:
     def _bound(self) -> Fused:
         return {name: parameter.data for name, parameter in self._parameters.items()}
 
-    def _is_twin(self, name: str, data: Tensor) -> bool:
+    def _is_fused_buffer(self, name: str, data: Tensor) -> bool:
         return data.data_ptr() != self._parameters[name].data_ptr()
 
 

@@ -77,8 +77,8 @@ class _SwapRun:
         ours.stream(images, ours.admit())
         if baseline is not None:
             self._unfused(baseline, files)
-        twins = self._options.twins_held * self._sizes.touched_bytes
-        expected = self._sizes.base_bytes + twins + 2 * ours.adapter_bytes
+        fused_buffers = self._options.buffer_sets_held * self._sizes.touched_bytes
+        expected = self._sizes.base_bytes + fused_buffers + 2 * ours.adapter_bytes
         memory = Memory(before, peak, peak_bytes(self._device), expected)
         return self._summary(images, memory)
 

@@ -36,7 +36,7 @@ def check_memory(
     """
     needed = (
         base_bytes
-        + options.twins_held * touched_bytes
+        + options.buffer_sets_held * touched_bytes
         + ADAPTERS_HELD * factor_bytes
         + largest_weight * 12
         + OVERHEAD_BYTES

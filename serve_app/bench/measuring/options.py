@@ -56,7 +56,7 @@ class SwapOptions:
 
     `steps` are denoiser steps for each image of the stream, and `latent` the height and width of its latents;
     None means few and small on a CPU, 25 and the model's own size on a GPU. `threads` are torch's on the CPU.
-    `is_preparing` measures swaps that are prepared during the image before, which takes a second set of twins.
+    `is_preparing` measures swaps that are prepared during the image before, which takes a second set of fused buffers.
     """
 
     model: Model = Model.TINY
@@ -74,7 +74,7 @@ class SwapOptions:
     latent: int | None = None
 
     @property
-    def twins_held(self) -> int:
+    def buffer_sets_held(self) -> int:
         """How many fused copies of the touched weights there are."""
         return 2 if self.is_preparing else 1
 

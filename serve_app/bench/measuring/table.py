@@ -217,5 +217,5 @@ def _others(report: SwapReport) -> Iterator[tuple[str, str]]:
     yield (
         "peak memory",
         f"{(memory.peak_bytes - memory.before_bytes) / 1e9:.2f} GB over the {memory.before_bytes / 1e9:.2f} GB before; "
-        f"base, twins and two adapters are {memory.expected_bytes / 1e9:.2f} GB",
+        f"base, fused buffers and two adapters are {memory.expected_bytes / 1e9:.2f} GB",
     )

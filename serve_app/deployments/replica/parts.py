@@ -1,6 +1,6 @@
 """The parts that one replica is made of, from its configuration.
 
-Owns how a base's pipeline, its pristine weights' place and its adapter store are chosen and made. The engine brings
+Owns how a base's pipeline, the place of its base weights and its adapter store are chosen and made. The engine brings
 torch, so it is imported inside: the process that builds the application never loads it.
 """
 
@@ -62,7 +62,7 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
 
 
 def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_bytes: int) -> WeightPlacement:
-    """Choose where the pristine weights live, once the base is loaded and a pass was seen to take `pass_bytes`."""
+    """Choose where the base weights are kept, once the base is loaded and a pass was seen to take `pass_bytes`."""
     from serve_app.engine.base.manifest import bytes_of_layers
     from serve_app.engine.weights.placement import choose_placement, free_bytes_of
 
@@ -74,7 +74,7 @@ def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_byte
         reserved_bytes=asked.device_cache + pass_bytes,
         free_bytes=free_bytes_of(pipeline.device, asked.num_gpus),
     )
-    log.info("%s keeps its pristine weights on the %s", base.id, chosen.pristine_in)
+    log.info("%s keeps its base weights on the %s", base.id, chosen.base_weights)
     return chosen
 
 

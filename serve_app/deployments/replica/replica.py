@@ -96,7 +96,7 @@ class BaseModelReplica:
         self._weights = FusedWeights(
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
-            pristine_in=residence.pristine_in,
+            base_weights=residence.base_weights,
         )
         if is_on_gpu:
             warm_swaps(self._weights, pipeline.manifest, residence)
@@ -105,8 +105,10 @@ class BaseModelReplica:
             self._weights,
             max_batch_images=base.replica.max_batch_images,
             torch_threads=torch_threads,
-            prepares_ahead=residence.prepares_ahead,
-            self_check=ThrottledChecker(IntegrityChecker(self._weights.watched, is_modified=self._weights.is_modified)),
+            prefetches_swap=residence.prefetches_swap,
+            self_check=ThrottledChecker(
+                IntegrityChecker(self._weights.checksummed_tensors, is_modified=self._weights.is_modified)
+            ),
             policy=QueuePolicy(
                 base.replica.max_overtakes, base.replica.max_overtaken_s, base.replica.batch_priority_delay_s
             ),

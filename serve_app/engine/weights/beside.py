@@ -55,21 +55,21 @@ class BesideFuser:
 
     def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
         """Fuse into the set that is bound, and bind it."""
-        self._side.release()
+        self._side.record_read_done()
         self._bind(self._fuse(adapters, scales, self._bound_set), self._bound_set)
 
     def restore(self) -> None:
         """Bind the pristine tensors everywhere."""
-        self._side.join()
+        self._side.wait_stream()
         for slot in self._slots:
             if slot.parameter.data_ptr() != slot.pristine.data_ptr():
                 slot.parameter.data = slot.pristine
         self._bound = {}
-        self._side.release()
+        self._side.record_read_done()
 
     def reserve(self, sets: int) -> None:
         """Make the buffers of every slab now, for one set or two."""
-        with self._side.filling():
+        with self._side.stream_scope():
             for slab in self._slabs:
                 for which in range(sets):
                     slab.fused_in(which)
@@ -86,17 +86,17 @@ class BesideFuser:
                     slot.fused_buffers[which] = None
 
     def _bind(self, fused: Fused, which: int) -> None:
-        self._side.join()
+        self._side.wait_stream()
         for slot in self._bound.keys() - fused.keys():
             slot.parameter.data = slot.pristine
         for slot, buffer in fused.items():
             slot.parameter.data = buffer
         self._bound, self._bound_set = fused, which
-        self._side.release()
+        self._side.record_read_done()
 
     def _fuse(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale], which: int) -> Fused:
         fused: dict[ParameterSlot, Tensor] = {}
-        with torch.no_grad(), self._side.filling(), self._hold(adapters) as residents:
+        with torch.no_grad(), self._side.stream_scope(), self._hold(adapters) as residents:
             for adapter, scale in zip(residents, scales, strict=True):
                 layers = stack_layers(adapter.components)
                 for stack in layers.stacks:

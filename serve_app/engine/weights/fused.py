@@ -71,7 +71,7 @@ class PreparedSwap:
     """
 
     key: AdapterSetKey
-    turn: int
+    version: int
     finish: Callable[[], None] = field(repr=False)
 
 
@@ -94,14 +94,14 @@ class FusedWeights:
         components: Mapping[str, nn.Module],
         *,
         device_cache_bytes: int = 0,
-        pristine_in: Literal["device", "host"] = "device",
+        base_weights: Literal["device", "host"] = "device",
     ) -> None:
         """Take over the components.
 
         Args:
             components: The modules whose weights adapters may change, by name.
             device_cache_bytes: What adapters that are used again and again may take of a GPU.
-            pristine_in: "host" takes host memory for all layers that adapters may change, and none of the device.
+            base_weights: "host" takes host memory for all layers that adapters may change, and none of the device.
         """
         self._slots: dict[ParameterName, ParameterSlot] = {}
         self._tensors: dict[ParameterName, Tensor] = {}
@@ -117,19 +117,19 @@ class FusedWeights:
         is_on_gpu = device.type == "cuda"
         self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_on_gpu else None
         self._applied: AdapterSetKey = ()
-        self._turn = 0
+        self._version = 0
         self._live: dict[str, ParameterSlot] = {}
-        self._fuser = self._fuser_for(components, device, pristine_in)
+        self._fuser = self._fuser_for(components, device, base_weights)
 
     def _fuser_for(
-        self, components: Mapping[str, nn.Module], device: torch.device, pristine_in: Literal["device", "host"]
+        self, components: Mapping[str, nn.Module], device: torch.device, base_weights: Literal["device", "host"]
     ) -> Fuser:
         layers = layers_of(self._slots)
         names = {component: adaptable_layers(module) for component, module in components.items()}
         adaptable = layers_among(layers, names)
         slabs = lay_in_slabs(adaptable)
         hold = as_they_are if self._cache is None else self._cache.holding
-        if pristine_in == "device":
+        if base_weights == "device":
             return BesideFuser(tuple(self._slots.values()), layers, slabs, SideStream(device), hold)
         fuser = InPlaceFuser(adaptable, slabs, hold)
         self._live = {".".join(("live", *name)): slot for name, slot in self._slots.items() if slot in fuser.slots}
@@ -142,7 +142,7 @@ class FusedWeights:
         return self._applied
 
     @property
-    def twin_bytes(self) -> int:
+    def fused_buffer_bytes(self) -> int:
         """The memory that fused buffers take, bound or not."""
         return self._fuser.fused_bytes
 
@@ -162,7 +162,7 @@ class FusedWeights:
             self._cache.forget(digest)
 
     @property
-    def loaded(self) -> dict[str, Tensor]:
+    def base_tensors(self) -> dict[str, Tensor]:
         """The loaded tensors, parameters and buffers, whatever is bound now, by component and name.
 
         They are never written: with the pristine weights on the host, the copies of what adapters may change.
@@ -170,12 +170,12 @@ class FusedWeights:
         return {".".join(name): tensor for name, tensor in self._loaded().items()}
 
     @property
-    def watched(self) -> dict[str, Tensor]:
-        """What must have the bits that it was loaded with, but while `is_modified`: `loaded`, and the live weights."""
-        return self.loaded | {name: slot.parameter.data for name, slot in self._live.items()}
+    def checksummed_tensors(self) -> dict[str, Tensor]:
+        """What must keep the bits that it was loaded with, except while `is_modified`: base tensors and live weights."""
+        return self.base_tensors | {name: slot.parameter.data for name, slot in self._live.items()}
 
     def is_modified(self, name: str) -> bool:
-        """Whether one of `watched` is a live weight that has adapters in it."""
+        """Whether one of `checksummed_tensors` is a live weight that has adapters in it."""
         slot = self._live.get(name)
         return slot is not None and self._is_written(slot)
 
@@ -185,8 +185,8 @@ class FusedWeights:
         Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is. With the
         pristine weights on the host it only looks the layers up, and binding fuses.
         """
-        self._turn += 1
-        return PreparedSwap(adapter_set_key(composition), self._turn, self._fuser.prepare(*_columns(composition)))
+        self._version += 1
+        return PreparedSwap(adapter_set_key(composition), self._version, self._fuser.prepare(*_columns(composition)))
 
     def bind(self, prepared: PreparedSwap) -> None:
         """Bind a prepared composition: an assignment per parameter, and no arithmetic.
@@ -194,7 +194,7 @@ class FusedWeights:
         Raises:
             StalePreparation: something else was prepared or applied since; what is bound stays.
         """
-        if prepared.turn != self._turn:
+        if prepared.version != self._version:
             raise StalePreparation
         self._change(prepared.key, prepared.finish)
 
@@ -208,7 +208,7 @@ class FusedWeights:
         key = adapter_set_key(composition)
         if key == self._applied:
             return
-        self._turn += 1
+        self._version += 1
         self._change(key, lambda: self._fuser.apply(*_columns(composition)))
 
     def restore(self) -> None:
@@ -221,14 +221,14 @@ class FusedWeights:
         """Take the memory of the fused buffers now: one set, or two where swaps are prepared ahead."""
         self._fuser.reserve(2 if ahead else 1)
 
-    def drop_spare_twins(self) -> None:
+    def drop_spare_buffers(self) -> None:
         """Give back the memory of buffers that are not bound; whatever was prepared is lost."""
-        self._turn += 1
+        self._version += 1
         self._fuser.drop_spares()
 
     def drop_spares(self) -> None:
         """Give back all memory that nothing bound needs: spare buffers and the adapters on the device."""
-        self.drop_spare_twins()
+        self.drop_spare_buffers()
         if self._cache is not None:
             self._cache.clear()
 

@@ -1,7 +1,7 @@
-"""Fingerprints of a base's loaded tensors, taken once and compared ever after.
+"""Checksums of a base's loaded tensors, computed once and compared later.
 
 Owns the arithmetic and the place in the round. Must not know who asks or when: a slice takes about a millisecond, so
-that it fits between two requests. Fingerprints are computed where the tensors lie.
+that it fits between two requests. Checksums are computed where the tensors lie.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class CorruptTensor:
 class _Slice:
     names: tuple[str, ...]
     parts: tuple[Tensor, ...]
-    fingerprints: tuple[int, ...]
+    checksums: tuple[int, ...]
 
 
 class IntegrityChecker:
     """Whether tensors still have the bits that they had at construction.
 
-    A fingerprint is the sum of a part's 64-bit words, each multiplied by an odd weight of its place, modulo 2**64:
+    A checksum is the sum of a part's 64-bit words, each multiplied by an odd weight of its place, modulo 2**64:
     whatever happens to one word changes it. The tensors must not be moved, nor written but where it is told.
     """
 
@@ -49,7 +49,7 @@ class IntegrityChecker:
         slice_bytes: int | None = None,
         is_modified: Callable[[str], bool] = lambda name: False,
     ) -> None:
-        """Take the fingerprints; reads every byte once.
+        """Take the checksums; reads every byte once.
 
         A tensor for which `is_modified` holds when it is looked at may have other bits for now.
         """
@@ -85,8 +85,8 @@ class IntegrityChecker:
         return None
 
     def _check(self, one: _Slice) -> CorruptTensor | None:
-        found = self._fingerprints(one.parts)
-        pairs = zip(one.names, found, one.fingerprints, strict=True)
+        found = self._checksums(one.parts)
+        pairs = zip(one.names, found, one.checksums, strict=True)
         return next(
             (CorruptTensor(name) for name, now, then in pairs if now != then and not self._is_written(name)), None
         )
@@ -107,12 +107,12 @@ class IntegrityChecker:
 
     def _take(self, pending: list[tuple[str, Tensor]]) -> _Slice:
         parts = tuple(part for _, part in pending)
-        return _Slice(tuple(name for name, _ in pending), parts, self._fingerprints(parts))
+        return _Slice(tuple(name for name, _ in pending), parts, self._checksums(parts))
 
-    def _fingerprints(self, parts: tuple[Tensor, ...]) -> tuple[int, ...]:
+    def _checksums(self, parts: tuple[Tensor, ...]) -> tuple[int, ...]:
         weights = self._weights[parts[0].device]
         with torch.no_grad():
-            sums = [fingerprint(part, weights[: part.numel()]) for part in parts]
+            sums = [checksum(part, weights[: part.numel()]) for part in parts]
             return tuple(torch.stack(sums).tolist())
 
 
@@ -150,7 +150,7 @@ class ThrottledChecker:
         return self._check.check_all()
 
 
-def fingerprint(words: Tensor, weights: Tensor) -> Tensor:
+def checksum(words: Tensor, weights: Tensor) -> Tensor:
     """Return the weighted sum of integers modulo 2**64, as a tensor without dimensions; both are [n]."""
     words = words.to(torch.int64)
     # CUDA has no dot product of integers; a CPU's needs no intermediate.

@@ -42,7 +42,7 @@ def made_up_adapter(manifest: BaseManifest, rank: int = RANK) -> ParsedAdapter:
 def warm_swaps(weights: FusedWeights, manifest: BaseManifest, placement: WeightPlacement) -> None:
     """Take the fused buffers' memory, and apply and remove a made-up adapter; a shortage is logged, not raised."""
     try:
-        weights.reserve(ahead=placement.prepares_ahead)
+        weights.reserve(ahead=placement.prefetches_swap)
         weights.apply([(made_up_adapter(manifest), 1.0)])
         weights.apply([])
     except Exception as error:

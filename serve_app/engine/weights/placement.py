@@ -1,4 +1,4 @@
-"""Where the pristine weights of a replica live, and whether it may prepare ahead: chosen once, from what is free."""
+"""Where a replica keeps its base weights, and whether it prefetches swaps: chosen once, from what is free."""
 
 from __future__ import annotations
 
@@ -7,25 +7,23 @@ from typing import Literal
 
 import torch
 
-Place = Literal["device", "host"]
-
 
 @dataclass(frozen=True, slots=True)
 class WeightPlacement:
     """The chosen placement. With the base weights on the host, swaps cannot be prefetched."""
 
-    pristine_in: Place
-    prepares_ahead: bool
+    base_weights: Literal["device", "host"]
+    prefetches_swap: bool
 
     @property
     def buffer_sets(self) -> int:
         """How many sets of fused buffers the device must hold."""
-        return 0 if self.pristine_in == "host" else 2 if self.prepares_ahead else 1
+        return 0 if self.base_weights == "host" else 2 if self.prefetches_swap else 1
 
 
 def choose_placement(
-    pristine_in: Literal["auto", "device", "host"],
-    prepare_ahead: Literal["auto", "always", "never"],
+    base_weights: Literal["auto", "device", "host"],
+    prefetch_swap: Literal["auto", "always", "never"],
     *,
     layer_bytes: int,
     reserved_bytes: int,
@@ -34,21 +32,21 @@ def choose_placement(
     """Choose from what the configuration asks for and what the device has left.
 
     Args:
-        pristine_in: Where the pristine weights should live.
-        prepare_ahead: Whether the next request's adapters should be fused while a request runs.
-        layer_bytes: What all layers that adapters may change take; their twins may need as much, and as much again
-            where they are prepared ahead.
+        base_weights: Where the base weights should be kept.
+        prefetch_swap: Whether the next request's adapters should be fused while a request runs.
+        layer_bytes: What all layers that adapters may change take; their fused buffers may need as much, and as much
+            again where swaps are prefetched.
         reserved_bytes: What else will be taken of the device.
         free_bytes: What the GPU has left with the base loaded; None without one.
     """
     if free_bytes is None:
-        place: Place = "host" if pristine_in == "host" else "device"
-        return WeightPlacement(place, prepares_ahead=place == "device" and prepare_ahead == "always")
+        place: Literal["device", "host"] = "host" if base_weights == "host" else "device"
+        return WeightPlacement(place, prefetches_swap=place == "device" and prefetch_swap == "always")
     room = free_bytes - reserved_bytes
-    if pristine_in == "host" or (pristine_in == "auto" and room < layer_bytes):
-        return WeightPlacement("host", prepares_ahead=False)
-    is_roomy = pristine_in == "device" or room >= 2 * layer_bytes
-    return WeightPlacement("device", prepare_ahead == "always" or (prepare_ahead == "auto" and is_roomy))
+    if base_weights == "host" or (base_weights == "auto" and room < layer_bytes):
+        return WeightPlacement("host", prefetches_swap=False)
+    is_roomy = base_weights == "device" or room >= 2 * layer_bytes
+    return WeightPlacement("device", prefetch_swap == "always" or (prefetch_swap == "auto" and is_roomy))
 
 
 def free_bytes_of(device: torch.device, gpu_fraction: float = 1.0) -> int | None:

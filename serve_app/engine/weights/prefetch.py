@@ -100,7 +100,7 @@ class SwapPrefetcher:
             if is_out_of_memory(error):
                 log.warning("no room to prepare an adapter ahead; not tried again for %.0f s", RETRY_AFTER_S)
                 self.retry_at_s = self._clock() + RETRY_AFTER_S
-                self._weights.drop_spare_twins()
+                self._weights.drop_spare_buffers()
             else:
                 log.warning("an adapter could not be prepared ahead", exc_info=True)
         return None

@@ -15,32 +15,32 @@ import torch
 class SideStream:
     """A second stream of a GPU; on a CPU every method does nothing.
 
-    Invariants: work in `filling` starts after whatever the device's stream had been given at the last `release`;
-    what the device's stream is given after `join` starts after that work. Memory taken inside `filling` belongs to
-    the side stream: what is dropped again must have been used there alone.
+    Invariants: work in `stream_scope` starts after all that the device's stream had been given at the last
+    `record_read_done`; what the device's stream is given after `wait_stream` starts after that work. Memory allocated
+    in `stream_scope` belongs to the side stream: what is dropped again must have been used there alone.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._released: Any = None
+        self._read_done: Any = None
 
-    def release(self) -> None:
-        """Let later filling overwrite what the device's stream has been reading up to now; on the device thread."""
+    def record_read_done(self) -> None:
+        """Let later work in `stream_scope` overwrite what the device's stream has read; on the device thread."""
         if self._stream is not None:
-            self._released = torch.cuda.current_stream(self._stream.device).record_event()
+            self._read_done = torch.cuda.current_stream(self._stream.device).record_event()
 
     @contextmanager
-    def filling(self) -> Iterator[None]:
+    def stream_scope(self) -> Iterator[None]:
         """Launch the work of the block on the side stream; for any thread, one at a time."""
         if self._stream is None:
             yield
             return
         with torch.cuda.stream(self._stream):
-            if self._released is not None:
-                self._stream.wait_event(self._released)
+            if self._read_done is not None:
+                self._stream.wait_event(self._read_done)
             yield
 
-    def join(self) -> None:
-        """Have the device's stream wait for all that was launched in `filling`; on the device thread."""
+    def wait_stream(self) -> None:
+        """Have the device's stream wait for all that was launched in `stream_scope`; on the device thread."""
         if self._stream is not None:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

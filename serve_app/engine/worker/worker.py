@@ -56,7 +56,7 @@ class EngineWorker:
         *,
         max_batch_images: int,
         torch_threads: int | None = None,
-        prepares_ahead: bool = False,
+        prefetches_swap: bool = False,
         self_check: ThrottledChecker | None = None,
         policy: QueuePolicy | None = None,
         sharing: SharingPolicy | None = None,
@@ -73,7 +73,7 @@ class EngineWorker:
             weights: The weights of the pipeline's components.
             max_batch_images: What a batch of several requests may hold.
             torch_threads: How many threads it computes with; None leaves torch's own choice.
-            prepares_ahead: Fuse the next batch's adapters while a batch runs; on a CPU the batch pays for it.
+            prefetches_swap: Fuse the next batch's adapters while a batch runs; on a CPU the batch pays for it.
             self_check: Checks the loaded weights between batches and while nothing waits.
             policy: How far the order of arrival may be broken where runs do not take turns.
             sharing: How runs take turns between two steps; None where each has the device to its end.
@@ -105,7 +105,9 @@ class EngineWorker:
         self._failed_batches = 0
         self._steps = 0
         self._applied: AdapterSetKey = weights.applied
-        self._prefetcher = SwapPrefetcher(weights, torch_threads=torch_threads, clock=clock) if prepares_ahead else None
+        self._prefetcher = (
+            SwapPrefetcher(weights, torch_threads=torch_threads, clock=clock) if prefetches_swap else None
+        )
         self._soundness = DeviceHealth(pipeline.base_id, pipeline.device, self_check)
         self._memory = OomRecovery(pipeline, weights, self._prefetcher, verify=self._soundness.check_all, clock=clock)
         self._is_abandoned = False

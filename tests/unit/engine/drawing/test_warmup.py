@@ -43,12 +43,12 @@ def test_another_failure_is_raised() -> None:
         warm_up(wrap(live), base_config("sd15"), torch_threads=1, is_out_of_memory=is_out_of_memory)
 
 
-@pytest.mark.parametrize("prepares_ahead", [False, True])
-def test_a_made_up_adapter_leaves_the_base_bound_and_the_buffers_made(*, prepares_ahead: bool) -> None:
+@pytest.mark.parametrize("prefetches_swap", [False, True])
+def test_a_made_up_adapter_leaves_the_base_bound_and_the_buffers_made(*, prefetches_swap: bool) -> None:
     pipeline = wrap(tiny_pipeline("sd15"))
     weights = FusedWeights(pipeline.components)
     before = weights.checksum()
-    warm_swaps(weights, pipeline.manifest, WeightPlacement("device", prepares_ahead))
+    warm_swaps(weights, pipeline.manifest, WeightPlacement("device", prefetches_swap))
     assert (weights.applied, weights.checksum()) == ((), before)
     linear = sum(
         layer.weight.nbytes
@@ -56,7 +56,7 @@ def test_a_made_up_adapter_leaves_the_base_bound_and_the_buffers_made(*, prepare
         for layer in component.modules()
         if isinstance(layer, torch.nn.Linear)
     )
-    assert weights.twin_bytes >= (2 if prepares_ahead else 1) * linear
+    assert weights.fused_buffer_bytes >= (2 if prefetches_swap else 1) * linear
 
 
 def test_a_shortage_while_a_swap_is_tried_leaves_the_base_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,5 +67,5 @@ def test_a_shortage_while_a_swap_is_tried_leaves_the_base_bound(monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(weights, "reserve", no_room)
-    warm_swaps(weights, pipeline.manifest, WeightPlacement("device", prepares_ahead=True))
-    assert (weights.applied, weights.twin_bytes) == ((), 0)
+    warm_swaps(weights, pipeline.manifest, WeightPlacement("device", prefetches_swap=True))
+    assert (weights.applied, weights.fused_buffer_bytes) == ((), 0)

@@ -46,10 +46,10 @@ class Bench:
     """A live tiny SD1.5 with a few adapters, read."""
 
     def __init__(
-        self, folder: Path, dtype: torch.dtype = torch.float32, pristine_in: Literal["device", "host"] = "device"
+        self, folder: Path, dtype: torch.dtype = torch.float32, base_weights: Literal["device", "host"] = "device"
     ) -> None:
         self.pipeline = tiny_pipeline("sd15", dtype)
-        self.weights = FusedWeights(adaptable_components(self.pipeline), pristine_in=pristine_in)
+        self.weights = FusedWeights(adaptable_components(self.pipeline), base_weights=base_weights)
         manifest = manifest_of(self.pipeline)
         self.paths = {name: put(folder, name, form(self.pipeline)) for name, form in FORMS.items()}
         self.adapters = {
@@ -71,7 +71,7 @@ def stranger() -> ParsedAdapter:
     return ParsedAdapter("stranger", {"unet": {"no.such.layer": delta}}, Coverage(1, 1))
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
+@pytest.mark.parametrize("base_weights", ["device", "host"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "scales",
@@ -84,9 +84,9 @@ def stranger() -> ParsedAdapter:
     ids="+".join,
 )
 def test_several_adapters_equal_set_adapters_and_fuse_lora(
-    scales: dict[str, float], dtype: torch.dtype, pristine_in: Literal["device", "host"], tmp_path: Path
+    scales: dict[str, float], dtype: torch.dtype, base_weights: Literal["device", "host"], tmp_path: Path
 ) -> None:
-    bench = Bench(tmp_path, dtype, pristine_in)
+    bench = Bench(tmp_path, dtype, base_weights)
     bench.apply(**scales)
 
     composition = [(bench.paths[name.replace("_", " ")], scale) for name, scale in scales.items()]
@@ -176,14 +176,14 @@ def test_the_applied_key_names_digests_and_scales_in_order(bench: Bench) -> None
     assert bench.weights.applied == ()
 
 
-def test_twins_exist_for_touched_layers_only_and_are_reused(bench: Bench) -> None:
-    assert bench.weights.twin_bytes == 0
+def test_fused_buffers_exist_for_touched_layers_only_and_are_reused(bench: Bench) -> None:
+    assert bench.weights.fused_buffer_bytes == 0
     bench.apply(attention=1.0)
     touched = [bench.pipeline.unet.get_submodule(name) for name in bench.adapters["attention"].components["unet"]]
-    assert bench.weights.twin_bytes == sum(module.weight.nbytes for module in touched)
+    assert bench.weights.fused_buffer_bytes == sum(module.weight.nbytes for module in touched)
     bench.apply()
     bench.apply(dora=1.0)
-    assert bench.weights.twin_bytes == sum(module.weight.nbytes for module in touched)
+    assert bench.weights.fused_buffer_bytes == sum(module.weight.nbytes for module in touched)
 
 
 def test_the_checksum_is_the_same_in_any_pipeline_and_tells_one_changed_bit(bench: Bench) -> None:

@@ -49,7 +49,7 @@ def test_fused_weights_equal_a_fresh_load_and_fuse_by_diffusers(
         assert unequal(expected, weights_of(tiny_pipeline(family, dtype))) != [], "diffusers changed nothing"
 
         narrow = tiny_pipeline(family, dtype)
-        in_place = FusedWeights(adaptable_components(narrow), pristine_in="host")
+        in_place = FusedWeights(adaptable_components(narrow), base_weights="host")
         in_place.apply([(read_canonical(tmp_path / "canonical"), 0.7)])
         assert unequal(weights_of(narrow), expected) == [], f"in {dtype}, in place"
         assert adapter.coverage.layers_matched == adapter.coverage.layers_in_file

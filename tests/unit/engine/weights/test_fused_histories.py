@@ -20,15 +20,15 @@ HISTORIES = st.lists(st.lists(MEMBERS, max_size=3, unique_by=lambda member: memb
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pristine_in"),
+    ("dtype", "base_weights"),
     [(torch.float32, "device"), (torch.bfloat16, "device"), (torch.bfloat16, "host"), (torch.float16, "host")],
     ids=str,
 )
 def test_any_history_leaves_what_a_fresh_base_would_have(
-    dtype: torch.dtype, pristine_in: Literal["device", "host"]
+    dtype: torch.dtype, base_weights: Literal["device", "host"]
 ) -> None:
     components = adaptable_components(tiny_pipeline("sd15", dtype))
-    weights = FusedWeights(components, pristine_in=pristine_in)
+    weights = FusedWeights(components, base_weights=base_weights)
     pristine = weights.checksum()
 
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
@@ -49,14 +49,14 @@ def test_any_history_leaves_what_a_fresh_base_would_have(
     assert digest_of(components) == freshly_bound((), dtype)
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
-def test_a_thousand_swaps_change_no_bit_of_the_base(pristine_in: Literal["device", "host"]) -> None:
+@pytest.mark.parametrize("base_weights", ["device", "host"])
+def test_a_thousand_swaps_change_no_bit_of_the_base(base_weights: Literal["device", "host"]) -> None:
     components = adaptable_components(tiny_pipeline("sd15", torch.bfloat16))
-    weights = FusedWeights(components, pristine_in=pristine_in)
+    weights = FusedWeights(components, base_weights=base_weights)
     pristine, base = weights.checksum(), digest_of(components)
     names = ("attention", "text", "kohya")
     for turn in range(1000):
         weights.apply([(adapter(names[turn % 3], torch.bfloat16), 0.5 + turn % 7)])
-    memory = weights.twin_bytes
+    memory = weights.fused_buffer_bytes
     weights.apply([])
-    assert (weights.checksum(), digest_of(components), weights.twin_bytes) == (pristine, base, memory)
+    assert (weights.checksum(), digest_of(components), weights.fused_buffer_bytes) == (pristine, base, memory)

@@ -33,10 +33,10 @@ class Live:
     """A tiny base and its weights."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, *, pristine_in: Literal["device", "host"] = "device"
+        self, dtype: torch.dtype = torch.float32, *, base_weights: Literal["device", "host"] = "device"
     ) -> None:
         self.components = adaptable_components(tiny_pipeline("sd15", dtype))
-        self.weights = FusedWeights(self.components, pristine_in=pristine_in)
+        self.weights = FusedWeights(self.components, base_weights=base_weights)
 
     def prepare(self, *names: str) -> PreparedSwap:
         return self.weights.prepare(composition(tuple((name, 1.0) for name in names), torch.float32))
@@ -86,17 +86,17 @@ class Expected:
                 weights.restore()
             case "drop":
                 self.prepared = None
-                weights.drop_spare_twins()
+                weights.drop_spare_buffers()
             case _:
                 pass
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
+@pytest.mark.parametrize("base_weights", ["device", "host"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_history_of_preparing_and_applying_leaves_what_a_fresh_base_would_have(
-    dtype: torch.dtype, pristine_in: Literal["device", "host"]
+    dtype: torch.dtype, base_weights: Literal["device", "host"]
 ) -> None:
-    live, expected = Live(dtype, pristine_in=pristine_in), Expected()
+    live, expected = Live(dtype, base_weights=base_weights), Expected()
     pristine = live.weights.checksum()
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -164,27 +164,27 @@ def test_what_was_prepared_is_void_once_something_else_was_fused() -> None:
     assert live.holds("text")
 
 
-def test_applying_takes_one_twin_for_a_layer_and_preparing_a_second_only_where_the_first_is_bound() -> None:
+def test_applying_takes_one_buffer_for_a_layer_and_preparing_a_second_only_where_the_first_is_bound() -> None:
     live = Live()
     live.apply("attention")
-    one = live.weights.twin_bytes
+    one = live.weights.fused_buffer_bytes
     live.apply("dora")
-    assert live.weights.twin_bytes == one  # the same layers: written over in place
+    assert live.weights.fused_buffer_bytes == one  # the same layers: written over in place
     for name in ("attention", "dora", "attention"):
         live.weights.bind(live.prepare(name))
-        assert live.weights.twin_bytes == 2 * one
-    live.weights.drop_spare_twins()
-    assert live.weights.twin_bytes == one
+        assert live.weights.fused_buffer_bytes == 2 * one
+    live.weights.drop_spare_buffers()
+    assert live.weights.fused_buffer_bytes == one
     assert live.holds("attention")
 
 
-def test_preparing_over_the_base_takes_no_second_twins() -> None:
+def test_preparing_over_the_base_takes_no_second_buffers() -> None:
     live = Live()
     live.apply("attention")
-    one = live.weights.twin_bytes
+    one = live.weights.fused_buffer_bytes
     live.apply()
     live.prepare("attention")
-    assert live.weights.twin_bytes == one
+    assert live.weights.fused_buffer_bytes == one
 
 
 def test_what_is_prepared_keeps_no_adapter_alive() -> None:

@@ -17,7 +17,7 @@ LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 @pytest.fixture
 def live() -> Live:
-    return Live(pristine_in="host")
+    return Live(base_weights="host")
 
 
 def addresses(live: Live) -> list[int]:
@@ -30,13 +30,13 @@ def misshapen() -> ParsedAdapter:
     return ParsedAdapter("misshapen", {"unet": {LAYER: delta}}, Coverage(1, 1))
 
 
-def test_no_parameter_ever_moves_and_the_device_holds_no_twins(live: Live) -> None:
+def test_no_parameter_ever_moves_and_the_device_holds_no_fused_buffers(live: Live) -> None:
     before = addresses(live)
     for names in (("everything", "text"), ("dora", "bias"), ()):
         live.apply(*names)
         assert live.holds(*names)
         assert addresses(live) == before
-        assert live.weights.twin_bytes == 0
+        assert live.weights.fused_buffer_bytes == 0
 
 
 def test_a_dora_after_another_adapter_norms_the_loaded_weight(live: Live) -> None:
@@ -71,7 +71,7 @@ def test_an_unknown_layer_is_found_before_anything_is_written(live: Live) -> Non
 
 def test_a_base_that_could_not_be_restored_is_not_taken_for_whole() -> None:
     module = Stubborn()
-    weights = FusedWeights({"unet": module}, pristine_in="host")
+    weights = FusedWeights({"unet": module}, base_weights="host")
     pristine = module.conv.weight.clone()
     delta = LowRank(torch.ones(1, 4, 1, 1), torch.ones(4, 1, 1, 1), 1.0, 1.0)
     weights.apply([(ParsedAdapter("one", {"unet": {"conv": delta}}, Coverage(1, 1)), 1.0)])
@@ -96,14 +96,14 @@ class Stubborn(nn.Module):
 
 
 def test_a_layer_that_no_adapter_may_change_is_refused() -> None:
-    weights = FusedWeights({"unet": Stubborn()}, pristine_in="host")
+    weights = FusedWeights({"unet": Stubborn()}, base_weights="host")
     delta = LowRank(torch.ones(1, 4), torch.ones(4, 1), 1.0, 1.0)
     with pytest.raises(KeyError):
         weights.apply([(ParsedAdapter("one", {"unet": {"words": delta}}, Coverage(1, 1)), 1.0)])
 
 
 def test_what_is_checked_is_what_was_loaded_whatever_is_fused(live: Live) -> None:
-    check, checksum = IntegrityChecker(live.weights.loaded), live.weights.checksum()
+    check, checksum = IntegrityChecker(live.weights.base_tensors), live.weights.checksum()
     assert checksum == Live().weights.checksum()
     for names in (("everything",), ("text", "bias"), ()):
         live.apply(*names)
@@ -113,16 +113,16 @@ def test_what_is_checked_is_what_was_loaded_whatever_is_fused(live: Live) -> Non
 
 @pytest.mark.parametrize("name", [f"unet.{LAYER}.weight", "unet.conv_norm_out.weight"])
 def test_a_changed_bit_is_found_in_a_copy_and_in_what_has_none(live: Live, name: str) -> None:
-    check = IntegrityChecker(live.weights.loaded)
+    check = IntegrityChecker(live.weights.base_tensors)
     live.apply("everything")
-    live.weights.loaded[name].view(torch.int32).view(-1)[0] ^= 1
+    live.weights.base_tensors[name].view(torch.int32).view(-1)[0] ^= 1
     damage = check.check_all()
     assert damage is not None
     assert damage.tensor == name
 
 
 def test_a_changed_bit_is_found_in_live_weights_that_hold_no_adapter(live: Live) -> None:
-    check = IntegrityChecker(live.weights.watched, is_modified=live.weights.is_modified)
+    check = IntegrityChecker(live.weights.checksummed_tensors, is_modified=live.weights.is_modified)
     live.apply("attention")
     assert check.check_all() is None
     at_rest = live.components["unet"].get_submodule("conv_in").weight
@@ -133,7 +133,7 @@ def test_a_changed_bit_is_found_in_live_weights_that_hold_no_adapter(live: Live)
 
 
 def test_live_weights_are_watched_again_once_restored(live: Live) -> None:
-    check = IntegrityChecker(live.weights.watched, is_modified=live.weights.is_modified)
+    check = IntegrityChecker(live.weights.checksummed_tensors, is_modified=live.weights.is_modified)
     for names in (("everything", "text"), (), ("bias",), ()):
         live.apply(*names)
         assert check.check_all() is None
@@ -141,10 +141,10 @@ def test_live_weights_are_watched_again_once_restored(live: Live) -> None:
     assert check.check_all() is not None
 
 
-def test_twins_leave_nothing_to_watch_but_what_was_loaded() -> None:
+def test_fused_buffers_leave_nothing_to_watch_but_what_was_loaded() -> None:
     weights = Live().weights
-    assert weights.watched.keys() == weights.loaded.keys()
-    assert not any(weights.is_modified(name) for name in weights.watched)
+    assert weights.checksummed_tensors.keys() == weights.base_tensors.keys()
+    assert not any(weights.is_modified(name) for name in weights.checksummed_tensors)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_copies_do_not_overlap() -> None:
     assert all(torch.equal(copy, tensor) for copy, tensor in zip(host_copies(tensors), tensors, strict=True))
 
 
-def test_what_is_fused_in_place_equals_what_is_fused_into_twins_at_any_scale(live: Live) -> None:
+def test_what_is_fused_in_place_equals_what_is_fused_into_buffers_at_any_scale(live: Live) -> None:
     for scale in (0.0, -1.0, 2.5):
         live.weights.apply([(adapter("everything", torch.float32), scale)])
         other = Live()

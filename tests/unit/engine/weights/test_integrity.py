@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine.adapters.deltas import bytes_of
-from serve_app.engine.weights.integrity import CorruptTensor, IntegrityChecker, ThrottledChecker, fingerprint
+from serve_app.engine.weights.integrity import CorruptTensor, IntegrityChecker, ThrottledChecker, checksum
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -76,7 +76,7 @@ def test_the_fingerprint_is_the_same_as_computed_on_a_gpu() -> None:
     words = torch.randint(-(2**63), 2**63 - 1, (1001,), dtype=torch.int64)
     weights = torch.arange(1, 2003, 2)
     expected = sum(word * weight for word, weight in zip(words.tolist(), weights.tolist(), strict=True)) % 2**64
-    assert fingerprint(words, weights).item() % 2**64 == expected
+    assert checksum(words, weights).item() % 2**64 == expected
     assert (words * weights).sum().item() % 2**64 == expected
 
 

@@ -83,7 +83,7 @@ class History:
         elif drawn < 0.75:
             self.weights.apply(self.composition())
         elif drawn < 0.80:
-            self.weights.drop_spare_twins()
+            self.weights.drop_spare_buffers()
         elif drawn < 0.85:
             self.checker.wait_for(self.checker.main, self.checker.side)
             self.weights.drop_spares()

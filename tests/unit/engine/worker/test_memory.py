@@ -42,4 +42,4 @@ def test_two_thousand_swaps_among_two_hundred_adapters_take_no_more_memory(tmp_p
             gc.collect()
             used.append(process.memory_full_info().uss)
     assert max(used) < 1.05 * used[0]
-    assert weights.twin_bytes <= 2 * sum(tensor.nbytes for tensor in weights.loaded.values())
+    assert weights.fused_buffer_bytes <= 2 * sum(tensor.nbytes for tensor in weights.base_tensors.values())

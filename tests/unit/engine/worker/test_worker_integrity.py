@@ -27,11 +27,11 @@ class Bench:
     """A worker that checks itself, on a tiny base; with `rest_s` the pause after each round."""
 
     def __init__(
-        self, *, rest_s: float, slice_bytes: int = 1 << 20, pristine_in: Literal["device", "host"] = "device"
+        self, *, rest_s: float, slice_bytes: int = 1 << 20, base_weights: Literal["device", "host"] = "device"
     ) -> None:
         self.pipeline: BasePipeline = wrap(tiny_pipeline("sd15"), schedulers=("DDIMScheduler",))
-        self.weights = FusedWeights(self.pipeline.components, pristine_in=pristine_in)
-        watched, is_modified = self.weights.watched, self.weights.is_modified
+        self.weights = FusedWeights(self.pipeline.components, base_weights=base_weights)
+        watched, is_modified = self.weights.checksummed_tensors, self.weights.is_modified
         check = ThrottledChecker(
             IntegrityChecker(watched, slice_bytes=slice_bytes, is_modified=is_modified), rest_s=rest_s
         )
@@ -39,7 +39,7 @@ class Bench:
 
     def flip_a_bit(self) -> None:
         """Change the lowest bit of one loaded value, as a fault of the memory would."""
-        bytes_of(self.weights.loaded["unet.mid_block.attentions.0.proj_in.weight"])[1000] ^= 1
+        bytes_of(self.weights.base_tensors["unet.mid_block.attentions.0.proj_in.weight"])[1000] ^= 1
 
     def until(self, is_so: Callable[[WorkerState], bool]) -> WorkerState:
         """Wait for the worker to be in some state."""
@@ -58,11 +58,11 @@ def broken(bench: Bench) -> ParsedAdapter:
     return ParsedAdapter("broken", {"unet": {**sound.components["unet"], "no.such": strange}}, Coverage(1, 1))
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
+@pytest.mark.parametrize("base_weights", ["device", "host"])
 def test_a_flipped_bit_is_noticed_while_nothing_waits_and_the_replica_is_unhealthy(
-    pristine_in: Literal["device", "host"],
+    base_weights: Literal["device", "host"],
 ) -> None:
-    bench = Bench(rest_s=0.01, pristine_in=pristine_in)
+    bench = Bench(rest_s=0.01, base_weights=base_weights)
     bench.until(lambda state: state.self_checks > 0)
     assert diagnose(bench.worker.snapshot(), "demo/sd15") is None
     bench.flip_a_bit()
@@ -109,11 +109,11 @@ def test_after_an_error_in_application_everything_is_checked_at_once() -> None:
     bench.worker.close()
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
+@pytest.mark.parametrize("base_weights", ["device", "host"])
 def test_an_ordinary_run_with_swaps_failures_and_cancellations_never_trips(
-    pristine_in: Literal["device", "host"],
+    base_weights: Literal["device", "host"],
 ) -> None:
-    bench = Bench(rest_s=0.0, slice_bytes=1 << 16, pristine_in=pristine_in)
+    bench = Bench(rest_s=0.0, slice_bytes=1 << 16, base_weights=base_weights)
     adapters = [parsed_adapter(bench.pipeline.manifest, seed=seed) for seed in range(3)]
     for turn in range(12):
         adapter = adapters[turn % 3]

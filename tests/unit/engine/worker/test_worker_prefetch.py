@@ -36,7 +36,7 @@ class Bench:
             self.weights,
             max_batch_images=1,
             torch_threads=1,
-            prepares_ahead=True,
+            prefetches_swap=True,
             policy=QueuePolicy(max_overtakes=0),
         )
         self.adapters = [parsed_adapter(self.pipeline.manifest, seed=seed) for seed in range(3)]
@@ -139,7 +139,7 @@ def test_preparing_the_same_again_does_nothing_and_something_else_is_not_bound(b
     prefetcher.close()
 
 
-def test_a_device_without_room_for_second_twins_goes_on_without(bench: Bench) -> None:
+def test_a_device_without_room_for_second_buffers_goes_on_without(bench: Bench) -> None:
     class Narrow(FusedWeights):
         def prepare(self, composition: Any) -> Any:
             raise torch.OutOfMemoryError("no room")
