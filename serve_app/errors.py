@@ -1,53 +1,5 @@
 """The error tree: every error that a caller can get, with its HTTP status and a stable code.
 
-    LoraplexError
-    ├── BadRequest 400
-    │   ├── MalformedRequest        the body or a header cannot be read
-    │   ├── UnknownParameter        a parameter that does not exist, with the nearest that does
-    │   ├── OutOfBounds             a value outside the base's limits
-    │   ├── UnknownScheduler        a noise scheduler the base does not offer
-    │   ├── PipelineRefused         the base's own pipeline does not take what is asked
-    │   └── BaseMismatch            an adapter made for another base than the one the request names
-    ├── Unauthorized 401
-    ├── AccessDenied 403            a gated or private repository
-    ├── AdminRequired 403           a key that may not change the registry
-    ├── ForeignOrigin 403           a web page of another origin
-    ├── ModelNotFound 404           neither a base nor an adapter
-    ├── NotAcceptable 406
-    ├── NameTaken 409               a name that is already in use
-    ├── BodyTimeout 408             the body did not arrive in time
-    ├── TooLarge 413
-    ├── UnknownHost 421             a name that a service on loopback does not have
-    ├── HeadersTooLarge 431
-    ├── RefusedAdapter 422
-    │   ├── UnsafeFile              anything but safetensors
-    │   ├── MalformedFile           truncated, lying or unreadable
-    │   ├── AmbiguousFile           several files could be meant
-    │   ├── NotAnAdapter            a repository without adapter weights
-    │   ├── BaseNotServed           an adapter for a base that is not configured
-    │   ├── NoLayerMatches          no layer of the file exists in the base
-    │   ├── ShapeMismatch           a layer exists in the base with other widths
-    │   ├── NonFinite               NaN or infinite values
-    │   ├── RankTooHigh
-    │   ├── UnsupportedMethod       an adapter method that is not supported
-    │   ├── AdmissionTimedOut       checking the file took longer than allowed
-    │   └── Quarantined             its images failed repeatedly on the device
-    ├── QueueFull 429
-    ├── Overloaded 429              more requests than the ingress can handle
-    ├── KeyLimitReached 429         an API key over its limit
-    ├── UnknownIdLimitReached 429   a caller that asks for too many unknown ids
-    ├── InternalError 500           ours
-    ├── Unavailable 503
-    │   ├── NotReady                the base is starting
-    │   ├── BaseUnusable            the base cannot be loaded as configured; raised at start, not by requests
-    │   ├── HubUnavailable          the Hub did not answer
-    │   ├── DiskFull                no space for an adapter on a replica's node
-    │   ├── OutOfMemory             the device has too little memory, even for it alone
-    │   ├── ReplicaLost             the replica died; a retry may succeed
-    │   └── IngressLost             the ingress died; a retry may succeed
-    └── DeadlineExceeded 504
-        └── DeadlineOutOfReach      the deadline cannot be met; it was not started
-
 Messages are one sentence for the caller: they name the thing, the limit and what to do, and never a path, a host or
 a token. Errors travel between processes, so each rebuilds itself from its fields.
 """
@@ -55,7 +7,7 @@ a token. Errors travel between processes, so each rebuilds itself from its field
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, dataclass_transform
 
 from serve_app.redaction import redact_secrets
 
@@ -66,6 +18,7 @@ def _rebuild(cls: type[LoraplexError], fields: dict[str, Any]) -> LoraplexError:
     return error
 
 
+@dataclass_transform(eq_default=False)
 @dataclass(eq=False)
 class LoraplexError(Exception):
     """The root: `status` is the HTTP status, `code` the stable name, `str(error)` the message for the caller."""
@@ -74,6 +27,10 @@ class LoraplexError(Exception):
     code: ClassVar[str] = "internal"
     template: ClassVar[str] = "something went wrong"
     retry_after: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Make every class of the tree a dataclass of its fields."""
+        dataclass(eq=False)(cls)
 
     def __str__(self) -> str:
         """Return the message for the caller."""
@@ -97,7 +54,6 @@ class BadRequest(LoraplexError):
     code = "bad_request"
 
 
-@dataclass(eq=False)
 class MalformedRequest(BadRequest):
     """The body or a header cannot be read."""
 
@@ -106,7 +62,6 @@ class MalformedRequest(BadRequest):
     template = "{reason}"
 
 
-@dataclass(eq=False)
 class UnknownParameter(BadRequest):
     """A parameter that does not exist; `hint` names the nearest that does."""
 
@@ -116,7 +71,6 @@ class UnknownParameter(BadRequest):
     template = "unknown parameter '{name}'{hint}"
 
 
-@dataclass(eq=False)
 class OutOfBounds(BadRequest):
     """A value outside the limits of the base."""
 
@@ -127,7 +81,6 @@ class OutOfBounds(BadRequest):
     template = "'{name}' is {value}, but must be {limit}"
 
 
-@dataclass(eq=False)
 class UnknownScheduler(BadRequest):
     """A noise scheduler that the base does not offer."""
 
@@ -138,7 +91,6 @@ class UnknownScheduler(BadRequest):
     template = "scheduler '{name}' is not offered by {base}; choose one of: {choices}"
 
 
-@dataclass(eq=False)
 class PipelineRefused(BadRequest):
     """The base's own pipeline does not take what is asked; a check that should have come before the device is missing.
 
@@ -151,7 +103,6 @@ class PipelineRefused(BadRequest):
     template = "{base} cannot draw this request: {reason}"
 
 
-@dataclass(eq=False)
 class BaseMismatch(BadRequest):
     """An adapter made for another base than the request names."""
 
@@ -165,7 +116,6 @@ class BaseMismatch(BadRequest):
     )
 
 
-@dataclass(eq=False)
 class Unauthorized(LoraplexError):
     """No valid key."""
 
@@ -175,7 +125,6 @@ class Unauthorized(LoraplexError):
     template = "{reason}"
 
 
-@dataclass(eq=False)
 class AccessDenied(LoraplexError):
     """A gated or private repository that cannot be read."""
 
@@ -186,7 +135,6 @@ class AccessDenied(LoraplexError):
     template = "access to {model} is restricted; {whose} must be granted access to it"
 
 
-@dataclass(eq=False)
 class AdminRequired(LoraplexError):
     """A valid key that may not change the registry."""
 
@@ -196,7 +144,6 @@ class AdminRequired(LoraplexError):
     template = "the key '{key}' may not change the registry; use an admin key"
 
 
-@dataclass(eq=False)
 class ForeignOrigin(LoraplexError):
     """A web page of another origin had its visitor's browser ask."""
 
@@ -206,7 +153,6 @@ class ForeignOrigin(LoraplexError):
     template = "pages of {origin} may not use this service; its operator can name them in ingress.cors_origins"
 
 
-@dataclass(eq=False)
 class UnknownHost(LoraplexError):
     """A service on loopback was asked by a name that is none of this machine's."""
 
@@ -219,7 +165,6 @@ class UnknownHost(LoraplexError):
     )
 
 
-@dataclass(eq=False)
 class ModelNotFound(LoraplexError):
     """Neither a served base nor an adapter that was found; `detail` says where it was searched for."""
 
@@ -230,7 +175,6 @@ class ModelNotFound(LoraplexError):
     template = "model {model} was not found: {detail}"
 
 
-@dataclass(eq=False)
 class NotAcceptable(LoraplexError):
     """No image format of the Accept header can be served."""
 
@@ -241,7 +185,6 @@ class NotAcceptable(LoraplexError):
     template = "none of '{accept}' can be served; the formats are {choices}"
 
 
-@dataclass(eq=False)
 class BodyTimeout(LoraplexError):
     """The caller took too long to send the body."""
 
@@ -251,7 +194,6 @@ class BodyTimeout(LoraplexError):
     template = "the body did not arrive within {limit_s:g} s; send it faster, or a smaller one"
 
 
-@dataclass(eq=False)
 class NameTaken(LoraplexError):
     """A name that is already in use."""
 
@@ -262,7 +204,6 @@ class NameTaken(LoraplexError):
     template = "the name '{name}' is taken: {reason}; choose another, or remove that first"
 
 
-@dataclass(eq=False)
 class TooLarge(LoraplexError):
     """A body or an image over its limit."""
 
@@ -273,7 +214,6 @@ class TooLarge(LoraplexError):
     template = "{what} is too large; the limit is {limit}"
 
 
-@dataclass(eq=False)
 class HeadersTooLarge(LoraplexError):
     """Headers and URL over their common limit."""
 
@@ -284,7 +224,6 @@ class HeadersTooLarge(LoraplexError):
     template = "the headers and the address take {size_bytes} bytes; at most {limit_bytes} are read"
 
 
-@dataclass(eq=False)
 class QueueFull(LoraplexError):
     """The base has as many requests as it accepts."""
 
@@ -297,7 +236,6 @@ class QueueFull(LoraplexError):
     template = "{base} already has {limit} requests waiting; try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class Overloaded(LoraplexError):
     """More requests arrive than the ingress can handle."""
 
@@ -308,7 +246,6 @@ class Overloaded(LoraplexError):
     template = "more is asked of the service than it can do; try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class KeyLimitReached(LoraplexError):
     """An API key over its limit."""
 
@@ -321,7 +258,6 @@ class KeyLimitReached(LoraplexError):
     template = "the key '{key}' is limited to {limit}; try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class UnknownIdLimitReached(LoraplexError):
     """A caller that asks for one id after the other that nobody knows."""
 
@@ -336,7 +272,6 @@ class UnknownIdLimitReached(LoraplexError):
     )
 
 
-@dataclass(eq=False)
 class InternalError(LoraplexError):
     """A fault of the service; the log has the details under the request id."""
 
@@ -354,7 +289,6 @@ class Unavailable(LoraplexError):
     retry_after = True
 
 
-@dataclass(eq=False)
 class NotReady(Unavailable):
     """The base has no running replica yet."""
 
@@ -364,7 +298,6 @@ class NotReady(Unavailable):
     template = "{base} is starting; try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class BaseUnusable(Unavailable):
     """The base cannot be loaded as it is configured; raised when a replica starts."""
 
@@ -375,7 +308,6 @@ class BaseUnusable(Unavailable):
     template = "{base} cannot be served: {reason}"
 
 
-@dataclass(eq=False)
 class HubUnavailable(Unavailable):
     """The Hub did not answer in time, or answered with an error."""
 
@@ -386,7 +318,6 @@ class HubUnavailable(Unavailable):
     template = "{model} could not be fetched: {reason}; try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class DiskFull(Unavailable):
     """The disk of a replica's node has no space for an adapter, even after evicting cached files."""
 
@@ -399,7 +330,6 @@ class DiskFull(Unavailable):
     )
 
 
-@dataclass(eq=False)
 class OutOfMemory(Unavailable):
     """The device has too little memory for a request, even alone; `advice` says what would need less."""
 
@@ -411,7 +341,6 @@ class OutOfMemory(Unavailable):
     template = "{base} has no memory left for {what}; {advice}, or try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class ReplicaLost(Unavailable):
     """The replica that had the request died, and so did those tried after it; `reason` is only for metrics."""
 
@@ -423,7 +352,6 @@ class ReplicaLost(Unavailable):
     template = "{base} lost this request's replica ({attempts} attempts); try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class IngressLost(Unavailable):
     """The ingress replica that had the request died, and so did those tried after it."""
 
@@ -433,7 +361,6 @@ class IngressLost(Unavailable):
     template = "the request was lost on its way to a replica ({attempts} attempts); try again in {retry_after_s} s"
 
 
-@dataclass(eq=False)
 class DeadlineExceeded(LoraplexError):
     """The request's deadline has passed."""
 

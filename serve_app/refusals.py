@@ -1,13 +1,10 @@
-"""The branch of the error tree for adapters that exist but cannot be applied; `serve_app.errors` draws the tree."""
+"""The branch of the error tree for adapters that exist but cannot be applied."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from serve_app.errors import LoraplexError
 
 
-@dataclass(eq=False)
 class RefusedAdapter(LoraplexError):
     """The adapter exists but cannot be applied; `reason` says why."""
 
@@ -84,7 +81,6 @@ class AdmissionTimedOut(RefusedAdapter):
     code = "admission_timed_out"
 
 
-@dataclass(eq=False)
 class Quarantined(RefusedAdapter):
     """Its images failed on the device again and again; it is tried again later."""
 

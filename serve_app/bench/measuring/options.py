@@ -180,7 +180,6 @@ class PipelineOptions:
         )
 
 
-@dataclass(eq=False)
 class BenchmarkRefused(LoraplexError):
     """The benchmark cannot run here as asked."""
 

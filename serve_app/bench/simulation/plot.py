@@ -6,7 +6,6 @@ Owns what is drawn. Matplotlib comes with the `bench` extra alone, and is import
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 QUANTILES = (("p50_s", "p50", "#9ecae1"), ("p95_s", "p95", "#3182bd"), ("p99_s", "p99", "#08306b"))
 
 
-@dataclass(eq=False)
 class PlottingAbsent(LoraplexError):
     """A picture was asked for where nothing draws one."""
 

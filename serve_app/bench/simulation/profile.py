@@ -20,7 +20,6 @@ OWN_PROFILES = "profiles.yaml"
 ANY_BASE = "*"
 
 
-@dataclass(eq=False)
 class TimingsInvalid(LoraplexError):
     """A file of measurements cannot be used."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -29,7 +28,6 @@ DEFAULT_SIZE_BYTES = 93_000_000
 SHOWN_FAULTS = 5
 
 
-@dataclass(eq=False)
 class WorkloadUnreadable(LoraplexError):
     """A CSV file holds no workload."""
 

@@ -171,7 +171,7 @@ class FusedWeights:
 
     @property
     def checksummed_tensors(self) -> dict[str, Tensor]:
-        """What must keep the bits that it was loaded with, except while `is_modified`: base tensors and live weights."""
+        """What must keep the bits that it was loaded with, except while `is_modified`: base and live weights."""
         return self.base_tensors | {name: slot.parameter.data for name, slot in self._live.items()}
 
     def is_modified(self, name: str) -> bool:
