@@ -17,10 +17,12 @@ NAMES = {
 }
 
 
-def embeddings(family: str, *, words: int = 2, seed: int = 0, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def embeddings(
+    family: str, *, ti_tokens: int = 2, seed: int = 0, dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
     """Return random words for every text encoder of a family, large enough to show in an image."""
     random = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(words, 32, generator=random).to(dtype) * 3 for name in NAMES[family]}
+    return {name: torch.randn(ti_tokens, 32, generator=random).to(dtype) * 3 for name in NAMES[family]}
 
 
 def numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

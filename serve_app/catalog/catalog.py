@@ -21,7 +21,7 @@ from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterS
 from serve_app.catalog.replica_report import KnownAdapter
 from serve_app.catalog.resolving.access import CallerAccess
 from serve_app.catalog.resolving.aliases import told_as
-from serve_app.catalog.resolving.compatibility import check_distinct, check_named, check_words, common_base, spec_on
+from serve_app.catalog.resolving.compatibility import check_distinct, check_named, check_ti_tokens, common_base, spec_on
 from serve_app.catalog.resolving.lookups import CachePolicy, SingleFlightCache
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
@@ -111,7 +111,7 @@ class Catalog:
 
             async def inspect_as(key: _Key, token: HubToken) -> AdapterInfo:
                 inspector = AdapterInspector(config.bases, (hub.read_as(token),), architectures, self._card)
-                return await inspector.examine(key.id, key.revision, key.filename)
+                return await inspector.inspect(key.id, key.revision, key.filename)
 
             self._access = CallerAccess(
                 inspect_as,
@@ -168,7 +168,7 @@ class Catalog:
         check_distinct(asked, findings)
         base = named or common_base(findings, self._config)
         specs = [spec_on(finding, base, self._config) for finding in findings]
-        check_words(specs)
+        check_ti_tokens(specs)
         uses = [ScaledAdapter(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
         return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)), is_private)
 
@@ -202,7 +202,7 @@ class Catalog:
         await self._readable([model for model in listed if self._config.base(model) is None], None)
         found: dict[str, KnownAdapter] = {}
         for info in self._infos.values():
-            base = self._config.base(next(iter(info.placement.bases), ""))
+            base = self._config.base(next(iter(info.base_match.bases), ""))
             if base is not None:
                 with contextlib.suppress(LoraplexError):
                     found.setdefault(info.id, KnownAdapter(info.spec_for(base), info.header.max_rank))
@@ -263,7 +263,7 @@ class Catalog:
 
     async def _inspect(self, key: _Key) -> AdapterInfo:
         try:
-            return await self._inspector.examine(key.id, key.revision, key.filename)
+            return await self._inspector.inspect(key.id, key.revision, key.filename)
         except ModelNotFound as error:
             raise ModelNotFound(error.model, error.detail + await self._hint(key.id)) from None
 

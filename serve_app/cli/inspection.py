@@ -84,13 +84,13 @@ async def inspect_id(
     source, listing = found
     seen = Inspection(ref.id, listing.origin, listing.location, listing.card, revision=listing.revision)
     try:
-        finding = await inspector.examine(ref.id, ref.revision, ref.filename)
+        finding = await inspector.inspect(ref.id, ref.revision, ref.filename)
     except LoraplexError as refusal:
         return (await _with_header(seen, source, listing, ref.filename)).refused(refusal)
     seen = replace(
         seen,
         file=finding.filename, revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
-        bases=finding.placement.bases,
+        bases=finding.base_match.bases,
     )  # fmt: skip
     try:
         served = [known.id for known in sources.config.bases]
@@ -98,16 +98,16 @@ async def inspect_id(
             finding.require_served(served)
         else:
             finding.require_fit(base, served)
-        asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.placement.bases)
+        asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.base_match.bases)
         spec = finding.spec_for(asked[0])
         if header_only:
             return seen
         path = await source.download(spec)
-        words = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
+        ti_tokens = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
     except LoraplexError as refusal:
         return seen.refused(refusal)
     return replace(
-        seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, words, finding.settings)
+        seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, ti_tokens, finding.settings)
     )
 
 
@@ -169,14 +169,14 @@ async def _judge(
     path: Path,
     name: str,
     bases: Sequence[BaseModelConfig],
-    words: Path | None,
+    ti_tokens: Path | None,
     settings: str | None,
 ) -> tuple[Verdict, ...]:
-    return tuple([await _verdict(sources, path, name, base, words, settings) for base in bases])
+    return tuple([await _verdict(sources, path, name, base, ti_tokens, settings) for base in bases])
 
 
 async def _verdict(
-    sources: Sources, path: Path, name: str, base: BaseModelConfig, words: Path | None, settings: str | None
+    sources: Sources, path: Path, name: str, base: BaseModelConfig, ti_tokens: Path | None, settings: str | None
 ) -> Verdict:
     from serve_app.engine.adapters.parser import parse_adapter
     from serve_app.engine.base.manifest import structure_of
@@ -184,7 +184,7 @@ async def _verdict(
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
-        coverage = parse_adapter(path, name, manifest, base.adapter_limits, words, settings).coverage
+        coverage = parse_adapter(path, name, manifest, base.adapter_limits, ti_tokens, settings).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))
     return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)

@@ -64,7 +64,6 @@ class SafetensorsHeader:
 
     tensors: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
-    data_offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,6 @@ class HeaderFacts:
     max_rank: int
     layers: int
     tensors: int
-    stated_family: str | None
     family: str | None
     families: frozenset[str] = frozenset()
     depths: tuple[tuple[str, int], ...] = ()
@@ -128,10 +126,9 @@ def parse_header(head: bytes, *, file_bytes: int | None = None) -> SafetensorsHe
     entries = cast("dict[str, Any]", data)
     metadata: Any = entries.pop("__metadata__", None)
     tensors = {name: _entry(name, value) for name, value in entries.items()}
-    offset = LENGTH_BYTES + length
     if file_bytes is not None:
-        _check_size(tensors.values(), file_bytes - offset)
-    return SafetensorsHeader(tensors, _texts(metadata), offset)
+        _check_size(tensors.values(), file_bytes - LENGTH_BYTES - length)
+    return SafetensorsHeader(tensors, _texts(metadata))
 
 
 def read_header(path: Path) -> SafetensorsHeader:
@@ -203,7 +200,6 @@ def describe(header: SafetensorsHeader) -> HeaderFacts:
         max_rank=max((_rank(parts) for parts in reading.values()), default=0),
         layers=len(reading),
         tensors=len(header.tensors),
-        stated_family=stated,
         family=UNET_FAMILIES.get(text_width or 0) or _certain(families, hidden, stated),
         families=families,
         depths=tuple(depths_of(widths).items()),

@@ -45,7 +45,7 @@ class AdapterInfo:
     size_bytes: int
     instance_prompt: str | None
     header: HeaderFacts
-    placement: BaseMatch
+    base_match: BaseMatch
     embeddings: str | None = None
     settings: str | None = None
     digest: str | None = None
@@ -90,9 +90,9 @@ class AdapterInfo:
         Raises:
             BaseNotServed: with the base that it was made for, and what would make it work.
         """
-        if self.placement.bases:
+        if self.base_match.bases:
             return
-        made_for, by_name = self.placement.made_for, self.placement.by_name
+        made_for, by_name = self.base_match.made_for, self.base_match.by_name
         known = f"served are {', '.join(served)}"
         reason = f"it was made for {made_for}, which is not served; {known}"
         if by_name:
@@ -110,30 +110,30 @@ class AdapterInfo:
             BaseNotServed: none of its bases is served, and it does not fit this one.
             BaseMismatch: it is for another one that is served.
         """
-        if base.id in (*self.placement.bases, *self.placement.by_name):
+        if base.id in (*self.base_match.bases, *self.base_match.by_name):
             return
         self.require_served(served)
-        raise BaseMismatch(self.id, self.placement.made_for, base.id)
+        raise BaseMismatch(self.id, self.base_match.made_for, base.id)
 
     def ambiguity(self) -> BaseNotServed:
         """Return the refusal for a request that leaves open which of several bases is meant."""
-        fitting = ", ".join(self.placement.bases)
+        fitting = ", ".join(self.base_match.bases)
         return BaseNotServed(self.id, f"its card names no base, and its layers fit {fitting}: name one of them")
 
 
 class AdapterInspector:
-    """Examines adapters in the places where they may lie, the first place that has an id wins."""
+    """Examines adapters in their sources; the first source that has an id wins."""
 
     def __init__(
         self,
         bases: Sequence[BaseModelConfig],
-        places: Sequence[AdapterSource],
+        sources: Sequence[AdapterSource],
         facts: BaseArchitectureReader,
         card_of: Callable[[str], Awaitable[Card | None]],
     ) -> None:
         self._bases = bases
         self._names = BaseNames(bases)
-        self._sources = places
+        self._sources = sources
         self._facts = facts
         self._card_of = card_of
 
@@ -145,7 +145,7 @@ class AdapterInspector:
                 return source, listing
         return None
 
-    async def examine(self, model: str, revision: str | None, filename: str | None) -> AdapterInfo:
+    async def inspect(self, model: str, revision: str | None, filename: str | None) -> AdapterInfo:
         """Return what an id means.
 
         Raises:
@@ -173,7 +173,7 @@ class AdapterInspector:
             size_bytes=(listed.size_bytes if listed else None) or 0,
             instance_prompt=listing.card.instance_prompt,
             header=facts,
-            placement=await self._place(model, listing.card, facts),
+            base_match=await self._place(model, listing.card, facts),
             embeddings=embeddings,
             digest=listed.digest if listed else None,
             settings=await self._settings(source, listing, chosen),

@@ -41,7 +41,7 @@ def check_distinct(refs: Sequence[AdapterRef], findings: Sequence[AdapterInfo]) 
             )
 
 
-def check_words(specs: Sequence[AdapterSpec]) -> None:
+def check_ti_tokens(specs: Sequence[AdapterSpec]) -> None:
     """Refuse adapters whose words would be mistaken for each other's.
 
     Raises:
@@ -78,12 +78,12 @@ def common_base(findings: Sequence[AdapterInfo], config: AppConfig) -> BaseModel
         return config.default
     for finding in findings:
         finding.require_served(_served_ids(config))
-    certain = [finding for finding in findings if not finding.placement.is_ambiguous]
+    certain = [finding for finding in findings if not finding.base_match.is_ambiguous]
     leading = certain[0] if certain else findings[0]
     common = [
         base
-        for base_id in leading.placement.bases
-        if all(base_id in finding.placement.bases for finding in findings)
+        for base_id in leading.base_match.bases
+        if all(base_id in finding.base_match.bases for finding in findings)
         and (base := config.base(base_id)) is not None
     ]
     if not common:
@@ -94,11 +94,11 @@ def common_base(findings: Sequence[AdapterInfo], config: AppConfig) -> BaseModel
 
 
 def _cannot_combine(leading: AdapterInfo, findings: Sequence[AdapterInfo]) -> MalformedRequest:
-    mine = leading.placement
-    other = next(f for f in findings if not set(mine.bases) & set(f.placement.bases) or f is findings[-1])
+    mine = leading.base_match
+    other = next(f for f in findings if not set(mine.bases) & set(f.base_match.bases) or f is findings[-1])
     return MalformedRequest(
         f"adapter {leading.id} is for {mine.made_for}, but adapter {other.id} is for "
-        f"{other.placement.made_for}: they cannot be combined"
+        f"{other.base_match.made_for}: they cannot be combined"
     )
 
 

@@ -122,7 +122,7 @@ def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | N
         ),
         coverage=Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1])),
         # Copied, so that whoever keeps the few words alone does not keep the whole buffer alive.
-        words={component: _view(place, body).clone() for component, place in table["words"].items()},
+        ti_tokens={component: _view(place, body).clone() for component, place in table["words"].items()},
     )
 
 
@@ -134,7 +134,7 @@ def _table_of(adapter: ParsedAdapter, body: _Body) -> dict[str, Any]:
         "components": list(layers),
         "stacks": [_describe_stack(stack, body) for stack in layers.stacks],
         "singles": [[component, module, _describe(delta, body)] for component, module, delta in layers.singles],
-        "words": {component: _place(rows, body) for component, rows in adapter.words.items()},
+        "words": {component: _place(rows, body) for component, rows in adapter.ti_tokens.items()},
     }
 
 
@@ -286,9 +286,9 @@ class FileChecksum:
             view = view[:whole]
         while view:
             part = view[: CHUNK_BYTES - self._length]
-            words = numpy.frombuffer(part, numpy.uint64)
+            ti_tokens = numpy.frombuffer(part, numpy.uint64)
             first = self._length // WORD_BYTES
-            self._sum += int((words * _place_weights()[first : first + len(words)]).sum(dtype=numpy.uint64))
+            self._sum += int((ti_tokens * _place_weights()[first : first + len(ti_tokens)]).sum(dtype=numpy.uint64))
             self._length += len(part)
             view = view[len(part) :]
             if self._length == CHUNK_BYTES:

@@ -193,7 +193,7 @@ class ParsedAdapter:
     """An adapter checked against one base: component name -> module name -> change.
 
     Every named layer exists in that base with fitting shapes; every tensor is finite and in that layer's dtype.
-    `digest` is the sha256 of what it was read from, in hex: adapters of one digest are the same. `words` are the
+    `digest` is the sha256 of what it was read from, in hex: adapters of one digest are the same. `ti_tokens` are the
     embeddings that it teaches its text encoders, [words, width] by component, in the embedding's dtype; row i is
     the word `<si>`.
     """
@@ -201,12 +201,12 @@ class ParsedAdapter:
     digest: str
     components: Mapping[str, Mapping[str, Delta]] = field(repr=False)
     coverage: Coverage
-    words: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    ti_tokens: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     @property
     def size_bytes(self) -> int:
         """The bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors()) + sum(rows.nbytes for rows in self.words.values())
+        return sum(tensor.nbytes for tensor in self.tensors()) + sum(rows.nbytes for rows in self.ti_tokens.values())
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors of all changes, as they lie: those of a stack together."""

@@ -57,7 +57,7 @@ class LayerParts(Mapping[str, Tensor]):
         return tuple(part for part in self._parts if part not in self._read)
 
 
-def build_delta(tensors: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> Delta:
+def build_delta(tensors: Mapping[str, Tensor], scaling: Scaling | None, target: TargetLayer) -> Delta:
     """Return one layer's change, made of every one of its tensors.
 
     Raises:
@@ -68,37 +68,39 @@ def build_delta(tensors: Mapping[str, Tensor], scaling: Scaling | None, place: T
         UnsupportedMethod: the parts belong to no method that is served, or to several.
     """
     parts = LayerParts(tensors)
-    _check_floats(tensors, place)
-    direction = _direction(parts, scaling, place)
-    magnitude, is_per_input = _magnitude(parts, place)
+    _check_floats(tensors, target)
+    direction = _direction(parts, scaling, target)
+    magnitude, is_per_input = _magnitude(parts, target)
     if isinstance(direction, LowRank):
         has_bias = direction.bias is not None
-        _check_declared(scaling, place, rank=direction.rank, is_dora=magnitude is not None, has_bias=has_bias)
+        _check_declared(scaling, target, rank=direction.rank, is_dora=magnitude is not None, has_bias=has_bias)
     if parts.unread:
-        raise UnsupportedMethod(place.adapter, f"{place.label} mixes several methods: '{parts.unread[0]}' is left over")
+        raise UnsupportedMethod(
+            target.adapter, f"{target.label} mixes several methods: '{parts.unread[0]}' is left over"
+        )
     delta = direction if magnitude is None else Dora(direction, magnitude, is_per_input)
-    check_finite(delta, place)
+    check_finite(delta, target)
     return delta
 
 
-def _direction(parts: LayerParts, scaling: Scaling | None, place: TargetLayer) -> Direction:
-    if place.layer.kind == "norm" and "diff" not in parts and "diff_b" not in parts:
-        raise UnsupportedMethod(place.adapter, f"{place.label} is a norm, which has no factors")
+def _direction(parts: LayerParts, scaling: Scaling | None, target: TargetLayer) -> Direction:
+    if target.layer.kind == "norm" and "diff" not in parts and "diff_b" not in parts:
+        raise UnsupportedMethod(target.adapter, f"{target.label} is a norm, which has no factors")
     if "down" in parts or "up" in parts:
-        return _lora(parts, scaling, place)
+        return _lora(parts, scaling, target)
     if any(part.startswith("hada_") for part in parts):
-        return hadamard(parts, place)
+        return hadamard(parts, target)
     if any(part.startswith("lokr_") for part in parts):
-        return kronecker(parts, place)
+        return kronecker(parts, target)
     if "diff" in parts or "diff_b" in parts:
-        return dense(parts, place)
-    raise place.malformed("lacks its factors")
+        return dense(parts, target)
+    raise target.malformed("lacks its factors")
 
 
-def _check_floats(tensors: Mapping[str, Tensor], place: TargetLayer) -> None:
+def _check_floats(tensors: Mapping[str, Tensor], target: TargetLayer) -> None:
     for part, tensor in tensors.items():
         if part != "alpha" and not tensor.is_floating_point():
-            raise place.malformed(
+            raise target.malformed(
                 f"has a '{part}' of type {str(tensor.dtype).removeprefix('torch.')}, which is no float"
             )
 
@@ -118,35 +120,35 @@ def inner_width(delta: Delta) -> int:
             return min(delta.weight.shape[:2])
 
 
-def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, place: TargetLayer) -> LowRank:
+def _lora(parts: Mapping[str, Tensor], scaling: Scaling | None, target: TargetLayer) -> LowRank:
     if "down" not in parts or "up" not in parts:
-        raise place.malformed("lacks one of its two factors")
-    down, up = _fitted(parts, place)
-    alpha, divisor = alpha_and_divisor(parts, down.shape[0], scaling, place)
+        raise target.malformed("lacks one of its two factors")
+    down, up = _fitted(parts, target)
+    alpha, divisor = alpha_and_divisor(parts, down.shape[0], scaling, target)
     bias, shift = parts.get("bias"), parts.get("diff_b")
     if shift is not None and not shift.any():
         shift = None  # some tools write zeros for every layer, whether or not it has a bias
-    bias, shift = (_vector(tensor, "bias", place) for tensor in (bias, shift))
-    if (bias is not None or shift is not None) and not place.layer.has_bias:
-        raise place.mismatch("the file changes a bias that it does not have")
+    bias, shift = (_vector(tensor, "bias", target) for tensor in (bias, shift))
+    if (bias is not None or shift is not None) and not target.layer.has_bias:
+        raise target.mismatch("the file changes a bias that it does not have")
     return LowRank(down, up, alpha, divisor, bias, shift)
 
 
-def _fitted(parts: Mapping[str, Tensor], place: TargetLayer) -> tuple[Tensor, Tensor]:
+def _fitted(parts: Mapping[str, Tensor], target: TargetLayer) -> tuple[Tensor, Tensor]:
     """Return the factors in the layer's dtype and number of dimensions."""
-    shape, dtype = place.layer.shape, dtype_named(place.layer.dtype)
+    shape, dtype = target.layer.shape, dtype_named(target.layer.dtype)
     down, up = parts["down"], parts["up"]
     if "mid" in parts:
-        down = _with_middle(parts["mid"], down, place)
+        down = _with_middle(parts["mid"], down, target)
     down, up = _with_dimensions(down, len(shape)), _with_dimensions(up, len(shape))
     if down.ndim != len(shape) or up.ndim != len(shape):
-        raise place.mismatch(f"the file has factors of shape {list(down.shape)} and {list(up.shape)}")
+        raise target.mismatch(f"the file has factors of shape {list(down.shape)} and {list(up.shape)}")
     rank = down.shape[0]
-    check_rank(rank, place)
-    down = with_all_inputs(down, place)
+    check_rank(rank, target)
+    down = with_all_inputs(down, target)
     fits = down.shape[1:] == shape[1:] and up.shape == (shape[0], rank, *[1] * (len(shape) - 2))
     if not fits:
-        raise place.mismatch(f"the file has factors of shape {list(down.shape)} and {list(up.shape)}")
+        raise target.mismatch(f"the file has factors of shape {list(down.shape)} and {list(up.shape)}")
     return down.to(dtype), up.to(dtype)
 
 
@@ -159,49 +161,49 @@ def _with_dimensions(factor: Tensor, dimensions: int) -> Tensor:
     return factor
 
 
-def _with_middle(middle: Tensor, down: Tensor, place: TargetLayer) -> Tensor:
+def _with_middle(middle: Tensor, down: Tensor, target: TargetLayer) -> Tensor:
     """Multiply a convolution's middle factor [r, q, kh, kw] into its down factor [q, in, 1, 1]."""
     if middle.ndim != 4 or down.ndim != 4 or down.shape[2:] != (1, 1) or middle.shape[1] != down.shape[0]:
-        raise place.mismatch(f"the file has a middle factor of shape {list(middle.shape)}")
+        raise target.mismatch(f"the file has a middle factor of shape {list(middle.shape)}")
     return torch.einsum("rqhw,qi->rihw", middle.float(), down.flatten(1).float())
 
 
-def with_all_inputs(factor: Tensor, place: TargetLayer) -> Tensor:
+def with_all_inputs(factor: Tensor, target: TargetLayer) -> Tensor:
     """Add zeros for the input channels that an adapter of the ordinary base does not know."""
-    missing = place.layer.shape[1] - factor.shape[1]
-    if place.module not in INPUT_LAYERS or missing <= 0:
+    missing = target.layer.shape[1] - factor.shape[1]
+    if target.module not in INPUT_LAYERS or missing <= 0:
         return factor
     return F.pad(factor, (*[0, 0] * (factor.ndim - 2), 0, missing))
 
 
-def _magnitude(parts: LayerParts, place: TargetLayer) -> tuple[Tensor | None, bool]:
+def _magnitude(parts: LayerParts, target: TargetLayer) -> tuple[Tensor | None, bool]:
     """Return DoRA's magnitudes, and whether they are per input channel: LyCORIS and OneTrainer know both."""
     scale = parts.get("dora_scale")
     if scale is None:
-        return _vector(parts.get("magnitude"), "magnitude", place), False
-    inputs = place.layer.shape[1] if len(place.layer.shape) > 1 else 0
+        return _vector(parts.get("magnitude"), "magnitude", target), False
+    inputs = target.layer.shape[1] if len(target.layer.shape) > 1 else 0
     if scale.ndim > 1 and scale.shape[0] == 1 and scale.shape[1] == scale.numel() == inputs:
-        return scale.flatten().to(dtype_named(place.layer.dtype)), True
-    return _vector(scale, "magnitude", place), False
+        return scale.flatten().to(dtype_named(target.layer.dtype)), True
+    return _vector(scale, "magnitude", target), False
 
 
-def _vector(tensor: Tensor | None, what: str, place: TargetLayer) -> Tensor | None:
+def _vector(tensor: Tensor | None, what: str, target: TargetLayer) -> Tensor | None:
     """Return a value per output of the layer, [out], however many dimensions of 1 the file spells beside it."""
     if tensor is None:
         return None
-    if tensor.numel() != place.layer.shape[0] or max(tensor.shape, default=0) != tensor.numel():
-        raise place.mismatch(f"the file has a {what} of shape {list(tensor.shape)}")
-    return tensor.flatten().to(dtype_named(place.layer.dtype))
+    if tensor.numel() != target.layer.shape[0] or max(tensor.shape, default=0) != tensor.numel():
+        raise target.mismatch(f"the file has a {what} of shape {list(tensor.shape)}")
+    return tensor.flatten().to(dtype_named(target.layer.dtype))
 
 
-def _check_declared(scaling: Scaling | None, place: TargetLayer, *, rank: int, is_dora: bool, has_bias: bool) -> None:
+def _check_declared(scaling: Scaling | None, target: TargetLayer, *, rank: int, is_dora: bool, has_bias: bool) -> None:
     """Refuse tensors that contradict what the file's metadata says of them."""
     if scaling is None:
         return
-    declared = scaling.rank_of(place.module)
+    declared = scaling.rank_of(target.module)
     if declared is not None and declared != rank:
-        raise place.malformed(f"has rank {rank}, but the file's metadata says {declared}")
+        raise target.malformed(f"has rank {rank}, but the file's metadata says {declared}")
     if scaling.is_dora is not None and scaling.is_dora != is_dora:
-        raise place.malformed("has a magnitude or lacks it, against the file's metadata")
+        raise target.malformed("has a magnitude or lacks it, against the file's metadata")
     if has_bias and scaling.has_bias is False:
-        raise place.malformed("has a bias, against the file's metadata")
+        raise target.malformed("has a bias, against the file's metadata")

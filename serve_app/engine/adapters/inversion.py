@@ -22,7 +22,7 @@ from serve_app.errors import MalformedRequest
 from serve_app.refusals import MalformedFile, NonFinite, ShapeMismatch, UnsupportedMethod
 from serve_app.settings import AdapterLimits
 
-MAX_WORDS = 256
+MAX_TI_TOKENS = 256
 # How trainers call the text encoders of each kind, in the pipeline's order.
 NAMES = {"clip": ("clip_l", "clip_g"), "t5": ("t5",)}
 # Words within the adapter's file, and how the oldest form of an embedding calls its one encoder.
@@ -35,7 +35,7 @@ def word(place: int) -> str:
     return f"<s{place}>"
 
 
-def bundled_words(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def bundled_ti_tokens(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return a file's tensors without the words that OneTrainer and A1111 bundle with it, and those words by encoder.
 
     Several words follow each other in the file's order, as those of one embeddings file do.
@@ -52,7 +52,7 @@ def bundled_words(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
     return (others, {key: torch.cat(parts) for key, parts in rows.items()}) if aligned else (dict(tensors), {})
 
 
-def with_words(
+def with_ti_tokens(
     adapter: ParsedAdapter,
     bundled: Mapping[str, Tensor],
     path: Path | None,
@@ -75,29 +75,29 @@ def with_words(
         raise MalformedFile(name, "it bundles embeddings, and others lie beside it: which of them are meant is open")
     tensors = bundled if beside is None else beside.tensors
     known = _known_keys(manifest.vocabularies)
-    words: dict[str, Tensor] = {}
+    ti_tokens: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         component = known.get(key)
         if component is None:
             reason = f"its embeddings hold {shown(key)}, but the text encoders of this base are {', '.join(known)}"
             raise MalformedFile(name, reason)
-        if component in words:
+        if component in ti_tokens:
             raise MalformedFile(name, f"its embeddings hold {shown(key)} beside the same text encoder by another name")
-        words[component] = _rows(tensor, key, name, manifest.vocabularies[component])
+        ti_tokens[component] = _rows(tensor, key, name, manifest.vocabularies[component])
     digest = adapter.digest
     if beside is not None:
         digest = hashlib.sha256(f"{digest}{beside.digest}".encode()).hexdigest()
-    ordered = {component: words[component] for component in manifest.vocabularies if component in words}
-    return dataclasses.replace(adapter, digest=digest, words=ordered)
+    ordered = {component: ti_tokens[component] for component in manifest.vocabularies if component in ti_tokens}
+    return dataclasses.replace(adapter, digest=digest, ti_tokens=ordered)
 
 
-def words_of(adapters: Iterable[ParsedAdapter]) -> Mapping[str, Tensor]:
+def ti_tokens_of(adapters: Iterable[ParsedAdapter]) -> Mapping[str, Tensor]:
     """Return the words that a request's adapters bring.
 
     Raises:
         MalformedRequest: two of them bring words, which have the same names.
     """
-    teaching = [adapter.words for adapter in adapters if adapter.words]
+    teaching = [adapter.ti_tokens for adapter in adapters if adapter.ti_tokens]
     if len(teaching) > 1:
         raise MalformedRequest(
             f"{len(teaching)} of the adapters bring words of their own, all called {word(0)}, {word(1)}, ...; "
@@ -123,8 +123,10 @@ def _rows(tensor: Tensor, key: str, name: str, vocabulary: Vocabulary) -> Tensor
         raise ShapeMismatch(
             name, f"its embeddings {shown(key)} have shape {list(tensor.shape)}, but words are {vocabulary.width} wide"
         )
-    if not 1 <= len(rows) <= MAX_WORDS:
-        raise MalformedFile(name, f"its embeddings {shown(key)} hold {len(rows)} words; from 1 to {MAX_WORDS} are read")
+    if not 1 <= len(rows) <= MAX_TI_TOKENS:
+        raise MalformedFile(
+            name, f"its embeddings {shown(key)} hold {len(rows)} words; from 1 to {MAX_TI_TOKENS} are read"
+        )
     rows = rows.to(dtype_named(vocabulary.dtype))
     if not rows.isfinite().all():
         raise NonFinite(name, f"its embeddings {shown(key)} have NaN or infinite values")

@@ -180,10 +180,10 @@ def _pattern(value: Any, key: str, name: str) -> dict[str, float]:
         module = _module_of(pattern)
         if not _is_literal(pattern):
             raise UnsupportedMethod(name, f"its metadata's '{key}' uses a regular expression, which is not read")
-        checked = _number(number, key, name)
-        if checked is None:
+        amount = _number(number, key, name)
+        if amount is None:
             raise MalformedFile(name, f"its metadata's '{key}' has an empty value")
-        literal[("^" if pattern.startswith("^") else "") + module] = checked
+        literal[("^" if pattern.startswith("^") else "") + module] = amount
     return literal
 
 

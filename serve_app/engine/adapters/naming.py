@@ -23,7 +23,7 @@ class LayerTensors:
 
     stem: str
     parts: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    target: LayerName | None = None
+    layer_name: LayerName | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +53,11 @@ def name_layers(tensors: Mapping[str, Tensor], manifest: BaseManifest, name: str
     layers, unknown = _group(tensors, name)
     index = SpellingIndex(manifest.components, manifest.denoiser, manifest.layers_per_block)
     for layer in layers:
-        layer.target = index.find(layer.stem)
+        layer.layer_name = index.find(layer.stem)
     _refuse_duplicates(layers, name)
     named = NamedLayers(
-        tuple(layer for layer in layers if layer.target is not None),
-        tuple(layer for layer in layers if layer.target is None),
+        tuple(layer for layer in layers if layer.layer_name is not None),
+        tuple(layer for layer in layers if layer.layer_name is None),
         unknown,
     )
     assert named.tensors == len(tensors)
@@ -92,8 +92,8 @@ def _group(tensors: Mapping[str, Tensor], name: str) -> tuple[list[LayerTensors]
 def _refuse_duplicates(layers: list[LayerTensors], name: str) -> None:
     stems: dict[tuple[str, str], str] = {}
     for layer in layers:
-        for module in layer.target.modules if layer.target is not None else ():
-            assert layer.target is not None
-            first = stems.setdefault((layer.target.component, module), layer.stem)
+        for module in layer.layer_name.modules if layer.layer_name is not None else ():
+            assert layer.layer_name is not None
+            first = stems.setdefault((layer.layer_name.component, module), layer.stem)
             if first != layer.stem:
                 raise MalformedFile(name, f"{shown(first)} and {shown(layer.stem)} are the same layer of the base")

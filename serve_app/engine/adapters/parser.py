@@ -16,7 +16,7 @@ from torch import Tensor
 
 from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, Dora, ParsedAdapter, tensors_of
 from serve_app.engine.adapters.formats import TargetLayer, build_delta, inner_width
-from serve_app.engine.adapters.inversion import bundled_words, with_words
+from serve_app.engine.adapters.inversion import bundled_ti_tokens, with_ti_tokens
 from serve_app.engine.adapters.metadata import Scaling, read_scalings, read_settings
 from serve_app.engine.adapters.naming import LayerTensors, NamedLayers, is_of_denoiser, name_layers
 from serve_app.engine.adapters.projections import as_floats, fold_alpha, split_projection
@@ -53,7 +53,7 @@ def parse_adapter(
             what a file may contain.
     """
     file = read_tensor_file(path, name, limits)
-    tensors, bundled = bundled_words(file.tensors)
+    tensors, bundled = bundled_ti_tokens(file.tensors)
     _refuse_unserved(tensors, name)
     scalings = read_scalings(file.metadata, manifest.components, manifest.denoiser, name)
     digest = file.digest
@@ -76,7 +76,7 @@ def parse_adapter(
     adapter = ParsedAdapter(digest, components, coverage)
     if embeddings is None and not bundled:
         return adapter
-    return with_words(adapter, bundled, embeddings, name, manifest, limits)
+    return with_ti_tokens(adapter, bundled, embeddings, name, manifest, limits)
 
 
 def _build(
@@ -90,20 +90,20 @@ def _build(
     changes: dict[str, dict[str, Delta]] = defaultdict(dict)
     is_transformer = manifest.layers_per_block is None
     for tensors in layers:
-        target, parts = tensors.target, as_floats(tensors.parts)
-        assert target is not None
-        places: list[TargetLayer] = []
-        for module in target.modules:
-            layer = manifest.layer(target.component, module)
+        named, parts = tensors.layer_name, as_floats(tensors.parts)
+        assert named is not None
+        targets: list[TargetLayer] = []
+        for module in named.modules:
+            layer = manifest.layer(named.component, module)
             assert layer is not None
-            places.append(TargetLayer(name, target.component, module, layer, limits.max_rank))
-        scaling = scalings.get(target.component)
+            targets.append(TargetLayer(name, named.component, module, layer, limits.max_rank))
+        scaling = scalings.get(named.component)
         prefix, _ = split_prefix(tensors.stem)
-        if is_transformer and scaling is None and not (target.is_dotted and prefix.separator == "."):
+        if is_transformer and scaling is None and not (named.is_dotted and prefix.separator == "."):
             parts = fold_alpha(parts)
-        split = split_projection(parts, places, swaps_halves=target.swaps_halves)
-        for place, own in zip(places, split, strict=True):
-            changes[place.component][place.module] = build_delta(own, scaling, place)
+        split = split_projection(parts, targets, swaps_halves=named.swaps_halves)
+        for target, own in zip(targets, split, strict=True):
+            changes[target.component][target.module] = build_delta(own, scaling, target)
     return changes
 
 
@@ -120,9 +120,9 @@ def _check_coverage(named: NamedLayers, manifest: BaseManifest, name: str) -> No
         raise NotAnAdapter(name, "its file holds no adapter layers")
     of_denoiser = [layer for layer in (*named.layers, *named.unmatched) if is_of_denoiser(layer, manifest)]
     counted = of_denoiser or [*named.layers, *named.unmatched]
-    matched = sum(layer.target is not None for layer in counted)
+    matched = sum(layer.layer_name is not None for layer in counted)
     if not named.layers or matched < len(counted) * LEAST_COVERAGE:
-        missing = next(layer.stem for layer in counted if layer.target is None)
+        missing = next(layer.stem for layer in counted if layer.layer_name is None)
         raise NoLayerMatches(
             name,
             f"{matched} of its {len(counted)} layers exist in this base ({manifest.pipeline}); the first that does "

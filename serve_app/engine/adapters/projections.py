@@ -20,54 +20,56 @@ _BY_OUTPUT = frozenset(("up", "bias", "magnitude", "diff", "diff_b", "hada_w1_a"
 _SHARED = frozenset(("down", "mid", "alpha", "hada_w1_b", "hada_w2_b"))
 
 
-def split_projection(parts: Parts, places: Sequence[TargetLayer], *, swaps_halves: bool) -> list[Parts]:
+def split_projection(parts: Parts, targets: Sequence[TargetLayer], *, swaps_halves: bool) -> list[Parts]:
     """Return the parts for each place, in the order of the fused projection's outputs.
 
     Raises:
         ShapeMismatch: the projection has other outputs than the places together.
         UnsupportedMethod: the method's parts do not come apart by outputs.
     """
-    sizes = [place.layer.shape[0] for place in places]
+    sizes = [target.layer.shape[0] for target in targets]
     if len(sizes) == 1 and not swaps_halves:
         return [parts]
-    split: list[Parts] = [{} for _ in places]
-    for part, tensor in _by_rows(parts, places[0], sizes, swaps_halves=swaps_halves).items():
+    split: list[Parts] = [{} for _ in targets]
+    for part, tensor in _by_rows(parts, targets[0], sizes, swaps_halves=swaps_halves).items():
         if part in _SHARED:
             pieces: Sequence[Tensor] = [tensor] * len(sizes)
         else:
             if tensor.ndim < 1 or tensor.shape[0] != sum(sizes):
-                raise places[0].mismatch(
+                raise targets[0].mismatch(
                     f"the file has {list(tensor.shape)} for the projection of {sum(sizes)} outputs that it is part of"
                 )
             rows = torch.cat(tensor.chunk(2)[::-1]) if swaps_halves else tensor
             pieces = rows.split(sizes)
-        for target, piece in zip(split, pieces, strict=True):
-            target[part] = piece
+        for own, piece in zip(split, pieces, strict=True):
+            own[part] = piece
     return _without_zero_blocks(split) if set(parts) <= {"down", "up", "alpha"} else split
 
 
-def _by_rows(parts: Parts, place: TargetLayer, sizes: list[int], *, swaps_halves: bool) -> Parts:
+def _by_rows(parts: Parts, target: TargetLayer, sizes: list[int], *, swaps_halves: bool) -> Parts:
     """Return parts of which each is shared or has a row for each output."""
     if any(part.startswith("lokr_") for part in parts):
-        return _kronecker_rows(parts, place, sizes, swaps_halves=swaps_halves)
+        return _kronecker_rows(parts, target, sizes, swaps_halves=swaps_halves)
     scale = parts.get("dora_scale")
     if scale is not None and (scale.ndim < 1 or scale.shape[0] != sum(sizes)):
         raise UnsupportedMethod(
-            place.adapter, f"{place.label} is part of a projection with a magnitude per input, which cannot be divided"
+            target.adapter,
+            f"{target.label} is part of a projection with a magnitude per input, which cannot be divided",
         )
     strange = sorted(set(parts) - _BY_OUTPUT - _SHARED - {"dora_scale"})
     if strange:
         raise UnsupportedMethod(
-            place.adapter, f"{place.label} is part of a projection with a core ({strange[0]}), which cannot be divided"
+            target.adapter,
+            f"{target.label} is part of a projection with a core ({strange[0]}), which cannot be divided",
         )
     return parts
 
 
-def _kronecker_rows(parts: Parts, place: TargetLayer, sizes: list[int], *, swaps_halves: bool) -> Parts:
+def _kronecker_rows(parts: Parts, target: TargetLayer, sizes: list[int], *, swaps_halves: bool) -> Parts:
     """Multiply a Kronecker product out where its parts are divided: rows of one lie across the rows of others."""
     if "lokr_t2" in parts or set(parts) & {"dora_scale", "magnitude"}:
-        raise UnsupportedMethod(place.adapter, f"{place.label} is part of a LoKr projection that cannot be divided")
-    left, right = (_half(parts, half, place) for half in ("lokr_w1", "lokr_w2"))
+        raise UnsupportedMethod(target.adapter, f"{target.label} is part of a LoKr projection that cannot be divided")
+    left, right = (_half(parts, half, target) for half in ("lokr_w1", "lokr_w2"))
     rank = next((parts[half].shape[0] for half in ("lokr_w2_b", "lokr_w1_b") if half in parts), None)
     product = torch.kron(left, right)
     alpha = parts.get("alpha")
@@ -76,12 +78,12 @@ def _kronecker_rows(parts: Parts, place: TargetLayer, sizes: list[int], *, swaps
     return {"diff": product, **{part: parts[part] for part in ("diff_b",) if part in parts}}
 
 
-def _half(parts: Parts, half: str, place: TargetLayer) -> Tensor:
+def _half(parts: Parts, half: str, target: TargetLayer) -> Tensor:
     whole, up, down = (parts.get(key) for key in (half, f"{half}_a", f"{half}_b"))
     if whole is not None and up is None and down is None and whole.ndim == 2:
         return whole.float()
     if whole is not None or up is None or down is None or up.ndim != 2 or up.shape[1:] != down.shape[:1]:
-        raise place.malformed("lacks a Kronecker factor, has one twice, or has one that is no matrix")
+        raise target.malformed("lacks a Kronecker factor, has one twice, or has one that is no matrix")
     return up.float() @ down.float()
 
 

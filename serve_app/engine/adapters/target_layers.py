@@ -52,30 +52,30 @@ class TargetLayer:
 
 
 def alpha_and_divisor(
-    parts: Mapping[str, Tensor], rank: int, scaling: Scaling | None, place: TargetLayer
+    parts: Mapping[str, Tensor], rank: int, scaling: Scaling | None, target: TargetLayer
 ) -> tuple[float, float]:
     """Return alpha and its divisor: from the metadata, else from the layer's own alpha, else scale 1."""
     stored = parts.get("alpha")
     if scaling is not None:
         if stored is not None:
-            raise place.malformed("has an alpha of its own beside the metadata's")
-        return scaling.alpha_of(place.module), scaling.divisor_of(rank)
+            raise target.malformed("has an alpha of its own beside the metadata's")
+        return scaling.alpha_of(target.module), scaling.divisor_of(rank)
     if stored is None:
         return float(rank), float(rank)
     if stored.numel() != 1:
-        raise place.malformed(f"has an alpha of {stored.numel()} values")
+        raise target.malformed(f"has an alpha of {stored.numel()} values")
     alpha = float(stored.item())
     if not abs(alpha) < float("inf"):
-        raise NonFinite(place.adapter, f"{place.label} has an alpha that is not finite")
+        raise NonFinite(target.adapter, f"{target.label} has an alpha that is not finite")
     return alpha, float(rank)
 
 
-def check_rank(rank: int, place: TargetLayer) -> None:
+def check_rank(rank: int, target: TargetLayer) -> None:
     """Refuse an inner width of zero or over the limit."""
     if rank < 1:
-        raise place.malformed("has rank 0")
-    if rank > place.max_rank:
-        raise RankTooHigh(place.adapter, f"{place.label} has rank {rank}; the limit is {place.max_rank}")
+        raise target.malformed("has rank 0")
+    if rank > target.max_rank:
+        raise RankTooHigh(target.adapter, f"{target.label} has rank {rank}; the limit is {target.max_rank}")
 
 
 def inputs_of(shape: tuple[int, ...]) -> int:
@@ -89,20 +89,20 @@ HEADROOM = 64.0
 MAX_CHANGE = 1e6
 
 
-def check_finite(delta: Delta, place: TargetLayer) -> None:
+def check_finite(delta: Delta, target: TargetLayer) -> None:
     """Refuse NaN and infinity in a change's tensors, and products that leave the range of the layer's dtype.
 
     The product is bounded from its factors; only where that bound is too high is it computed.
     """
     peaks = {id(tensor): _peak(tensor) for tensor in tensors_of(delta)}
     if not all(peak < float("inf") for peak in peaks.values()):  # false for NaN too
-        raise NonFinite(place.adapter, f"{place.label} has NaN or infinite values")
-    limit = min(torch.finfo(dtype_named(place.layer.dtype)).max / HEADROOM, MAX_CHANGE)
+        raise NonFinite(target.adapter, f"{target.label} has NaN or infinite values")
+    limit = min(torch.finfo(dtype_named(target.layer.dtype)).max / HEADROOM, MAX_CHANGE)
     change = delta.direction if isinstance(delta, Dora) else delta
     factor = 1.0 if isinstance(change, Dense) else max(1.0, abs(change.alpha / change.divisor))
     bound = _bound(change, lambda tensor: peaks[id(tensor)])
     if bound * factor >= limit and not _exact_peak(change) * factor < limit:
-        raise NonFinite(place.adapter, f"{place.label} overflows in {place.layer.dtype}")
+        raise NonFinite(target.adapter, f"{target.label} overflows in {target.layer.dtype}")
 
 
 def _peak(tensor: Tensor) -> float:

@@ -1,6 +1,6 @@
 """The child's side of admission: reads requests, answers each with nothing or with a refusal.
 
-Owns the process it runs in: one thread of torch, low priority, no output but its answers. Started by `admission`.
+Owns the process it runs in: one thread of torch, low priority, no output but its replies. Started by `admission`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ LARGEST_KEPT_BYTES = 32 * 1024**2  # the most that library allows
 
 def main() -> None:
     """Serve requests from standard input until it closes."""
-    answers = _private_output()
+    replies = _private_output()
     setup = json.loads(sys.stdin.readline())
     _settle(setup["parent"])
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     manifest = BaseManifest.from_json(setup["manifest"])
     limits = AdapterLimits.model_validate(setup["limits"])
-    _answer(answers, {})
+    _reply(replies, {})
     for line in sys.stdin:
-        _answer(answers, _admit(json.loads(line), manifest, limits))
+        _reply(replies, _admit(json.loads(line), manifest, limits))
 
 
 def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
@@ -84,11 +84,11 @@ def _settle(parent: int) -> None:
 
 
 def _private_output() -> int:
-    """Keep standard output for the answers alone; what libraries print goes to standard error."""
-    answers = os.dup(1)
+    """Keep standard output for the replies alone; what libraries print goes to standard error."""
+    replies = os.dup(1)
     os.dup2(2, 1)
-    return answers
+    return replies
 
 
-def _answer(answers: int, message: dict[str, Any]) -> None:
-    os.write(answers, json.dumps(message).encode() + b"\n")
+def _reply(replies: int, message: dict[str, Any]) -> None:
+    os.write(replies, json.dumps(message).encode() + b"\n")

@@ -183,9 +183,9 @@ class BasePipeline:
         if int(request.steps * strength) < 1:
             raise OutOfBounds("strength", strength, f"at least 1/{request.steps} with {request.steps} steps")
 
-    def with_ti_tokens(self, words: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    def with_ti_tokens(self, ti_tokens: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the prompts of passes begun in it name an adapter's words, rows by component; for the device thread."""
-        return self._vocabularies.loaded(words, self._variants.all)
+        return self._vocabularies.loaded(ti_tokens, self._variants.all)
 
     def truncation_warning(self, prompt: str, what: str = "prompt") -> str | None:
         """Say how many tokens of `prompt` the base reads, if not all; for the device thread only.
@@ -208,13 +208,13 @@ class BasePipeline:
         is_cancelled: Callable[[], bool] | None = None,
         on_preview: OnPreview | None = None,
         between_steps: BetweenSteps | None = None,
-        words: Mapping[str, Tensor] | None = None,
+        ti_tokens: Mapping[str, Tensor] | None = None,
     ) -> PassOutcome:
         """Run requests that share a batch key in one pass; each has passed `check`.
 
         `on_step` hears (passes of the denoiser done, passes in all) after each; `on_preview` the previews that are
         due. `between_steps` may let other passes of this thread go on before it returns. All callables run in this
-        thread. `words` are those of an adapter that prompts may name, rows by component.
+        thread. `ti_tokens` are those of an adapter that prompts may name, rows by component.
 
         Raises:
             GenerationCancelled: `is_cancelled` said so after a step.
@@ -224,7 +224,7 @@ class BasePipeline:
         started = time.perf_counter()
         try:
             with ExitStack() as encoding:
-                encoding.enter_context(self.with_ti_tokens(words or {}))
+                encoding.enter_context(self.with_ti_tokens(ti_tokens or {}))
                 encoding.enter_context(encode_individually(self._text_encoders))
                 notes = [self._notes(request) for request in requests]
                 pipeline = _own_view(self._variants.of(requests[0]), scheduler)

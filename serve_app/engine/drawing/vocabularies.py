@@ -34,11 +34,11 @@ class TextualInversion:
         self._tokenizers: dict[tuple[str, int], Any] = {}
 
     @contextmanager
-    def loaded(self, words: Mapping[str, Tensor], pipelines: Sequence[Any]) -> Iterator[None]:
+    def loaded(self, ti_tokens: Mapping[str, Tensor], pipelines: Sequence[Any]) -> Iterator[None]:
         """Let prompts of `pipelines`, which share the base's text encoders, name words; rows by component."""
-        loans = [_EncoderPatch(self._pipeline, component) for component in words]
+        loans = [_EncoderPatch(self._pipeline, component) for component in ti_tokens]
         try:
-            for loan, rows in zip(loans, words.values(), strict=True):
+            for loan, rows in zip(loans, ti_tokens.values(), strict=True):
                 tokenizer = self._tokenizer(loan, len(rows))
                 ids = tokenizer.convert_tokens_to_ids([word(place) for place in range(len(rows))])
                 loan.bind(self._twin(loan, rows, ids), tokenizer, pipelines)
@@ -47,12 +47,12 @@ class TextualInversion:
             for loan in loans:
                 loan.undo(pipelines)
 
-    def _tokenizer(self, loan: _EncoderPatch, words: int) -> Any:
-        key = loan.tokenizer_name, words
+    def _tokenizer(self, loan: _EncoderPatch, ti_tokens: int) -> Any:
+        key = loan.tokenizer_name, ti_tokens
         found = self._tokenizers.pop(key, None)
         if found is None:
             found = copy.deepcopy(loan.tokenizer)
-            found.add_tokens([word(place) for place in range(words)])
+            found.add_tokens([word(place) for place in range(ti_tokens)])
         self._tokenizers[key] = found  # the most recently used is last
         if len(self._tokenizers) > TOKENIZERS_KEPT:
             del self._tokenizers[next(iter(self._tokenizers))]

@@ -79,8 +79,8 @@ class BatchRunner:
         self._is_aborting = is_aborting
         self._denoise_ms = self._decode_ms = 0.0
 
-    def draw(self, jobs: Sequence[Job], words: Mapping[str, Tensor]) -> BatchOutput:
-        """Run jobs that share a batch key; `words` are their adapter's tokens.
+    def draw(self, jobs: Sequence[Job], ti_tokens: Mapping[str, Tensor]) -> BatchOutput:
+        """Run jobs that share a batch key; `ti_tokens` are their adapter's tokens.
 
         Raises:
             GenerationCancelled: the worker is aborting.
@@ -93,25 +93,27 @@ class BatchRunner:
             self._memory.resume_prefetch()
         most = self._pipeline.max_images_per_pass or most
         for whole in split_into_passes([job.request.num_images for job in jobs], most):
-            if not self._memory.try_run(lambda whole=whole: self._draw(whole, shares, words, is_again=False)):
+            if not self._memory.try_run(lambda whole=whole: self._draw(whole, shares, ti_tokens, is_again=False)):
                 self._memory.on_oom(images_in(whole) * pixels)
-                self._draw_again(whole, shares, words)
+                self._draw_again(whole, shares, ti_tokens)
         for share in shares:
             if share.error is None and len(share.images) < share.job.request.num_images:
                 share.error = ReplicaLost(self._pipeline.base_id, attempts=1)  # given up by its caller
         return BatchOutput(shares, self._denoise_ms, self._decode_ms)
 
-    def _draw_again(self, whole: Pass, shares: Sequence[JobOutput], words: Mapping[str, Tensor]) -> None:
+    def _draw_again(self, whole: Pass, shares: Sequence[JobOutput], ti_tokens: Mapping[str, Tensor]) -> None:
         is_recovered = True
         for single in split_per_image(whole):
-            if not self._memory.try_run(lambda single=single: self._draw(single, shares, words, is_again=True)):
+            if not self._memory.try_run(lambda single=single: self._draw(single, shares, ti_tokens, is_again=True)):
                 is_recovered = False
                 share = shares[single[0].request_index]
                 share.error = no_room(share.job)
                 self._memory.free()
         self._memory.count(is_recovered=is_recovered)
 
-    def _draw(self, whole: Pass, shares: Sequence[JobOutput], words: Mapping[str, Tensor], *, is_again: bool) -> None:
+    def _draw(
+        self, whole: Pass, shares: Sequence[JobOutput], ti_tokens: Mapping[str, Tensor], *, is_again: bool
+    ) -> None:
         parts = [part for part in whole if shares[part.request_index].is_wanted]
         if not parts:
             return
@@ -124,7 +126,7 @@ class BatchRunner:
                 is_cancelled=lambda: self._is_aborting() or all(job.is_cancelled for job in jobs),
                 on_preview=None if is_again else lambda images: _show(jobs, images),
                 between_steps=self._between_steps,
-                words=words,
+                ti_tokens=ti_tokens,
             )
         except GenerationCancelled:
             if self._is_aborting():

@@ -16,7 +16,7 @@ import torch
 
 from serve_app.core import GenerationRequest, GenerationResult, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.adapters.inversion import words_of
+from serve_app.engine.adapters.inversion import ti_tokens_of
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.steps import GenerationCancelled
 from serve_app.engine.weights.fused import FusedWeights, adapter_set_key
@@ -131,7 +131,7 @@ class EngineWorker:
         """
         assert len(adapters) == len(request.adapters)
         self._pipeline.check(request)
-        words_of(adapter for adapter, _ in adapters)
+        ti_tokens_of(adapter for adapter, _ in adapters)
         key = batch_key(request, adapter_set_key(adapters))
         with self._changed:
             if self._is_closing:
@@ -316,7 +316,7 @@ class EngineWorker:
             between_steps=lambda: self._yield_device(run),
             is_aborting=lambda: self._is_stopping,
         )
-        drawn = passes.draw(run.jobs, words_of(adapter for adapter, _ in run.adapters))
+        drawn = passes.draw(run.jobs, ti_tokens_of(adapter for adapter, _ in run.adapters))
         endings = results_of(drawn, run, device=self._pipeline.device_name)
         self._failed_batches = self._failed_batches + 1 if self._is_starved(run.jobs, endings) else 0
         return endings

@@ -109,7 +109,7 @@ def test_kohya_metadata_states_the_family_where_structure_does_not():
     module = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     found = facts(pair(module, 768), ss_base_model_version="sdxl_base_v1-0")
     assert found.components == {"text_encoder"}
-    assert (found.stated_family, found.family) == ("sdxl", "sdxl")
+    assert found.family == "sdxl"
 
 
 def test_structure_wins_over_what_the_metadata_states():

@@ -59,12 +59,12 @@ def test_a_change_of_a_norm_is_applied(key: str, tmp_path: Path) -> None:
 def test_words_bundled_with_the_file_are_its_own_words(tmp_path: Path) -> None:
     base = base_of("sd15")
     tensors, _ = spelt(base, SPELLINGS["kohya, diffusers' names"], "LoRA")
-    words = torch.randn(3, 32)
-    tensors |= {"bundle_emb.style.string_to_param.*": words[:2], "bundle_emb.person.clip_l": words[2]}
+    ti_tokens = torch.randn(3, 32)
+    tensors |= {"bundle_emb.style.string_to_param.*": ti_tokens[:2], "bundle_emb.person.clip_l": ti_tokens[2]}
     adapter = read(tmp_path, tensors, base.manifest)
     assert adapter.coverage.layers_matched == adapter.coverage.layers_in_file
     # Safetensors files are ordered by name.
-    torch.testing.assert_close(adapter.words["text_encoder"], words[[2, 0, 1]])
+    torch.testing.assert_close(adapter.ti_tokens["text_encoder"], ti_tokens[[2, 0, 1]])
 
 
 def test_tensors_of_no_layer_are_reported_and_the_others_applied(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.adapters.deltas import ParsedAdapter
-from serve_app.engine.adapters.inversion import words_of
+from serve_app.engine.adapters.inversion import ti_tokens_of
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.errors import MalformedRequest
@@ -22,28 +22,28 @@ from tests.tiny_forms import Form, put
 from tests.tiny_words import NAMES, embeddings, numbered
 
 
-def read(folder: Path, family: str, words: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> ParsedAdapter:
+def read(folder: Path, family: str, ti_tokens: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> ParsedAdapter:
     pipeline = tiny_pipeline(family, dtype)
     path = put(folder, "adapter", Form(lora(pipeline)))
-    beside = write(folder / "adapter_emb.safetensors", words)
+    beside = write(folder / "adapter_emb.safetensors", ti_tokens)
     return parse_adapter(path, "owner/adapter", manifest_of(pipeline), AdapterLimits(), beside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("family", NAMES)
 def test_both_spellings_mean_the_same_text_encoders(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    words = embeddings(family, words=3)
-    for spelt in (words, numbered(words)):
+    ti_tokens = embeddings(family, ti_tokens=3)
+    for spelt in (ti_tokens, numbered(ti_tokens)):
         adapter = read(tmp_path, family, spelt, dtype)
-        assert list(adapter.words) == list(NAMES[family].values())
+        assert list(adapter.ti_tokens) == list(NAMES[family].values())
         for name, component in NAMES[family].items():
-            assert adapter.words[component].dtype == dtype
-            assert torch.equal(adapter.words[component], words[name].to(dtype))
+            assert adapter.ti_tokens[component].dtype == dtype
+            assert torch.equal(adapter.ti_tokens[component], ti_tokens[name].to(dtype))
 
 
 def test_one_word_may_be_a_vector_and_one_text_encoder_may_be_left_out(tmp_path: Path) -> None:
     adapter = read(tmp_path, "sdxl", {"text_encoders_1": torch.ones(32)})
-    assert {name: rows.shape for name, rows in adapter.words.items()} == {"text_encoder_2": (1, 32)}
+    assert {name: rows.shape for name, rows in adapter.ti_tokens.items()} == {"text_encoder_2": (1, 32)}
 
 
 def test_the_digest_tells_adapters_apart_that_differ_in_their_words_alone(tmp_path: Path) -> None:
@@ -59,10 +59,10 @@ def test_words_come_back_from_the_canonical_file_without_its_buffer(tmp_path: Pa
     write_canonical(adapter, tmp_path / "canonical")
     back = read_canonical(tmp_path / "canonical")
     assert (back.digest, back.size_bytes) == (adapter.digest, adapter.size_bytes)
-    assert list(back.words) == list(adapter.words)
-    for component, rows in adapter.words.items():
-        assert torch.equal(back.words[component], rows)
-        assert back.words[component].untyped_storage().nbytes() == rows.nbytes
+    assert list(back.ti_tokens) == list(adapter.ti_tokens)
+    for component, rows in adapter.ti_tokens.items():
+        assert torch.equal(back.ti_tokens[component], rows)
+        assert back.ti_tokens[component].untyped_storage().nbytes() == rows.nbytes
 
 
 def test_a_manifest_keeps_its_vocabularies_on_its_way_to_another_process() -> None:
@@ -75,7 +75,7 @@ def test_a_manifest_keeps_its_vocabularies_on_its_way_to_another_process() -> No
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "reason"),
+    ("ti_tokens", "error", "reason"),
     [
         ({"clip_l": torch.ones(2, 31)}, ShapeMismatch, r"shape \[2, 31\], but words are 32 wide"),
         ({"clip_l": torch.ones(1, 1, 32)}, ShapeMismatch, "words are 32 wide"),
@@ -90,10 +90,10 @@ def test_a_manifest_keeps_its_vocabularies_on_its_way_to_another_process() -> No
     ],
 )
 def test_words_that_do_not_fit_refuse_the_adapter(
-    words: dict[str, Tensor], error: type[RefusedAdapter], reason: str, tmp_path: Path
+    ti_tokens: dict[str, Tensor], error: type[RefusedAdapter], reason: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=reason):
-        read(tmp_path, "sdxl", words, torch.float16)
+        read(tmp_path, "sdxl", ti_tokens, torch.float16)
 
 
 def test_a_pickle_beside_the_adapter_is_refused(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_family_that_diffusers_teaches_no_words_refuses_them(tmp_path: Path) -
 def test_two_adapters_with_words_cannot_share_a_request(tmp_path: Path) -> None:
     adapter = read(tmp_path, "sd15", embeddings("sd15"))
     plain = parse_adapter(tmp_path / "adapter.safetensors", "x", manifest_of(tiny_pipeline("sd15")), AdapterLimits())
-    assert words_of([plain, adapter]) is adapter.words
-    assert words_of([plain]) == {}
+    assert ti_tokens_of([plain, adapter]) is adapter.ti_tokens
+    assert ti_tokens_of([plain]) == {}
     with pytest.raises(MalformedRequest, match="name only one of them"):
-        words_of([adapter, adapter])
+        ti_tokens_of([adapter, adapter])

@@ -234,7 +234,7 @@ async def test_the_words_beside_an_adapter_are_admitted_with_it(
 ) -> None:
     beside = write(tmp_path / "adapter_emb.safetensors", embeddings("sd15"))
     await admission.admit(source, "owner/adapter", tmp_path / "canonical", beside)
-    assert read_canonical(tmp_path / "canonical").words["text_encoder"].shape == (2, 32)
+    assert read_canonical(tmp_path / "canonical").ti_tokens["text_encoder"].shape == (2, 32)
     wide = write(tmp_path / "wide_emb.safetensors", {"clip_l": torch.ones(2, 33)})
     with pytest.raises(ShapeMismatch, match="adapter owner/wide is refused: its embeddings clip_l"):
         await admission.admit(source, "owner/wide", tmp_path / "other", wide)

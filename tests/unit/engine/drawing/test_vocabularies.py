@@ -29,12 +29,12 @@ PROMPT = "a photo of <s0><s1> cat, <s1>"
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def adapter_with_words(
-    folder: Path, family: str, dtype: torch.dtype, *, seed: int = 0, words: int = 2
+def adapter_with_ti_tokens(
+    folder: Path, family: str, dtype: torch.dtype, *, seed: int = 0, ti_tokens: int = 2
 ) -> ParsedAdapter:
     pipeline = tiny_pipeline(family, dtype)
     path = put(folder, f"adapter {seed}", Form(with_text(pipeline, seed=seed)))
-    beside = write(folder / f"words {seed}.safetensors", embeddings(family, seed=seed, words=words))
+    beside = write(folder / f"words {seed}.safetensors", embeddings(family, seed=seed, ti_tokens=ti_tokens))
     return parse_adapter(path, "owner/adapter", manifest_of(pipeline), AdapterLimits(), beside)
 
 
@@ -45,11 +45,11 @@ def drawn(pipeline: Any, prompt: str = PROMPT) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", NAMES)
 def test_words_and_layers_equal_diffusers_own(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    adapter = adapter_with_words(tmp_path, family, dtype)
+    adapter = adapter_with_ti_tokens(tmp_path, family, dtype)
     live = tiny_pipeline(family, dtype)
     weights, vocabularies = FusedWeights(live_components(live)), TextualInversion(live)
     weights.apply([(adapter, 0.7)])
-    with vocabularies.loaded(adapter.words, [live]):
+    with vocabularies.loaded(adapter.ti_tokens, [live]):
         mine = drawn(live)
 
     reference = fused_by_diffusers(family, dtype, [(tmp_path / "adapter_0.safetensors", 0.7)])
@@ -66,8 +66,8 @@ def test_the_base_is_the_same_to_the_bit_after_any_history(family: str) -> None:
     live, fresh = tiny_pipeline(family), tiny_pipeline(family)
     expected, own = drawn(fresh), {name: part for name, part in live.components.items() if "tokenizer" in name}
     vocabularies = TextualInversion(live)
-    for seed, words in enumerate((2, 1, 5, 2)):
-        tensors = embeddings(family, seed=seed, words=words, dtype=torch.float32)
+    for seed, ti_tokens in enumerate((2, 1, 5, 2)):
+        tensors = embeddings(family, seed=seed, ti_tokens=ti_tokens, dtype=torch.float32)
         taught = {NAMES[family][name]: rows for name, rows in tensors.items()}
         with vocabularies.loaded(taught, [live]):
             drawn(live)
@@ -85,10 +85,13 @@ def test_the_base_is_the_same_to_the_bit_after_any_history(family: str) -> None:
 def test_the_words_of_one_adapter_never_linger_for_the_next(tmp_path: Path) -> None:
     live = tiny_pipeline("sdxl")
     vocabularies = TextualInversion(live)
-    known = [adapter_with_words(tmp_path, "sdxl", torch.float32, seed=seed, words=2 + seed).words for seed in range(3)]
+    known = [
+        adapter_with_ti_tokens(tmp_path, "sdxl", torch.float32, seed=seed, ti_tokens=2 + seed).ti_tokens
+        for seed in range(3)
+    ]
     expected = []
-    for words in known:
-        with TextualInversion(fresh := tiny_pipeline("sdxl")).loaded(words, [fresh]):
+    for ti_tokens in known:
+        with TextualInversion(fresh := tiny_pipeline("sdxl")).loaded(ti_tokens, [fresh]):
             expected.append(drawn(fresh))
     for place in (0, 2, 1, 2, 0):
         with vocabularies.loaded(known[place], [live]):
@@ -97,8 +100,8 @@ def test_the_words_of_one_adapter_never_linger_for_the_next(tmp_path: Path) -> N
 
 def test_a_fault_in_the_middle_of_lending_leaves_the_base(tmp_path: Path) -> None:
     live = tiny_pipeline("sdxl")
-    words = {"text_encoder": torch.ones(2, 32), "text_encoder_2": torch.ones(2, 31)}
-    with pytest.raises(RuntimeError), TextualInversion(live).loaded(words, [live]):
+    ti_tokens = {"text_encoder": torch.ones(2, 32), "text_encoder_2": torch.ones(2, 31)}
+    with pytest.raises(RuntimeError), TextualInversion(live).loaded(ti_tokens, [live]):
         pass
     assert torch.equal(drawn(live), drawn(tiny_pipeline("sdxl")))
 
@@ -109,7 +112,7 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.base = wrap(tiny_pipeline("sdxl"), "sdxl")
         self.worker = EngineWorker(self.base, FusedWeights(self.base.components), max_batch_images=4)
-        self.taught = [adapter_with_words(folder, "sdxl", torch.float32, seed=seed) for seed in (1, 2)]
+        self.taught = [adapter_with_ti_tokens(folder, "sdxl", torch.float32, seed=seed) for seed in (1, 2)]
         path = put(folder, "plain", Form(lora(tiny_pipeline("sdxl"), seed=3)))
         self.plain = parse_adapter(path, "plain", self.base.manifest, AdapterLimits())
 
@@ -149,7 +152,7 @@ def test_a_prompt_is_counted_in_the_words_of_its_own_request(tmp_path: Path) -> 
     base = wrap(tiny_pipeline("sd15"), "sd15")
     prompt = "<s0> " * 70
     assert base.truncation_warning(prompt) == "prompt truncated to 77 tokens"
-    with base.with_ti_tokens(adapter_with_words(tmp_path, "sd15", torch.float32).words):
+    with base.with_ti_tokens(adapter_with_ti_tokens(tmp_path, "sd15", torch.float32).ti_tokens):
         assert base.truncation_warning(prompt) is None
 
 
