@@ -26,7 +26,7 @@ from serve_app.api.pictures.images import ImageFormat, encode_image, off_loop, p
 from serve_app.core import Accepted, GenerationEvent, GenerationResult, PixelImage, Preview, Progress
 from serve_app.errors import OutOfBounds
 
-# What this family calls the fields of a draft.
+# What this family calls the fields of a request.
 _OWN_NAMES = {"num_images_per_prompt": "n", "width": "size", "height": "size", "width x height": "size"}
 
 

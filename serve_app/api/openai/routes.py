@@ -71,7 +71,7 @@ async def generations(request: Request, services: ServicesOf) -> Response:
     settings = services.settings
     body = await read_body(request, min(settings.max_json, settings.max_body), timeout_s=settings.body_timeout_s)
     asked = validate_model(ImageGeneration, await read_json(body, max_bytes=settings.max_json))
-    return await _answer(request, services, asked, _draft(asked), "image_generation", deadline)
+    return await _answer(request, services, asked, _unresolved(asked), "image_generation", deadline)
 
 
 @router.post("/v1/images/edits", operation_id="edit_image", openapi_extra=_body("multipart/form-data", "ImageEditForm"))
@@ -82,38 +82,40 @@ async def edits(request: Request, services: ServicesOf) -> Response:
     form = await read_form(request.headers, body)
     asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
     image, mask = await run_until_disconnect(request, _pictures(form, services.decoder), deadline=deadline)
-    return await _answer(request, services, asked, _draft(asked, image, mask), "image_edit", deadline, _unused(form))
+    return await _answer(
+        request, services, asked, _unresolved(asked, image, mask), "image_edit", deadline, _unused(form)
+    )
 
 
 async def _answer(
     request: Request,
     services: Services,
     asked: ImageGeneration,
-    draft: UnresolvedRequest,
+    unresolved: UnresolvedRequest,
     kind: EventKind,
     deadline: Deadline,
     warnings: tuple[str, ...] = (),
 ) -> Response:
     warnings = (*asked.unused(), *warnings)
-    draft = with_scheduling(draft, priority=priority_of(request), deadline=deadline)
+    unresolved = with_scheduling(unresolved, priority=priority_of(request), deadline=deadline)
     with own_names():
-        draft = await charge_quota(request, draft)
+        unresolved = await charge_quota(request, unresolved)
         if asked.stream:
-            return await _stream(request, services, asked, draft, kind, deadline, warnings)
-        return await _draw(request, services, asked, draft, deadline, warnings)
+            return await _stream(request, services, asked, unresolved, kind, deadline, warnings)
+        return await _draw(request, services, asked, unresolved, deadline, warnings)
 
 
 async def _stream(
     request: Request,
     services: Services,
     asked: ImageGeneration,
-    draft: UnresolvedRequest,
+    unresolved: UnresolvedRequest,
     kind: EventKind,
     deadline: Deadline,
     warnings: tuple[str, ...],
 ) -> Response:
     request_id = request.state.request_id
-    accepting = services.gateway.stream(with_retry_seed(draft, request), request_id=request_id)
+    accepting = services.gateway.stream(with_retry_seed(unresolved, request), request_id=request_id)
     events = each_while_connected(request, accepting, deadline=deadline)
     # What is refused before the first event still has a status of its own.
     accepted = await anext(events)
@@ -133,20 +135,20 @@ async def _draw(
     request: Request,
     services: Services,
     asked: ImageGeneration,
-    draft: UnresolvedRequest,
+    unresolved: UnresolvedRequest,
     deadline: Deadline,
     warnings: tuple[str, ...],
 ) -> Response:
     stages: Stages = request.state.stages
     stages.end("parse")
-    call = services.gateway.generate(draft, request_id=request.state.request_id)
+    call = services.gateway.generate(unresolved, request_id=request.state.request_id)
     result = await run_until_disconnect(request, call, deadline=deadline)
     stages.end("service")
     result = replace(result, warnings=(*warnings, *result.warnings))
     content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(services.now()))
     stages.end("encode")
     response = Response(content, media_type="application/json")
-    describe(response, result, draft.prompt, stages)
+    describe(response, result, unresolved.prompt, stages)
     return response
 
 
@@ -180,7 +182,9 @@ def _file(form: Form, name: str) -> bytes:
     return files[0]
 
 
-def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelMask | None = None) -> UnresolvedRequest:
+def _unresolved(
+    asked: ImageGeneration, image: PixelImage | None = None, mask: PixelMask | None = None
+) -> UnresolvedRequest:
     if asked.output_format in (None, "png") and asked.output_compression not in (None, 100):
         raise MalformedRequest("'output_compression' is for jpeg and webp; png keeps every pixel")
     if asked.partial_images and not asked.stream:
