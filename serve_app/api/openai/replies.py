@@ -52,7 +52,7 @@ def images_reply(asked: ImageGeneration, result: GenerationResult, created: int)
 
 
 def _data(encoded: str, asked: ImageGeneration) -> ImageData:
-    if asked.response_format == "url":
+    if asked.has_urls:
         return ImageData(url=f"data:image/{_format(asked)};base64,{encoded}")
     return ImageData(b64_json=encoded)
 
