@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from serve_app.api.app import create_app
 from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.config import IngressSettings
-from serve_app.core import AdapterRef, PixelImage, ModelInfo, UnresolvedRequest
+from serve_app.core import AdapterRef, ModelInfo, PixelImage, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
 from tests.service import connect, posted
