@@ -68,16 +68,16 @@ def hub_token_of(request: Request) -> HubToken | None:
     return caller_of(request).hub_token
 
 
-async def charge_quota(request: Request, draft: UnresolvedRequest) -> UnresolvedRequest:
-    """Take a draft off what its caller may draw, and return it with what the caller may see.
+async def charge_quota(request: Request, unresolved: UnresolvedRequest) -> UnresolvedRequest:
+    """Charge a request's images to its caller's quota, and return it with what the caller may see.
 
     Raises:
         KeyLimitReached, OutOfBounds: the key has no images left.
     """
     caller = caller_of(request)
     if caller.allowance is not None:
-        await caller.allowance.spend_images(draft.num_images)
-    return draft if caller is NOBODY else replace(draft, hub_token=caller.hub_token, key=caller.key)
+        await caller.allowance.spend_images(unresolved.num_images)
+    return unresolved if caller is NOBODY else replace(unresolved, hub_token=caller.hub_token, key=caller.key)
 
 
 def read_hub_token(headers: Headers, *, is_key_in_authorization: bool) -> HubToken | None:

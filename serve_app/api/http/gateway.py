@@ -80,16 +80,16 @@ class Registry(Protocol):
 class Gateway(Protocol):
     """The service behind the HTTP layer; a call that is cancelled, or closed early, must free whatever it held."""
 
-    async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
-        """Return the images of a draft.
+    async def generate(self, unresolved: UnresolvedRequest, *, request_id: str) -> GenerationResult:
+        """Return the images of a request.
 
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
         ...
 
-    def stream(self, draft: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
-        """Yield what becomes of a draft: first `Accepted`, soon after all that can be checked early has been, last
+    def stream(self, unresolved: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        """Yield what becomes of a request: first `Accepted`, soon after all that can be checked early has been, last
         the result.
 
         Raises:

@@ -146,10 +146,10 @@ def request_age_s(request: Request) -> float:
     return age_s if 0 < age_s < math.inf else 0.0
 
 
-def with_retry_seed(draft: UnresolvedRequest, request: Request) -> UnresolvedRequest:
-    """Return the draft with the seed that it had when it was sent before, if it was and had one."""
+def with_retry_seed(unresolved: UnresolvedRequest, request: Request) -> UnresolvedRequest:
+    """Return the request with the seed that it had when it was sent before, if it was and had one."""
     seed = request.headers.get(SEED_HEADER, "")
-    return replace(draft, seed=int(seed)) if seed.isdecimal() else draft
+    return replace(unresolved, seed=int(seed)) if seed.isdecimal() else unresolved
 
 
 PRIORITY_HEADER = "x-priority"
@@ -175,8 +175,8 @@ def priority_of(request: Request) -> Priority:
     raise OutOfBounds(PRIORITY_HEADER, clip(asked), " or ".join(_PRIORITIES))
 
 
-def with_scheduling(draft: UnresolvedRequest, *, priority: Priority, deadline: Deadline) -> UnresolvedRequest:
-    """Return the draft with its place in the queue; its deadline is put in the time that all nodes share."""
+def with_scheduling(unresolved: UnresolvedRequest, *, priority: Priority, deadline: Deadline) -> UnresolvedRequest:
+    """Return the request with its place in the queue; its deadline is put in the time that all nodes share."""
     return replace(
-        draft, priority=priority, due=WallClockDeadline(at=time.time() + deadline.left_s, limit_s=deadline.limit_s)
+        unresolved, priority=priority, due=WallClockDeadline(at=time.time() + deadline.left_s, limit_s=deadline.limit_s)
     )

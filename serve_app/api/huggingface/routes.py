@@ -101,16 +101,16 @@ async def _answer(request: Request, services: Services, model: str | None) -> Re
     deadline = deadline_of(request, services.settings.request_timeout_s)
     priority = priority_of(request)
     form = choose_format(",".join(request.headers.getlist("accept")))
-    read = await _read_draft(request, model, services, deadline)
-    draft = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
+    read = await _read_request(request, model, services, deadline)
+    unresolved = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
     stages.end("parse")
-    call = services.gateway.generate(draft, request_id=request.state.request_id)
+    call = services.gateway.generate(unresolved, request_id=request.state.request_id)
     result = await run_until_disconnect(request, call, deadline=deadline)
     stages.end("service")
     content = await off_loop(pixels_of(result.images[0]), encode_image, result.images[0], form)
     stages.end("encode")
     response = Response(content, media_type=f"image/{form}")
-    describe(response, result, draft.prompt, stages)
+    describe(response, result, unresolved.prompt, stages)
     return response
 
 
@@ -121,7 +121,9 @@ def _model_id(path: str) -> str:
     return model
 
 
-async def _read_draft(request: Request, model: str | None, services: Services, deadline: Deadline) -> UnresolvedRequest:
+async def _read_request(
+    request: Request, model: str | None, services: Services, deadline: Deadline
+) -> UnresolvedRequest:
     settings = services.settings
     body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     lora = _lora_header(request.headers)
@@ -136,10 +138,10 @@ async def _read_draft(request: Request, model: str | None, services: Services, d
     prompt, encoded = _prompt_and_image(asked, parameters)
     _check_one_image(parameters)
     if encoded is None:
-        return _draft(parameters, prompt, model, adapters, None)
+        return _unresolved(parameters, prompt, model, adapters, None)
     decoding = services.decoder.image(EncodedPicture("image" if asked.image is not None else "inputs", encoded))
     image = await run_until_disconnect(request, decoding, deadline=deadline)
-    return _draft(parameters, prompt, model, adapters, image)
+    return _unresolved(parameters, prompt, model, adapters, image)
 
 
 def _says_image(headers: Headers) -> bool:
@@ -189,7 +191,7 @@ def _check_one_image(parameters: Parameters) -> None:
         )
 
 
-def _draft(
+def _unresolved(
     parameters: Parameters,
     prompt: str,
     model: str | None,

@@ -26,7 +26,7 @@ from serve_app.api.pictures.images import ImageFormat, encode_image, off_loop, p
 from serve_app.core import Accepted, GenerationEvent, GenerationResult, PixelImage, Preview, Progress
 from serve_app.errors import OutOfBounds
 
-# What this family calls the fields of a draft.
+# What this family calls the fields of a request.
 _OWN_NAMES = {"num_images_per_prompt": "n", "width": "size", "height": "size", "width x height": "size"}
 
 
@@ -52,7 +52,7 @@ def images_reply(asked: ImageGeneration, result: GenerationResult, created: int)
 
 
 def _data(encoded: str, asked: ImageGeneration) -> ImageData:
-    if asked.response_format == "url":
+    if asked.has_urls:
         return ImageData(url=f"data:image/{_format(asked)};base64,{encoded}")
     return ImageData(b64_json=encoded)
 

@@ -38,7 +38,7 @@ from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, Im
 from serve_app.api.pictures.decoder import EncodedPicture, PictureDecoder
 from serve_app.api.pictures.images import off_loop, pixels_of
 from serve_app.core import Accepted, AdapterRef, PixelImage, PixelMask, UnresolvedRequest
-from serve_app.errors import MalformedRequest
+from serve_app.errors import MalformedRequest, TooLarge
 
 _REPLIES: Replies = {
     200: {
@@ -71,49 +71,51 @@ async def generations(request: Request, services: ServicesOf) -> Response:
     settings = services.settings
     body = await read_body(request, min(settings.max_json, settings.max_body), timeout_s=settings.body_timeout_s)
     asked = validate_model(ImageGeneration, await read_json(body, max_bytes=settings.max_json))
-    return await _answer(request, services, asked, _draft(asked), "image_generation", deadline)
+    return await _answer(request, services, asked, _unresolved(asked), "image_generation", deadline)
 
 
 @router.post("/v1/images/edits", operation_id="edit_image", openapi_extra=_body("multipart/form-data", "ImageEditForm"))
 async def edits(request: Request, services: ServicesOf) -> Response:
     """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
     deadline = deadline_of(request, services.settings.request_timeout_s)
-    body = await read_body(request, services.settings.max_body, timeout_s=services.settings.body_timeout_s)
+    settings = services.settings
+    body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     form = await read_form(request.headers, body)
     asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
-    image, mask = await run_until_disconnect(request, _pictures(form, services.decoder), deadline=deadline)
-    return await _answer(request, services, asked, _draft(asked, image, mask), "image_edit", deadline, _unused(form))
+    decoding = _pictures(form, services.decoder, settings.max_image_pixels)
+    images, mask = await run_until_disconnect(request, decoding, deadline=deadline)
+    unresolved = replace(_unresolved(asked), image=images[0], references=images[1:], mask=mask, strength=asked.strength)
+    return await _answer(request, services, asked, unresolved, "image_edit", deadline)
 
 
 async def _answer(
     request: Request,
     services: Services,
     asked: ImageGeneration,
-    draft: UnresolvedRequest,
+    unresolved: UnresolvedRequest,
     kind: EventKind,
     deadline: Deadline,
-    warnings: tuple[str, ...] = (),
 ) -> Response:
-    warnings = (*asked.unused(), *warnings)
-    draft = with_scheduling(draft, priority=priority_of(request), deadline=deadline)
+    warnings = asked.unused()
+    unresolved = with_scheduling(unresolved, priority=priority_of(request), deadline=deadline)
     with own_names():
-        draft = await charge_quota(request, draft)
+        unresolved = await charge_quota(request, unresolved)
         if asked.stream:
-            return await _stream(request, services, asked, draft, kind, deadline, warnings)
-        return await _draw(request, services, asked, draft, deadline, warnings)
+            return await _stream(request, services, asked, unresolved, kind, deadline, warnings)
+        return await _draw(request, services, asked, unresolved, deadline, warnings)
 
 
 async def _stream(
     request: Request,
     services: Services,
     asked: ImageGeneration,
-    draft: UnresolvedRequest,
+    unresolved: UnresolvedRequest,
     kind: EventKind,
     deadline: Deadline,
     warnings: tuple[str, ...],
 ) -> Response:
     request_id = request.state.request_id
-    accepting = services.gateway.stream(with_retry_seed(draft, request), request_id=request_id)
+    accepting = services.gateway.stream(with_retry_seed(unresolved, request), request_id=request_id)
     events = each_while_connected(request, accepting, deadline=deadline)
     # What is refused before the first event still has a status of its own.
     accepted = await anext(events)
@@ -133,44 +135,49 @@ async def _draw(
     request: Request,
     services: Services,
     asked: ImageGeneration,
-    draft: UnresolvedRequest,
+    unresolved: UnresolvedRequest,
     deadline: Deadline,
     warnings: tuple[str, ...],
 ) -> Response:
     stages: Stages = request.state.stages
     stages.end("parse")
-    call = services.gateway.generate(draft, request_id=request.state.request_id)
+    call = services.gateway.generate(unresolved, request_id=request.state.request_id)
     result = await run_until_disconnect(request, call, deadline=deadline)
     stages.end("service")
     result = replace(result, warnings=(*warnings, *result.warnings))
     content = await off_loop(pixels_of(*result.images), images_reply, asked, result, int(services.now()))
     stages.end("encode")
     response = Response(content, media_type="application/json")
-    describe(response, result, draft.prompt, stages)
+    describe(response, result, unresolved.prompt, stages)
     return response
 
 
-async def _pictures(form: Form, decoder: PictureDecoder) -> tuple[PixelImage, PixelMask | None]:
-    """Return the one picture of an edit, and its mask where there is one."""
+async def _pictures(
+    form: Form, decoder: PictureDecoder, max_pixels: int
+) -> tuple[tuple[PixelImage, ...], PixelMask | None]:
+    """Return the pictures of an edit, at least one, and the mask of the first where there is one.
+
+    Raises:
+        MalformedRequest: there is none, one cannot be read, or the mask has another size.
+        TooLarge: together they have more than `max_pixels` pixels.
+    """
     unknown = next((name for name in form.files if name not in ("image", "mask")), None)
     if unknown is not None:
         raise MalformedRequest(f"unknown file '{clip(unknown)}'; the picture is 'image', and 'mask' says which part")
-    # Further pictures are for families that take several, which none here does; a warning says so.
     if "image" not in form.files:
         raise MalformedRequest("'image' is missing: send the picture as a file")
-    image = await decoder.image(EncodedPicture("image", form.files["image"][0]))
+    images: list[PixelImage] = []
+    for content in form.files["image"]:
+        images.append(await decoder.image(EncodedPicture("image", content)))
+        if pixels_of(*images) > max_pixels:
+            raise TooLarge(f"'image', {len(form.files['image'])} pictures,", f"{max_pixels} pixels together")
     if "mask" not in form.files:
-        return image, None
+        return tuple(images), None
     mask = await decoder.mask(EncodedPicture("mask", _file(form, "mask")))
-    if (mask.width, mask.height) != (image.width, image.height):
-        sizes = f"{mask.width}x{mask.height}, but 'image' is {image.width}x{image.height}"
+    if (mask.width, mask.height) != (images[0].width, images[0].height):
+        sizes = f"{mask.width}x{mask.height}, but 'image' is {images[0].width}x{images[0].height}"
         raise MalformedRequest(f"'mask' is {sizes}; both must have one size")
-    return image, mask
-
-
-def _unused(form: Form) -> tuple[str, ...]:
-    count = len(form.files.get("image", ()))
-    return (f"only the first of {count} pictures is used: no base here takes several",) if count > 1 else ()
+    return tuple(images), mask
 
 
 def _file(form: Form, name: str) -> bytes:
@@ -180,7 +187,7 @@ def _file(form: Form, name: str) -> bytes:
     return files[0]
 
 
-def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelMask | None = None) -> UnresolvedRequest:
+def _unresolved(asked: ImageGeneration) -> UnresolvedRequest:
     if asked.output_format in (None, "png") and asked.output_compression not in (None, 100):
         raise MalformedRequest("'output_compression' is for jpeg and webp; png keeps every pixel")
     if asked.partial_images and not asked.stream:
@@ -199,9 +206,6 @@ def _draft(asked: ImageGeneration, image: PixelImage | None = None, mask: PixelM
         scheduler=asked.scheduler,
         seed=asked.seed,
         num_images=1 if asked.n is None else asked.n,
-        image=image,
-        strength=asked.strength if isinstance(asked, ImageEdit) else None,
-        mask=mask,
         options=asked.options(),
         scheduler_options=asked.sorted_scheduler_options(),
         num_previews=asked.partial_images or 0,

@@ -69,7 +69,9 @@ class ImageGeneration(PipelineParameters):
     n: Int | None = Field(default=None, description="how many images; image i is drawn with seed + i")
     size: Size | None = Field(default=None, description="'auto', or width and height such as '512x768'")
     response_format: Literal["b64_json", "url"] | None = Field(
-        default=None, description="url: an address that holds the image itself, 'data:image/png;base64,...'"
+        default=None,
+        description="url: an address that holds the image itself, 'data:image/png;base64,...', as for a model called "
+        "dall-e-... where this is absent",
     )
     output_format: ImageFormat | None = Field(default=None, description="png where absent")
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
@@ -106,6 +108,13 @@ class ImageGeneration(PipelineParameters):
             "background": self.background == "transparent" and "'background' is opaque: no base draws transparency",
         }
         return tuple(warning for warning in warnings.values() if warning)
+
+    @property
+    def has_urls(self) -> bool:
+        """Whether images come as addresses: clients made for DALL-E ask for nothing and read no other."""
+        if self.response_format is None:
+            return (self.model or "").startswith("dall-e-")
+        return self.response_format == "url"
 
     def pixels(self) -> tuple[int, int] | tuple[None, None]:
         """Return width and height, None for both where the base or the picture decides."""

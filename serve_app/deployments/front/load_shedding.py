@@ -24,9 +24,9 @@ from serve_app.errors import Overloaded
 log = logging.getLogger(__name__)
 
 # On every reply, from ingress replica to proxy alone: how many requests all ingress replicas may hold, and on a refusal
-# for want of room who refuses and how many it holds: "160" or "160 x7f3=72".
+# for want of capacity who refuses and how many it holds: "160" or "160 x7f3=72".
 HELD_HEADER = "x-loraplex-held"
-# As long as this after a full queue was last heard of, the count is limited by what was told.
+# For so long after a full queue was reported, the count is limited by what was reported.
 REPORT_TTL_S = 5.0
 # What may be on its way beyond what is held, and a share of that: it is looked at, and taken or refused, in a moment.
 SLACK_REQUESTS = 8
@@ -41,9 +41,9 @@ _ALWAYS_LET_IN = ("/v1/loras", "/-/")
 
 
 class InFlightLimit:
-    """How many requests may be on their way through one proxy. Pure but for the clock.
+    """How many requests may be in flight through one proxy. Pure but for the clock.
 
-    Invariant: whatever is told, `SLACK_REQUESTS` requests may always be on their way.
+    Invariant: whatever is reported, `SLACK_REQUESTS` requests may always be in flight.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -52,31 +52,31 @@ class InFlightLimit:
         self._held: dict[str, tuple[float, int]] = {}
         self._most = DEFAULT_CAPACITY
         self.retry_after_s = DEFAULT_RETRY_AFTER_S
-        self.inside = 0
+        self.in_flight = 0
 
-    def told(self, most: int) -> None:
+    def set_capacity(self, most: int) -> None:
         """Take in how many requests all ingress replicas may hold."""
         self._most = most
 
     def record_rejection(self, replica: str, held: int, retry_after_s: int) -> None:
         """Take in that an ingress replica refused a request, what it holds, and when the caller was to come back."""
         now = self._clock()
-        self._held = {id_: told for id_, told in self._held.items() if now - told[0] <= REPORT_TTL_S}
+        self._held = {id_: report for id_, report in self._held.items() if now - report[0] <= REPORT_TTL_S}
         self._held[replica] = now, held
         self.retry_after_s = retry_after_s
 
     @property
-    def room(self) -> int:
-        """How many requests may be inside now."""
+    def max_in_flight(self) -> int:
+        """How many requests may be in flight now."""
         now = self._clock()
-        news = [count for at, count in self._held.values() if now - at <= REPORT_TTL_S]
-        held = sum(news) if news else self._most
+        reported = [count for at, count in self._held.values() if now - at <= REPORT_TTL_S]
+        held = sum(reported) if reported else self._most
         return held + int(held * SLACK_SHARE) + SLACK_REQUESTS
 
     @property
-    def is_open(self) -> bool:
+    def has_capacity(self) -> bool:
         """Whether one more may come in."""
-        return self.inside < self.room
+        return self.in_flight < self.max_in_flight
 
 
 class LoadSheddingMiddleware:
@@ -99,33 +99,33 @@ class LoadSheddingMiddleware:
             await self._app(scope, receive, send)
             return
 
-        async def send_heard(message: Message) -> None:
+        async def send_read(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self._hear(message)
+                self._read_report(message)
             await send(message)
 
         if scope["method"] != "POST" or own_path(scope).startswith(_ALWAYS_LET_IN):
-            await self._app(scope, receive, send_heard)
+            await self._app(scope, receive, send_read)
             return
-        if not self.limit.is_open:
+        if not self.limit.has_capacity:
             await self._refuse(scope, receive, send)
             return
-        self.limit.inside += 1
+        self.limit.in_flight += 1
         try:
-            await self._app(scope, _Arriving(receive, self.limit), send_heard)
+            await self._app(scope, _Arriving(receive, self.limit), send_read)
         finally:
-            self.limit.inside -= 1
+            self.limit.in_flight -= 1
 
-    def _hear(self, message: Message) -> None:
+    def _read_report(self, message: Message) -> None:
         headers = MutableHeaders(raw=list(message.get("headers", [])))
-        if (told := headers.get(HELD_HEADER)) is None:
+        if (report := headers.get(HELD_HEADER)) is None:
             return
         del headers[HELD_HEADER]
         message["headers"] = headers.raw
-        most, _, news = told.partition(" ")
-        self.limit.told(int(most))
-        if news:
-            replica, _, held = news.partition("=")
+        most, _, refusal = report.partition(" ")
+        self.limit.set_capacity(int(most))
+        if refusal:
+            replica, _, held = refusal.partition("=")
             self.limit.record_rejection(replica, int(held), int(headers.get("retry-after", DEFAULT_RETRY_AFTER_S)))
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,7 +140,7 @@ class LoadSheddingMiddleware:
         """Log now and then: a line for each would cost more than the refusal."""
         self._shed += 1
         if self._clock() - self._logged_at >= LOG_EVERY_S:
-            log.warning("%d requests were refused at the door; %d are inside", self._shed, self.limit.inside)
+            log.warning("%d requests were refused by the proxy; %d are in flight", self._shed, self.limit.in_flight)
             self._shed, self._logged_at = 0, self._clock()
 
 
@@ -149,23 +149,23 @@ class _Arriving:
 
     def __init__(self, receive: Receive, limit: InFlightLimit) -> None:
         self._receive = receive
-        self._door = limit
+        self._limit = limit
         self._is_complete = False
 
     async def __call__(self) -> Message:
         if self._is_complete:
             return await self._receive()
-        self._door.inside -= 1
+        self._limit.in_flight -= 1
         try:
             message = await self._receive()
         finally:
-            self._door.inside += 1
+            self._limit.in_flight += 1
         self._is_complete = not message.get("more_body", False)
         return message
 
 
 class CapacityHeaderMiddleware:
-    """Tells the proxy how many requests ingress replicas may hold, and on a refusal for want of room what one holds."""
+    """Tells the proxy how many requests ingress replicas may hold, and on such a refusal what one holds."""
 
     def __init__(self, app: ASGIApp, *, replica: str, most: int, held: Callable[[], int | None]) -> None:
         """`held` gives None while no base has too much."""
@@ -177,12 +177,12 @@ class CapacityHeaderMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
 
-        async def send_told(message: Message) -> None:
+        async def send_with_capacity(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # A key's own limits are a 429 too, and say nothing of room.
+                # A key's own limits are a 429 too, and say nothing of capacity.
                 held = self._held() if message["status"] == TOO_MANY else None
-                news = "" if held is None else f" {self._replica}={held}"
-                MutableHeaders(scope=message)[HELD_HEADER] = f"{self._most}{news}"
+                refusal = "" if held is None else f" {self._replica}={held}"
+                MutableHeaders(scope=message)[HELD_HEADER] = f"{self._most}{refusal}"
             await send(message)
 
-        await self._app(scope, receive, send_told)
+        await self._app(scope, receive, send_with_capacity)

@@ -57,7 +57,7 @@ class RetryMiddleware:
         self._app = app
         self._on_loss = on_loss
         self._backoff_s = backoff_s
-        self.room = BufferBudget(MAX_ALL_KEPT_BYTES)
+        self.budget = BufferBudget(MAX_ALL_KEPT_BYTES)
         self._has_served = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +67,7 @@ class RetryMiddleware:
             return
         headers = MutableHeaders(scope=scope)
         request_id = headers.setdefault(_REQUEST_ID, str(uuid.uuid4()))
-        caller = BufferedRequest(receive, self.room)
+        caller = BufferedRequest(receive, self.budget)
         try:
             await self._answered(scope, caller, send, request_id)
         finally:
@@ -99,7 +99,7 @@ class RetryMiddleware:
     ) -> LoraplexError | None:
         """Send the request once; return what to tell the caller where the proxy itself failed."""
         try:
-            await self._app(scope, caller.from_the_start(), answer.send)
+            await self._app(scope, caller.replay(), answer.send)
         except Exception:
             log.exception("request %s failed in the proxy", request_id)
             return InternalError(request_id)
@@ -130,16 +130,16 @@ class BufferBudget:
 
 @dataclass
 class BufferedRequest:
-    """What a caller sends, kept so that it can be sent again; past its room it is passed on and not kept."""
+    """What a caller sends, kept so that it can be sent again; past its budget it is passed on and not kept."""
 
     receive: Receive
-    room: BufferBudget
+    budget: BufferBudget
     is_gone: bool = False
     is_kept: bool = True
     _messages: list[Message] = field(default_factory=list[Message])
     _kept_bytes: int = 0
 
-    def from_the_start(self) -> Receive:
+    def replay(self) -> Receive:
         """Return the way to the caller's messages, the kept ones first."""
         position = 0
 
@@ -159,19 +159,19 @@ class BufferedRequest:
         return receive
 
     def forget(self) -> None:
-        """Give the room back."""
-        self.room.left_bytes += self._kept_bytes
+        """Give its bytes back to the budget."""
+        self.budget.left_bytes += self._kept_bytes
         self._kept_bytes = 0
         self._messages.clear()
 
     def _keep(self, message: Message) -> None:
         size_bytes = len(message.get("body", b""))
-        if self._kept_bytes + size_bytes > MAX_KEPT_BYTES or size_bytes > self.room.left_bytes:
+        if self._kept_bytes + size_bytes > MAX_KEPT_BYTES or size_bytes > self.budget.left_bytes:
             self.is_kept = False
             self.forget()
             return
         self._kept_bytes += size_bytes
-        self.room.left_bytes -= size_bytes
+        self.budget.left_bytes -= size_bytes
         self._messages.append(message)
 
 

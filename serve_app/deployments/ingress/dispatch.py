@@ -42,20 +42,20 @@ class Dispatch(Protocol):
 class _Case:
     """What is known of a request, for the line that says how it failed; never its prompt."""
 
-    draft: UnresolvedRequest
+    unresolved: UnresolvedRequest
     resolution: Resolution | None = None
 
     @property
     def base(self) -> str:
         if self.resolution is not None:
             return self.resolution.base.id
-        return f"not known yet, asked for {self.draft.model or 'the default'}"
+        return f"not known yet, asked for {self.unresolved.model or 'the default'}"
 
     @property
     def adapters(self) -> list[str]:
         if self.resolution is not None:
             return [use.spec.id for use in self.resolution.adapters]
-        return [ref.id for ref in self.draft.adapters]
+        return [ref.id for ref in self.unresolved.adapters]
 
 
 class ServiceGateway:
@@ -80,26 +80,26 @@ class ServiceGateway:
         self._on_refusal = on_refusal
         self._on_drawn = on_drawn
 
-    async def generate(self, draft: UnresolvedRequest, *, request_id: str) -> GenerationResult:
-        """Return the images of a draft.
+    async def generate(self, unresolved: UnresolvedRequest, *, request_id: str) -> GenerationResult:
+        """Return the images of a request.
 
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
-        with self._refusals_noted(draft, request_id) as case:
-            request = await self._settled(draft, request_id, case)
+        with self._refusals_noted(unresolved, request_id) as case:
+            request = await self._settled(unresolved, request_id, case)
             result = await self._dispatch(request)
             self._on_drawn(request, result)
             return result
 
-    async def stream(self, draft: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
-        """Yield what becomes of a draft: `Accepted` within `FIRST_EVENT_S` of its being settled, the result at the end.
+    async def stream(self, unresolved: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
+        """Yield what becomes of a request: `Accepted` within `FIRST_EVENT_S` of its defaults, last the result.
 
         Raises:
             LoraplexError: any refusal or failure of the tree in `serve_app.errors`.
         """
-        with self._refusals_noted(draft, request_id) as case:
-            request = await self._settled(draft, request_id, case)
+        with self._refusals_noted(unresolved, request_id) as case:
+            request = await self._settled(unresolved, request_id, case)
             accepted = Accepted(request.base_id, request.seed, request.width, request.height, request.planned_steps)
             async with aclosing(self._dispatch.stream(request)) as events:
                 first = asyncio.ensure_future(anext(events))
@@ -117,30 +117,30 @@ class ServiceGateway:
                         self._on_drawn(request, event)
                     yield event
 
-    async def _settled(self, draft: UnresolvedRequest, request_id: str, case: _Case) -> GenerationRequest:
+    async def _settled(self, unresolved: UnresolvedRequest, request_id: str, case: _Case) -> GenerationRequest:
         with span("resolve", request_span().context):
             resolution = case.resolution = await self._catalog.resolve(
-                draft.model, draft.adapters, token=draft.hub_token
+                unresolved.model, unresolved.adapters, token=unresolved.hub_token
             )
         seed = self._draw_seed()
         family = await self._catalog.family(resolution.base)
         request = resolve_defaults(
-            draft, resolution.base, resolution.adapters, request_id=request_id, seed=seed, family=family
+            unresolved, resolution.base, resolution.adapters, request_id=request_id, seed=seed, family=family
         )
         # A caller's token goes no further than it is needed.
-        request = replace(request, hub_token=draft.hub_token) if resolution.is_private else request
+        request = replace(request, hub_token=unresolved.hub_token) if resolution.is_private else request
         request_span().describe(request)
         return request_span().carried_by(request)
 
     @contextmanager
-    def _refusals_noted(self, draft: UnresolvedRequest, request_id: str) -> Iterator[_Case]:
-        case = _Case(draft)
+    def _refusals_noted(self, unresolved: UnresolvedRequest, request_id: str) -> Iterator[_Case]:
+        case = _Case(unresolved)
         try:
             yield case
         except LoraplexError as error:
             log.info(
                 "request %s with key %s failed: %s (%s); base %s, adapters %s",
-                request_id, draft.key or "none", error, error.code, case.base, ", ".join(case.adapters) or "none",
+                request_id, unresolved.key or "none", error, error.code, case.base, ", ".join(case.adapters) or "none",
             )  # fmt: skip
             self._on_refusal(error.code)
             request_span().refuse(error)

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from serve_app.api.app import create_app
 from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.config import IngressSettings
-from serve_app.core import AdapterRef, ModelInfo, UnresolvedRequest
+from serve_app.core import AdapterRef, ModelInfo, PixelImage, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
 from tests.service import connect, posted
@@ -155,17 +155,33 @@ def test_an_image_comes_as_an_address_that_holds_it(ai: openai.OpenAI, gateway: 
     assert (reply.data[0].url or "").startswith("data:image/webp;base64,")
 
 
+def test_a_model_called_dall_e_answers_with_addresses_where_nothing_else_is_asked(ai: openai.OpenAI) -> None:
+    for asked, has_url in ({}, True), ({"response_format": "b64_json"}, False):
+        (image,) = ai.images.generate(prompt="a", model="dall-e-3", **asked).data or ()
+        assert (image.url is not None, image.b64_json is not None) == (has_url, not has_url)
+
+
+def test_all_pictures_of_an_edit_reach_the_service_in_their_order(ai: openai.OpenAI, gateway: FakeGateway) -> None:
+    second = gradient(8, 8)
+    ai.images.edit(prompt="a", image=[("a.png", PNG), ("b.png", encode_image(second, "png"))])
+    assert (gateway.draft.image, gateway.draft.references) == (PICTURE, (second,))
+
+
+def test_the_pictures_of_an_edit_are_bounded_together(client: TestClient, gateway: FakeGateway) -> None:
+    half = encode_image(PixelImage(4096, 2304, bytes(4096 * 2304 * 3)), "png")
+    reply = client.post("/v1/images/edits", data={"prompt": "a"}, files=[("image[]", half), ("image[]", half)])
+    assert (reply.status_code, "together" in reply.text) == (413, True)
+    assert gateway.drafts == []
+
+
 def test_what_other_services_take_is_accepted_with_a_warning(ai: openai.OpenAI, gateway: FakeGateway) -> None:
     unused: dict[str, Any] = {"style": "vivid", "moderation": "low", "background": "transparent"}
     raw = ai.images.with_raw_response.generate(prompt="a", **unused)
     told = raw.headers.get_list("x-warning")
     assert [name for name in unused if any(f"'{name}'" in warning for warning in told)] == list(unused)
     assert raw.http_response.json()["loraplex"]["warnings"] == told
-    two = [("a.png", PNG), ("b.png", encode_image(gradient(8, 8), "png"))]
-    edited = ai.images.with_raw_response.edit(prompt="a", image=two, input_fidelity="high")
-    assert gateway.drafts[-1].image == PICTURE
-    assert any("only the first of 2 pictures" in warning for warning in edited.headers.get_list("x-warning"))
-    assert any("'input_fidelity'" in warning for warning in edited.headers.get_list("x-warning"))
+    edited = ai.images.with_raw_response.edit(prompt="a", image=("a.png", PNG), input_fidelity="high")
+    assert "'input_fidelity'" in edited.headers["x-warning"]
     with ai.images.with_streaming_response.generate(prompt="a", stream=True, style="natural") as streamed:
         assert "'style'" in streamed.headers["x-warning"]
         assert "'style' changes nothing" in streamed.read().decode()

@@ -62,7 +62,7 @@ async def test_what_is_inside_never_exceeds_what_the_ingress_replicas_hold_and_a
     most = 60 + 3 + SLACK_REQUESTS
     waiting = [asyncio.create_task(asked(layer)) for _ in range(most)]
     await asyncio.sleep(0)
-    assert layer.limit.inside == most
+    assert layer.limit.in_flight == most
     status, headers, body = await asked(layer)
     assert (status, headers["retry-after"], json.loads(body)["code"]) == (429, "9", "overloaded")
     assert "x-request-id" in headers
@@ -72,7 +72,7 @@ async def test_what_is_inside_never_exceeds_what_the_ingress_replicas_hold_and_a
     service.may_answer.set()
     assert {status for status, _, _ in await asyncio.gather(*waiting)} == {200}
     assert (await asked(layer))[0] == 200
-    assert layer.limit.inside == 0
+    assert layer.limit.in_flight == 0
 
 
 async def test_health_and_the_registry_pass_a_closed_door() -> None:
@@ -80,7 +80,7 @@ async def test_health_and_the_registry_pass_a_closed_door() -> None:
     service.may_answer.set()
     layer = LoadSheddingMiddleware(service, lambda: None, clock=Clock())
     layer.limit.record_rejection("a", 0, retry_after_s=1)
-    layer.limit.inside = 10_000
+    layer.limit.in_flight = 10_000
     assert (await asked(layer, "/health", "GET"))[0] == 200
     assert (await asked(layer, "/v1/loras"))[0] == 200
     assert (await asked(layer))[0] == 429
@@ -94,7 +94,7 @@ async def test_the_proxy_hears_what_is_held_and_the_caller_does_not() -> None:
     )
     status, headers, _ = await asked(layer)
     assert (status, headers) == (429, {"retry-after": "12"})
-    assert (layer.limit.room, layer.limit.retry_after_s) == (33 + 2 + SLACK_REQUESTS, 12)
+    assert (layer.limit.max_in_flight, layer.limit.retry_after_s) == (33 + 2 + SLACK_REQUESTS, 12)
 
 
 async def test_a_key_s_own_limit_tells_nothing_of_room() -> None:
@@ -105,23 +105,23 @@ async def test_a_key_s_own_limit_tells_nothing_of_room() -> None:
     )
     _, headers, _ = await asked(layer)
     assert HELD_HEADER not in headers
-    assert layer.limit.room == 80 + 5 + SLACK_REQUESTS
+    assert layer.limit.max_in_flight == 80 + 5 + SLACK_REQUESTS
 
 
 def test_old_news_and_lost_replicas_close_no_door() -> None:
     clock = Clock()
     limit = InFlightLimit(clock)
-    assert limit.room == DEFAULT_CAPACITY + DEFAULT_CAPACITY // 16 + SLACK_REQUESTS
-    limit.told(160)
-    assert limit.room == 160 + 10 + SLACK_REQUESTS
+    assert limit.max_in_flight == DEFAULT_CAPACITY + DEFAULT_CAPACITY // 16 + SLACK_REQUESTS
+    limit.set_capacity(160)
+    assert limit.max_in_flight == 160 + 10 + SLACK_REQUESTS
     limit.record_rejection("a", 8, retry_after_s=1)
     clock.now = REPORT_TTL_S / 2
     limit.record_rejection("b", 4, retry_after_s=1)
-    assert limit.room == 12 + SLACK_REQUESTS
+    assert limit.max_in_flight == 12 + SLACK_REQUESTS
     clock.now = REPORT_TTL_S * 1.2
-    assert limit.room == 4 + SLACK_REQUESTS
+    assert limit.max_in_flight == 4 + SLACK_REQUESTS
     clock.now = REPORT_TTL_S * 2
-    assert limit.room == 160 + 10 + SLACK_REQUESTS
+    assert limit.max_in_flight == 160 + 10 + SLACK_REQUESTS
 
 
 async def test_a_caller_who_leaves_makes_room() -> None:
@@ -130,7 +130,7 @@ async def test_a_caller_who_leaves_makes_room() -> None:
     await asyncio.sleep(0)
     caller.cancel()
     await asyncio.gather(caller, return_exceptions=True)
-    assert layer.limit.inside == 0
+    assert layer.limit.in_flight == 0
 
 
 async def test_callers_who_are_slow_to_send_keep_nobody_out() -> None:
@@ -151,12 +151,12 @@ async def test_callers_who_are_slow_to_send_keep_nobody_out() -> None:
     scope = {"type": "http", "method": "POST", "path": "/", "headers": []}
     callers = [asyncio.create_task(layer(scope, receive, send)) for _ in range(3)]
     await asyncio.sleep(0)
-    assert layer.limit.inside == 0
+    assert layer.limit.in_flight == 0
     arrived.set()
     for _ in range(3):
         await asyncio.sleep(0)
-    assert layer.limit.inside == 3
+    assert layer.limit.in_flight == 3
     for caller in callers:
         caller.cancel()
     await asyncio.gather(*callers, return_exceptions=True)
-    assert layer.limit.inside == 0
+    assert layer.limit.in_flight == 0

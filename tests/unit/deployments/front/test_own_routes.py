@@ -86,8 +86,8 @@ async def test_a_lost_request_of_ours_is_sent_again(ours: str) -> None:
 async def test_while_ours_is_full_another_application_is_let_in() -> None:
     proxy = two_applications(200, "/loraplex", "/")
     client, [shedding] = behind_layers(proxy)
-    shedding.limit.told(0)
-    shedding.limit.inside = shedding.limit.room
+    shedding.limit.set_capacity(0)
+    shedding.limit.in_flight = shedding.limit.max_in_flight
     assert (await client.post("/loraplex/models/a")).status_code == 429
     assert (await client.post("/loraplex/v1/loras")).status_code == 200
     assert (await client.post("/other")).status_code == 200

@@ -335,15 +335,15 @@ async def test_a_body_larger_than_is_kept_is_passed_on_but_not_sent_again() -> N
         return next(messages)
 
     caller = BufferedRequest(receive, room)
-    inbox = caller.from_the_start()
+    inbox = caller.replay()
     assert [len((await inbox())["body"]) for _ in range(2)] == [60, 60]
     assert (caller.is_kept, room.left_bytes) == (False, 100)
 
 
 async def test_room_is_given_back_when_a_request_is_over(losses: list[str]) -> None:
     layer = RetryMiddleware(Proxy(echo, echo), losses.append)
-    before = layer.room.left_bytes
+    before = layer.budget.left_bytes
     async with serving(layer) as http:
         for _ in range(2):
             await http.post("/", content=b"x" * 1000)
-    assert layer.room.left_bytes == before
+    assert layer.budget.left_bytes == before
