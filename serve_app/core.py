@@ -153,8 +153,8 @@ class UnresolvedRequest:
     """A parsed request; values that are None get the base's defaults.
 
     `model` is the id in the route (a base or an adapter), None if the route has none. `mask` goes with `image` and has
-    its size. `num_previews` is the most previews of each image in a stream. `key` is the name of the caller's API key,
-    for log lines.
+    its size; `references` are further pictures of an edit, after `image`. `num_previews` is the most previews of each
+    image in a stream. `key` is the name of the caller's API key, for log lines.
     """
 
     prompt: str
@@ -169,6 +169,7 @@ class UnresolvedRequest:
     seed: int | None = None
     num_images: int = 1
     image: PixelImage | None = None
+    references: tuple[PixelImage, ...] = ()
     strength: float | None = None
     mask: PixelMask | None = None
     options: PipelineOptions = NO_OPTIONS
@@ -185,10 +186,10 @@ class GenerationRequest:
     """A request with nothing left open: the same value gives the same image on any replica.
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
-    None means the base's own. With `image`, width and height are the output's size. `denoiser_runs` is how often the
-    denoiser runs in each step for one image, None where nobody knows the base's family. `share` names the caller whose
-    part of the devices' time it takes, without telling who that is. It, `num_previews`, `priority`, `due` and `trace`
-    change no image.
+    None means the base's own. With `image`, width and height are the output's size; `references` are further pictures
+    of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None where
+    nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without telling
+    who that is. It, `num_previews`, `priority`, `due` and `trace` change no image.
     """
 
     request_id: str
@@ -204,6 +205,7 @@ class GenerationRequest:
     seed: int
     num_images: int = 1
     image: PixelImage | None = None
+    references: tuple[PixelImage, ...] = ()
     strength: float | None = None
     mask: PixelMask | None = None
     options: PipelineOptions = NO_OPTIONS

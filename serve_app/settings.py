@@ -84,6 +84,7 @@ class Limits(StrictModel):
     max_side: PositiveInt = 2048
     max_pixels: PositiveInt = 1024 * 1024
     max_images: PositiveInt = 4
+    max_input_images: PositiveInt = 4
     max_guidance_scale: PositiveFloat = 30.0
     max_prompt_characters: PositiveInt = 10_000
     max_adapters: PositiveInt = 8

@@ -13,7 +13,7 @@ class BaseAbilities:
     """What requests to a base may ask for.
 
     `parameters` are the optional ones, by task: each task in it was tried. `tokens` is how much of a prompt is read.
-    `previews` says whether streams can carry any.
+    `previews` says whether streams can carry any, `references` whether an edit may be given several pictures.
     """
 
     pipeline: str
@@ -24,3 +24,4 @@ class BaseAbilities:
     min_steps: int
     tokens: int | None
     previews: bool
+    references: bool = False

@@ -32,6 +32,8 @@ class Family:
     `sends_levels` are the arguments ("sigmas", "timesteps", "mu") by which the pipeline always tells the scheduler its
     steps, which not every scheduler takes; `unfit_schedulers` take them and fail on the pipeline's values.
     `area_parameter` names what must say how many pixels are drawn, where the pipeline otherwise draws its own number.
+    `takes_references` says that an edit may be given several pictures, each of its own size; the longer side of one is
+    at most `max_aspect_ratio` times the other.
     `two_step_arguments` hold for exactly two steps and are None otherwise.
     `reads_guidance` is False where guidance changes nothing.
     """
@@ -53,6 +55,8 @@ class Family:
     area_parameter: Literal["max_area", "default_sample_size"] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
     two_step_arguments: tuple[str, ...] = ()
+    takes_references: bool = False
+    max_aspect_ratio: float = math.inf
     needs_torchvision: bool = False
     is_known: bool = True
 

@@ -25,8 +25,9 @@ _FLUX = Family(
     tasks=_tasks("Flux"),
 )  # fmt: skip
 _FLUX_2 = Family(
-    "FLUX.2", side_multiple=16, tokens=512, latents="patched", shares_passes=False, sends_levels=("sigmas",)
-)
+    "FLUX.2", side_multiple=16, tokens=512, latents="patched", shares_passes=False, sends_levels=("sigmas",),
+    takes_references=True, max_aspect_ratio=8.0,
+)  # fmt: skip
 # One step is NaN: the schedule is stretched to end at `shift_terminal`, which one step alone cannot.
 _QWEN = Family(
     "Qwen-Image", side_multiple=16, tokens=512, latents="packed", guidance=("true_cfg_scale",), min_steps=2,
@@ -104,6 +105,7 @@ FAMILIES: Mapping[str, Family] = {
         _QWEN,
         name="Qwen-Image-Edit-Plus",
         shares_passes=False,
+        takes_references=True,
         needs_torchvision=True,
         tasks={"edit": "QwenImageEditPlusPipeline"},
     ),

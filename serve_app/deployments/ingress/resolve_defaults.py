@@ -56,6 +56,7 @@ def resolve_defaults(
         seed=seed if draft.seed is None else draft.seed,
         num_images=draft.num_images,
         image=draft.image,
+        references=draft.references,
         strength=_strength(draft, base, known),
         mask=draft.mask,
         options=draft.options,
@@ -183,6 +184,9 @@ def _check_numbers(draft: UnresolvedRequest, base: BaseModelConfig) -> None:
             raise OutOfBounds(name, value, f"from {low:g} to {high:g}" if name != "seed" else f"from 0 to {high}")
     if draft.strength is not None and not 0 < draft.strength <= 1:
         raise OutOfBounds("strength", draft.strength, "over 0 and at most 1")
+    pictures = 1 + len(draft.references)
+    if pictures > limits.max_input_images:
+        raise OutOfBounds("image", f"{pictures} pictures", f"at most {limits.max_input_images} for {base.id}")
     for name, text in (("prompt", draft.prompt), ("negative_prompt", draft.negative_prompt)):
         if text is not None and len(text) > limits.max_prompt_characters:
             raise OutOfBounds(

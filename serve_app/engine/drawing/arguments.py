@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from serve_app.core import GenerationRequest
+from serve_app.core import GenerationRequest, PixelImage
 from serve_app.engine.base.task_pipelines import parameters_of
-from serve_app.engine.drawing.pixels import fitted, fitted_mask
+from serve_app.engine.drawing.pixels import as_reference, fitted, fitted_mask
 from serve_app.errors import MalformedRequest, OutOfBounds
 from serve_app.families.family import Family
 
@@ -56,6 +56,10 @@ def check_parameters(request: GenerationRequest, pipeline: Any, family: Family) 
     for name, side in (("width", request.width), ("height", request.height)):
         if side % family.side_multiple:
             raise OutOfBounds(name, side, f"a multiple of {family.side_multiple} for {request.base_id}")
+    for picture in _given_pictures(request) if reads_references(request, family) else ():
+        if max(picture.width, picture.height) > family.max_aspect_ratio * min(picture.width, picture.height):
+            asked = f"at most {family.max_aspect_ratio:g} times as long as wide for {request.base_id}"
+            raise OutOfBounds("image", f"{picture.width}x{picture.height}", asked)
     if request.steps < family.min_steps:
         raise OutOfBounds("num_inference_steps", request.steps, f"at least {family.min_steps} for {request.base_id}")
 
@@ -85,7 +89,7 @@ def arguments_of(
         "output_type": "pt",
         **{name: value for name, value in wanted.items() if name in known},
         **_negatives(head, texts, family),
-        **(_pictures(requests, strength if "strength" in known else None) if head.image is not None else {}),
+        **(_pictures(requests, family, strength if "strength" in known else None) if head.image is not None else {}),
     }
 
 
@@ -95,6 +99,15 @@ def set_area(request: GenerationRequest, pipeline: Any, family: Family) -> None:
         # It multiplies the sides by the root of a quotient and rounds down: a breath more keeps them whole.
         side = (request.width * request.height) ** 0.5 / pipeline.vae_scale_factor
         pipeline.default_sample_size = side * (1 + 1e-9)
+
+
+def reads_references(request: GenerationRequest, family: Family) -> bool:
+    """Say whether the pipeline of a request with a picture takes several."""
+    return family.takes_references and request.mask is None
+
+
+def _given_pictures(request: GenerationRequest) -> tuple[PixelImage, ...]:
+    return (request.image, *request.references) if request.image is not None else ()
 
 
 def _size(request: GenerationRequest, family: Family) -> dict[str, int]:
@@ -111,7 +124,9 @@ def _negatives(head: GenerationRequest, texts: Sequence[tuple[str, str | None]],
     return {}
 
 
-def _pictures(requests: Sequence[GenerationRequest], strength: float | None) -> dict[str, Any]:
+def _pictures(requests: Sequence[GenerationRequest], family: Family, strength: float | None) -> dict[str, Any]:
+    if reads_references(requests[0], family):  # of the one image of the pass
+        return {"image": [as_reference(one) for one in _given_pictures(requests[0])]}
     found: dict[str, Any] = {"image": [fitted(one) for one in requests for _ in range(one.num_images)]}
     if strength is not None:
         found["strength"] = strength
@@ -130,6 +145,9 @@ def parameters_without_effect(request: GenerationRequest, family: Family, defaul
         found.append(f"negative_prompt changes nothing without {needs}")
     if true_cfg is not None and true_cfg > 1 and not has_negative:
         found.append("true_cfg_scale changes nothing without a negative_prompt")
+    if request.references and not reads_references(request, family):
+        why = "there is a mask" if family.takes_references else f"{request.base_id} takes one"
+        found.append(f"only the first of {1 + len(request.references)} pictures is used, since {why}")
     if not family.reads_guidance and request.guidance_scale != default_guidance:
         found.append(f"guidance_scale changes nothing on {request.base_id}, which is distilled")
     return found

@@ -156,6 +156,7 @@ class BasePipeline:
             min_steps=family.min_steps,
             tokens=family.tokens or _window(_tokenizer(getattr(self._variants.whole, self._tokenizer_name))),
             previews=family.previews,
+            references=family.takes_references and "edit" in self.tasks,
         )
 
     def withdraw(self, task: Task) -> None:

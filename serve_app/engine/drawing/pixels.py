@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import torch
 from PIL import Image
@@ -12,12 +13,27 @@ from serve_app.core import GenerationRequest, PixelImage
 from serve_app.errors import InternalError, LoraplexError
 from serve_app.refusals import NonFinite
 
+# Pipelines refuse smaller pictures.
+MIN_REFERENCE_SIDE = 64
+
+
+def as_picture(image: PixelImage) -> Image.Image:
+    """Return pixels as pipelines take them."""
+    return Image.frombytes("RGB", (image.width, image.height), image.pixels)
+
+
+def as_reference(image: PixelImage) -> Image.Image:
+    """Return a picture in its own proportions, enlarged where a pipeline would find it too small."""
+    picture, times = as_picture(image), MIN_REFERENCE_SIDE / min(image.width, image.height)
+    if times <= 1:
+        return picture
+    return picture.resize((ceil(image.width * times), ceil(image.height * times)), Image.Resampling.LANCZOS)
+
 
 def fitted(request: GenerationRequest) -> Image.Image:
     """Return a request's input picture at the request's size."""
-    source = request.image
-    assert source is not None
-    picture = Image.frombytes("RGB", (source.width, source.height), source.pixels)
+    assert request.image is not None
+    picture = as_picture(request.image)
     size = (request.width, request.height)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
@@ -38,8 +54,7 @@ def with_kept_pixels(request: GenerationRequest, image: PixelImage) -> PixelImag
     """Return a drawn image with every pixel that the mask keeps as it was given: decoding changes them a little."""
     if request.mask is None:
         return image
-    drawn = Image.frombytes("RGB", (image.width, image.height), image.pixels)
-    composed = Image.composite(drawn, fitted(request), fitted_mask(request))
+    composed = Image.composite(as_picture(image), fitted(request), fitted_mask(request))
     return PixelImage(image.width, image.height, composed.tobytes())
 
 

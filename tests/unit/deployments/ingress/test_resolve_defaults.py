@@ -72,6 +72,7 @@ def test_adapters_settle_in_one_order_whatever_the_order_asked() -> None:
         (UnresolvedRequest("p" * 10_001), "prompt"),
         (UnresolvedRequest("p", negative_prompt="p" * 10_001), "negative_prompt"),
         (UnresolvedRequest("p", image=PixelImage(1, 1, b"abc"), strength=0.0), "strength"),
+        (UnresolvedRequest("p", image=PixelImage(1, 1, b"abc"), references=(PixelImage(1, 1, b"abc"),) * 4), "image"),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(draft: UnresolvedRequest, name: str) -> None:
