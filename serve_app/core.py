@@ -187,9 +187,9 @@ class GenerationRequest:
 
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
     None means the base's own. With `image`, width and height are the output's size; `references` are further pictures
-    of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None where
-    nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without telling
-    who that is. It, `num_previews`, `priority`, `due` and `trace` change no image.
+    of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None
+    where nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without
+    telling who that is. It, `num_previews`, `priority`, `due` and `trace` change no image.
     """
 
     request_id: str
