@@ -34,8 +34,8 @@ def _line(pipeline: str, row: Family) -> str:
 def _guidance(row: Family) -> str:
     if row.has_own_true_cfg:
         return "with a negative prompt and `true_cfg_scale` over 1"
-    if row.guided_above == math.inf:
-        return "never"
+    if math.isinf(row.guided_above):
+        return "never" if row.guided_above > 0 else "always"
     times = "" if row.guided_runs == 2 else f", {row.guided_runs} times"
     return f"over {row.guided_above:g}{times}"
 

@@ -16,9 +16,10 @@ Task = Literal["text", "image", "inpaint", "edit"]
 that the prompt says how to change."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
-LatentLayout = Literal["picture", "packed", "patched", "none"]
+LatentLayout = Literal["picture", "packed", "patched", "patched channels last", "channels last", "none"]
 """How latents lie between two steps: [n, channels, h, w] or the same of one frame; tokens of 2x2 pixels; tokens of one
-pixel, each 2x2 of the VAE's; or in a form of which no preview is made."""
+pixel, each 2x2 of the VAE's, with the channels of each of the four together or the four of each channel; one frame
+[n, 1, h, w, channels]; or in a form of which no preview is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Family:
     `true_cfg_scale` is a parameter beside the guidance: with a negative prompt and a scale over 1 it runs twice.
     `sends_levels` are the arguments ("sigmas", "timesteps", "mu") by which the pipeline always tells the scheduler its
     steps, which not every scheduler takes; `unfit_schedulers` take them and fail on the pipeline's values.
-    `area_parameter` names what must say how many pixels are drawn, where the pipeline otherwise draws its own number.
+    `area_parameter` names what must say which size is drawn, where the pipeline otherwise draws its own.
     `takes_references` says that an edit may be given several pictures, each of its own size; the longer side of one is
     at most `max_aspect_ratio` times the other.
     `two_step_arguments` hold for exactly two steps and are None otherwise.
@@ -52,7 +53,7 @@ class Family:
     sends_levels: tuple[str, ...] = ()
     unfit_schedulers: tuple[str, ...] = ()
     min_steps: int = 1
-    area_parameter: Literal["max_area", "default_sample_size"] | None = None
+    area_parameter: Literal["max_area", "default_sample_size", "resolutions"] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
     two_step_arguments: tuple[str, ...] = ()
     takes_references: bool = False
@@ -96,3 +97,5 @@ class Family:
 
 NEVER = math.inf
 """As `guided_above`: guidance goes into the denoiser as a number, and never runs it twice."""
+ALWAYS = -math.inf
+"""As `guided_above`: the unguided half is computed whatever the guidance."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from serve_app.families.family import NEVER, Family, Task
+from serve_app.families.family import ALWAYS, NEVER, Family, Task
 
 
 def _tasks(prefix: str, *, inpaint: bool = True) -> dict[Task, str]:
@@ -36,8 +36,9 @@ _QWEN = Family(
 )  # fmt: skip
 _SD3 = Family("SD3", side_multiple=16, tokens=256, tasks=_tasks("StableDiffusion3"))
 _KANDINSKY = Family(
-    "Kandinsky 5", side_multiple=16, tokens=512, latents="none", shares_passes=False, needs_torchvision=True
-)
+    "Kandinsky 5", side_multiple=16, tokens=512, latents="channels last", shares_passes=False, needs_torchvision=True,
+    area_parameter="resolutions",
+)  # fmt: skip
 
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionPipeline": Family("SD", tasks=_tasks("StableDiffusion")),
@@ -84,6 +85,13 @@ FAMILIES: Mapping[str, Family] = {
         name="FLUX.2 klein",
         tasks={"text": "Flux2KleinPipeline", "edit": "Flux2KleinPipeline", "inpaint": "Flux2KleinInpaintPipeline"},
     ),
+    "Flux2KleinKVPipeline": replace(
+        _FLUX_2,
+        name="FLUX.2 klein KV",
+        guided_above=NEVER,
+        reads_guidance=False,
+        tasks={"text": "Flux2KleinKVPipeline", "edit": "Flux2KleinKVPipeline"},
+    ),
     # Its inpainting asks the denoiser for a setting that it does not have (diffusers 0.42).
     "ChromaPipeline": Family(
         "Chroma",
@@ -94,12 +102,13 @@ FAMILIES: Mapping[str, Family] = {
         tasks=_tasks("Chroma", inpaint=False),
     ),
     "QwenImagePipeline": _QWEN,
+    # Its inpainting draws a megapixel, whatever is asked (diffusers 0.42).
     "QwenImageEditPipeline": replace(
         _QWEN,
         name="Qwen-Image-Edit",
         shares_passes=False,
         needs_torchvision=True,
-        tasks={"edit": "QwenImageEditPipeline", "inpaint": "QwenImageEditInpaintPipeline"},
+        tasks={"edit": "QwenImageEditPipeline"},
     ),
     "QwenImageEditPlusPipeline": replace(
         _QWEN,
@@ -134,7 +143,6 @@ FAMILIES: Mapping[str, Family] = {
         "Sana",
         side_multiple=32,
         tokens=300,
-        latents="none",
         fixed={"use_resolution_binning": False},
         tasks={"text": "SanaPipeline"},
     ),
@@ -160,6 +168,7 @@ FAMILIES: Mapping[str, Family] = {
         tasks={"text": "CogView4Pipeline"},
     ),
     "Kandinsky5T2IPipeline": replace(_KANDINSKY, tasks={"text": "Kandinsky5T2IPipeline"}),
+    "Kandinsky5I2IPipeline": replace(_KANDINSKY, name="Kandinsky 5 edit", tasks={"edit": "Kandinsky5I2IPipeline"}),
     "Krea2Pipeline": Family(
         "Krea 2",
         side_multiple=16,
@@ -173,7 +182,7 @@ FAMILIES: Mapping[str, Family] = {
     "ErnieImagePipeline": Family(
         "ERNIE-Image",
         side_multiple=16,
-        latents="none",
+        latents="patched",
         shares_passes=False,
         sends_levels=("sigmas",),
         fixed={"use_pe": False},
@@ -183,8 +192,9 @@ FAMILIES: Mapping[str, Family] = {
         "Ideogram 4",
         side_multiple=16,
         tokens=2048,
-        latents="none",
+        latents="patched channels last",
         shares_passes=False,
+        guided_above=ALWAYS,
         sends_levels=("sigmas",),
         fixed={"guidance_schedule": None},
         tasks={"text": "Ideogram4Pipeline"},

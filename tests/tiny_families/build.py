@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from tests.tiny_families import flow, flux, language, noise
+from tests.tiny_families import flow, flux, language, newest, noise
 
-BUILDERS: dict[str, Any] = {**noise.BUILDERS, **flow.BUILDERS, **flux.BUILDERS, **language.BUILDERS}
+BUILDERS: dict[str, Any] = {**noise.BUILDERS, **flow.BUILDERS, **flux.BUILDERS, **language.BUILDERS, **newest.BUILDERS}
 # Their processors need torchvision, which is an extra.
-NEED_TORCHVISION = ("flux2", "kandinsky5", "qwen_image_edit", "qwen_image_edit_plus")
+NEED_TORCHVISION = ("flux2", "kandinsky5", "kandinsky5_edit", "qwen_image_edit", "qwen_image_edit_plus")
 MAKE_VIDEOS = ("wan_t2v",)
 IMAGE_FAMILIES = tuple(sorted(set(BUILDERS) - set(MAKE_VIDEOS)))
 
@@ -29,9 +29,9 @@ def _master(name: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         pipeline = BUILDERS[name]()
-        denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+        denoisers = [part for name, part in pipeline.components.items() if name.endswith(("unet", "transformer"))]
         with torch.no_grad():
-            for parameter in denoiser.parameters():
+            for parameter in (parameter for denoiser in denoisers for parameter in denoiser.parameters()):
                 _enliven(parameter)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -141,9 +141,9 @@ def vae(channels=4, blocks=4, flow=True, **kw):
 
 def qwen_vae():
     return AutoencoderKLQwenImage(
-        base_dim=24,
+        base_dim=3,
         z_dim=4,
-        dim_mult=[1, 2, 4, 4],
+        dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
         temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4,

@@ -10,8 +10,8 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import Any
 
 from ray import serve
@@ -35,6 +35,7 @@ from serve_app.deployments.ingress.keys import Keys
 from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
+from serve_app.deployments.ingress.start_failures import StartFailures
 from serve_app.deployments.registry.alias_keeper import AliasClient
 from serve_app.deployments.registry.alias_mirror import AliasMirror
 from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount, replica_counts
@@ -42,7 +43,7 @@ from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
 from serve_app.deployments.shared.watchdog import start_watchdog
-from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
+from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
 from serve_app.store.quarantine import Quarantine
@@ -72,20 +73,28 @@ class Dispatcher:
     """
 
     def __init__(
-        self, config: AppConfig, handles: dict[str, DeploymentHandle], *, on_retry: Callable[[str, str], None]
+        self,
+        config: AppConfig,
+        handles: dict[str, DeploymentHandle],
+        *,
+        on_retry: Callable[[str, str], None],
+        counts: Callable[[], Mapping[str, ReplicaCount]] = dict,
     ) -> None:
+        """Send nothing yet; `counts` tells of each base's replicas and may block, by default of none."""
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
         self._quarantine = Quarantine(clock=time.monotonic)
         self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
         self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
+        self._starts = StartFailures(counts, clock=time.monotonic)
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
         """Return the result of one request.
 
         Raises:
             QueueFull: the base has as much waiting as it accepts.
+            BaseUnusable: no replica of the base can start.
             ReplicaLost: every attempt lost its replica.
         """
         self._check(request)
@@ -94,12 +103,12 @@ class Dispatcher:
             response = self._handle(request).generate.remote(request)
             try:
                 with self._sending(request), self._errors_of(request):
-                    return await response
+                    return await self._starts.unless_unusable(request.base_id, response)
             except (RayActorError, ReplicaLost) as error:
                 response.cancel()
                 losses.append(error)
                 await self._check_losses(request, losses)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, BaseUnusable):
                 response.cancel()
                 raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
@@ -109,6 +118,7 @@ class Dispatcher:
 
         Raises:
             QueueFull: the base has as much waiting as it accepts.
+            BaseUnusable: no replica of the base can start.
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
         has_shown = False
@@ -119,9 +129,10 @@ class Dispatcher:
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
             try:
                 with self._sending(request), self._errors_of(request):
-                    async for event in response:
-                        has_shown |= not isinstance(event, Progress)
-                        yield event
+                    async with aclosing(self._starts.watched(request.base_id, response)) as events:
+                        async for event in events:
+                            has_shown |= not isinstance(event, Progress)
+                            yield event
                 return
             except (RayActorError, ReplicaLost) as error:
                 response.cancel()
@@ -129,7 +140,7 @@ class Dispatcher:
                 if has_shown:
                     raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
                 await self._check_losses(request, losses)
-            except (asyncio.CancelledError, GeneratorExit):
+            except (asyncio.CancelledError, GeneratorExit, BaseUnusable):
                 response.cancel()
                 raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
@@ -266,7 +277,7 @@ class Ingress:
             meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
         )
-        self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried)
+        self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried, counts=counts)
         self._gateway = ServiceGateway(
             catalog,
             self._dispatcher,

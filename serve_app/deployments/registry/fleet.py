@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,6 +177,7 @@ def _own(errors: Sequence[BaseException]) -> LoraplexError | None:
     return next((cause for cause in causes if isinstance(cause, LoraplexError)), None)
 
 
+_UNUSABLE = re.compile(r"BaseUnusable: .+? cannot be served: (.+)")
 # Serve types its states as an enumeration, and sends them as text.
 RUNNING: Any = "RUNNING"
 STARTING: Any = "STARTING"
@@ -183,10 +185,11 @@ STARTING: Any = "STARTING"
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCount:
-    """How many replicas of one deployment run, and how many start."""
+    """How many replicas of one deployment run and how many start; `failure` says why none runs, where that is known."""
 
     running: int = 0
     starting: int = 0
+    failure: str | None = None
 
 
 def replica_counts(app_name: str) -> Mapping[str, ReplicaCount]:
@@ -194,5 +197,22 @@ def replica_counts(app_name: str) -> Mapping[str, ReplicaCount]:
     application = serve.status().applications.get(app_name)
     if application is None:
         return {}
-    states = {name: overview.replica_states for name, overview in application.deployments.items()}
-    return {name: ReplicaCount(found.get(RUNNING, 0), found.get(STARTING, 0)) for name, found in states.items()}
+    return {name: _count(overview) for name, overview in application.deployments.items()}
+
+
+def _count(overview: Any) -> ReplicaCount:
+    states: Mapping[Any, int] = overview.replica_states
+    running = states.get(RUNNING, 0)
+    failure = None if running else start_failure(overview.message, has_given_up=overview.status == "DEPLOY_FAILED")
+    return ReplicaCount(running, states.get(STARTING, 0), failure)
+
+
+def start_failure(message: str, *, has_given_up: bool) -> str | None:
+    """Return why a deployment's replicas do not start, by Serve's message, which ends in the error of the last one.
+
+    A base that cannot be served is known by our own sentence; for any other error Serve's last try is waited for.
+    """
+    found = _UNUSABLE.findall(message)
+    if found:
+        return found[-1]
+    return "its replicas end while they start; a log of theirs says why" if has_given_up else None

@@ -94,7 +94,9 @@ def arguments_of(
 
 
 def set_area(request: GenerationRequest, pipeline: Any, family: Family) -> None:
-    """Tell a pipeline that draws a number of pixels of its own how many it shall be."""
+    """Tell a pipeline that draws sizes of its own which one is asked for."""
+    if family.area_parameter == "resolutions":
+        pipeline.resolutions = [(request.width, request.height)]
     if family.area_parameter == "default_sample_size":
         # It multiplies the sides by the root of a quotient and rounds down: a breath more keeps them whole.
         side = (request.width * request.height) ** 0.5 / pipeline.vae_scale_factor

@@ -61,7 +61,8 @@ def fit_latent_colours(vae: Any) -> LatentColours:
     finally:
         if is_raised:
             vae.to(dtype=dtype)
-    latents = normalized_latents(vae, _pictures(encoded.latent_dist.mode().float().cpu()))
+    found: Tensor = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latent
+    latents = normalized_latents(vae, _pictures(found.float().cpu()))
     colours = functional.interpolate(swatches, size=latents.shape[-2:], mode="area")
     inputs = latents.permute(0, 2, 3, 1).flatten(0, 2)
     inputs = torch.cat([inputs, torch.ones(len(inputs), 1)], dim=1)
@@ -100,12 +101,14 @@ def normalized_latents(vae: Any, latents: Tensor) -> Tensor:
 
 def unpacked_latents(latents: Tensor, layout: LatentLayout, width: int, height: int) -> Tensor:
     """Return latents as pictures [n, channels, h, w]; those of tokens [n, tokens, channels] lie row by row."""
-    latents = _pictures(latents)
+    latents = latents[:, 0].permute(0, 3, 1, 2) if layout == "channels last" else _pictures(latents)
     if latents.ndim != 3:
         return latents
     rows = round((latents.shape[1] * height / width) ** 0.5)
     grid = latents.transpose(1, 2).unflatten(2, (rows, latents.shape[1] // rows))
-    return functional.pixel_shuffle(grid, 2) if layout == "packed" else grid
+    if layout == "packed":
+        return functional.pixel_shuffle(grid, 2)
+    return grid.unflatten(1, (4, -1)).transpose(1, 2).flatten(1, 2) if layout == "patched channels last" else grid
 
 
 def _swatches() -> Tensor:
@@ -151,7 +154,7 @@ class Previewer:
         # Pipelines look at the signature to learn what the scheduler takes: `wraps` keeps it.
         @functools.wraps(step)
         def noted(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self._last = (model_output, timestep, sample)
+            self._last = (model_output, timestep, sample.clone())  # some pipelines write the next one into it
             return step(model_output, timestep, sample, *args, **kwargs)
 
         scheduler.step = noted

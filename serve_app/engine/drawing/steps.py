@@ -51,7 +51,8 @@ class StepCallback:
         """
         if self._is_cancelled is not None and self._is_cancelled():
             raise GenerationCancelled
-        steps: int = pipeline.num_timesteps
+        # Not every pipeline keeps the number.
+        steps: int = getattr(pipeline, "num_timesteps", None) or len(pipeline.scheduler.timesteps)
         if step + 1 == steps:
             # Asking for the value waits for the device, so that the time is that of the work and not of its
             # launch.

@@ -98,7 +98,7 @@ def test_the_words_of_one_adapter_never_linger_for_the_next(tmp_path: Path) -> N
             assert torch.equal(drawn(live), expected[place])
 
 
-def test_a_fault_in_the_middle_of_lending_leaves_the_base(tmp_path: Path) -> None:
+def test_a_fault_in_the_middle_of_loading_leaves_the_base(tmp_path: Path) -> None:
     live = tiny_pipeline("sdxl")
     ti_tokens = {"text_encoder": torch.ones(2, 32), "text_encoder_2": torch.ones(2, 31)}
     with pytest.raises(RuntimeError), TextualInversion(live).loaded(ti_tokens, [live]):
