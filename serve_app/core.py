@@ -67,8 +67,9 @@ class AdapterSpec:
     """A resolved adapter: its base, its file, and the revision that fixes its bytes.
 
     `revision` is a commit hash of a Hub repository, or a content digest for a folder. `location` is the Hub
-    repository id or the folder of the file and never reaches a client. `embeddings` is the file with the adapter's
-    textual-inversion tokens, `settings` the text of peft's `adapter_config.json`, which says how it is scaled.
+    repository id or the folder of the file and never reaches a client. `more_files` hold the rest of an adapter that
+    lies in several; `size_bytes` is that of all. `embeddings` is the file with the adapter's textual-inversion tokens,
+    `settings` the text of peft's `adapter_config.json`, which says how it is scaled.
     """
 
     id: str
@@ -81,12 +82,19 @@ class AdapterSpec:
     instance_prompt: str | None = None
     embeddings: str | None = None
     settings: str | None = None
+    more_files: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
         """A name of these bytes, the same in every process; it does not contain the scale of a request."""
         name = f"{self.id}@{self.revision[:16]}/{self.filename}"
-        return name if self.settings is None else f"{name}+{sha256(self.settings.encode()).hexdigest()[:8]}"
+        beside = "\0".join((*self.more_files, *filter(None, (self.settings,))))
+        return f"{name}+{sha256(beside.encode()).hexdigest()[:8]}" if beside else name
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that hold its layers."""
+        return (self.filename, *self.more_files)
 
 
 @dataclass(frozen=True, slots=True)

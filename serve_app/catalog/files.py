@@ -16,18 +16,17 @@ class AdapterFiles:
     def __init__(self, sources: Sequence[AdapterSource]) -> None:
         self._sources = {source.origin: source for source in sources}
 
-    async def path(self, spec: AdapterSpec) -> Path:
-        """Return a local file with exactly the bytes of the spec.
+    async def path(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return a local file with exactly the bytes of the spec: its first, or another of its files.
 
         Raises:
             ModelNotFound, AccessDenied, MalformedFile: it does not exist, is not allowed, or has other bytes now.
             HubUnavailable: it could not be downloaded now.
         """
-        return await self._path(spec, spec.filename)
-
-    async def embeddings(self, spec: AdapterSpec) -> Path | None:
-        """Return the file with the adapter's textual-inversion tokens; None if it has none."""
-        return None if spec.embeddings is None else await self._path(spec, spec.embeddings)
+        source = self._sources.get(spec.origin)
+        if source is None:
+            raise ModelNotFound(spec.id, "its source is not configured for this replica")
+        return await source.download(spec, filename or spec.filename)
 
     def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how many bytes of an adapter's file have arrived."""
@@ -43,9 +42,3 @@ class AdapterFiles:
     def free_space(self, needed_bytes: int) -> int:
         """Remove unused copies until so many bytes are free; return how many bytes became free. Blocks."""
         return sum(source.free_space(needed_bytes) for source in self._sources.values())
-
-    async def _path(self, spec: AdapterSpec, filename: str) -> Path:
-        source = self._sources.get(spec.origin)
-        if source is None:
-            raise ModelNotFound(spec.id, "its source is not configured for this replica")
-        return await source.download(spec, filename)

@@ -9,19 +9,21 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from serve_app.catalog.reading.card import Card, parse_card
-from serve_app.catalog.reading.header import HeaderFacts, MalformedHeader, describe, read_header
-from serve_app.catalog.reading.inspector import SETTINGS
+from serve_app.catalog.reading.card import Card
+from serve_app.catalog.reading.header import HeaderFacts, describe
+from serve_app.catalog.reading.inspector import AdapterInfo
 from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
-from serve_app.catalog.reading.selection import SAFE_SUFFIX, candidates
+from serve_app.catalog.reading.selection import candidates
+from serve_app.catalog.sources.folder import LOCAL, LocalFile
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterRef
+from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.errors import LoraplexError, ModelNotFound
-from serve_app.refusals import MalformedFile, NotAnAdapter, UnsafeFile
 
-MAX_CARD_CHARACTERS = 256 * 1024
+if TYPE_CHECKING:
+    from serve_app.engine.adapters.safetensors_file import FilePart
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,72 +83,65 @@ async def inspect_id(
     found = await inspector.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
     if found is None:
         raise ModelNotFound(ref.id)
-    source, listing = found
-    seen = Inspection(ref.id, listing.origin, listing.location, listing.card, revision=listing.revision)
-    try:
-        finding = await inspector.inspect(ref.id, ref.revision, ref.filename)
-    except LoraplexError as refusal:
-        return (await _with_header(seen, source, listing, ref.filename)).refused(refusal)
-    seen = replace(
-        seen,
-        file=finding.filename, revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
-        bases=finding.base_match.bases,
-    )  # fmt: skip
-    try:
-        served = [known.id for known in sources.config.bases]
-        if base is None:
-            finding.require_served(served)
-        else:
-            finding.require_fit(base, served)
-        asked = (base,) if base is not None else tuple(sources.base(name) for name in finding.base_match.bases)
-        spec = finding.spec_for(asked[0])
-        if header_only:
-            return seen
-        path = await source.download(spec)
-        ti_tokens = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
-    except LoraplexError as refusal:
-        return seen.refused(refusal)
-    return replace(
-        seen, sha256=_sha256(path), verdicts=await _judge(sources, path, ref.id, asked, ti_tokens, finding.settings)
-    )
+    return await _inspect(sources, *found, ref.filename, base, header_only=header_only)
 
 
 async def inspect_file(sources: Sources, path: Path, base: BaseModelConfig | None, *, header_only: bool) -> Inspection:
-    """Inspect a local file and the card beside it; `base` None checks every configured base."""
-    seen = _outside_of(path)
-    if seen.refusal is not None or header_only:
-        return seen
-    beside = path.parent / SETTINGS
-    settings = beside.read_text(encoding="utf-8", errors="replace") if beside.is_file() else None
-    asked = (base,) if base is not None else sources.config.bases
-    verdicts = await _judge(sources, path, path.name, asked, None, settings)
-    return replace(
-        seen, verdicts=verdicts, bases=tuple(verdict.base_id for verdict in verdicts if verdict.refusal is None)
-    )
+    """Inspect a local file with what lies beside it; `base` None checks every base, or those that the card names."""
+    source = LocalFile(path)
+    seen = await _inspect(sources, source, await source.listing(), source.name, base, header_only=header_only)
+    accepting = tuple(verdict.base_id for verdict in seen.verdicts if verdict.refusal is None)
+    return replace(seen, sha256=_sha256(path), bases=accepting if seen.verdicts else seen.bases)
 
 
-def _outside_of(path: Path) -> Inspection:
-    """Return the facts of a file without reading its weights."""
-    card_path = path.parent / "README.md"
-    text = card_path.read_text(encoding="utf-8", errors="replace")[:MAX_CARD_CHARACTERS] if card_path.is_file() else ""
-    seen = Inspection(
-        str(path), "file", str(path.resolve()), parse_card(text),
-        file=path.name, size_bytes=path.stat().st_size, sha256=_sha256(path),
-    )  # fmt: skip
-    if path.suffix != SAFE_SUFFIX:
-        return seen.refused(UnsafeFile(path.name, "it is not a safetensors file, and no other kind is read"))
+async def _inspect(
+    sources: Sources,
+    source: AdapterSource,
+    listing: RepositoryListing,
+    filename: str | None,
+    base: BaseModelConfig | None,
+    *,
+    header_only: bool,
+) -> Inspection:
+    seen = Inspection(listing.id, listing.origin, listing.location, listing.card, revision=listing.revision)
     try:
-        facts = describe(read_header(path))
-    except MalformedHeader as error:
-        return seen.refused(MalformedFile(path.name, str(error)))
-    seen = replace(seen, header=facts)
-    if not facts.has_pairs:
-        return seen.refused(
-            NotAnAdapter(
-                path.name, "it has no layers of an adapter: no pair of low-rank factors, in any spelling that is read"
-            )
-        )
-    return seen
+        finding = await sources.inspector().inspect_listing(source, listing, filename)
+    except LoraplexError as refusal:
+        return (await _with_header(seen, source, listing, filename)).refused(refusal)
+    seen = replace(
+        seen,
+        file=", ".join(finding.files), revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
+        bases=finding.base_match.bases,
+    )  # fmt: skip
+    try:
+        asked = _asked(sources, finding, listing, base)
+        spec = finding.spec_for(asked[0])
+        if header_only:
+            return seen
+        from serve_app.engine.adapters.safetensors_file import parts_of
+
+        parts = parts_of(spec.files, [await source.download(spec, name) for name in spec.files])
+        beside = None if spec.embeddings is None else await source.download(spec, spec.embeddings)
+    except LoraplexError as refusal:
+        return seen.refused(refusal)
+    verdicts = [await _verdict(sources, parts, spec, known, beside) for known in asked]
+    sha256 = _sha256(parts[0].path) if len(parts) == 1 else None
+    return replace(seen, sha256=sha256, verdicts=tuple(verdicts))
+
+
+def _asked(
+    sources: Sources, finding: AdapterInfo, listing: RepositoryListing, base: BaseModelConfig | None
+) -> tuple[BaseModelConfig, ...]:
+    """Return the bases that an adapter is held against; every one for a file whose card names none."""
+    served = [known.id for known in sources.config.bases]
+    if base is not None and listing.origin != LOCAL:
+        finding.require_fit(base, served)
+    if base is not None:
+        return (base,)
+    if listing.origin == LOCAL and not listing.card.claims:
+        return sources.config.bases
+    finding.require_served(served)
+    return tuple(sources.base(name) for name in finding.base_match.bases)
 
 
 async def _with_header(
@@ -154,29 +149,18 @@ async def _with_header(
 ) -> Inspection:
     """Add the facts of the header of the only candidate file, for an adapter that is refused anyway."""
     try:
-        names = candidates(listing, filename)
-        if len(names) != 1:
+        found = [files for rank in candidates(listing, filename, {}) for files in rank]
+        if len(found) != 1:
             return seen
-        listed = listing.file(names[0])
-        seen = replace(seen, file=names[0], size_bytes=listed.size_bytes if listed else None)
-        return replace(seen, header=describe(await source.header(listing, names[0])))
+        listed = listing.file(found[0][0])
+        seen = replace(seen, file=found[0][0], size_bytes=listed.size_bytes if listed else None)
+        return replace(seen, header=describe(await source.header(listing, found[0][0])))
     except LoraplexError:
         return seen
 
 
-async def _judge(
-    sources: Sources,
-    path: Path,
-    name: str,
-    bases: Sequence[BaseModelConfig],
-    ti_tokens: Path | None,
-    settings: str | None,
-) -> tuple[Verdict, ...]:
-    return tuple([await _verdict(sources, path, name, base, ti_tokens, settings) for base in bases])
-
-
 async def _verdict(
-    sources: Sources, path: Path, name: str, base: BaseModelConfig, ti_tokens: Path | None, settings: str | None
+    sources: Sources, parts: Sequence[FilePart], spec: AdapterSpec, base: BaseModelConfig, beside: Path | None
 ) -> Verdict:
     from serve_app.engine.adapters.parser import parse_adapter
     from serve_app.engine.base.manifest import structure_of
@@ -184,7 +168,7 @@ async def _verdict(
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
-        coverage = parse_adapter(path, name, manifest, base.adapter_limits, ti_tokens, settings).coverage
+        coverage = parse_adapter(parts, spec.id, manifest, base.adapter_limits, beside, spec.settings).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))
     return Verdict(base.id, coverage.layers_matched, coverage.layers_in_file, coverage.ranks, coverage.unmatched)

@@ -67,13 +67,14 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
     pulled: list[Pulled] = []
     for ref in refs:
         spec = await catalog.adapter(ref)
-        fetching = asyncio.ensure_future(files.path(spec))
+        fetching = asyncio.gather(*(files.path(spec, name) for name in spec.files))
         with _bar(spec, is_quiet=is_quiet) as advance:
             while not fetching.done():
                 advance(files.downloaded_bytes(spec))
                 await asyncio.wait({fetching}, timeout=POLL_S)
-        path = fetching.result()
-        pulled.append(Pulled(spec.id, spec.base_id, spec.revision, path, path.stat().st_size))
+        paths = fetching.result()
+        size_bytes = sum(path.stat().st_size for path in paths)
+        pulled.append(Pulled(spec.id, spec.base_id, spec.revision, paths[0], size_bytes))
         if not is_quiet:
             _say(pulled[-1], "" if spec.origin == "hub" else f", already here: {spec.origin}")
     return pulled

@@ -138,6 +138,20 @@ def split_prefix(stem: str) -> tuple[Prefix, str]:
         prefix, stem = found, stem.removeprefix(found.text)
 
 
+_TEXT_FOLDER = re.compile(r"(?:.*/)?(text_encoder(?:_[23])?)/[^/]+")
+
+
+def text_folder(file: str) -> str:
+    """Return the text encoder that a file's folder is named after, or nothing."""
+    match = _TEXT_FOLDER.fullmatch(file)
+    return match[1] if match else ""
+
+
+def in_folder(key: str, component: str) -> str:
+    """Return a name of a file that lies in the folder of a component: one that names none itself is of that one."""
+    return f"{component}.{key}" if component and split_prefix(key)[0] is BARE else key
+
+
 class SpellingIndex:
     """Finds the layers of one base by any of their spellings.
 

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from serve_app.families.spellings import INPUT_PARTS, OUTPUT_PARTS, split_key
+from serve_app.families.spellings import INPUT_PARTS, OUTPUT_PARTS, in_folder, split_key
 from serve_app.families.structure import (
     UNET_FAMILIES,
     component_of,
@@ -172,6 +172,27 @@ def _texts(metadata: Any) -> dict[str, str]:
         return {}
     items = cast("dict[object, object]", metadata).items()
     return {key: value for key, value in items if isinstance(key, str) and isinstance(value, str)}
+
+
+def joined(headers: Iterable[tuple[str, SafetensorsHeader]]) -> SafetensorsHeader:
+    """Return the headers of files that are one adapter as that of one file.
+
+    Each comes with the text encoder whose folder the file lies in, or nothing.
+
+    Raises:
+        MalformedHeader: two of them hold one tensor.
+    """
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] = {}
+    for component, header in headers:
+        own = {in_folder(key, component): entry for key, entry in header.tensors.items()}
+        if twice := tensors.keys() & own.keys():
+            raise MalformedHeader(f"two of its files hold the tensor {min(twice)[:100]}")
+        tensors |= own
+        metadata |= header.metadata
+    if len(tensors) > MAX_TENSORS:
+        raise MalformedHeader(f"its files hold over {MAX_TENSORS} tensors")
+    return SafetensorsHeader(tensors, metadata)
 
 
 def describe(header: SafetensorsHeader) -> HeaderFacts:

@@ -11,26 +11,20 @@ from dataclasses import dataclass
 
 from serve_app.catalog.reading.base_match import BaseMatch, match_bases
 from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
-from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card
-from serve_app.catalog.reading.header import HeaderFacts, SafetensorsHeader, describe
+from serve_app.catalog.reading.choosing import choose, settings_of
+from serve_app.catalog.reading.header import HeaderFacts
 from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
-from serve_app.catalog.reading.selection import candidates, embeddings_beside
+from serve_app.catalog.reading.selection import Candidate, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
 from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
-from serve_app.refusals import AmbiguousFile, BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
+from serve_app.refusals import BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
 
-MAX_HEADERS_READ = 8
-# Up to here, looking at all of them takes less time than the way to a thread and back.
-FEW_TENSORS = 2000
 MAX_CHAIN = 3
 MAX_PARENTS = 3
 # A word is a few kilobytes; a file of this size is something else.
 MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
-# How peft scales an adapter that it saved; the file's own tensors do not say.
-SETTINGS = "adapter_config.json"
-MAX_SETTINGS_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +35,7 @@ class AdapterInfo:
     origin: str
     location: str
     revision: str
-    filename: str
+    files: Candidate
     size_bytes: int
     instance_prompt: str | None
     header: HeaderFacts
@@ -52,8 +46,8 @@ class AdapterInfo:
 
     @property
     def content(self) -> str:
-        """What tells the bytes of this file from others': the same for all names and revisions of one file."""
-        return self.digest or f"{self.location}@{self.revision}/{self.filename}"
+        """What tells the bytes of these files from others': the same for all names and revisions of one file."""
+        return self.digest or f"{self.location}@{self.revision}/{'+'.join(self.files)}"
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
@@ -63,7 +57,9 @@ class AdapterInfo:
         """
         limits = base.adapter_limits
         if self.size_bytes > limits.max_file:
-            raise TooLarge(f"the file of adapter {self.id}", f"{limits.max_file.human_readable()} for {base.id}")
+            raise TooLarge(
+                f"adapter {self.id}, of {self.size_bytes} bytes,", f"{limits.max_file.human_readable()} for {base.id}"
+            )
         if self.header.max_rank > limits.max_rank:
             raise RankTooHigh(
                 self.id,
@@ -75,7 +71,8 @@ class AdapterInfo:
             id=self.id,
             base_id=base.id,
             revision=self.revision,
-            filename=self.filename,
+            filename=self.files[0],
+            more_files=self.files[1:],
             origin=self.origin,
             location=self.location,
             size_bytes=self.size_bytes,
@@ -155,60 +152,35 @@ class AdapterInspector:
         found = await self.find(model, revision) if is_valid_id(model) else None
         if found is None:
             raise ModelNotFound(model)
-        source, listing = found
-        chosen, facts = await self._choose(source, listing, filename)
+        return await self.inspect_listing(*found, filename)
+
+    async def inspect_listing(
+        self, source: AdapterSource, listing: RepositoryListing, filename: str | None
+    ) -> AdapterInfo:
+        """Return what a repository that was found means; raises as `inspect` does."""
+        files, facts = await choose(source, listing, filename)
         if not facts.components:
             reason = (
-                f"the layers in '{chosen}' (such as {facts.stem[:100]}) are not those of an image model that is known"
+                f"the layers in '{files[0]}' (such as {facts.stem[:100]}) are not those of an image model that is known"
             )
-            raise NotAnAdapter(model, f"{reason}, or their names are in a spelling that is not read")
-        listed = listing.file(chosen)
-        embeddings = _embeddings(listing, chosen)
+            raise NotAnAdapter(listing.id, f"{reason}, or their names are in a spelling that is not read")
+        listed = [file for file in map(listing.file, files) if file is not None]
+        digests = [file.digest for file in listed if file.digest is not None]
+        embeddings = _embeddings(listing, files[0])
         return AdapterInfo(
-            id=model,
+            id=listing.id,
             origin=listing.origin,
             location=listing.location,
-            revision=await source.resolve_revision(listing, *filter(None, (chosen, embeddings))),
-            filename=chosen,
-            size_bytes=(listed.size_bytes if listed else None) or 0,
+            revision=await source.resolve_revision(listing, *files, *filter(None, (embeddings,))),
+            files=files,
+            size_bytes=sum(file.size_bytes or 0 for file in listed),
             instance_prompt=listing.card.instance_prompt,
             header=facts,
-            base_match=await self._place(model, listing.card, facts),
+            base_match=await self._place(listing.id, listing.card, facts),
             embeddings=embeddings,
-            digest=listed.digest if listed else None,
-            settings=await self._settings(source, listing, chosen),
+            digest="+".join(digests) if len(digests) == len(files) else None,
+            settings=await settings_of(source, listing, files),
         )
-
-    async def _settings(self, source: AdapterSource, listing: RepositoryListing, chosen: str) -> str | None:
-        """Return the text of peft's settings beside an adapter's file, where there are any."""
-        folder = chosen.rpartition("/")[0]
-        name = f"{folder}/{SETTINGS}" if folder else SETTINGS
-        if listing.file(name) is None:
-            return None
-        content = await source.read_small(listing.location, listing.revision, name)
-        if content is None:
-            return None
-        if len(content) > MAX_SETTINGS_BYTES:
-            raise TooLarge(f"'{name}', with the settings of adapter {listing.id},", f"{MAX_SETTINGS_BYTES} bytes")
-        return content.decode("utf-8", errors="replace")
-
-    async def _choose(
-        self, source: AdapterSource, listing: RepositoryListing, filename: str | None
-    ) -> tuple[str, HeaderFacts]:
-        names = candidates(listing, filename)
-        if len(names) > MAX_HEADERS_READ:
-            raise AmbiguousFile(listing.id, _choice(names))
-        adapters = [
-            (name, facts) for name in names if (facts := await _described(await source.header(listing, name))).has_pairs
-        ]
-        if not adapters:
-            what = f"'{names[0]}' has no" if len(names) == 1 else f"none of {', '.join(names)} has"
-            raise NotAnAdapter(
-                listing.id, f"{what} layers of an adapter: no pair of low-rank factors, in any spelling that is read"
-            )
-        if len(adapters) > 1:
-            raise AmbiguousFile(listing.id, _choice([name for name, _ in adapters]))
-        return adapters[0]
 
     async def _place(self, model: str, card: Card, header: HeaderFacts) -> BaseMatch:
         claimed = await self._served_bases(card)
@@ -238,12 +210,6 @@ class AdapterInspector:
             return None
 
 
-async def _described(header: SafetensorsHeader) -> HeaderFacts:
-    if len(header.tensors) <= FEW_TENSORS:
-        return describe(header)
-    return await run_blocking(lambda: describe(header))
-
-
 def _embeddings(listing: RepositoryListing, adapter: str) -> str | None:
     name = embeddings_beside(listing, adapter)
     listed = listing.file(name) if name is not None else None
@@ -251,8 +217,3 @@ def _embeddings(listing: RepositoryListing, adapter: str) -> str | None:
         limit = f"{MAX_EMBEDDINGS_BYTES // 1024**2} MiB"
         raise TooLarge(f"'{name}', with the words of adapter {listing.id},", limit)
     return name
-
-
-def _choice(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return f"several files could be meant; name one of them as 'filename': {shown}"

@@ -18,6 +18,7 @@ from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader,
 from serve_app.catalog.reading.repository import FOLDER, AdapterSource, RepositoryFile, RepositoryListing, is_valid_id
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
+from serve_app.families.spellings import text_folder
 from serve_app.refusals import MalformedFile
 
 T = TypeVar("T")
@@ -164,7 +165,7 @@ class FolderSource(AdapterSource):
             return file.read(MAX_SMALL_FILE_BYTES)
 
     def _download(self, spec: AdapterSpec, filename: str) -> Path:
-        names = [spec.filename] if spec.embeddings is None else [spec.filename, spec.embeddings]
+        names = [*spec.files, *filter(None, (spec.embeddings,))]
         paths = {name: path for name in names if (path := self._file(spec.location, name)) is not None}
         if len(paths) < len(names):
             raise ModelNotFound(spec.id, "its folder is no longer there")
@@ -194,3 +195,37 @@ def _entries(folder: Path) -> list[Path]:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+LOCAL = "file"
+
+
+class LocalFile(FolderSource):
+    """One file on this disk, with those beside it: the folder is the repository, whatever its name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute()
+        folder = self._path.parent
+        # A text encoder's folder says what a file in it is for.
+        self._root, self._prefix = folder, ""
+        if text_folder(f"{folder.name}/{path.name}"):
+            self._root, self._prefix = folder.parent, f"{folder.name}/"
+        self.name = self._prefix + path.name
+        super().__init__((self._root,), origin=LOCAL)
+
+    async def listing(self) -> RepositoryListing:
+        """Return the folder as a repository."""
+        found = await self.find(self._path.name, None)
+        assert found is not None
+        return found
+
+    def _folder(self, model: str) -> Path:
+        return self._root
+
+    def _is_inside(self, path: Path) -> bool:
+        return True  # the Hub's own cache holds links
+
+    def _files(self, folder: Path) -> Iterator[RepositoryFile]:
+        for path in sorted(self._path.parent.iterdir()):
+            if path.is_file():
+                yield RepositoryFile(self._prefix + path.name, path.stat().st_size)

@@ -177,7 +177,7 @@ class HubSource(AdapterSource):
 
     def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how much of an adapter's file has arrived."""
-        return self._downloads.downloaded_bytes(_file_key(spec, spec.filename))
+        return sum(self._downloads.downloaded_bytes(_file_key(spec, name)) for name in spec.files)
 
     def _find(self, model: str, revision: str | None) -> RepositoryListing:
         info = self._api.model_info(
@@ -227,7 +227,7 @@ class HubSource(AdapterSource):
                 model=spec.id,
                 url=hf_hub_url(spec.location, filename, revision=spec.revision, endpoint=self._api.endpoint),
                 headers=build_hf_headers(token=token, library_name="loraplex"),
-                listed_bytes=(spec.size_bytes or None) if filename == spec.filename else None,
+                listed_bytes=(spec.size_bytes or None) if (filename,) == spec.files else None,
                 limit_bytes=MAX_UNLISTED_BYTES,
                 timeout_s=self._timeout_s,
                 is_over=lambda: self._calls.clock() >= until,

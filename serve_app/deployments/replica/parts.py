@@ -91,6 +91,7 @@ def make_store(
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
     from serve_app.engine.adapters.canonical import read_canonical, reader_version
     from serve_app.engine.adapters.host_buffer import HostBuffers, book_page_locked_at_its_size
+    from serve_app.engine.adapters.safetensors_file import parts_of
 
     idle_bytes = min(IDLE_BUFFER_BYTES, base.replica.host_cache // 8)
     buffers = HostBuffers(idle_bytes)
@@ -104,7 +105,10 @@ def make_store(
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
         began_s = time.monotonic()
-        await admission.admit(source, spec.id, target, await files.embeddings(spec), spec.settings)
+        more = [await files.path(spec, name) for name in spec.more_files]
+        beside = None if spec.embeddings is None else await files.path(spec, spec.embeddings)
+        sources = parts_of(spec.files, (source, *more))
+        await admission.admit(sources, spec.id, target, beside, spec.settings)
         log.info("%s was admitted in %.1f ms", spec.key, (time.monotonic() - began_s) * 1e3)
 
     return AdapterStore(

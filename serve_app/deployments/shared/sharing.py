@@ -75,12 +75,8 @@ class ObjectStore:
 class Files(Protocol):
     """What the store needs of the catalog: local files of resolved adapters."""
 
-    async def path(self, spec: AdapterSpec) -> Path:
-        """Return a local file with exactly the bytes of the spec."""
-        ...
-
-    async def embeddings(self, spec: AdapterSpec) -> Path | None:
-        """Return the file with the adapter's own words; None where it has none."""
+    async def path(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return a local file with exactly the bytes of the spec: its first, or another of its files."""
         ...
 
     def release(self, spec: AdapterSpec) -> None:
@@ -163,25 +159,15 @@ class SharedFiles:
         self._on_brought = on_brought
         self._announcing: set[asyncio.Task[None]] = set()
 
-    async def path(self, spec: AdapterSpec) -> Path:
-        """Return a local file with exactly the bytes of the spec. It stays there at least until `release`.
+    async def path(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        """Return a local file with exactly the bytes of the spec: its first, or another of its files.
+
+        It stays there at least until `release`.
 
         Raises:
             LoraplexError: whatever the Hub's own way raises.
         """
-        return await self._shared(spec, spec.filename, lambda: self._files.path(spec))
-
-    async def embeddings(self, spec: AdapterSpec) -> Path | None:
-        """Return the file with the adapter's own words, alike; None where it has none."""
-        if spec.embeddings is None:
-            return None
-
-        async def fetch() -> Path:
-            found = await self._files.embeddings(spec)
-            assert found is not None, "the spec names a file with words"
-            return found
-
-        return await self._shared(spec, spec.embeddings, fetch)
+        return await self._shared(spec, filename or spec.filename, lambda: self._files.path(spec, filename))
 
     def release(self, spec: AdapterSpec) -> None:
         """Let go of the adapter's files: from now on they may be removed to make room."""

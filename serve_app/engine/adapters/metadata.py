@@ -15,6 +15,7 @@ from typing import Any
 
 from serve_app.engine.adapters.deltas import divisor_of
 from serve_app.engine.adapters.safetensors_file import shown
+from serve_app.engine.base.manifest import BaseManifest
 from serve_app.refusals import MalformedFile, UnsupportedMethod
 
 METADATA_KEY = "lora_adapter_metadata"
@@ -76,9 +77,9 @@ class Scaling:
 
 
 def read_scalings(
-    metadata: Mapping[str, str], components: Iterable[str], denoiser: str, name: str
+    metadata: Mapping[str, str], components: Iterable[str], unnamed: str, name: str
 ) -> dict[str, Scaling]:
-    """Return the scaling of each component that the metadata speaks of; what names none is the denoiser's.
+    """Return the scaling of each component that the metadata speaks of; what names none is that of `unnamed`.
 
     Raises:
         MalformedFile: the metadata is not what diffusers writes.
@@ -94,18 +95,14 @@ def read_scalings(
     if not isinstance(table, dict):
         raise MalformedFile(name, f"its metadata '{METADATA_KEY}' is not a JSON table")
     if table and not any(isinstance(key, str) and "." in key for key in table):
-        return {denoiser: _scaling(table, name)}  # what a model of diffusers saves by itself
-    scalings: dict[str, Scaling] = {}
-    for component in components:
-        prefix = component + "."
-        settings = {key.removeprefix(prefix): value for key, value in table.items() if key.startswith(prefix)}
-        if settings:
-            scalings[component] = _scaling(settings, name)
-    return scalings
+        return {unnamed: _scaling(table, name)}  # what a model of diffusers saves by itself
+    return {component: _scaling(settings, name) for component, settings in _by_component(table, components).items()}
 
 
-def read_settings(text: str, denoiser: str, name: str) -> dict[str, Scaling]:
+def read_settings(text: str, manifest: BaseManifest, name: str) -> dict[str, Scaling]:
     """Return the scaling that the text of peft's `adapter_config.json` gives, which lies beside the file.
+
+    Those of several folders are one table, with the folder's name before each setting.
 
     Raises:
         MalformedFile: it is not what peft writes.
@@ -117,10 +114,23 @@ def read_settings(text: str, denoiser: str, name: str) -> dict[str, Scaling]:
         settings = None
     if not isinstance(settings, dict):
         raise MalformedFile(name, "the 'adapter_config.json' beside its file is not a JSON table")
-    method = settings.get("peft_type", "LORA")
-    if method != "LORA":
-        raise UnsupportedMethod(name, f"it uses {shown(str(method))}, as its 'adapter_config.json' says, not LoRA")
-    return {denoiser: _scaling(settings, name)}
+    tables = _by_component(settings, manifest.components) or {manifest.denoiser: settings}
+    for table in tables.values():
+        method = table.get("peft_type", "LORA")
+        if method != "LORA":
+            raise UnsupportedMethod(name, f"it uses {shown(str(method))}, as its 'adapter_config.json' says, not LoRA")
+    return {component: _scaling(table, name) for component, table in tables.items()}
+
+
+def _by_component(table: Mapping[str, Any], components: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each component that a table has some for, without the component's name."""
+    found: dict[str, dict[str, Any]] = {}
+    for component in components:
+        prefix = component + "."
+        settings = {key.removeprefix(prefix): value for key, value in table.items() if key.startswith(prefix)}
+        if settings:
+            found[component] = settings
+    return found
 
 
 def _scaling(settings: dict[str, Any], name: str) -> Scaling:

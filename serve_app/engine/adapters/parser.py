@@ -20,7 +20,7 @@ from serve_app.engine.adapters.inversion import bundled_ti_tokens, with_ti_token
 from serve_app.engine.adapters.metadata import Scaling, read_scalings, read_settings
 from serve_app.engine.adapters.naming import LayerTensors, NamedLayers, is_of_denoiser, name_layers
 from serve_app.engine.adapters.projections import as_floats, fold_alpha, split_projection
-from serve_app.engine.adapters.safetensors_file import read_tensor_file, shown
+from serve_app.engine.adapters.safetensors_file import FilePart, TensorFile, read_tensor_files, shown
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.families.spellings import split_prefix, unserved_method
 from serve_app.refusals import MalformedFile, NoLayerMatches, NotAnAdapter, UnsupportedMethod
@@ -32,17 +32,17 @@ LEAST_COVERAGE = 0.5
 
 
 def parse_adapter(
-    path: Path,
+    files: Path | Sequence[FilePart],
     name: str,
     manifest: BaseManifest,
     limits: AdapterLimits,
     embeddings: Path | None = None,
     settings: str | None = None,
 ) -> ParsedAdapter:
-    """Parse one file and check it against a base; `name` is what errors call the adapter.
+    """Parse a file, or those that are one adapter together, and check it against a base.
 
-    `embeddings` is the file with the adapter's own words, `settings` the text of peft's `adapter_config.json`,
-    where there is one.
+    `name` is what errors call the adapter. `embeddings` is the file with its own words, `settings` the text of peft's
+    `adapter_config.json`, where there is one.
 
     Every tensor of the file is part of a change, or counted and named in `coverage` as unmatched, or the file is
     refused. A file is taken to be for another base, and refused, when fewer than half of its layers exist here; a
@@ -52,14 +52,13 @@ def parse_adapter(
         RefusedAdapter: one of its subclasses, saying which tensor or layer, and why. Nothing else is raised for
             what a file may contain.
     """
-    file = read_tensor_file(path, name, limits)
-    tensors, bundled = bundled_ti_tokens(file.tensors)
+    parts = [FilePart(files)] if isinstance(files, Path) else files
+    read = read_tensor_files(parts, name, limits)
+    tensors, bundled = bundled_ti_tokens({key: tensor for file in read for key, tensor in file.tensors.items()})
     _refuse_unserved(tensors, name)
-    scalings = read_scalings(file.metadata, manifest.components, manifest.denoiser, name)
-    digest = file.digest
-    if settings is not None and not scalings:
-        scalings = read_settings(settings, manifest.denoiser, name)
-        digest = hashlib.sha256(f"{digest}{settings}".encode()).hexdigest()
+    scalings = _read_scalings(parts, read, settings, manifest, name)
+    digests = [*(file.digest for file in read), *filter(None, (settings,))]
+    digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     named = name_layers(tensors, manifest, name)
     _check_coverage(named, manifest, name)
     changes = _build(named.layers, manifest, scalings, name, limits)
@@ -77,6 +76,20 @@ def parse_adapter(
     if embeddings is None and not bundled:
         return adapter
     return with_ti_tokens(adapter, bundled, embeddings, name, manifest, limits)
+
+
+def _read_scalings(
+    parts: Sequence[FilePart], files: Sequence[TensorFile], settings: str | None, manifest: BaseManifest, name: str
+) -> dict[str, Scaling]:
+    """Return the scaling of each component: as its file says, else as the settings beside it do."""
+    found: dict[str, Scaling] = {}
+    for part, file in zip(parts, files, strict=True):
+        own = read_scalings(file.metadata, manifest.components, part.component or manifest.denoiser, name)
+        if any(found.get(component, scaling) != scaling for component, scaling in own.items()):
+            raise MalformedFile(name, "its files contradict each other on how they are scaled")
+        found |= own
+    beside = {} if settings is None or (found and len(parts) == 1) else read_settings(settings, manifest, name)
+    return beside | found
 
 
 def _build(

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from serve_app.engine.adapters.deltas import bytes_of
 from serve_app.engine.adapters.host_buffer import HostBuffers
+from serve_app.families.spellings import in_folder, text_folder
 from serve_app.refusals import MalformedFile, NotAnAdapter, RefusedAdapter, UnsafeFile
 from serve_app.settings import AdapterLimits
 
@@ -58,6 +59,14 @@ class TensorFile:
 
 
 @dataclass(frozen=True, slots=True)
+class FilePart:
+    """One of an adapter's files; `component` is the text encoder whose folder it lies in, or nothing."""
+
+    path: Path
+    component: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
     key: str
     dtype: torch.dtype
@@ -70,6 +79,35 @@ def shown(text: str) -> str:
     """Return a name from a file, made fit to be shown: printable and short."""
     printable = "".join(letter if letter.isprintable() else "?" for letter in text)
     return printable if len(printable) <= 100 else printable[:97] + "..."
+
+
+def parts_of(names: Sequence[str], paths: Sequence[Path]) -> list[FilePart]:
+    """Return an adapter's files, by their names in its repository."""
+    return [FilePart(path, text_folder(name)) for name, path in zip(names, paths, strict=True)]
+
+
+def read_tensor_files(parts: Sequence[FilePart], name: str, limits: AdapterLimits) -> list[TensorFile]:
+    """Read and check the files of one adapter; a name in the folder of a text encoder is one of that encoder's.
+
+    Raises:
+        RefusedAdapter: as for one file, or together they are over a limit or hold a tensor twice.
+    """
+    size_bytes = sum(part.path.stat().st_size for part in parts)
+    if size_bytes > limits.max_file:
+        limit = limits.max_file.human_readable()
+        raise RefusedAdapter(name, f"its files have {size_bytes} bytes, over the limit of {limit}")
+    found: list[TensorFile] = []
+    known: set[str] = set()
+    for part in parts:
+        file = read_tensor_file(part.path, name, limits)
+        tensors = {in_folder(key, part.component): tensor for key, tensor in file.tensors.items()}
+        if twice := known & tensors.keys():
+            raise MalformedFile(name, f"two of its files hold the tensor {shown(min(twice))}")
+        known |= tensors.keys()
+        found.append(replace(file, tensors=tensors))
+    if len(known) > limits.max_tensors:
+        raise RefusedAdapter(name, f"it has {len(known)} tensors, over the limit of {limits.max_tensors}")
+    return found
 
 
 def read_tensor_file(path: Path, name: str, limits: AdapterLimits) -> TensorFile:

@@ -18,6 +18,7 @@ import torch
 
 from serve_app.engine.adapters.canonical import write_canonical
 from serve_app.engine.adapters.parser import parse_adapter
+from serve_app.engine.adapters.safetensors_file import FilePart
 from serve_app.engine.admission.lane import DISK_FULL
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.file_locks import is_disk_full
@@ -49,11 +50,11 @@ def main() -> None:
         _reply(replies, _admit(json.loads(line), manifest, limits))
 
 
-def _admit(request: dict[str, str], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
+def _admit(request: dict[str, Any], manifest: BaseManifest, limits: AdapterLimits) -> dict[str, Any]:
     try:
         embeddings = Path(request["embeddings"]) if "embeddings" in request else None
-        source, settings = Path(request["source"]), request.get("settings")
-        adapter = parse_adapter(source, request["name"], manifest, limits, embeddings, settings)
+        sources = [FilePart(Path(path), component) for path, component in request["sources"]]
+        adapter = parse_adapter(sources, request["name"], manifest, limits, embeddings, request.get("settings"))
         write_canonical(adapter, Path(request["target"]))
     except RefusedAdapter as refusal:
         return {"error": type(refusal).__name__, "reason": refusal.reason}

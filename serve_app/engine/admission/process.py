@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from serve_app import refusals
+from serve_app.engine.adapters.safetensors_file import FilePart
 from serve_app.engine.admission.lane import DISK_FULL, AdmissionTooSlow, ChildDied, ChildWorker
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.errors import DiskFull
@@ -43,18 +45,26 @@ class AdmissionProcess:
         self._first.start()
 
     async def admit(
-        self, source: Path, name: str, target: Path, embeddings: Path | None = None, settings: str | None = None
+        self,
+        source: Path | Sequence[FilePart],
+        name: str,
+        target: Path,
+        embeddings: Path | None = None,
+        settings: str | None = None,
     ) -> None:
-        """Check `source` against the base and write its canonical form to `target`, whole or not at all.
+        """Check an adapter against the base and write its canonical form to `target`, whole or not at all.
 
-        `embeddings` is the file with the adapter's own words, `settings` the text of peft's, where it has them.
+        `source` is its file, or those that are one adapter together, `embeddings` the file with its own words,
+        `settings` the text of peft's, where it has them.
 
         Raises:
             AdmissionTimedOut: the check took longer than `limits.admission_timeout_s`.
             RefusedAdapter: one of its subclasses, as `parse_adapter` raises them.
             DiskFull: the canonical form found no room.
         """
-        request = {"source": str(source), "name": name, "target": str(target)}
+        files = (FilePart(source),) if isinstance(source, Path) else source
+        sources = [(str(part.path), part.component) for part in files]
+        request: dict[str, Any] = {"sources": sources, "name": name, "target": str(target)}
         if embeddings is not None:
             request["embeddings"] = str(embeddings)
         if settings is not None:

@@ -32,10 +32,7 @@ async def test_the_words_beside_an_adapter_in_a_folder_are_part_of_its_revision(
 
     files = AdapterFiles(world.places())
     assert (await files.path(first)).read_bytes() == lora()
-    beside = await files.embeddings(first)
-    assert beside is not None
-    assert beside.read_bytes() == words()
-    assert await files.embeddings(plain) is None
+    assert (await files.path(first, EMBEDDINGS)).read_bytes() == words()
 
     world.put("me/taught", {EMBEDDINGS: words(2.0)})
     world.clock.now += 60
@@ -43,10 +40,10 @@ async def test_the_words_beside_an_adapter_in_a_folder_are_part_of_its_revision(
     assert second.filename == first.filename
     assert len({plain.revision, first.revision, second.revision}) == 3
     assert second.key != first.key
-    for call in (files.path(first), files.embeddings(first)):
+    for call in (files.path(first), files.path(first, EMBEDDINGS)):
         with pytest.raises(MalformedFile, match="changed after it was looked up"):
             await call
-    assert await files.embeddings(second) is not None
+    assert (await files.path(second, EMBEDDINGS)).read_bytes() == words(2.0)
 
 
 async def test_the_words_beside_an_adapter_on_the_hub_are_fetched_with_it(world: World):
@@ -54,9 +51,7 @@ async def test_the_words_beside_an_adapter_on_the_hub_are_fetched_with_it(world:
     spec = await world.catalog().adapter(AdapterRef("me/taught"))
     assert (spec.filename, spec.embeddings) == (WEIGHTS, "taught_emb.safetensors")
     files = AdapterFiles(world.places())
-    beside = await files.embeddings(spec)
-    assert beside is not None
-    assert beside.read_bytes() == words()
+    assert (await files.path(spec, spec.embeddings)).read_bytes() == words()
     assert (await files.path(spec)).read_bytes() == lora()
 
 

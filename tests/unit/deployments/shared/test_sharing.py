@@ -65,11 +65,8 @@ class Hub:
     released: list[str] = field(default_factory=list)
     asked_room: list[int] = field(default_factory=list)
 
-    async def path(self, spec: AdapterSpec) -> Path:
-        return await self._download(spec, spec.filename)
-
-    async def embeddings(self, spec: AdapterSpec) -> Path | None:
-        return await self._download(spec, str(spec.embeddings))
+    async def path(self, spec: AdapterSpec, filename: str | None = None) -> Path:
+        return await self._download(spec, filename or spec.filename)
 
     def release(self, spec: AdapterSpec) -> None:
         self.released.append(spec.key)
@@ -183,13 +180,10 @@ async def test_a_file_that_came_from_a_peer_is_asked_for_once_a_node(nodes: Node
 
 
 async def test_the_file_with_an_adapters_words_is_shared_too(nodes: Nodes) -> None:
-    first = await nodes.node("a").embeddings(SPEC)
-    second = await nodes.node("b").embeddings(SPEC)
-    assert first is not None
-    assert second is not None
+    first = await nodes.node("a").path(SPEC, SPEC.embeddings)
+    second = await nodes.node("b").path(SPEC, SPEC.embeddings)
     assert first.read_bytes() == second.read_bytes()
     assert nodes.hubs["b"].downloads == []
-    assert await nodes.node("c").embeddings(replace(SPEC, embeddings=None)) is None
 
 
 async def test_a_file_of_a_folder_never_leaves_its_node(nodes: Nodes) -> None:

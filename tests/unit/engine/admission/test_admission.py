@@ -58,7 +58,7 @@ print(json.dumps({}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     answer = {}
-    with open(asked["source"], "rb") as file:
+    with open(asked["sources"][0][0], "rb") as file:
         if not file.read():
             answer = {"error": "MalformedFile", "reason": "its file is empty"}
     if not answer:
