@@ -14,7 +14,7 @@ from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.header import HeaderFacts, SafetensorsHeader, describe
-from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import HUB, AdapterSource, RepositoryListing, is_valid_id
 from serve_app.catalog.reading.selection import candidates, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
@@ -22,6 +22,8 @@ from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
 from serve_app.refusals import AmbiguousFile, BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
 
 MAX_HEADERS_READ = 8
+# As much of a SHA-256 as a folder's revision has.
+DIGEST_CHARACTERS = 40
 # Up to here, looking at all of them takes less time than the way to a thread and back.
 FEW_TENSORS = 2000
 MAX_CHAIN = 3
@@ -52,8 +54,9 @@ class AdapterInfo:
 
     @property
     def content(self) -> str:
-        """What tells the bytes of this file from others': the same for all names and revisions of one file."""
-        return self.digest or f"{self.location}@{self.revision}/{self.filename}"
+        """What tells the bytes of this file from others': the same for all names, revisions and sources of one file."""
+        digest = self.digest if self.origin == HUB else self.revision  # a folder's revision is such a digest
+        return digest[:DIGEST_CHARACTERS] if digest else f"{self.location}@{self.revision}/{self.filename}"
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
