@@ -27,6 +27,7 @@ KINDS = (
     (r"log_monitor", "log monitor"),
     (r"autoscaler/_private/monitor|monitor\.py", "autoscaler monitor"),
     (r"ray::IDLE", "idle worker"),
+    (r"api\.pictures\.child", "pictures"),
     (r"multiprocessing|forkserver|spawn_main", "admission"),
 )
 

@@ -14,7 +14,7 @@ from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.choosing import choose, settings_of
 from serve_app.catalog.reading.header import HeaderFacts
-from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import HUB, AdapterSource, RepositoryListing, content_digest, is_valid_id
 from serve_app.catalog.reading.selection import Candidate, embeddings_beside
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec
@@ -46,8 +46,9 @@ class AdapterInfo:
 
     @property
     def content(self) -> str:
-        """What tells the bytes of these files from others': the same for all names and revisions of one file."""
-        return self.digest or f"{self.location}@{self.revision}/{'+'.join(self.files)}"
+        """What tells the bytes of these files from others': the same for all names, revisions and sources of them."""
+        digest = self.digest if self.origin == HUB else self.revision  # a folder's revision is such a digest
+        return digest or f"{self.location}@{self.revision}/{'+'.join(self.files)}"
 
     def spec_for(self, base: BaseModelConfig) -> AdapterSpec:
         """Return the spec of this file on one of its bases.
@@ -178,7 +179,7 @@ class AdapterInspector:
             header=facts,
             base_match=await self._place(listing.id, listing.card, facts),
             embeddings=embeddings,
-            digest="+".join(digests) if len(digests) == len(files) else None,
+            digest=content_digest(digests) if len(digests) == len(files) else None,
             settings=await settings_of(source, listing, files),
         )
 

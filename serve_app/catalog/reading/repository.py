@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +16,8 @@ from serve_app.core import AdapterSpec
 HUB = "hub"
 FOLDER = "folder"
 EMBEDDED = "embedded"
+# As much of a SHA-256 as names the bytes of an adapter; a commit has as many.
+DIGEST_CHARACTERS = 40
 
 _ID_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"{_ID_PART}(?:/{_ID_PART})?")
@@ -29,6 +33,12 @@ def is_valid_id(name: str) -> bool:
 def is_valid_revision(revision: str) -> bool:
     """Say whether a text can be a branch, tag or commit."""
     return _REVISION.fullmatch(revision) is not None and ".." not in revision and "//" not in revision
+
+
+def content_digest(digests: Sequence[str]) -> str:
+    """Return what names the bytes of files together, from the SHA-256 of each, which may be cut to 40 characters."""
+    cut = [digest[:DIGEST_CHARACTERS] for digest in digests]
+    return cut[0] if len(cut) == 1 else hashlib.sha256("".join(cut).encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,15 @@ from typing import TypeVar
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, read_header
-from serve_app.catalog.reading.repository import FOLDER, AdapterSource, RepositoryFile, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import (
+    DIGEST_CHARACTERS,
+    FOLDER,
+    AdapterSource,
+    RepositoryFile,
+    RepositoryListing,
+    content_digest,
+    is_valid_id,
+)
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 from serve_app.families.spellings import text_folder
@@ -23,7 +31,6 @@ from serve_app.refusals import MalformedFile
 
 T = TypeVar("T")
 
-REVISION_CHARACTERS = 40
 MAX_CARD_BYTES = 256 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_FILES = 10_000
@@ -140,10 +147,7 @@ class FolderSource(AdapterSource):
         return digest
 
     def _digest_of(self, paths: Sequence[Path]) -> str:
-        digests = [self._digest(path) for path in paths]
-        if len(digests) == 1:
-            return digests[0]
-        return hashlib.sha256("".join(digests).encode()).hexdigest()[:REVISION_CHARACTERS]
+        return content_digest([self._digest(path) for path in paths])
 
     def _digest(self, path: Path) -> str:
         stat = path.stat()
@@ -151,7 +155,7 @@ class FolderSource(AdapterSource):
         if known is not None and known[:2] == (stat.st_mtime_ns, stat.st_size):
             return known[2]
         with path.open("rb") as file:
-            revision = hashlib.file_digest(file, "sha256").hexdigest()[:REVISION_CHARACTERS]
+            revision = hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_CHARACTERS]
         if len(self._digests) >= MAX_DIGESTS:
             self._digests.clear()
         self._digests[str(path)] = (stat.st_mtime_ns, stat.st_size, revision)

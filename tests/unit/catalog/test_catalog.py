@@ -277,8 +277,8 @@ async def test_a_base_is_no_adapter(world: World):
 
 
 async def test_adapters_are_applied_in_one_order_whatever_the_order_of_asking(world: World):
-    for name in ("a", "b", "c"):
-        world.put(f"me/{name}", adapter_files("demo/sd"))
+    for rank, name in enumerate(("a", "b", "c"), start=1):
+        world.put(f"me/{name}", adapter_files("demo/sd", lora(rank=rank)))
     catalog = world.catalog()
     one = await catalog.resolve(None, (ref("me/c", scale=0.3), ref("me/a"), ref("me/b", scale=0.5)))
     two = await catalog.resolve("me/b", (ref("me/a"), ref("me/c", scale=0.3)))
@@ -297,10 +297,13 @@ async def test_an_adapter_named_twice_is_a_bad_request(world: World):
 async def test_no_spelling_of_an_adapter_lets_it_be_named_twice(world: World):
     commit = world.hub.push("me/a", adapter_files("demo/sd"))
     world.hub.push("me/copy", adapter_files("demo/sd"))
+    for folder in ("mine/a", "mine/copy"):
+        world.put(folder, adapter_files("demo/sd"))
     catalog = world.catalog(resolve_alias=lambda asked: ref("me/a", scale=asked.scale) if asked.id == "mine" else asked)
     spellings = [
         ref("me/a", scale=10.0), ref("me/a", revision="main"), ref("me/a", revision=commit), ref("mine"),
         ref("me/a", filename=WEIGHTS), ref("me/a", revision="main", filename=WEIGHTS), ref("me/copy"),
+        ref("mine/a"), ref("mine/copy"),
     ]  # fmt: skip
     for first in spellings:
         for second in spellings:
@@ -374,7 +377,7 @@ async def test_a_known_adapter_resolves_at_once_in_a_few_turns_of_the_loop(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):
     world.put("me/a", adapter_files("demo/sd"))
-    world.put("me/b", adapter_files("demo/sd"))
+    world.put("me/b", adapter_files("demo/sd", lora(rank=3)))
     catalog = world.catalog()
     refs = (ref("me/b", scale=0.5),)
     before = await catalog.resolve("me/a", refs)
