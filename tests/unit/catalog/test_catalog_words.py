@@ -56,8 +56,8 @@ async def test_the_words_beside_an_adapter_on_the_hub_are_fetched_with_it(world:
 
 
 async def test_two_adapters_with_words_are_refused_together_and_served_apart(world: World):
-    for name in ("one", "two"):
-        world.put(f"me/{name}", taught())
+    world.put("me/one", taught())
+    world.put("me/two", taught(value=2.0))
     world.put("me/plain", adapter_files("demo/sd"))
     catalog = world.catalog()
     with pytest.raises(MalformedRequest, match="me/one and me/two each bring words"):
