@@ -187,7 +187,7 @@ class PredictedWorkPolicy:
         start_s = max(reported.get(START, {}).values(), default=ctx.policy_state.get(START, 0.0))
         request_s = _mean(reported.get(REQUEST, {})) or ctx.policy_state.get(REQUEST, 0.0)
         requests = ctx.total_num_requests
-        # What no replica's books hold is in a handle's queue, or on its way.
+        # What no replica has reported is in a handle's queue, or on its way.
         elsewhere = max(0.0, requests - sum(reported.get(REQUESTS, {}).values()))
         load = Load(
             running=ctx.current_num_replicas,

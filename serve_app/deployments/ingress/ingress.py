@@ -290,7 +290,7 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
-        self._guardian = start_watchdog(self._config.ingress)
+        self._watchdog = start_watchdog(self._config.ingress)
         await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)

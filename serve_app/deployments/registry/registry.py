@@ -93,8 +93,8 @@ class ServiceRegistry:
         names = self._aliases.table.names_of
         rows = [LoraReport(one.spec.id, one, aliases=names(one.spec.id)) for one in known]
         rows += [LoraReport(alias.name, one, alias_of=one.spec.id) for alias, one in aliased]
-        books = _Books(reports)
-        return tuple(books.entered(row) for row in sorted(rows, key=lambda row: row.id))
+        usage_by_key = _AdapterUsage(reports)
+        return tuple(usage_by_key.with_usage(row) for row in sorted(rows, key=lambda row: row.id))
 
     async def lora(self, name: str, *, token: HubToken | None) -> LoraReport:
         """Return one adapter or alias.
@@ -110,7 +110,7 @@ class ServiceRegistry:
             alias_of=adapter.spec.id if is_alias else None,
             aliases=() if is_alias else self._aliases.table.names_of(name),
         )
-        return _Books(await self._replicas.reports()).entered(row)
+        return _AdapterUsage(await self._replicas.reports()).with_usage(row)
 
     async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
         """Keep an alias whose target can be served, and have so many replicas fetch it.
@@ -133,7 +133,7 @@ class ServiceRegistry:
         if preload:
             await self._preload(adapter.spec, preload, token)
         reports = await self._replicas.reports(is_fresh=bool(preload))
-        return _Books(reports).entered(LoraReport(alias.name, adapter, alias_of=adapter.spec.id))
+        return _AdapterUsage(reports).with_usage(LoraReport(alias.name, adapter, alias_of=adapter.spec.id))
 
     async def remove(self, name: str, *, token: HubToken | None) -> Removal:
         """Remove an alias, and have every replica forget the adapter once it is not in use.
@@ -184,7 +184,7 @@ class ServiceRegistry:
         return Preloaded(spec, tuple(sorted(held)), count)
 
 
-class _Books:
+class _AdapterUsage:
     """What all replicas together say of each adapter."""
 
     def __init__(self, reports: Sequence[ReplicaReport]) -> None:
@@ -192,20 +192,20 @@ class _Books:
         self._hits: defaultdict[str, int] = defaultdict(int)
         self._last_used_s: dict[str, float] = {}
         self._layers: dict[str, int] = {}
-        self._held_back: defaultdict[str, list[tuple[str, QuarantinedAdapters]]] = defaultdict(list)
+        self._quarantined: defaultdict[str, list[tuple[str, QuarantinedAdapters]]] = defaultdict(list)
         for report in reports:
             for held in report.holdings:
                 self._resident[held.key].append((report.id, held.tier))
-            for refused in report.held_back:
+            for refused in report.quarantined:
                 for key in refused.keys:
-                    self._held_back[key].append((report.id, refused))
+                    self._quarantined[key].append((report.id, refused))
             for use in report.uses:
                 self._hits[use.key] += use.hits
                 self._layers[use.key] = use.layers_matched
                 if use.hits:
                     self._last_used_s[use.key] = max(use.last_used_s, self._last_used_s.get(use.key, 0.0))
 
-    def entered(self, row: LoraReport) -> LoraReport:
+    def with_usage(self, row: LoraReport) -> LoraReport:
         """Return a row with what replicas say of its adapter."""
         key = row.adapter.spec.key
         return replace(
@@ -214,7 +214,7 @@ class _Books:
             hits=self._hits[key],
             last_used_s=self._last_used_s.get(key),
             layers_matched=self._layers.get(key),
-            held_back=tuple(sorted(self._held_back[key], key=lambda held: (-held[1].left_s, held[0]))),
+            quarantined=tuple(sorted(self._quarantined[key], key=lambda held: (-held[1].left_s, held[0]))),
         )
 
 

@@ -23,7 +23,7 @@ from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
 from serve_app.deployments.replica.fail_fast import FailFast
-from serve_app.deployments.replica.health import stall_after_s
+from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
 from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
 from serve_app.deployments.replica.peers import collect_peer_usage
@@ -120,8 +120,8 @@ class BaseModelReplica:
             max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
             typical_units=typical_units(base, pipeline.family),
         )
-        self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))
-        self._guardian = start_watchdog(base.replica)
+        self._fail_fast = FailFast(self._worker, base.id, stall_timeout_s=stall_timeout_s(base))
+        self._watchdog = start_watchdog(base.replica)
         self._metrics = ReplicaMetrics(base.id)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
@@ -129,7 +129,9 @@ class BaseModelReplica:
             shared_files=shared_files, on_brought=self._metrics.file_fetched,
         )  # fmt: skip
         self._ids = MultiplexedIds(self._store.resident)
-        self._recorder = RoutingStatsCollector(clock=time.monotonic, stall_after_s=base.router.deprioritize_after_s)
+        self._recorder = RoutingStatsCollector(
+            clock=time.monotonic, deprioritize_after_s=base.router.deprioritize_after_s
+        )
         self._demand = UsageTracker(time.monotonic)
         own_id = serve.get_replica_context().replica_id.unique_id
         self._residency = ReplicaReporter(
@@ -142,7 +144,7 @@ class BaseModelReplica:
             abilities=pipeline.abilities(),
         )
         warmed = await prefetch_adapters(
-            collect_peer_usage, self._bring, warm_up_limits(base.replica), clock=time.monotonic
+            collect_peer_usage, self._load_adapter, warm_up_limits(base.replica), clock=time.monotonic
         )
         self._start_s = time.monotonic() - started
         self._metrics.started(start_s=self._start_s, warmed=warmed)
@@ -293,7 +295,7 @@ class BaseModelReplica:
             start_s=self._start_s,
         )
 
-    async def _bring(self, spec: AdapterSpec) -> None:
+    async def _load_adapter(self, spec: AdapterSpec) -> None:
         async with self._store.lease(spec) as lease:
             self._residency.note(lease, is_hit=False)
             await self._ids.update()
@@ -315,7 +317,7 @@ class BaseModelReplica:
         if self._residency.replica_id not in replicas:
             return None
         with use_hub_token(token):
-            await self._bring(spec)
+            await self._load_adapter(spec)
         return self._residency.replica_id
 
     async def check_health(self) -> None:

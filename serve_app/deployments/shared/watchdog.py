@@ -37,7 +37,7 @@ class Watchdog:
             start_new_session=True,
             bufsize=0,
         )
-        self._beating = asyncio.get_running_loop().create_task(self._beat(), name="guardian")
+        self._beating = asyncio.get_running_loop().create_task(self._beat(), name="watchdog")
 
     @property
     def pid(self) -> int:
@@ -70,5 +70,5 @@ class Checked(Protocol):
 
 
 def start_watchdog(checked: Checked) -> Watchdog:
-    """Start the guardian of this process, as patient as Serve is with failing health checks."""
+    """Start the watchdog of this process, as patient as Serve is with failing health checks."""
     return Watchdog(FAILED_CHECKS * (checked.health_check_period_s + checked.health_check_timeout_s))

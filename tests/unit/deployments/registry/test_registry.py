@@ -99,14 +99,14 @@ async def test_a_row_says_which_replicas_refuse_its_adapter_for_now(scene: Scene
         QuarantinedAdapters((key, "x"), (1.0, 1.0), "it failed", 70),
     )
     registry, _ = scene.registry(
-        ReplicaReport("r1", "demo/sd", held_back=(short,)), ReplicaReport("r2", "demo/sd", held_back=(long,))
+        ReplicaReport("r1", "demo/sd", quarantined=(short,)), ReplicaReport("r2", "demo/sd", quarantined=(long,))
     )
     await added(registry, alias())
     for name in ("me/style", "mine"):
         row = await registry.lora(name, token=None)
-        assert row.held_back == (("r2", long), ("r1", short))
+        assert row.quarantined == (("r2", long), ("r1", short))
         assert row in await registry.loras(token=None)
-    assert (await registry.lora("me/other", token=None)).held_back == ()
+    assert (await registry.lora("me/other", token=None)).quarantined == ()
     with pytest.raises(ModelNotFound):
         await registry.lora("me/none", token=None)
 
