@@ -36,9 +36,8 @@ from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, Metri
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
 from serve_app.deployments.ingress.start_failures import StartFailures
-from serve_app.deployments.registry.alias_keeper import AliasClient
-from serve_app.deployments.registry.alias_mirror import AliasMirror
-from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount, replica_counts
+from serve_app.deployments.registry.fleet import Fleet, ReplicaCount, replica_counts
+from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
@@ -254,13 +253,13 @@ class Ingress:
         self._metrics = IngressMetrics()
         repositories = build_sources(config, environment, embedded_root=embedded_root())
         app_name = serve.get_replica_context().app_name
-        self._aliases = AliasMirror(AliasClient(keeper), on_change=self._metrics.aliases_known)
+        self._keeper = KeeperClient(keeper, on_change=self._metrics.aliases_known)
         unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
         catalog = Catalog(
             config,
             repositories,
             clock=time.monotonic,
-            resolve_alias=self._aliases.resolve_alias,
+            resolve_alias=self._keeper.resolve_alias,
             on_access_check=self._metrics.access_checked,
             counting_unknown=unknown_ids.counting,
         )
@@ -270,7 +269,8 @@ class Ingress:
             names = {base.id: deployment_name(base.id) for base in config.bases}
             return {base_id: known[name] for base_id, name in names.items() if name in known}
 
-        replicas = ReplicaBroadcast(handles, counts, clock=time.monotonic)
+        replicas = Fleet(handles, counts, clock=time.monotonic)
+        self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,
@@ -281,17 +281,22 @@ class Ingress:
         self._gateway = ServiceGateway(
             catalog,
             self._dispatcher,
-            registry=ServiceRegistry(catalog, self._aliases, replicas),
+            registry=ServiceRegistry(catalog, self._keeper, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
-            on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
+            on_drawn=self._note_drawn,
         )
+
+    def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
+        self._adapter_metrics.drawn(request, result)
+        for use in request.adapters:
+            self._keeper.note_use(use.spec)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
         self._watchdog = start_watchdog(self._config.ingress)
-        await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
+        await self._keeper.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
 

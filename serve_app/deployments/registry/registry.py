@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.reading.repository import is_valid_id
@@ -28,32 +28,19 @@ from serve_app.catalog.replica_report import (
 from serve_app.catalog.resolving.aliases import Alias, told_as
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, AdapterSpec, HubToken
-from serve_app.deployments.registry.alias_mirror import AliasMirror
 from serve_app.errors import LoraplexError, MalformedRequest, NameTaken, NotReady
 
+if TYPE_CHECKING:
+    from serve_app.deployments.registry.fleet import Fleet
+    from serve_app.deployments.registry.keeper_client import KeeperClient
+
 log = logging.getLogger(__name__)
-
-
-class Replicas(Protocol):
-    """The way to all replicas."""
-
-    async def reports(self, *, is_fresh: bool = False) -> tuple[ReplicaReport, ...]:
-        """Return what every replica does and holds."""
-        ...
-
-    async def forget(self, model: str) -> tuple[str, ...]:
-        """Have every replica forget an adapter; return those that held it."""
-        ...
-
-    async def preload(self, spec: AdapterSpec, replicas: Sequence[str], *, token: HubToken | None) -> tuple[str, ...]:
-        """Have some replicas fetch an adapter; return those that hold it then."""
-        ...
 
 
 class ServiceRegistry:
     """The registry of one ingress replica."""
 
-    def __init__(self, catalog: Catalog, aliases: AliasMirror, replicas: Replicas) -> None:
+    def __init__(self, catalog: Catalog, aliases: KeeperClient, replicas: Fleet) -> None:
         self._catalog = catalog
         self._aliases = aliases
         self._replicas = replicas

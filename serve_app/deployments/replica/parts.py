@@ -85,7 +85,7 @@ def make_store(
     *,
     pipeline: BasePipeline,
     admission: AdmissionProcess,
-    shared_files: DeploymentHandle | None,
+    keeper: DeploymentHandle,
     on_brought: Callable[[str], None],
 ) -> AdapterStore[ParsedAdapter]:
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
@@ -98,9 +98,9 @@ def make_store(
     files: Files = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
     if is_on_gpu:
         book_page_locked_at_its_size()
-    if shared_files is not None:
-        sharing = config.adapters.sharing
-        files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
+    sharing = config.adapters.sharing
+    if sharing.enabled:
+        files = share(files, keeper, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
         began_s = time.monotonic()

@@ -26,8 +26,7 @@ from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
 from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
-from serve_app.deployments.replica.peers import collect_peer_usage
-from serve_app.deployments.replica.prefetch import PopularAdapter, UsageTracker, prefetch_adapters, warm_up_limits
+from serve_app.deployments.replica.prefetch import prefetch_adapters
 from serve_app.deployments.replica.reporter import ReplicaReporter
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
@@ -64,7 +63,7 @@ class BaseModelReplica:
         base: BaseModelConfig,
         config: AppConfig,
         environment: Environment,
-        shared_files: DeploymentHandle | None = None,
+        keeper: DeploymentHandle,
     ) -> None:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission.process import AdmissionProcess
@@ -126,13 +125,12 @@ class BaseModelReplica:
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
             base, config, environment, pipeline=pipeline, admission=self._admission,
-            shared_files=shared_files, on_brought=self._metrics.file_fetched,
+            keeper=keeper, on_brought=self._metrics.file_fetched,
         )  # fmt: skip
         self._ids = MultiplexedIds(self._store.resident)
         self._recorder = RoutingStatsCollector(
             clock=time.monotonic, deprioritize_after_s=base.router.deprioritize_after_s
         )
-        self._demand = UsageTracker(time.monotonic)
         own_id = serve.get_replica_context().replica_id.unique_id
         self._residency = ReplicaReporter(
             own_id,
@@ -143,9 +141,8 @@ class BaseModelReplica:
             clock=time.time,
             abilities=pipeline.abilities(),
         )
-        warmed = await prefetch_adapters(
-            collect_peer_usage, self._load_adapter, warm_up_limits(base.replica), clock=time.monotonic
-        )
+        popular: Any = keeper.popular
+        warmed = await prefetch_adapters(lambda: popular.remote(base.id), self._load_adapter, base.replica)
         self._start_s = time.monotonic() - started
         self._metrics.started(start_s=self._start_s, warmed=warmed)
         log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
@@ -232,7 +229,6 @@ class BaseModelReplica:
         self._metrics.served(timings, batch_size=result.batch_size)
         for lease in leases:
             self._metrics.adapter_found(lease.tier)
-            self._demand.note(lease.spec)
         self._tell_host_tier()
         return dataclasses.replace(result, timings=timings)
 
@@ -269,10 +265,6 @@ class BaseModelReplica:
     async def checksum(self) -> str:
         """Return the sha256 of the base's loaded weights, in hex."""
         return await asyncio.to_thread(self._weights.checksum)
-
-    async def demand(self) -> tuple[PopularAdapter, ...]:
-        """Return the adapters that this replica was asked for most of late."""
-        return self._demand.most()
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Return what routers go by; called by Serve every `stats_period_s`."""

@@ -1,6 +1,6 @@
 """Adapter files between nodes: fetched from the Hub once for the whole cluster, then copied from a peer.
 
-    replica -> FileIndex.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
+    replica -> Keeper.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
                                -> a peer has it: copy the bytes from Ray's object store, check their digest
                                -> somebody is fetching it: wait for that, for a while
 
@@ -92,50 +92,7 @@ class Files(Protocol):
         ...
 
 
-class Index(Protocol):
-    """The index as a replica reaches it; every call may fail as `INDEX_FAILURES`."""
-
-    async def claim(self, key: str) -> SharedFile | None:
-        """Return the file, or None to whoever is to fetch it."""
-        ...
-
-    async def announce(self, key: str, file: SharedFile) -> None:
-        """Make a fetched file known."""
-        ...
-
-    async def release_claim(self, key: str) -> None:
-        """Take back a claim."""
-        ...
-
-    async def invalidate(self, key: str, sha256: str) -> None:
-        """Forget a file whose bytes could not be had."""
-        ...
-
-
 INDEX_FAILURES = (RayError, RayServeException, OSError, TimeoutError)
-
-
-class ServeIndex:
-    """The index behind a Serve handle."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def claim(self, key: str) -> SharedFile | None:
-        """Ask for a file."""
-        return await self._handle.claim.remote(key)
-
-    async def announce(self, key: str, file: SharedFile) -> None:
-        """Tell of a file."""
-        await self._handle.announce.remote(key, file)
-
-    async def release_claim(self, key: str) -> None:
-        """Take back a claim."""
-        await self._handle.release_claim.remote(key)
-
-    async def invalidate(self, key: str, sha256: str) -> None:
-        """Tell that a file's bytes could not be had."""
-        await self._handle.invalidate.remote(key, sha256)
 
 
 class SharedFiles:
@@ -147,7 +104,7 @@ class SharedFiles:
     def __init__(
         self,
         files: Files,
-        index: Index,
+        keeper: DeploymentHandle,
         chunks: ChunkStore,
         *,
         copies: DownloadCache,
@@ -155,7 +112,7 @@ class SharedFiles:
         on_brought: Callable[[str], None],
     ) -> None:
         self._files = files
-        self._index = index
+        self._keeper: Any = keeper
         self._chunks = chunks
         self._copies = copies
         self._held = LockedFiles()
@@ -203,7 +160,7 @@ class SharedFiles:
         # A copy that fails is forgotten, and whoever asks first from then on fetches for all.
         for _ in range(2):
             try:
-                known = await self._index.claim(key)
+                known = await self._keeper.claim.remote(key)
             except INDEX_FAILURES as error:
                 silence = type(error).__name__
                 log.warning("the index of shared files does not answer (%s): %s is fetched", silence, spec.id)
@@ -227,7 +184,7 @@ class SharedFiles:
             path = await self._fetched(fetch)
         except BaseException:
             with suppress(*INDEX_FAILURES):
-                await asyncio.shield(self._index.release_claim(key))
+                await self._keeper.release_claim.remote(key)
             raise
         # Beside the request that brought it, which need not wait for others to be served.
         task = asyncio.create_task(self._announce(key, path), name=f"announcing {key}")
@@ -237,11 +194,11 @@ class SharedFiles:
 
     async def _announce(self, key: str, path: Path) -> None:
         try:
-            await self._index.announce(key, await asyncio.to_thread(put_file, self._chunks, path, self._node))
+            await self._keeper.announce.remote(key, await asyncio.to_thread(put_file, self._chunks, path, self._node))
         except INDEX_FAILURES as error:
             log.warning("%s could not be offered to peers (%s)", key, type(error).__name__)
             with suppress(*INDEX_FAILURES):
-                await self._index.release_claim(key)
+                await self._keeper.release_claim.remote(key)
 
     async def _copied(self, key: str, file: SharedFile) -> LockedFile | None:
         try:
@@ -250,7 +207,7 @@ class SharedFiles:
             log.warning("%s could not be copied from a peer (%s)", key, type(error).__name__)
             if not isinstance(error, OSError) or not is_disk_full(error):
                 with suppress(*INDEX_FAILURES):
-                    await self._index.invalidate(key, file.sha256)
+                    await self._keeper.invalidate.remote(key, file.sha256)
             return None
         self._on_brought("peer")
         return copy
@@ -263,7 +220,7 @@ class SharedFiles:
 
 def share(
     files: Files,
-    handle: DeploymentHandle,
+    keeper: DeploymentHandle,
     settings: SharingSettings,
     *,
     cache_dir: Path,
@@ -272,7 +229,7 @@ def share(
     """Return the same files, brought to this node once for the cluster where that can be."""
     return SharedFiles(
         files,
-        ServeIndex(handle),
+        keeper,
         ObjectStore(),
         copies=DownloadCache(cache_dir / "peers", settings.disk, clock=time.time),
         node=ray.get_runtime_context().get_node_id(),
