@@ -60,7 +60,7 @@ def replicas(service: Service) -> list[dict[str, Any]]:
 
 
 def keeper_process() -> psutil.Process:
-    return process_of("loraplex:AliasKeeper")
+    return process_of("loraplex:Keeper")
 
 
 def test_an_alias_draws_what_its_adapter_draws_wherever_it_is_named(service: Service, alias: str) -> None:
@@ -126,6 +126,17 @@ def test_aliases_outlive_a_keeper_that_is_killed_and_hold_meanwhile(service: Ser
     everywhere(lambda: known(service, "ours/after") and known(service, alias))
     assert keeper_process().pid != victim.pid
     service.http.delete("/v1/loras/ours/after")
+
+
+def test_a_new_replica_holds_the_adapters_that_are_in_use_before_anybody_asks_it(service: Service) -> None:
+    for _ in range(3):
+        service.draw(PROMPT, model="demo/sd15-night", num_inference_steps=1)
+    keeper = serve.get_deployment_handle("Keeper", "loraplex")
+    everywhere(lambda: "demo/sd15-night" in [spec.id for spec in keeper.popular.remote("demo/sd15").result()])
+    (before,) = [one["id"] for one in replicas(service) if one["base_model"] == "demo/sd15"]
+    os.kill(process_of("base-demo--sd15").pid, signal.SIGKILL)
+    everywhere(lambda: before not in str(row(service, "demo/sd15-night")["resident"]))
+    everywhere(lambda: [place["tier"] for place in row(service, "demo/sd15-night")["resident"]] == ["host"])
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,22 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.api.pictures.images import encode_image, off_loop, pixels_of
 from serve_app.autoscaling import replica_report
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
+from serve_app.core import (
+    AdapterSpec,
+    EncodedImage,
+    Encoding,
+    GenerationRequest,
+    GenerationResult,
+    HubToken,
+    Preview,
+    Progress,
+    Timings,
+)
 from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
@@ -221,6 +232,7 @@ class BaseModelReplica:
             result.batch_size,
         )  # fmt: skip
         self._metrics.shared(request.share, result.compute_s * len(result.images) / result.batch_size)
+        result = await encode_result(result, request.encoding)
         return self._measured(dataclasses.replace(result.timings, fetch_ms=fetch_ms), leases, result)
 
     def _measured(
@@ -338,3 +350,22 @@ class BaseModelReplica:
         await self._store.close()
         self._admission.close()
         await asyncio.to_thread(close_tracing)
+
+
+async def encode_result(result: GenerationResult, encoding: Encoding | None) -> GenerationResult:
+    """Return a result with its images as files, encoded beside the device; as it is without an encoding."""
+    if encoding is None:
+        return result
+
+    def encode() -> tuple[EncodedImage, ...]:
+        return tuple(
+            EncodedImage(
+                image.width, image.height, encoding, encode_image(image, encoding.form, quality=encoding.quality)
+            )
+            for image in result.images
+        )
+
+    began_s = time.monotonic()
+    images = await off_loop(pixels_of(*result.images), encode)
+    timings = dataclasses.replace(result.timings, encode_ms=(time.monotonic() - began_s) * 1e3)
+    return dataclasses.replace(result, images=images, timings=timings)
