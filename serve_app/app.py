@@ -10,7 +10,7 @@ from typing import Any
 from ray.serve import Application
 
 from serve_app.autoscaling import ray_settings
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.config import AppConfig, BaseModelConfig, Environment, IngressSettings
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.deployments.ingress.backpressure import most_held
 from serve_app.deployments.ingress.ingress import Ingress, deployment_name
@@ -42,18 +42,25 @@ def assemble(config: AppConfig, replica: Any) -> Application:
     ingress = config.ingress
     return Ingress.options(
         name=INGRESS_NAME,
-        num_replicas=ingress.replicas,
+        **_number_of(ingress),
+        max_replicas_per_node=ingress.max_replicas_per_node,
         max_ongoing_requests=ingress.max_ongoing_requests + most_held(config),
         # What waits for the bases must not stand before health checks and refusals. What finds all replicas full
         # waits in the proxy; requests for images are refused before that.
         max_queued_requests=MAX_QUEUED_IN_PROXY,
         backpressure_config={"status_code": 429, "retry_after_s": 1.0},
-        ray_actor_options={"num_cpus": ingress.num_cpus},
+        ray_actor_options={"num_cpus": ingress.num_cpus, "resources": ingress.resources},
         health_check_period_s=ingress.health_check_period_s,
         health_check_timeout_s=ingress.health_check_timeout_s,
         # Longer than the longest request, or a scale-down would cut requests off.
         graceful_shutdown_timeout_s=ingress.request_timeout_s,
     ).bind(config, environment, handles, keeper)
+
+
+def _number_of(ingress: IngressSettings) -> dict[str, Any]:
+    if ingress.autoscaling is None:
+        return {"num_replicas": ingress.replicas}
+    return {"autoscaling_config": ingress.autoscaling.model_dump(exclude_none=True)}
 
 
 def _keeper_deployment(config: AppConfig, environment: Environment) -> Application:
@@ -80,6 +87,7 @@ def _base_deployment(
             "num_gpus": replica.num_gpus,
             "resources": replica.resources,
         },
+        max_replicas_per_node=replica.max_replicas_per_node,
         request_router_config=router_config(base, config),
         health_check_period_s=replica.health_check_period_s,
         health_check_timeout_s=replica.health_check_timeout_s,

@@ -101,6 +101,23 @@ class Defaults(StrictModel):
     strength: float = Field(default=0.8, gt=0, le=1)
 
 
+class IngressAutoscaling(StrictModel):
+    """Autoscaling of the ingress by Ray Serve's own policy; `target_ongoing_requests` includes those that wait."""
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt
+    initial_replicas: PositiveInt | None = None
+    target_ongoing_requests: PositiveFloat = 64.0
+    upscale_delay_s: NonNegativeFloat = 10.0
+    downscale_delay_s: NonNegativeFloat = 600.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IngressAutoscaling:
+        if not self.min_replicas <= (self.initial_replicas or self.min_replicas) <= self.max_replicas:
+            raise ValueError("min_replicas, initial_replicas and max_replicas must be in this order")
+        return self
+
+
 class AutoscalingSettings(StrictModel):
     """Autoscaling of one deployment; all but the first three are Ray Serve's own settings.
 
@@ -140,7 +157,7 @@ class ReplicaSettings(StrictModel):
 
     `torch_threads` None means one thread per whole CPU: more threads than CPUs make everything on the node slow.
     `resources` are further Ray resources, such as `accelerator_type:H100: 0.001` for a base that only such nodes can
-    hold.
+    hold; no node runs more than `max_replicas_per_node`.
 
     `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory: bytes alone decide what a
     replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says
@@ -192,6 +209,7 @@ class ReplicaSettings(StrictModel):
     warm_up_timeout_s: NonNegativeFloat = 10.0
     warm_up_size: ByteSize = Field(default=ByteSize(1024**3), validate_default=True)
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    max_replicas_per_node: PositiveInt | None = None
     max_warm_up_adapters: PositiveInt = 32
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)

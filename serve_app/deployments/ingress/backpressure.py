@@ -27,7 +27,7 @@ TRIED_SHARE_PER_S = 0.16
 def most_held(config: AppConfig) -> int:
     """Return how many requests may wait for all bases, in all ingress replicas and with as many replicas as allowed."""
     return sum(
-        base.replica.max_queued_requests * config.ingress.replicas
+        base.replica.max_queued_requests * config.ingress.max_replicas
         + base.replica.max_ongoing_requests * base.autoscaling.max_replicas
         for base in config.bases
     )

@@ -313,7 +313,7 @@ class Ingress:
 
 def _rate_limiter(config: AppConfig) -> RateLimiter:
     """Return what counts for keys with limits: Redis where it is configured, else this replica, for its share."""
-    share = 1 / config.ingress.replicas
+    share = 1 / config.ingress.max_replicas
     redis = config.auth.limits_redis
     if redis is None:
         return LocalRateLimiter(clock=time.monotonic, share=share)
