@@ -15,16 +15,11 @@ from serve_app.settings import ReplicaSettings
 
 log = logging.getLogger(__name__)
 
-# The keeper answers in milliseconds; one that hangs must not keep a replica from starting.
-ASK_TIMEOUT_S = 2.0
-
 
 async def prefetch_adapters(
     popular: Callable[[], Awaitable[Sequence[AdapterSpec]]],
     load: Callable[[AdapterSpec], Awaitable[None]],
     settings: ReplicaSettings,
-    *,
-    ask_timeout_s: float = ASK_TIMEOUT_S,
 ) -> int:
     """Load the most used adapters and return how many were; what fails or takes too long is left out.
 
@@ -35,10 +30,8 @@ async def prefetch_adapters(
     loaded = 0
     try:
         async with asyncio.timeout(settings.warm_up_timeout_s):
-            async with asyncio.timeout(ask_timeout_s):
-                specs = await popular()
             # One after the other, so that the most used are complete when time is out.
-            for spec in fitting(specs, settings):
+            for spec in fitting(await popular(), settings):
                 loaded += await _load(load, spec)
     except TimeoutError:
         log.info("the warm-up was cut off after %g s", settings.warm_up_timeout_s)

@@ -58,14 +58,13 @@ async def test_when_time_is_out_the_replica_starts_with_what_it_has() -> None:
     assert await source.prefetch(LIMITS.model_copy(update={"warm_up_timeout_s": 0.05})) == 1
 
 
-async def test_a_keeper_that_hangs_costs_no_more_than_the_question_may_take() -> None:
+async def test_a_keeper_that_hangs_costs_no_more_than_a_warm_up_may_take() -> None:
     async def popular() -> Sequence[AdapterSpec]:
         await asyncio.Event().wait()
         return ()
 
-    limits = LIMITS.model_copy(update={"warm_up_timeout_s": 10_000.0})
-    async with asyncio.timeout(60):
-        assert await prefetch_adapters(popular, Source().load, limits, ask_timeout_s=0.05) == 0
+    limits = LIMITS.model_copy(update={"warm_up_timeout_s": 0.05})
+    assert await prefetch_adapters(popular, Source().load, limits) == 0
 
 
 async def test_a_replica_that_is_not_to_warm_up_starts_at_once() -> None:
