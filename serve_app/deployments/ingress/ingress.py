@@ -96,7 +96,7 @@ class Dispatcher:
             BaseUnusable: no replica of the base can start.
             ReplicaLost: every attempt lost its replica.
         """
-        self._check(request)
+        self._quarantine.check(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
             response = self._handle(request).generate.remote(request)
@@ -121,7 +121,7 @@ class Dispatcher:
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
         has_shown = False
-        self._check(request)
+        self._quarantine.check(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
             # With this option a call is an asynchronous generator, which Ray's types do not say.
@@ -150,11 +150,6 @@ class Dispatcher:
         pressures = self._pressures.values()
         is_at_limit = any(pressure.was_full_lately for pressure in pressures)
         return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
-
-    def _check(self, request: GenerationRequest) -> None:
-        self._quarantine.check(request)
-        if self._pressures[request.base_id].is_at_limit:
-            raise self._queue_full(request)
 
     def _queue_full(self, request: GenerationRequest) -> QueueFull:
         limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -26,6 +26,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.catalog.files import AdapterFiles
 from serve_app.catalog.reading.repository import HUB
 from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles, PartialDownload
 from serve_app.config import Environment, SharingSettings
@@ -47,18 +48,6 @@ def on_this_node(environment: Environment) -> Environment:
     return environment.model_copy(update={"cache_dir": Path(str(environment.cache_dir).replace(NODE, name))})
 
 
-class ChunkStore(Protocol):
-    """Where chunks of files lie for all nodes; both calls block."""
-
-    def put(self, chunk: bytes) -> Any:
-        """Keep a chunk for as long as somebody holds the reference that is returned."""
-        ...
-
-    def get(self, reference: Any) -> memoryview:
-        """Return a chunk; fails as `INDEX_FAILURES` where it is gone or takes too long."""
-        ...
-
-
 class ObjectStore:
     """Ray's object store: chunks travel between nodes in it, and spill to disk where it is full."""
 
@@ -72,26 +61,6 @@ class ObjectStore:
         return memoryview(ray.get(reference, timeout=CHUNK_TIMEOUT_S))
 
 
-class Files(Protocol):
-    """What the store needs of the catalog: local files of resolved adapters."""
-
-    async def path(self, spec: AdapterSpec) -> Path:
-        """Return a local file with exactly the bytes of the spec."""
-        ...
-
-    async def embeddings(self, spec: AdapterSpec) -> Path | None:
-        """Return the file with the adapter's own words; None where it has none."""
-        ...
-
-    def release(self, spec: AdapterSpec) -> None:
-        """Let go of the adapter's files: from now on they may be removed to make room."""
-        ...
-
-    def free_space(self, needed_bytes: int) -> int:
-        """Remove files that can be had again, until so many bytes are free; return how many became so. Blocks."""
-        ...
-
-
 INDEX_FAILURES = (RayError, RayServeException, OSError, TimeoutError)
 
 
@@ -103,9 +72,9 @@ class SharedFiles:
 
     def __init__(
         self,
-        files: Files,
+        files: AdapterFiles,
         keeper: DeploymentHandle,
-        chunks: ChunkStore,
+        chunks: ObjectStore,
         *,
         copies: DownloadCache,
         node: str,
@@ -219,7 +188,7 @@ class SharedFiles:
 
 
 def share(
-    files: Files,
+    files: AdapterFiles,
     keeper: DeploymentHandle,
     settings: SharingSettings,
     *,
@@ -237,7 +206,7 @@ def share(
     )
 
 
-def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHUNK_BYTES) -> SharedFile:
+def put_file(store: ObjectStore, path: Path, node: str, *, chunk_bytes: int = CHUNK_BYTES) -> SharedFile:
     """Make a file available to all nodes; blocks."""
     digest = hashlib.sha256()
     chunks: list[Any] = []
@@ -250,7 +219,7 @@ def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHU
     return SharedFile(node, digest.hexdigest(), size_bytes, tuple(chunks))
 
 
-def get_file(store: ChunkStore, file: SharedFile, draft: PartialDownload) -> None:
+def get_file(store: ObjectStore, file: SharedFile, draft: PartialDownload) -> None:
     """Write a peer's file to `draft`, from its beginning; blocks.
 
     Raises:
