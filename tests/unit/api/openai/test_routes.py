@@ -87,7 +87,15 @@ def test_every_field_arrives_and_the_reply_tells_how(ai: openai.OpenAI, gateway:
             {"id": name, "revision": "0123abcd", "scale": scale, "layers_matched": 48, "layers_in_file": 50}
             for name, scale in (("demo/sdxl-sepia", 1.0), ("a/b", 0.5))
         ],
-        "timing_ms": {"queue": 1.0, "fetch": 2.0, "swap": 3.25, "suspended": 7.0, "denoise": 400.0, "decode": 50.0},
+        "timing_ms": {
+            "queue": 1.0,
+            "fetch": 2.0,
+            "swap": 3.25,
+            "suspended": 7.0,
+            "denoise": 400.0,
+            "decode": 50.0,
+            "encode": 0.0,
+        },
         "warnings": [],
     }
 
