@@ -119,16 +119,14 @@ class IngressAutoscaling(StrictModel):
 
 
 class AutoscalingSettings(StrictModel):
-    """Autoscaling of one deployment; all but the first three are Ray Serve's own settings.
+    """Autoscaling of one deployment; all but the first two are Ray Serve's own settings.
 
     The policy "predicted_work" aims at no more than `target_wait_s` of predicted work waiting for each replica; "ray"
-    is Serve's own policy and uses `target_ongoing_requests`. The first request to a base without replicas starts
-    `replicas_from_zero` replicas.
+    is Serve's own policy and uses `target_ongoing_requests`. The first request to a base without replicas starts one.
     """
 
     policy: Literal["predicted_work", "ray"] = "predicted_work"
     target_wait_s: PositiveFloat = 10.0
-    replicas_from_zero: PositiveInt = 1
     min_replicas: int = Field(default=1, ge=0)
     initial_replicas: int | None = Field(default=None, ge=0)
     max_replicas: PositiveInt = 1
@@ -145,10 +143,6 @@ class AutoscalingSettings(StrictModel):
             raise ValueError(f"min_replicas {self.min_replicas} is over max_replicas {self.max_replicas}")
         if self.initial_replicas is not None and not (self.min_replicas <= self.initial_replicas <= self.max_replicas):
             raise ValueError("initial_replicas must lie between min_replicas and max_replicas")
-        if self.replicas_from_zero > self.max_replicas:
-            raise ValueError(f"replicas_from_zero {self.replicas_from_zero} is over max_replicas {self.max_replicas}")
-        if self.replicas_from_zero > 1 and self.policy == "ray":
-            raise ValueError("replicas_from_zero goes with the policy predicted_work")
         return self
 
 
