@@ -25,9 +25,6 @@ START = "loraplex_start_s"
 LOAD = "loraplex_load"
 REQUESTS = "loraplex_requests"
 
-# Serve rounds up; a product of floats may lie a hair above its whole number.
-ROUNDING = 1e-6
-
 
 @dataclass(frozen=True, slots=True)
 class Load:
@@ -119,21 +116,15 @@ def _useful(load: Load, rule: ScalingRule) -> int:
 
 def ray_settings(settings: AutoscalingSettings) -> dict[str, Any]:
     """Return what Ray Serve is told about autoscaling."""
-    fields = settings.model_dump(exclude_none=True, exclude={"policy", "target_wait_s", "replicas_from_zero"})
+    fields = settings.model_dump(exclude_none=True, exclude={"policy", "target_wait_s"})
     if settings.policy == "ray":
         return fields
     policy = {
         "policy_function": f"{__name__}:{PredictedWorkPolicy.__name__}",
-        "policy_kwargs": {"target_wait_s": settings.target_wait_s, "replicas_from_zero": settings.replicas_from_zero},
+        "policy_kwargs": {"target_wait_s": settings.target_wait_s},
     }
-    # The mean over the look-back would show a burst only once that has passed. From zero, Serve starts as many as its
-    # upscaling factor says and asks no policy until one of them runs.
-    return {
-        **fields,
-        "aggregation_function": "max",
-        "upscaling_factor": float(settings.replicas_from_zero),
-        "policy": policy,
-    }
+    # The mean over the look-back would show a burst only once that has passed.
+    return {**fields, "aggregation_function": "max", "policy": policy}
 
 
 def replica_report(
@@ -173,21 +164,20 @@ class PredictedWorkPolicy:
     """Ray Serve's way to `desired_replicas`, asked ten times a second for each base.
 
     Remembers, in Ray's policy state, how long a replica takes to start and a request to run, for the time when there
-    is none to ask. Where requests wait and no replica runs, Serve does not ask but starts `replicas_from_zero`.
+    is none to ask. Where requests wait and no replica runs, Serve does not ask but starts one.
     """
 
-    def __init__(self, target_wait_s: float, replicas_from_zero: int = 1) -> None:
+    def __init__(self, target_wait_s: float) -> None:
         self._target_wait_s = target_wait_s
-        self._replicas_from_zero = replicas_from_zero
         self._said: Decision | None = None
 
-    def __call__(self, ctx: Context) -> tuple[float, dict[str, Any]]:
+    def __call__(self, ctx: Context) -> tuple[int, dict[str, Any]]:
         """Return what Serve makes the number of replicas of that there should be, and what to remember."""
         reported = _newest(ctx.raw_metrics or {})
         start_s = max(reported.get(START, {}).values(), default=ctx.policy_state.get(START, 0.0))
         request_s = _mean(reported.get(REQUEST, {})) or ctx.policy_state.get(REQUEST, 0.0)
         requests = ctx.total_num_requests
-        # What no replica's books hold is in a handle's queue, or on its way.
+        # What no replica has reported is in a handle's queue, or on its way.
         elsewhere = max(0.0, requests - sum(reported.get(REQUESTS, {}).values()))
         load = Load(
             running=ctx.current_num_replicas,
@@ -204,13 +194,7 @@ class PredictedWorkPolicy:
         )
         decision = desired_replicas(load, rule)
         self._say(decision, load, rule)
-        return self._before_factor(decision.replicas, load.running), {START: start_s, REQUEST: request_s}
-
-    def _before_factor(self, wanted: int, running: int) -> float:
-        """Return what becomes `wanted` once Serve has multiplied the way up from `running` by its upscaling factor."""
-        if self._replicas_from_zero == 1 or running == 0 or wanted <= running:
-            return wanted
-        return running + (wanted - running - ROUNDING) / self._replicas_from_zero
+        return decision.replicas, {START: start_s, REQUEST: request_s}
 
     def _say(self, decision: Decision, load: Load, rule: ScalingRule) -> None:
         is_news = self._said is None or decision.replicas != self._said.replicas

@@ -26,6 +26,7 @@ from serve_app.settings import (
     AdapterLimits,
     AutoscalingSettings,
     Defaults,
+    IngressAutoscaling,
     Limits,
     ModelSource,
     ReplicaSettings,
@@ -163,11 +164,16 @@ class IngressSettings(StrictModel):
     Only web pages of the service itself and of `cors_origins` may draw and change. A service that is bound to loopback
     answers to localhost, to addresses, and to `hosts`. An ingress replica looks up at most `unknown_ids_per_minute`
     unknown ids for a key or an address.
+
+    `autoscaling` takes the place of `replicas`. `resources` and `max_replicas_per_node` say where its replicas may run.
     """
 
     renamed = {"keep_alive_s": "sse_ping_interval_s"}
     replicas: PositiveInt = 2
+    autoscaling: IngressAutoscaling | None = None
     num_cpus: NonNegativeFloat = 0.5
+    resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    max_replicas_per_node: PositiveInt | None = None
     max_ongoing_requests: PositiveInt = 256
     max_body: ByteSize = Field(default=ByteSize(32 * 1024**2), validate_default=True)
     max_json: ByteSize = Field(default=ByteSize(1024**2), validate_default=True)
@@ -182,6 +188,17 @@ class IngressSettings(StrictModel):
     cors_origins: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     unknown_ids_per_minute: PositiveInt = 60
+
+    @model_validator(mode="after")
+    def _one_number(self) -> IngressSettings:
+        if self.autoscaling is not None and "replicas" in self.model_fields_set:
+            raise ValueError("give either 'replicas' or 'autoscaling', not both")
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas that there may be."""
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class RegistrySettings(StrictModel):

@@ -114,6 +114,27 @@ class PixelImage:
     pixels: bytes = field(repr=False)
 
 
+ImageFormat = Literal["jpeg", "png", "webp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """How a reply's images are encoded; `quality` (0 to 100) applies to JPEG and WebP."""
+
+    form: ImageFormat
+    quality: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A picture in a file format."""
+
+    width: int
+    height: int
+    encoding: Encoding
+    content: bytes = field(repr=False)
+
+
 @dataclass(frozen=True, slots=True)
 class PixelMask:
     """The part of an image to repaint: one byte per pixel, row by row, 255 to repaint and 0 to keep."""
@@ -162,7 +183,7 @@ class UnresolvedRequest:
 
     `model` is the id in the route (a base or an adapter), None if the route has none. `mask` goes with `image` and has
     its size; `references` are further pictures of an edit, after `image`. `num_previews` is the most previews of each
-    image in a stream. `key` is the name of the caller's API key, for log lines.
+    image in a stream. `encoding` None asks for pixels. `key` is the name of the caller's API key, for log lines.
     """
 
     prompt: str
@@ -183,6 +204,7 @@ class UnresolvedRequest:
     options: PipelineOptions = NO_OPTIONS
     scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
     num_previews: int = 0
+    encoding: Encoding | None = None
     priority: Priority = "interactive"
     due: WallClockDeadline | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
@@ -197,7 +219,8 @@ class GenerationRequest:
     None means the base's own. With `image`, width and height are the output's size; `references` are further pictures
     of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None
     where nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without
-    telling who that is. It, `num_previews`, `priority`, `due` and `trace` change no image.
+    telling who that is. `encoding` None asks for pixels. It, `share`, `num_previews`, `priority`, `due` and `trace`
+    change no image.
     """
 
     request_id: str
@@ -220,6 +243,7 @@ class GenerationRequest:
     scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
     denoiser_runs: int | None = None
     num_previews: int = 0
+    encoding: Encoding | None = None
     priority: Priority = "interactive"
     due: WallClockDeadline | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
@@ -242,6 +266,7 @@ class Timings:
     suspended_ms: float = 0.0
     denoise_ms: float = 0.0
     decode_ms: float = 0.0
+    encode_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +290,7 @@ class GenerationResult:
 
     request_id: str
     base_id: str
-    images: tuple[PixelImage, ...]
+    images: tuple[PixelImage | EncodedImage, ...]
     seeds: tuple[int, ...]
     adapters: tuple[AppliedAdapter, ...]
     timings: Timings

@@ -101,17 +101,32 @@ class Defaults(StrictModel):
     strength: float = Field(default=0.8, gt=0, le=1)
 
 
+class IngressAutoscaling(StrictModel):
+    """Autoscaling of the ingress by Ray Serve's own policy; `target_ongoing_requests` includes those that wait."""
+
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt
+    initial_replicas: PositiveInt | None = None
+    target_ongoing_requests: PositiveFloat = 64.0
+    upscale_delay_s: NonNegativeFloat = 10.0
+    downscale_delay_s: NonNegativeFloat = 600.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IngressAutoscaling:
+        if not self.min_replicas <= (self.initial_replicas or self.min_replicas) <= self.max_replicas:
+            raise ValueError("min_replicas, initial_replicas and max_replicas must be in this order")
+        return self
+
+
 class AutoscalingSettings(StrictModel):
-    """Autoscaling of one deployment; all but the first three are Ray Serve's own settings.
+    """Autoscaling of one deployment; all but the first two are Ray Serve's own settings.
 
     The policy "predicted_work" aims at no more than `target_wait_s` of predicted work waiting for each replica; "ray"
-    is Serve's own policy and uses `target_ongoing_requests`. The first request to a base without replicas starts
-    `replicas_from_zero` replicas.
+    is Serve's own policy and uses `target_ongoing_requests`. The first request to a base without replicas starts one.
     """
 
     policy: Literal["predicted_work", "ray"] = "predicted_work"
     target_wait_s: PositiveFloat = 10.0
-    replicas_from_zero: PositiveInt = 1
     min_replicas: int = Field(default=1, ge=0)
     initial_replicas: int | None = Field(default=None, ge=0)
     max_replicas: PositiveInt = 1
@@ -128,10 +143,6 @@ class AutoscalingSettings(StrictModel):
             raise ValueError(f"min_replicas {self.min_replicas} is over max_replicas {self.max_replicas}")
         if self.initial_replicas is not None and not (self.min_replicas <= self.initial_replicas <= self.max_replicas):
             raise ValueError("initial_replicas must lie between min_replicas and max_replicas")
-        if self.replicas_from_zero > self.max_replicas:
-            raise ValueError(f"replicas_from_zero {self.replicas_from_zero} is over max_replicas {self.max_replicas}")
-        if self.replicas_from_zero > 1 and self.policy == "ray":
-            raise ValueError("replicas_from_zero goes with the policy predicted_work")
         return self
 
 
@@ -140,7 +151,7 @@ class ReplicaSettings(StrictModel):
 
     `torch_threads` None means one thread per whole CPU: more threads than CPUs make everything on the node slow.
     `resources` are further Ray resources, such as `accelerator_type:H100: 0.001` for a base that only such nodes can
-    hold.
+    hold; no node runs more than `max_replicas_per_node`.
 
     `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory: bytes alone decide what a
     replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says
@@ -192,6 +203,7 @@ class ReplicaSettings(StrictModel):
     warm_up_timeout_s: NonNegativeFloat = 10.0
     warm_up_size: ByteSize = Field(default=ByteSize(1024**3), validate_default=True)
     resources: dict[str, PositiveFloat] = Field(default_factory=dict)
+    max_replicas_per_node: PositiveInt | None = None
     max_warm_up_adapters: PositiveInt = 32
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)

@@ -21,16 +21,14 @@ REPLICAS = 4
 APP = "sleeping"
 
 
-def run(before: int, from_zero: int) -> tuple[float, float]:
+def run(before: int) -> tuple[float, float]:
     """Return the seconds from the burst until all replicas run or start, and until all is answered.
 
-    `before` replicas run when the burst comes; where none does, it starts `from_zero` at once.
+    `before` replicas run when the burst comes.
     """
     from ray import serve
 
-    settings = AutoscalingSettings(
-        target_wait_s=2.5, min_replicas=before, replicas_from_zero=from_zero, max_replicas=REPLICAS
-    )
+    settings = AutoscalingSettings(target_wait_s=2.5, min_replicas=before, max_replicas=REPLICAS)
     deployment = Sleeper.options(
         autoscaling_config=ray_settings(settings), max_ongoing_requests=4, ray_actor_options={"num_cpus": 0.1}
     )
@@ -51,10 +49,10 @@ def main() -> None:
     """Print each run's seconds, and how busy the machine was."""
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     with tempfile.TemporaryDirectory() as home, ray_cluster(Path(home)):
-        for before, from_zero in ((1, 1), (0, 1), (0, REPLICAS)) * runs:
+        for before in (1, 0) * runs:
             load = os.getloadavg()[0]
-            asked_s, answered_s = run(before, from_zero)
-            start = "one runs" if before else f"none runs, {from_zero} come from zero"
+            asked_s, answered_s = run(before)
+            start = "one runs" if before else "none runs"
             print(  # noqa: T201
                 f"{start}: {REPLICAS} asked for after {asked_s:.2f} s, all answered after {answered_s:.2f} s; "
                 f"load {load:.1f}",

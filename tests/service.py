@@ -34,7 +34,7 @@ def base_settings(base_id: str, **fields: Any) -> dict[str, Any]:
         "source": {"embedded": base_id},
         "defaults": {"steps": 12, "guidance_scale": 3.0, "width": 64, "height": 64},
         "limits": {"min_side": 32, "max_side": 128, "max_pixels": 16384, "max_steps": 50},
-        "replica": {"num_cpus": 0.1, "torch_threads": 1, "max_queued_requests": 300},
+        "replica": {"num_cpus": 0.1, "torch_threads": 1, "max_queued_requests": 300, "warm_up_timeout_s": 60},
         **fields,
     }
 

@@ -73,7 +73,7 @@ class ReplicaReport:
     applied: tuple[ActiveAdapter, ...] = ()
     holdings: tuple[ResidentAdapter, ...] = ()
     uses: tuple[AdapterUsage, ...] = ()
-    held_back: tuple[QuarantinedAdapters, ...] = ()
+    quarantined: tuple[QuarantinedAdapters, ...] = ()
     abilities: BaseAbilities | None = None
 
 
@@ -89,8 +89,8 @@ class KnownAdapter:
 class LoraReport:
     """One row of the registry: an adapter or an alias, where it is resident, and its use.
 
-    `resident` pairs replicas with tiers. `layers_matched` is None until some replica has read the file. `held_back` has
-    the replicas that refuse it for now, the longest first.
+    `resident` pairs replicas with tiers. `layers_matched` is None until some replica has read the file. `quarantined`
+    has the replicas that refuse it for now, the longest first.
     """
 
     id: str
@@ -101,7 +101,7 @@ class LoraReport:
     hits: int = 0
     last_used_s: float | None = None
     layers_matched: int | None = None
-    held_back: tuple[tuple[str, QuarantinedAdapters], ...] = ()
+    quarantined: tuple[tuple[str, QuarantinedAdapters], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

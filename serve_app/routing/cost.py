@@ -1,6 +1,6 @@
 """Which replica a request should go to: the one with the least work ahead, unless another needs no fetch or swap.
 
-Owns the ranking. Must not know Ray, torch, the time, or how what it is told was learned; the simulator runs it too.
+Owns the ranking. Must not know Ray, torch, the time, or how what it knows was learned; the simulator runs it too.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def rank(load: RequestLoad, views: Iterable[ReplicaView], *, rng: Random) -> lis
     return [id_ for _, _, id_ in sorted(costed)]
 
 
-def place_of(load: RequestLoad, view: ReplicaView) -> str:
+def tier_of(load: RequestLoad, view: ReplicaView) -> str:
     """Return where a request's adapters are on a replica: the values of the metric's label."""
     if not load.adapters:
         return "base"

@@ -1,7 +1,7 @@
 """The router of a base's requests, as Serve runs it in every process that holds a handle to the base.
 
 Owns the way between Serve's public router interface and `serve_app.routing.fleet` and `cost`, and which requests ask
-for a place while all replicas are full. `docs/routing.md` names what is used of the interface, which Serve marks alpha.
+for a slot while all replicas are full. `docs/routing.md` names what is used of the interface, which Serve marks alpha.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
-from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, load_of, place_of, rank
+from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, load_of, rank, tier_of
 from serve_app.routing.fleet import ReplicaStates
 from serve_app.routing.stats import request_tag
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 # Serve asks each replica that it is given for its queue's length, one after the other, until one is not full.
 MAX_RANKED = 2
-# Of the requests that wait for a place, only the oldest ask for one; the others would only ask the same replicas.
+# Of the requests that wait for a slot, only the oldest ask for one; the others would only ask the same replicas.
 MAX_ASKING = 8
 # What an adapter weighs of which only the id is known.
 TYPICAL_BYTES = 100_000_000
@@ -58,7 +58,7 @@ def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConf
 class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     """Sends each request to the replica with the least work ahead, unless another needs no fetch or swap for it.
 
-    Where all replicas are full, places that become free go to the requests that have waited longest.
+    Where all replicas are full, slots that become free go to the requests that have waited longest.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return one replica per rank, best first; none where older requests are to ask for a place first."""
+        """Return one replica per rank, best first; none where older requests are to ask for a slot first."""
         if not candidate_replicas:
             return []
         load = _load(pending_request)
@@ -99,9 +99,9 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         self._send(id_, pending_request, load, now_s)
         self._states.accept(id_, request_id)
         if view is not None and load.units:
-            place = place_of(load, view)
-            self._metrics.routed(place)
-            _tell(pending_request, id_, place)
+            tier = tier_of(load, view)
+            self._metrics.routed(tier)
+            _tell(pending_request, id_, tier)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """Count a request no more."""
@@ -115,7 +115,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         return self._states.views(now_s)
 
     def _may_ask(self, request: PendingRequest) -> bool:
-        """Whether a request is among the oldest of those that have no place yet."""
+        """Whether a request is among the oldest of those that have no slot yet."""
         self._unrouted = {id_: other for id_, other in self._unrouted.items() if not other.future.done()}
         self._unrouted[request.metadata.internal_request_id] = request
         older = sum(other.created_at < request.created_at for other in self._unrouted.values())
@@ -143,17 +143,17 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
             self._states.send(id_, request.metadata.internal_request_id, tag, load, now_s)
 
 
-def _tell(pending: PendingRequest, replica_id: str, place: str) -> None:
+def _tell(pending: PendingRequest, replica_id: str, tier: str) -> None:
     """Log and trace where a generation goes; this thread of Serve's knows no request, so the line names it."""
     request = _generation(pending)
     if request is None:
         return
     log.info(
         "request %s for %s goes to replica %s, adapters there: %s",
-        request.request_id, request.base_id, replica_id, place, extra={"request_id": request.request_id},
+        request.request_id, request.base_id, replica_id, tier, extra={"request_id": request.request_id},
     )  # fmt: skip
     waited_s = time.time() - pending.created_at
-    record("route", request.trace, began_ago_s=waited_s, lasted_s=waited_s, replica=replica_id, place=place)
+    record("route", request.trace, began_ago_s=waited_s, lasted_s=waited_s, replica=replica_id, tier=tier)
 
 
 def _generation(pending: PendingRequest) -> GenerationRequest | None:

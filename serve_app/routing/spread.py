@@ -20,16 +20,16 @@ def spread_images(
     Each image goes where it would end first. Where that ends the whole not clearly sooner than one replica would, the
     one with the least backlog draws all of them.
     """
-    least = min(range(len(backlogs_s)), key=lambda place: (backlogs_s[place], place))
+    least = min(range(len(backlogs_s)), key=lambda index: (backlogs_s[index], index))
     counts = [0] * len(backlogs_s)
 
-    def end_s(place: int, count: int) -> float:
-        return backlogs_s[place] + pace.seconds(image_units * count) * (1 + ALONE_COST * (count == 1))
+    def end_s(index: int, count: int) -> float:
+        return backlogs_s[index] + pace.seconds(image_units * count) * (1 + ALONE_COST * (count == 1))
 
     for _ in range(num_images):
-        counts[min(range(len(counts)), key=lambda place: (end_s(place, counts[place] + 1), place))] += 1
-    spread_s = max(end_s(place, count) for place, count in enumerate(counts) if count)
+        counts[min(range(len(counts)), key=lambda index: (end_s(index, counts[index] + 1), index))] += 1
+    spread_s = max(end_s(index, count) for index, count in enumerate(counts) if count)
     whole_s = backlogs_s[least] + pace.seconds(image_units * num_images)
     if num_images > 1 and spread_s - backlogs_s[least] <= (1 - LEAST_GAIN) * (whole_s - backlogs_s[least]):
         return tuple(counts)
-    return tuple(num_images if place == least else 0 for place in range(len(counts)))
+    return tuple(num_images if index == least else 0 for index in range(len(counts)))

@@ -69,7 +69,7 @@ def encode(stats: ReplicaStats) -> dict[str, Any]:
 
 
 def decode(wire: Mapping[str, Any]) -> ReplicaStats | None:
-    """Read what travelled; None where a replica has told nothing yet, or speaks another version's language."""
+    """Read what travelled; None where a replica has reported nothing yet, or speaks another version's language."""
     try:
         pace = LatencyModel(*map(float, wire["pace"]))
         fused, counted = frozenset(wire["fused"].split()), frozenset(wire["counted"].split())
@@ -81,10 +81,10 @@ def decode(wire: Mapping[str, Any]) -> ReplicaStats | None:
 class RoutingStatsCollector:
     """One replica's notes for the routers."""
 
-    def __init__(self, *, clock: Callable[[], float], stall_after_s: float = 60.0) -> None:
-        """Start with nothing known; a busy device may show no progress for `stall_after_s`."""
+    def __init__(self, *, clock: Callable[[], float], deprioritize_after_s: float = 60.0) -> None:
+        """Start with nothing known; a busy device may show no progress for `deprioritize_after_s`."""
         self._clock = clock
-        self._stall_after_s = stall_after_s
+        self._stall_after_s = deprioritize_after_s
         self._accepted: dict[str, str] = {}
         self._last = BASE_ALONE
         self._progress: tuple[float, float] = (0.0, clock())

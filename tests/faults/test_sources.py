@@ -84,7 +84,7 @@ class Node:
     def _store(self) -> AdapterStore[ParsedAdapter]:
         return make_store(
             self.config.bases[0], self.config, Environment(cache_dir=self.cache), pipeline=self.pipeline,
-            admission=self.admission, shared_files=None, on_brought=lambda _: None,
+            admission=self.admission, keeper=None, on_brought=lambda _: None,
         )  # fmt: skip
 
     async def restart(self) -> None:

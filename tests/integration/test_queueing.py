@@ -92,15 +92,6 @@ async def test_whoever_is_refused_by_a_full_queue_is_told_when_to_ask_again(app:
         assert retry_after_s <= math.ceil(40 * each_s)
 
 
-async def test_a_new_replica_has_ready_what_its_siblings_are_asked_for(app: str) -> None:
-    handle = deploy(app, 1)
-    hot, cold = use_of("me/hot"), use_of("me/cold")
-    for number, use in enumerate((hot, cold, hot)):
-        await handle.generate.remote(sleeping_request(number, use))
-    ready = await all_of(deploy(app, 2), 2, "made_ready")
-    assert sorted(ready) == [[], ["me/hot", "me/cold"]]
-
-
 @pytest.fixture(scope="module")
 def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeploymentHandle]:
     folder = tmp_path_factory.mktemp("adapters")

@@ -18,6 +18,7 @@ from tests.service import BASES, Service, process_of
 PROMPT = "a blue square on a red background"
 # Milliseconds where the machine is idle.
 SHOWN_EVERYWHERE_S = 60.0
+REPLACED_S = 200.0
 IN_A_ROW = 12
 
 
@@ -35,9 +36,9 @@ def known(service: Service, model: str) -> bool:
     return service.http.get(f"/v1/models/{model}").status_code == 200
 
 
-def everywhere(is_so: Callable[[], bool]) -> None:
+def everywhere(is_so: Callable[[], bool], *, within_s: float = SHOWN_EVERYWHERE_S) -> None:
     """Wait until a dozen requests in a row, which the two ingress replicas share by chance, find that it is so."""
-    ends_at, in_a_row = time.monotonic() + SHOWN_EVERYWHERE_S, 0
+    ends_at, in_a_row = time.monotonic() + within_s, 0
     while in_a_row < IN_A_ROW:
         in_a_row = in_a_row + 1 if is_so() else 0
         assert in_a_row or time.monotonic() < ends_at, "a change did not reach every ingress in time"
@@ -60,7 +61,7 @@ def replicas(service: Service) -> list[dict[str, Any]]:
 
 
 def keeper_process() -> psutil.Process:
-    return process_of("loraplex:AliasKeeper")
+    return process_of("loraplex:Keeper")
 
 
 def test_an_alias_draws_what_its_adapter_draws_wherever_it_is_named(service: Service, alias: str) -> None:
@@ -126,6 +127,20 @@ def test_aliases_outlive_a_keeper_that_is_killed_and_hold_meanwhile(service: Ser
     everywhere(lambda: known(service, "ours/after") and known(service, alias))
     assert keeper_process().pid != victim.pid
     service.http.delete("/v1/loras/ours/after")
+
+
+def test_a_new_replica_holds_the_adapters_that_are_in_use_before_anybody_asks_it(service: Service) -> None:
+    for _ in range(3):
+        service.draw(PROMPT, model="demo/sd15-night", num_inference_steps=1)
+    keeper = serve.get_deployment_handle("Keeper", "loraplex")
+    everywhere(lambda: "demo/sd15-night" in [spec.id for spec in keeper.popular.remote("demo/sd15").result()])
+    (before,) = [one["id"] for one in replicas(service) if one["base_model"] == "demo/sd15"]
+    os.kill(process_of("base-demo--sd15").pid, signal.SIGKILL)
+    everywhere(lambda: before not in str(row(service, "demo/sd15-night")["resident"]))
+    everywhere(
+        lambda: [place["tier"] for place in row(service, "demo/sd15-night")["resident"]] == ["host"],
+        within_s=REPLACED_S,
+    )
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,6 @@ def _overflowing(unet: Any, given: Any, made: tuple[Any, ...]) -> tuple[Any, ...
 class FailingReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` on a device that fails; its marks lie in the service's cache folder."""
 
-    async def __init__(
-        self, base: BaseModelConfig, config: AppConfig, environment: Environment, shared_files: Any = None
-    ) -> None:
-        await super().__init__(base, config, environment, shared_files)
+    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
+        await super().__init__(base, config, environment, keeper)
         self._worker._pipeline = Failing(self._worker._pipeline, environment.cache_dir)

@@ -77,10 +77,8 @@ class Held:
 class HeldReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` with a gate. While it is closed, a pass stands where its first step has been counted."""
 
-    async def __init__(
-        self, base: BaseModelConfig, config: AppConfig, environment: Environment, shared_files: Any = None
-    ) -> None:
-        await super().__init__(base, config, environment, shared_files)
+    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
+        await super().__init__(base, config, environment, keeper)
         self._gate = Gate()
         self._worker._pipeline = Held(self._worker._pipeline, self._gate)
 
@@ -122,12 +120,12 @@ class Device:
 
 
 @contextmanager
-def held_service(port: int, base: str, cache_dir: Path) -> Iterator[tuple[Service, Device]]:
-    """A service of its own, with one replica that can be held."""
+def held_service(port: int, base: str, cache_dir: Path, **replica: Any) -> Iterator[tuple[Service, Device]]:
+    """A service of its own, with one replica that can be held and these settings."""
     settings = base_settings(base)
     config = AppConfig.model_validate(
         {
-            "bases": [settings | {"replica": settings["replica"] | {"max_backlog_s": NO_LIMIT_S}}],
+            "bases": [settings | {"replica": settings["replica"] | {"max_backlog_s": NO_LIMIT_S} | replica}],
             "adapters": {"embedded": True, "hub": {"enabled": False}},
             "ingress": {"replicas": 1, "num_cpus": 0.1, "request_timeout_s": NO_LIMIT_S},
             "cache_dir": str(cache_dir),

@@ -44,10 +44,8 @@ class Napping:
 class NappingReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` on a device that naps."""
 
-    async def __init__(
-        self, base: BaseModelConfig, config: AppConfig, environment: Environment, shared_files: Any = None
-    ) -> None:
-        await super().__init__(base, config, environment, shared_files)
+    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
+        await super().__init__(base, config, environment, keeper)
         self._worker._pipeline = Napping(self._worker._pipeline)
 
 

@@ -8,9 +8,7 @@ import time
 from ray import serve
 
 from serve_app.autoscaling import replica_report
-from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, ScaledAdapter, Timings
-from serve_app.deployments.replica.peers import collect_peer_usage
-from serve_app.deployments.replica.prefetch import PopularAdapter, UsageTracker, WarmUpLimits, prefetch_adapters
+from serve_app.core import GenerationRequest, GenerationResult, ScaledAdapter, Timings
 from serve_app.engine.worker.pace import LoadTracker
 from serve_app.work import LatencyModel, work_units
 
@@ -31,19 +29,12 @@ class Sleeper:
     """Sleeps `UNIT_S` for each unit of work, and reports itself as a real replica does."""
 
     async def __init__(self) -> None:
-        self._made_ready: list[str] = []
-        self._demand = UsageTracker(time.monotonic)
-        # The way to its siblings is a new process's first use of Serve, which takes long where the machine is busy.
-        limits = WarmUpLimits(timeout_s=60.0, max_adapters=8, max_bytes=1000, ask_timeout_s=60.0)
-        await prefetch_adapters(collect_peer_usage, self._bring, limits, clock=time.monotonic)
         self._books = LoadTracker(LatencyModel(fixed_s=0.0, unit_s=UNIT_S), typical_units=5.0)
         self._waiting: list[float] = []
         self._device = asyncio.Lock()
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
         """Take as long as the request's work."""
-        for use in request.adapters:
-            self._demand.note(use.spec)
         units = work_units(request)
         self._books.arrived(units, time.monotonic())
         self._waiting.append(units)
@@ -67,14 +58,3 @@ class Sleeper:
             requests=len(self._waiting) + self._device.locked(),
             start_s=0.1,
         )
-
-    async def demand(self) -> tuple[PopularAdapter, ...]:
-        """Tell a sibling what was asked for."""
-        return self._demand.most()
-
-    async def made_ready(self) -> list[str]:
-        """Return the ids of the adapters brought before the first request."""
-        return self._made_ready
-
-    async def _bring(self, spec: AdapterSpec) -> None:
-        self._made_ready.append(spec.id)

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
@@ -186,32 +185,9 @@ def test_ray_accepts_what_it_is_told(policy: str) -> None:
         assert made(Asked(total_num_requests=9, raw_metrics=reported(a=report(backlog_s=9.0))))[0] == 9
 
 
-def as_serve_decides(asked: Asked, replicas_from_zero: int) -> int:
-    """Return what Serve's own controller makes of the policy, without its delays."""
-    fields = {"replicas_from_zero": replicas_from_zero, "max_replicas": 20, "downscale_delay_s": 0}
-    config = AutoscalingConfig(**ray_settings(AutoscalingSettings.model_validate(fields)))
+@pytest.mark.parametrize(("requests", "replicas"), [(0, 0), (1, 1), (40, 1)])
+def test_from_zero_serve_starts_one_replica_and_asks_the_policy_once_it_runs(requests: int, replicas: int) -> None:
+    config = AutoscalingConfig(**ray_settings(AutoscalingSettings(min_replicas=0, max_replicas=20)))
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
-    return _apply_autoscaling_config(policy)(replace(asked, config=config))[0]
-
-
-@settings(max_examples=30)
-@given(st.integers(2, 20), st.integers(1, 20), st.integers(0, 19), st.floats(0, 300))
-def test_how_many_come_from_zero_changes_nothing_once_a_replica_runs(
-    from_zero: int, running: int, starting: int, backlog_s: float
-) -> None:
-    metrics = reported(a=report(backlog_s=backlog_s, requests=40))
-    asked = Asked(running, min(running + starting, 20), total_num_requests=40, raw_metrics=metrics)
-    assert as_serve_decides(asked, from_zero) == as_serve_decides(asked, 1)
-
-
-def test_from_zero_as_many_come_at_once_as_the_settings_say() -> None:
-    waiting = Asked(current_num_replicas=0, target_num_replicas=0, total_num_requests=1)
-    assert [as_serve_decides(waiting, from_zero) for from_zero in (1, 4, 20)] == [1, 4, 20]
-    assert as_serve_decides(replace(waiting, total_num_requests=0), 4) == 0
-
-
-def test_more_from_zero_than_there_may_be_are_refused() -> None:
-    with pytest.raises(ValidationError, match="replicas_from_zero 3 is over max_replicas 2"):
-        AutoscalingSettings(replicas_from_zero=3, max_replicas=2)
-    with pytest.raises(ValidationError, match="goes with the policy predicted_work"):
-        AutoscalingSettings(policy="ray", replicas_from_zero=2, max_replicas=2)
+    waiting = Asked(0, 0, total_num_requests=requests, config=config)
+    assert _apply_autoscaling_config(policy)(waiting)[0] == replicas

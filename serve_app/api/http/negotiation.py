@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import get_args
 
-from serve_app.api.pictures.images import ImageFormat
+from serve_app.core import ImageFormat
 from serve_app.errors import NotAcceptable
 
 FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)

@@ -92,8 +92,8 @@ def _server_timing(timings: Timings, stages: Stages) -> str:
     }
     own_ms = {
         "parse": stages.duration_ms("parse"),
-        "hop": max(0.0, stages.duration_ms("service") - sum(durations_ms.values())),
-        "encode": stages.duration_ms("encode"),
+        "hop": max(0.0, stages.duration_ms("service") - sum(durations_ms.values()) - timings.encode_ms),
+        "encode": timings.encode_ms + stages.duration_ms("encode"),
         "total": stages.total_ms,
     }
     return ", ".join(f"{name};dur={duration_ms:.1f}" for name, duration_ms in (durations_ms | own_ms).items())

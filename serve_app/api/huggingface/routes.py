@@ -6,6 +6,7 @@ the limits of any base.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -46,7 +47,7 @@ from serve_app.api.pictures.images import (
     off_loop,
     pixels_of,
 )
-from serve_app.core import AdapterRef, PixelImage, UnresolvedRequest
+from serve_app.core import AdapterRef, Encoding, PixelImage, UnresolvedRequest
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 
 _REPLIES: Replies = {
@@ -101,7 +102,7 @@ async def _answer(request: Request, services: Services, model: str | None) -> Re
     deadline = deadline_of(request, services.settings.request_timeout_s)
     priority = priority_of(request)
     form = choose_format(",".join(request.headers.getlist("accept")))
-    read = await _read_request(request, model, services, deadline)
+    read = replace(await _read_request(request, model, services, deadline), encoding=Encoding(form))
     unresolved = await charge_quota(request, with_scheduling(read, priority=priority, deadline=deadline))
     stages.end("parse")
     call = services.gateway.generate(unresolved, request_id=request.state.request_id)

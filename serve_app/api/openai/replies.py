@@ -22,8 +22,18 @@ from serve_app.api.openai.schemas import (
     ProgressEvent,
     Report,
 )
-from serve_app.api.pictures.images import ImageFormat, encode_image, off_loop, pixels_of, resized
-from serve_app.core import Accepted, GenerationEvent, GenerationResult, PixelImage, Preview, Progress
+from serve_app.api.pictures.images import encode_image, off_loop, pixels_of, resized
+from serve_app.core import (
+    Accepted,
+    EncodedImage,
+    Encoding,
+    GenerationEvent,
+    GenerationResult,
+    ImageFormat,
+    PixelImage,
+    Preview,
+    Progress,
+)
 from serve_app.errors import OutOfBounds
 
 # What this family calls the fields of a request.
@@ -121,7 +131,12 @@ def _event(event: ProgressEvent | PartialImageEvent | CompletedEvent) -> ServerE
     return ServerEvent(event.type, event.model_dump_json())
 
 
-def _encoded(image: PixelImage, asked: ImageGeneration) -> str:
+def encoding_of(asked: ImageGeneration) -> Encoding:
+    """Return how the images of a reply are encoded."""
+    return Encoding(_format(asked), asked.output_compression)
+
+
+def _encoded(image: PixelImage | EncodedImage, asked: ImageGeneration) -> str:
     return base64.b64encode(encode_image(image, _format(asked), quality=asked.output_compression)).decode()
 
 
@@ -134,7 +149,7 @@ def _quality(asked: ImageGeneration) -> str:
     return asked.quality if asked.quality in ("low", "medium", "high") else "auto"
 
 
-def _size(image: PixelImage) -> str:
+def _size(image: PixelImage | EncodedImage) -> str:
     return f"{image.width}x{image.height}"
 
 

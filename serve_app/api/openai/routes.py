@@ -33,7 +33,7 @@ from serve_app.api.http.waiting import (
     with_retry_seed,
     with_scheduling,
 )
-from serve_app.api.openai.replies import event_replies, images_reply, own_names
+from serve_app.api.openai.replies import encoding_of, event_replies, images_reply, own_names
 from serve_app.api.openai.schemas import EVENTS_SCHEMA, EventKind, ImageEdit, ImageGeneration, ImagesReply
 from serve_app.api.pictures.decoder import EncodedPicture, PictureDecoder
 from serve_app.api.pictures.images import off_loop, pixels_of
@@ -209,6 +209,7 @@ def _unresolved(asked: ImageGeneration) -> UnresolvedRequest:
         options=asked.options(),
         scheduler_options=asked.sorted_scheduler_options(),
         num_previews=asked.partial_images or 0,
+        encoding=encoding_of(asked),
     )
 
 

@@ -22,7 +22,7 @@ from serve_app.api.http.schemas import (
     PipelineParameters,
     Seed,
 )
-from serve_app.api.pictures.images import ImageFormat
+from serve_app.core import ImageFormat
 
 MAX_PARTIAL_IMAGES = 3
 # JSON text of as many adapters as are read, each with all that can be said of it.

@@ -197,7 +197,7 @@ def _lora(row: LoraReport) -> Lora:
                 reason=held.reason,
                 retry_after_s=held.left_s,
             )
-            for replica, held in row.held_back
+            for replica, held in row.quarantined
         ],
     )
 

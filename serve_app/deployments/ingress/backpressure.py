@@ -1,4 +1,4 @@
-"""What one ingress replica has sent to a base: whether one more would be refused, and when it would not.
+"""What one ingress replica has sent to a base: whether it was full lately, and when it will not be.
 
 Owns both estimates, from what went out, came back and was refused here; pure but for the clock. Must not know replicas
 or Ray.
@@ -7,7 +7,6 @@ or Ray.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -18,16 +17,14 @@ WINDOW_S = 60.0
 # Until anything has come back.
 UNKNOWN_S = 5
 MAX_RETRY_AFTER_S = 600
-# A limit that was met holds so long; meanwhile it is tried to go beyond it, by so much a second.
-LIMIT_HOLDS_S = 1.0
-TRIED_PER_S = 10.0
-TRIED_SHARE_PER_S = 0.16
+# For so long after a refusal a base counts as full.
+FULL_S = 1.0
 
 
 def most_held(config: AppConfig) -> int:
     """Return how many requests may wait for all bases, in all ingress replicas and with as many replicas as allowed."""
     return sum(
-        base.replica.max_queued_requests * config.ingress.replicas
+        base.replica.max_queued_requests * config.ingress.max_replicas
         + base.replica.max_ongoing_requests * base.autoscaling.max_replicas
         for base in config.bases
     )
@@ -43,7 +40,6 @@ class Backpressure:
         self._done_units = 0.0
         self._busy_s = 0.0
         self._counted_at = clock()
-        self._limit = sys.maxsize
         self._refused_at = -math.inf
 
     @property
@@ -52,21 +48,12 @@ class Backpressure:
         return self._out
 
     @property
-    def is_at_limit(self) -> bool:
-        """Whether as many are out as the base was seen to take: asking it would cost more than refusing here."""
-        quiet_s = self._clock() - self._refused_at
-        if quiet_s > LIMIT_HOLDS_S:
-            return False
-        return self._out >= int(self._limit + (TRIED_PER_S + TRIED_SHARE_PER_S * self._limit) * quiet_s)
-
-    @property
     def was_full_lately(self) -> bool:
-        """Whether the base refused anything within the time that its limit holds."""
-        return self._clock() - self._refused_at <= LIMIT_HOLDS_S
+        """Whether Serve refused anything for want of room a moment ago."""
+        return self._clock() - self._refused_at <= FULL_S
 
     def record_rejection(self) -> None:
-        """Note that the base did not take what was being sent; to be said inside `track`."""
-        self._limit = max(1, self._out - 1)
+        """Note that Serve did not take what was being sent."""
         self._refused_at = self._clock()
 
     @contextmanager

@@ -36,9 +36,8 @@ from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, Metri
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
 from serve_app.deployments.ingress.start_failures import StartFailures
-from serve_app.deployments.registry.alias_keeper import AliasClient
-from serve_app.deployments.registry.alias_mirror import AliasMirror
-from serve_app.deployments.registry.fleet import ReplicaBroadcast, ReplicaCount, replica_counts
+from serve_app.deployments.registry.fleet import Fleet, ReplicaCount, replica_counts
+from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
@@ -97,7 +96,7 @@ class Dispatcher:
             BaseUnusable: no replica of the base can start.
             ReplicaLost: every attempt lost its replica.
         """
-        self._check(request)
+        self._quarantine.check(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
             response = self._handle(request).generate.remote(request)
@@ -122,7 +121,7 @@ class Dispatcher:
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
         has_shown = False
-        self._check(request)
+        self._quarantine.check(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
             # With this option a call is an asynchronous generator, which Ray's types do not say.
@@ -151,11 +150,6 @@ class Dispatcher:
         pressures = self._pressures.values()
         is_at_limit = any(pressure.was_full_lately for pressure in pressures)
         return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
-
-    def _check(self, request: GenerationRequest) -> None:
-        self._quarantine.check(request)
-        if self._pressures[request.base_id].is_at_limit:
-            raise self._queue_full(request)
 
     def _queue_full(self, request: GenerationRequest) -> QueueFull:
         limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
@@ -254,13 +248,13 @@ class Ingress:
         self._metrics = IngressMetrics()
         repositories = build_sources(config, environment, embedded_root=embedded_root())
         app_name = serve.get_replica_context().app_name
-        self._aliases = AliasMirror(AliasClient(keeper), on_change=self._metrics.aliases_known)
+        self._keeper = KeeperClient(keeper, on_change=self._metrics.aliases_known)
         unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
         catalog = Catalog(
             config,
             repositories,
             clock=time.monotonic,
-            resolve_alias=self._aliases.resolve_alias,
+            resolve_alias=self._keeper.resolve_alias,
             on_access_check=self._metrics.access_checked,
             counting_unknown=unknown_ids.counting,
         )
@@ -270,7 +264,8 @@ class Ingress:
             names = {base.id: deployment_name(base.id) for base in config.bases}
             return {base_id: known[name] for base_id, name in names.items() if name in known}
 
-        replicas = ReplicaBroadcast(handles, counts, clock=time.monotonic)
+        replicas = Fleet(handles, counts, clock=time.monotonic)
+        self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
         self._access = Access(
             keys=Keys(config.auth, clock=time.monotonic),
             takes_hub_tokens=config.adapters.hub.forward_tokens,
@@ -281,17 +276,22 @@ class Ingress:
         self._gateway = ServiceGateway(
             catalog,
             self._dispatcher,
-            registry=ServiceRegistry(catalog, self._aliases, replicas),
+            registry=ServiceRegistry(catalog, self._keeper, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
-            on_drawn=AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic).drawn,
+            on_drawn=self._note_drawn,
         )
+
+    def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
+        self._adapter_metrics.drawn(request, result)
+        for use in request.adapters:
+            self._keeper.note_use(use.spec)
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
-        self._guardian = start_watchdog(self._config.ingress)
-        await self._aliases.begin(patience_s=ALIASES_PATIENCE_S)
+        self._watchdog = start_watchdog(self._config.ingress)
+        await self._keeper.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
 
@@ -308,7 +308,7 @@ class Ingress:
 
 def _rate_limiter(config: AppConfig) -> RateLimiter:
     """Return what counts for keys with limits: Redis where it is configured, else this replica, for its share."""
-    share = 1 / config.ingress.replicas
+    share = 1 / config.ingress.max_replicas
     redis = config.auth.limits_redis
     if redis is None:
         return LocalRateLimiter(clock=time.monotonic, share=share)

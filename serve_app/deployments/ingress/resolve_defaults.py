@@ -63,6 +63,7 @@ def resolve_defaults(
         scheduler_options=draft.scheduler_options,
         denoiser_runs=None if family is None else _runs(draft, guidance, family),
         num_previews=draft.num_previews,
+        encoding=draft.encoding,
         priority=draft.priority,
         due=draft.due,
         share=_share_of(draft.key),

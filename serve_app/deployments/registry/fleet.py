@@ -1,7 +1,7 @@
-"""What all replicas hold and do, asked of all of them at once: the ingress's side of residency.
+"""The replicas of every base as one ingress replica sees them: what each holds and does, asked of all at once.
 
-Owns the asking: under a time limit, shared by all who want to know, and remembered for a moment. Also tells replicas
-to forget or to fetch an adapter.
+Owns the asking: under a time limit, shared by all callers, and remembered for a moment. Also has replicas forget or
+fetch an adapter.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.errors import LoraplexError, NotReady
@@ -30,7 +31,7 @@ COUNTS_TIMEOUT_S = 1.0
 FORGET_TIMEOUT_S = 5.0
 
 
-class ReplicaBroadcast:
+class Fleet:
     """The replicas of every base of one application."""
 
     def __init__(
@@ -41,14 +42,7 @@ class ReplicaBroadcast:
         clock: Callable[[], float],
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        """Ask nobody yet.
-
-        Args:
-            handles: The way to the replicas of each base.
-            counts: How many there are of each base; may block, and is called in a thread.
-            clock: Monotonic seconds.
-            answer_timeout_s: How long a replica has to say what it does.
-        """
+        """`counts` returns how many replicas of each base there are; it may block. `clock` is in monotonic seconds."""
         self._handles = handles
         self._counts_of = counts
         self._clock = clock
@@ -68,9 +62,9 @@ class ReplicaBroadcast:
                 self._counted = await counts
                 self._reports = tuple(
                     report
-                    for base, answers in zip(self._handles, asked, strict=True)
+                    for base, replies in zip(self._handles, asked, strict=True)
                     for report in self._complete(
-                        base, answers, self._counted.get(base, ReplicaCount(running=len(answers)))
+                        base, replies, self._counted.get(base, ReplicaCount(running=len(replies)))
                     )
                 )
                 self._asked_at = self._clock()
@@ -79,12 +73,12 @@ class ReplicaBroadcast:
     async def forget(self, model: str) -> tuple[str, ...]:
         """Have every replica forget an adapter once no request uses it; return those that held it."""
         asked = (self._ask(base, "forget_adapter", model, timeout_s=FORGET_TIMEOUT_S) for base in self._handles)
-        answers = [answer for answered in await asyncio.gather(*asked) for answer in answered]
+        replies = [reply for replied in await asyncio.gather(*asked) for reply in replied]
         self._asked_at = float("-inf")
-        for error in answers:
-            if isinstance(error, BaseException):
+        for error in replies:
+            if isinstance(error, Exception):
                 log.warning("a replica could not be told to forget %s: %s", model, type(error).__name__)
-        return tuple(answer for answer in answers if isinstance(answer, str))
+        return tuple(reply for reply in replies if isinstance(reply, str))
 
     async def preload(self, spec: AdapterSpec, replicas: Sequence[str], *, token: HubToken | None) -> tuple[str, ...]:
         """Have some replicas fetch an adapter into memory; return those that hold it then.
@@ -93,88 +87,69 @@ class ReplicaBroadcast:
             LoraplexError: none of them could, for this reason.
         """
 
-        def have_told(answers: Sequence[Any]) -> bool:
-            # Those that are not meant answer with nothing, and one of them that hangs holds nobody up.
-            return sum(answer is not None for answer in answers) >= len(replicas)
+        def is_enough(replies: Sequence[Any]) -> bool:
+            # Those that are not meant reply with None, and one of them that hangs delays nobody.
+            return sum(not isinstance(reply, TimeoutError | None) for reply in replies) >= len(replicas)
 
         arguments = (spec, tuple(replicas), token)
-        answers = await self._ask(spec.base_id, "preload_adapter", *arguments, timeout_s=None, is_enough=have_told)
+        replies = await self._ask(spec.base_id, "preload_adapter", *arguments, is_enough=is_enough)
         self._asked_at = float("-inf")
-        holders = tuple(answer for answer in answers if isinstance(answer, str))
-        errors = [error for error in answers if isinstance(error, BaseException)]
+        holders = tuple(reply for reply in replies if isinstance(reply, str))
+        # An error of ours arrives in Ray's wrapping.
+        errors = (getattr(reply, "cause", reply) for reply in replies)
         if not holders:
-            raise _own(errors) or NotReady(spec.base_id)
+            raise next((error for error in errors if isinstance(error, LoraplexError)), NotReady(spec.base_id))
         return holders
 
     async def _report(self, base: str) -> list[ReplicaReport]:
-        answers = await self._ask(base, "report", timeout_s=self._answer_timeout_s)
-        return [answer for answer in answers if isinstance(answer, ReplicaReport)]
+        replies = await self._ask(base, "report", timeout_s=self._answer_timeout_s)
+        return [reply for reply in replies if isinstance(reply, ReplicaReport)]
 
-    def _complete(self, base: str, answers: list[ReplicaReport], count: ReplicaCount) -> list[ReplicaReport]:
-        """Add those that run and did not answer, as they were when they last did, and those that start."""
-        answered = {report.id: report for report in answers}
-        missing = [report for id_, report in self._last[base].items() if id_ not in answered]
-        silent = [replace(report, state="SILENT") for report in missing[: max(0, count.running - len(answers))]]
-        self._last[base] = answered | {report.id: report for report in silent}
-        unheard = count.running - len(answers) - len(silent)
+    def _complete(self, base: str, replies: list[ReplicaReport], count: ReplicaCount) -> list[ReplicaReport]:
+        """Add those that run and did not reply, as they were when they last did, and those that start."""
+        replied = {report.id: report for report in replies}
+        missing = [report for id_, report in self._last[base].items() if id_ not in replied]
+        silent = [replace(report, state="SILENT") for report in missing[: max(0, count.running - len(replies))]]
+        self._last[base] = replied | {report.id: report for report in silent}
+        unheard = count.running - len(replies) - len(silent)
         nameless = [ReplicaReport(f"silent-{index + 1}", base, state="SILENT") for index in range(unheard)]
         new = [ReplicaReport(f"starting-{index + 1}", base, state="STARTING") for index in range(count.starting)]
-        return [*sorted(answers, key=lambda report: report.id), *silent, *nameless, *new]
+        return [*sorted(replies, key=lambda report: report.id), *silent, *nameless, *new]
 
     async def _ask(
         self,
         base: str,
         method: str,
         *args: Any,
-        timeout_s: float | None,
-        is_enough: Callable[[Sequence[Any]], bool] = lambda _: False,
+        timeout_s: float | None = None,
+        is_enough: Callable[[Sequence[Any]], bool] = lambda _: True,
     ) -> list[Any]:
-        """Return what each replica of a base answers, or its error; those out of time are left out.
+        """Return what each replica of a base replies, its error, or `TimeoutError` for one that is late.
 
-        Once the answers so far are enough, nobody waits for the others.
+        Without a time limit the late ones are waited for until the replies so far are enough.
         """
+        response = self._handles[base].broadcast(method, *args)
+
+        def replies() -> list[Any]:
+            # In a thread: the asynchronous way returns nothing at all where one replica is late.
+            return response.results(timeout_s=timeout_s or self._answer_timeout_s, return_exceptions=True)
+
         try:
-            broadcast: Any = self._handles[base].broadcast(method, *args)
-            # Its public way to the answers gives none of them where one is late.
-            results = await asyncio.wait_for(broadcast._fetch_replica_results_async(), timeout_s or FORGET_TIMEOUT_S)
+            while True:
+                replied = await run_blocking(replies)
+                is_late = any(isinstance(reply, TimeoutError) for reply in replied)
+                if timeout_s is not None or not is_late or is_enough(replied):
+                    return replied
         except (RayError, RayServeException, TimeoutError) as error:
             log.debug("no replica of %s was reached: %s", base, type(error).__name__)
             return []
-        if not results:
-            return []
-        waits = [asyncio.ensure_future(result.get_async()) for result in results]
-        answers: list[Any] = []
-        waiting = set(waits)
-        now = asyncio.get_running_loop().time
-        ends_at = None if timeout_s is None else now() + timeout_s
-        try:
-            while waiting and not is_enough(answers):
-                left_s = None if ends_at is None else max(0.0, ends_at - now())
-                done, waiting = await asyncio.wait(waiting, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-                if not done:
-                    break
-                answers += [
-                    wait.exception() or wait.result() for wait in waits if wait in done and not wait.cancelled()
-                ]
-        finally:
-            for result, wait in zip(results, waits, strict=True):
-                if not wait.done():
-                    result.cancel()
-                    wait.cancel()
-        return answers
 
     async def _counts(self) -> Mapping[str, ReplicaCount]:
         """Return how many replicas of each base there are, or were when Serve last said so in time."""
         try:
-            return await asyncio.wait_for(asyncio.to_thread(self._counts_of), COUNTS_TIMEOUT_S)
+            return await run_blocking(self._counts_of, timeout_s=COUNTS_TIMEOUT_S)
         except (RayError, RayServeException, TimeoutError):
             return self._counted
-
-
-def _own(errors: Sequence[BaseException]) -> LoraplexError | None:
-    """Return the first error that is ours, out of Ray's wrapping."""
-    causes = (getattr(error, "cause", error) for error in errors)
-    return next((cause for cause in causes if isinstance(cause, LoraplexError)), None)
 
 
 _UNUSABLE = re.compile(r"BaseUnusable: .+? cannot be served: (.+)")

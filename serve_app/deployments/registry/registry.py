@@ -11,7 +11,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.reading.repository import is_valid_id
@@ -28,32 +28,19 @@ from serve_app.catalog.replica_report import (
 from serve_app.catalog.resolving.aliases import Alias, told_as
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, AdapterSpec, HubToken
-from serve_app.deployments.registry.alias_mirror import AliasMirror
 from serve_app.errors import LoraplexError, MalformedRequest, NameTaken, NotReady
 
+if TYPE_CHECKING:
+    from serve_app.deployments.registry.fleet import Fleet
+    from serve_app.deployments.registry.keeper_client import KeeperClient
+
 log = logging.getLogger(__name__)
-
-
-class Replicas(Protocol):
-    """The way to all replicas."""
-
-    async def reports(self, *, is_fresh: bool = False) -> tuple[ReplicaReport, ...]:
-        """Return what every replica does and holds."""
-        ...
-
-    async def forget(self, model: str) -> tuple[str, ...]:
-        """Have every replica forget an adapter; return those that held it."""
-        ...
-
-    async def preload(self, spec: AdapterSpec, replicas: Sequence[str], *, token: HubToken | None) -> tuple[str, ...]:
-        """Have some replicas fetch an adapter; return those that hold it then."""
-        ...
 
 
 class ServiceRegistry:
     """The registry of one ingress replica."""
 
-    def __init__(self, catalog: Catalog, aliases: AliasMirror, replicas: Replicas) -> None:
+    def __init__(self, catalog: Catalog, aliases: KeeperClient, replicas: Fleet) -> None:
         self._catalog = catalog
         self._aliases = aliases
         self._replicas = replicas
@@ -93,8 +80,8 @@ class ServiceRegistry:
         names = self._aliases.table.names_of
         rows = [LoraReport(one.spec.id, one, aliases=names(one.spec.id)) for one in known]
         rows += [LoraReport(alias.name, one, alias_of=one.spec.id) for alias, one in aliased]
-        books = _Books(reports)
-        return tuple(books.entered(row) for row in sorted(rows, key=lambda row: row.id))
+        usage_by_key = _AdapterUsage(reports)
+        return tuple(usage_by_key.with_usage(row) for row in sorted(rows, key=lambda row: row.id))
 
     async def lora(self, name: str, *, token: HubToken | None) -> LoraReport:
         """Return one adapter or alias.
@@ -110,7 +97,7 @@ class ServiceRegistry:
             alias_of=adapter.spec.id if is_alias else None,
             aliases=() if is_alias else self._aliases.table.names_of(name),
         )
-        return _Books(await self._replicas.reports()).entered(row)
+        return _AdapterUsage(await self._replicas.reports()).with_usage(row)
 
     async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
         """Keep an alias whose target can be served, and have so many replicas fetch it.
@@ -133,7 +120,7 @@ class ServiceRegistry:
         if preload:
             await self._preload(adapter.spec, preload, token)
         reports = await self._replicas.reports(is_fresh=bool(preload))
-        return _Books(reports).entered(LoraReport(alias.name, adapter, alias_of=adapter.spec.id))
+        return _AdapterUsage(reports).with_usage(LoraReport(alias.name, adapter, alias_of=adapter.spec.id))
 
     async def remove(self, name: str, *, token: HubToken | None) -> Removal:
         """Remove an alias, and have every replica forget the adapter once it is not in use.
@@ -184,7 +171,7 @@ class ServiceRegistry:
         return Preloaded(spec, tuple(sorted(held)), count)
 
 
-class _Books:
+class _AdapterUsage:
     """What all replicas together say of each adapter."""
 
     def __init__(self, reports: Sequence[ReplicaReport]) -> None:
@@ -192,20 +179,20 @@ class _Books:
         self._hits: defaultdict[str, int] = defaultdict(int)
         self._last_used_s: dict[str, float] = {}
         self._layers: dict[str, int] = {}
-        self._held_back: defaultdict[str, list[tuple[str, QuarantinedAdapters]]] = defaultdict(list)
+        self._quarantined: defaultdict[str, list[tuple[str, QuarantinedAdapters]]] = defaultdict(list)
         for report in reports:
             for held in report.holdings:
                 self._resident[held.key].append((report.id, held.tier))
-            for refused in report.held_back:
+            for refused in report.quarantined:
                 for key in refused.keys:
-                    self._held_back[key].append((report.id, refused))
+                    self._quarantined[key].append((report.id, refused))
             for use in report.uses:
                 self._hits[use.key] += use.hits
                 self._layers[use.key] = use.layers_matched
                 if use.hits:
                     self._last_used_s[use.key] = max(use.last_used_s, self._last_used_s.get(use.key, 0.0))
 
-    def entered(self, row: LoraReport) -> LoraReport:
+    def with_usage(self, row: LoraReport) -> LoraReport:
         """Return a row with what replicas say of its adapter."""
         key = row.adapter.spec.key
         return replace(
@@ -214,7 +201,7 @@ class _Books:
             hits=self._hits[key],
             last_used_s=self._last_used_s.get(key),
             layers_matched=self._layers.get(key),
-            held_back=tuple(sorted(self._held_back[key], key=lambda held: (-held[1].left_s, held[0]))),
+            quarantined=tuple(sorted(self._quarantined[key], key=lambda held: (-held[1].left_s, held[0]))),
         )
 
 

@@ -39,13 +39,13 @@ class FailFast:
         worker: EngineWorker,
         base_id: str,
         *,
-        stall_after_s: float,
+        stall_timeout_s: float,
         end: Callable[[], None] = end_process,
     ) -> None:
         """`end` is called once, `LEAVE_AFTER_S` after a final ailment was found."""
         self._worker = worker
         self._base_id = base_id
-        self._stall_after_s = stall_after_s
+        self._stall_after_s = stall_timeout_s
         self._end = end
         self._found: HealthProblem | None = None
         self._is_stopped = False
@@ -68,7 +68,7 @@ class FailFast:
         return found is not None and not found.can_serve
 
     def _diagnose(self) -> HealthProblem | None:
-        return diagnose(self._worker.snapshot(), self._base_id, stall_after_s=self._stall_after_s)
+        return diagnose(self._worker.snapshot(), self._base_id, stall_timeout_s=self._stall_after_s)
 
     def stop(self) -> None:
         """Find nothing from now on: the worker is closed in good order."""

@@ -30,15 +30,15 @@ class HealthProblem:
     is_fatal: bool = False
 
 
-def diagnose(state: WorkerState, base_id: str, *, stall_after_s: float = STALL_AFTER_S) -> HealthProblem | None:
-    """Say what is wrong for good with a worker, None while nothing is; its device may be still for `stall_after_s`."""
+def diagnose(state: WorkerState, base_id: str, *, stall_timeout_s: float = STALL_AFTER_S) -> HealthProblem | None:
+    """Return what is wrong with a worker for good, or None; its device may make no progress for `stall_timeout_s`."""
     if state.is_corrupt:
         return HealthProblem(f"the loaded weights of {base_id} are damaged in memory", "weights")
     if state.is_lost:
         return HealthProblem(f"the device of {base_id} is beyond repair", "device", is_fatal=True)
     if not state.is_alive:
         return HealthProblem(f"the device thread of {base_id} died", "thread", is_fatal=True)
-    if state.stalled_s > stall_after_s:
+    if state.stalled_s > stall_timeout_s:
         message = f"the device of {base_id} has made no progress for {state.stalled_s:.0f} s"
         return HealthProblem(message, "stalled", is_fatal=True)
     if state.failed_batches >= MAX_FAILED_BATCHES:
@@ -46,7 +46,7 @@ def diagnose(state: WorkerState, base_id: str, *, stall_after_s: float = STALL_A
     return None
 
 
-def stall_after_s(base: BaseModelConfig) -> float:
+def stall_timeout_s(base: BaseModelConfig) -> float:
     """Return how long a base's device may make no progress while it has work."""
     if base.replica.stall_timeout_s is not None:
         return base.replica.stall_timeout_s

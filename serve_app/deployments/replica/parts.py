@@ -19,7 +19,7 @@ from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterSpec
 from serve_app.demo.embedded import embedded_root
-from serve_app.deployments.shared.sharing import Files, share
+from serve_app.deployments.shared.sharing import SharedFiles, share
 from serve_app.families.family import Family
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
@@ -85,7 +85,7 @@ def make_store(
     *,
     pipeline: BasePipeline,
     admission: AdmissionProcess,
-    shared_files: DeploymentHandle | None,
+    keeper: DeploymentHandle,
     on_brought: Callable[[str], None],
 ) -> AdapterStore[ParsedAdapter]:
     """Return the store of a base's adapters; `on_brought` is told where each file came from, where nodes share them."""
@@ -96,12 +96,12 @@ def make_store(
     idle_bytes = min(IDLE_BUFFER_BYTES, base.replica.host_cache // 8)
     buffers = HostBuffers(idle_bytes)
     is_on_gpu = pipeline.device.type == "cuda"
-    files: Files = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
+    files: AdapterFiles | SharedFiles = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
     if is_on_gpu:
         book_page_locked_at_its_size()
-    if shared_files is not None:
-        sharing = config.adapters.sharing
-        files = share(files, shared_files, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
+    sharing = config.adapters.sharing
+    if sharing.enabled:
+        files = share(files, keeper, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
 
     async def admit(spec: AdapterSpec, source: Path, target: Path) -> None:
         began_s = time.monotonic()

@@ -17,17 +17,27 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.api.pictures.images import encode_image, off_loop, pixels_of
 from serve_app.autoscaling import replica_report
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, HubToken, Preview, Progress, Timings
+from serve_app.core import (
+    AdapterSpec,
+    EncodedImage,
+    Encoding,
+    GenerationRequest,
+    GenerationResult,
+    HubToken,
+    Preview,
+    Progress,
+    Timings,
+)
 from serve_app.deployments.replica.fail_fast import FailFast
-from serve_app.deployments.replica.health import stall_after_s
+from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
 from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
-from serve_app.deployments.replica.peers import collect_peer_usage
-from serve_app.deployments.replica.prefetch import PopularAdapter, UsageTracker, prefetch_adapters, warm_up_limits
+from serve_app.deployments.replica.prefetch import prefetch_adapters
 from serve_app.deployments.replica.reporter import ReplicaReporter
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
@@ -64,7 +74,7 @@ class BaseModelReplica:
         base: BaseModelConfig,
         config: AppConfig,
         environment: Environment,
-        shared_files: DeploymentHandle | None = None,
+        keeper: DeploymentHandle,
     ) -> None:
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission.process import AdmissionProcess
@@ -120,17 +130,18 @@ class BaseModelReplica:
             max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
             typical_units=typical_units(base, pipeline.family),
         )
-        self._fail_fast = FailFast(self._worker, base.id, stall_after_s=stall_after_s(base))
-        self._guardian = start_watchdog(base.replica)
+        self._fail_fast = FailFast(self._worker, base.id, stall_timeout_s=stall_timeout_s(base))
+        self._watchdog = start_watchdog(base.replica)
         self._metrics = ReplicaMetrics(base.id)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
         self._store = make_store(
             base, config, environment, pipeline=pipeline, admission=self._admission,
-            shared_files=shared_files, on_brought=self._metrics.file_fetched,
+            keeper=keeper, on_brought=self._metrics.file_fetched,
         )  # fmt: skip
         self._ids = MultiplexedIds(self._store.resident)
-        self._recorder = RoutingStatsCollector(clock=time.monotonic, stall_after_s=base.router.deprioritize_after_s)
-        self._demand = UsageTracker(time.monotonic)
+        self._recorder = RoutingStatsCollector(
+            clock=time.monotonic, deprioritize_after_s=base.router.deprioritize_after_s
+        )
         own_id = serve.get_replica_context().replica_id.unique_id
         self._residency = ReplicaReporter(
             own_id,
@@ -141,9 +152,8 @@ class BaseModelReplica:
             clock=time.time,
             abilities=pipeline.abilities(),
         )
-        warmed = await prefetch_adapters(
-            collect_peer_usage, self._bring, warm_up_limits(base.replica), clock=time.monotonic
-        )
+        popular: Any = keeper.popular
+        warmed = await prefetch_adapters(lambda: popular.remote(base.id), self._load_adapter, base.replica)
         self._start_s = time.monotonic() - started
         self._metrics.started(start_s=self._start_s, warmed=warmed)
         log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
@@ -222,6 +232,7 @@ class BaseModelReplica:
             result.batch_size,
         )  # fmt: skip
         self._metrics.shared(request.share, result.compute_s * len(result.images) / result.batch_size)
+        result = await encode_result(result, request.encoding)
         return self._measured(dataclasses.replace(result.timings, fetch_ms=fetch_ms), leases, result)
 
     def _measured(
@@ -230,7 +241,6 @@ class BaseModelReplica:
         self._metrics.served(timings, batch_size=result.batch_size)
         for lease in leases:
             self._metrics.adapter_found(lease.tier)
-            self._demand.note(lease.spec)
         self._tell_host_tier()
         return dataclasses.replace(result, timings=timings)
 
@@ -268,10 +278,6 @@ class BaseModelReplica:
         """Return the sha256 of the base's loaded weights, in hex."""
         return await asyncio.to_thread(self._weights.checksum)
 
-    async def demand(self) -> tuple[PopularAdapter, ...]:
-        """Return the adapters that this replica was asked for most of late."""
-        return self._demand.most()
-
     async def record_routing_stats(self) -> dict[str, Any]:
         """Return what routers go by; called by Serve every `stats_period_s`."""
         await self._ids.update()
@@ -293,7 +299,7 @@ class BaseModelReplica:
             start_s=self._start_s,
         )
 
-    async def _bring(self, spec: AdapterSpec) -> None:
+    async def _load_adapter(self, spec: AdapterSpec) -> None:
         async with self._store.lease(spec) as lease:
             self._residency.note(lease, is_hit=False)
             await self._ids.update()
@@ -315,7 +321,7 @@ class BaseModelReplica:
         if self._residency.replica_id not in replicas:
             return None
         with use_hub_token(token):
-            await self._bring(spec)
+            await self._load_adapter(spec)
         return self._residency.replica_id
 
     async def check_health(self) -> None:
@@ -344,3 +350,22 @@ class BaseModelReplica:
         await self._store.close()
         self._admission.close()
         await asyncio.to_thread(close_tracing)
+
+
+async def encode_result(result: GenerationResult, encoding: Encoding | None) -> GenerationResult:
+    """Return a result with its images as files, encoded beside the device; as it is without an encoding."""
+    if encoding is None:
+        return result
+
+    def encode() -> tuple[EncodedImage, ...]:
+        return tuple(
+            EncodedImage(
+                image.width, image.height, encoding, encode_image(image, encoding.form, quality=encoding.quality)
+            )
+            for image in result.images
+        )
+
+    began_s = time.monotonic()
+    images = await off_loop(pixels_of(*result.images), encode)
+    timings = dataclasses.replace(result.timings, encode_ms=(time.monotonic() - began_s) * 1e3)
+    return dataclasses.replace(result, images=images, timings=timings)

@@ -1,6 +1,6 @@
 """What one replica holds and how often each adapter was asked for: the replica's side of the registry.
 
-Owns the books of use, bounded, the turn from digests, by which the device knows adapters, to ids, and forgetting. Must
+Owns the log of use, bounded, the turn from digests, by which the device knows adapters, to ids, and forgetting. Must
 not know Ray, torch or the other replicas.
 """
 
@@ -70,16 +70,16 @@ class AdapterUsageLog:
             for key, entry in self._entries.items()
         )
 
-    def applied(self, composition: Sequence[tuple[str, Scale]]) -> tuple[ActiveAdapter, ...]:
-        """Return what a composition of (digest, scale) holds; a digest that was forgotten is left out."""
+    def applied(self, adapter_set: Sequence[tuple[str, Scale]]) -> tuple[ActiveAdapter, ...]:
+        """Return what a adapter_set of (digest, scale) holds; a digest that was forgotten is left out."""
         ids = {entry.digest: entry.id for entry in self._entries.values()}
-        return tuple(ActiveAdapter(ids[digest], scale) for digest, scale in composition if digest in ids)
+        return tuple(ActiveAdapter(ids[digest], scale) for digest, scale in adapter_set if digest in ids)
 
     def holdings(
-        self, composition: Sequence[tuple[str, Scale]], on_device: Sequence[str], in_host: Sequence[str]
+        self, adapter_set: Sequence[tuple[str, Scale]], on_device: Sequence[str], in_host: Sequence[str]
     ) -> tuple[ResidentAdapter, ...]:
         """Return what is held: digests in the weights and on the device, keys in host memory."""
-        applied, device, host = {digest for digest, _ in composition}, set(on_device), set(in_host)
+        applied, device, host = {digest for digest, _ in adapter_set}, set(on_device), set(in_host)
         held: list[ResidentAdapter] = []
         for key, entry in self._entries.items():
             if entry.digest in applied:
@@ -141,7 +141,7 @@ class ReplicaReporter:
             applied=self._uses.applied(state.applied),
             holdings=self._uses.holdings(state.applied, self._weights.cached, self._store.resident()),
             uses=self._uses.uses(),
-            held_back=tuple(QuarantinedAdapters(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
+            quarantined=tuple(QuarantinedAdapters(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
             abilities=self._abilities,
         )
 

@@ -1,7 +1,7 @@
-"""Which adapter files the nodes of a cluster have, and who is fetching which: the index behind `sharing`.
+"""Which adapter files the nodes of a cluster have, and which node fetches which: the index behind `sharing`.
 
-Owns the claims and the references to what was announced. It holds no bytes, and losing it costs one fetch for each file
-that is still wanted. Must not know how files are fetched, copied or checked.
+Owns the claims and the references to announced files; it holds no bytes. Must not know Ray, or how files are fetched,
+copied or checked.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from ray import serve
-
-from serve_app.config import SharingSettings
 from serve_app.store.budget import ByteBudget
 
 
@@ -29,7 +26,7 @@ class SharedFile:
 
 
 class DownloadCoordinator:
-    """Who fetches what, and what was fetched: the index without Ray.
+    """Who fetches what, and what was fetched.
 
     Invariants: while somebody fetches a key, for at most `patience_s`, nobody else is told to. Files that were asked
     for least recently are forgotten, so that those known never exceed the budget.
@@ -79,30 +76,3 @@ class DownloadCoordinator:
         # Dropping the references frees the chunks in Ray's object store.
         for key in keys:
             self._known.pop(key, None)
-
-
-@serve.deployment(name="files", max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
-class FileIndex:
-    """The one index of an application. It holds no bytes: losing it costs one fetch for each file still wanted."""
-
-    def __init__(self, settings: SharingSettings) -> None:
-        loop = asyncio.get_event_loop()
-        self._flights = DownloadCoordinator(
-            patience_s=settings.wait_timeout_s, budget_bytes=settings.memory, clock=loop.time
-        )
-
-    async def claim(self, key: str) -> SharedFile | None:
-        """Return the file, or None to whoever is to fetch it."""
-        return await self._flights.claim(key)
-
-    async def announce(self, key: str, file: SharedFile) -> None:
-        """Make a fetched file known."""
-        self._flights.announce(key, file)
-
-    async def release_claim(self, key: str) -> None:
-        """Take back a claim."""
-        self._flights.release_claim(key)
-
-    async def invalidate(self, key: str, sha256: str) -> None:
-        """Forget a file whose bytes could not be had."""
-        self._flights.invalidate(key, sha256)

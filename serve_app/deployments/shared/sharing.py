@@ -1,6 +1,6 @@
 """Adapter files between nodes: fetched from the Hub once for the whole cluster, then copied from a peer.
 
-    replica -> FileIndex.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
+    replica -> Keeper.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
                                -> a peer has it: copy the bytes from Ray's object store, check their digest
                                -> somebody is fetching it: wait for that, for a while
 
@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import ray
@@ -26,6 +26,7 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.catalog.files import AdapterFiles
 from serve_app.catalog.reading.repository import HUB
 from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles, PartialDownload
 from serve_app.config import Environment, SharingSettings
@@ -47,18 +48,6 @@ def on_this_node(environment: Environment) -> Environment:
     return environment.model_copy(update={"cache_dir": Path(str(environment.cache_dir).replace(NODE, name))})
 
 
-class ChunkStore(Protocol):
-    """Where chunks of files lie for all nodes; both calls block."""
-
-    def put(self, chunk: bytes) -> Any:
-        """Keep a chunk for as long as somebody holds the reference that is returned."""
-        ...
-
-    def get(self, reference: Any) -> memoryview:
-        """Return a chunk; fails as `INDEX_FAILURES` where it is gone or takes too long."""
-        ...
-
-
 class ObjectStore:
     """Ray's object store: chunks travel between nodes in it, and spill to disk where it is full."""
 
@@ -72,66 +61,7 @@ class ObjectStore:
         return memoryview(ray.get(reference, timeout=CHUNK_TIMEOUT_S))
 
 
-class Files(Protocol):
-    """What the store needs of the catalog: local files of resolved adapters."""
-
-    async def path(self, spec: AdapterSpec, filename: str | None = None) -> Path:
-        """Return a local file with exactly the bytes of the spec: its first, or another of its files."""
-        ...
-
-    def release(self, spec: AdapterSpec) -> None:
-        """Let go of the adapter's files: from now on they may be removed to make room."""
-        ...
-
-    def free_space(self, needed_bytes: int) -> int:
-        """Remove files that can be had again, until so many bytes are free; return how many became so. Blocks."""
-        ...
-
-
-class Index(Protocol):
-    """The index as a replica reaches it; every call may fail as `INDEX_FAILURES`."""
-
-    async def claim(self, key: str) -> SharedFile | None:
-        """Return the file, or None to whoever is to fetch it."""
-        ...
-
-    async def announce(self, key: str, file: SharedFile) -> None:
-        """Make a fetched file known."""
-        ...
-
-    async def release_claim(self, key: str) -> None:
-        """Take back a claim."""
-        ...
-
-    async def invalidate(self, key: str, sha256: str) -> None:
-        """Forget a file whose bytes could not be had."""
-        ...
-
-
 INDEX_FAILURES = (RayError, RayServeException, OSError, TimeoutError)
-
-
-class ServeIndex:
-    """The index behind a Serve handle."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
-
-    async def claim(self, key: str) -> SharedFile | None:
-        """Ask for a file."""
-        return await self._handle.claim.remote(key)
-
-    async def announce(self, key: str, file: SharedFile) -> None:
-        """Tell of a file."""
-        await self._handle.announce.remote(key, file)
-
-    async def release_claim(self, key: str) -> None:
-        """Take back a claim."""
-        await self._handle.release_claim.remote(key)
-
-    async def invalidate(self, key: str, sha256: str) -> None:
-        """Tell that a file's bytes could not be had."""
-        await self._handle.invalidate.remote(key, sha256)
 
 
 class SharedFiles:
@@ -142,16 +72,16 @@ class SharedFiles:
 
     def __init__(
         self,
-        files: Files,
-        index: Index,
-        chunks: ChunkStore,
+        files: AdapterFiles,
+        keeper: DeploymentHandle,
+        chunks: ObjectStore,
         *,
         copies: DownloadCache,
         node: str,
         on_brought: Callable[[str], None],
     ) -> None:
         self._files = files
-        self._index = index
+        self._keeper: Any = keeper
         self._chunks = chunks
         self._copies = copies
         self._held = LockedFiles()
@@ -189,7 +119,7 @@ class SharedFiles:
         # A copy that fails is forgotten, and whoever asks first from then on fetches for all.
         for _ in range(2):
             try:
-                known = await self._index.claim(key)
+                known = await self._keeper.claim.remote(key)
             except INDEX_FAILURES as error:
                 silence = type(error).__name__
                 log.warning("the index of shared files does not answer (%s): %s is fetched", silence, spec.id)
@@ -213,7 +143,7 @@ class SharedFiles:
             path = await self._fetched(fetch)
         except BaseException:
             with suppress(*INDEX_FAILURES):
-                await asyncio.shield(self._index.release_claim(key))
+                await self._keeper.release_claim.remote(key)
             raise
         # Beside the request that brought it, which need not wait for others to be served.
         task = asyncio.create_task(self._announce(key, path), name=f"announcing {key}")
@@ -223,11 +153,11 @@ class SharedFiles:
 
     async def _announce(self, key: str, path: Path) -> None:
         try:
-            await self._index.announce(key, await asyncio.to_thread(put_file, self._chunks, path, self._node))
+            await self._keeper.announce.remote(key, await asyncio.to_thread(put_file, self._chunks, path, self._node))
         except INDEX_FAILURES as error:
             log.warning("%s could not be offered to peers (%s)", key, type(error).__name__)
             with suppress(*INDEX_FAILURES):
-                await self._index.release_claim(key)
+                await self._keeper.release_claim.remote(key)
 
     async def _copied(self, key: str, file: SharedFile) -> LockedFile | None:
         try:
@@ -236,7 +166,7 @@ class SharedFiles:
             log.warning("%s could not be copied from a peer (%s)", key, type(error).__name__)
             if not isinstance(error, OSError) or not is_disk_full(error):
                 with suppress(*INDEX_FAILURES):
-                    await self._index.invalidate(key, file.sha256)
+                    await self._keeper.invalidate.remote(key, file.sha256)
             return None
         self._on_brought("peer")
         return copy
@@ -248,8 +178,8 @@ class SharedFiles:
 
 
 def share(
-    files: Files,
-    handle: DeploymentHandle,
+    files: AdapterFiles,
+    keeper: DeploymentHandle,
     settings: SharingSettings,
     *,
     cache_dir: Path,
@@ -258,7 +188,7 @@ def share(
     """Return the same files, brought to this node once for the cluster where that can be."""
     return SharedFiles(
         files,
-        ServeIndex(handle),
+        keeper,
         ObjectStore(),
         copies=DownloadCache(cache_dir / "peers", settings.disk, clock=time.time),
         node=ray.get_runtime_context().get_node_id(),
@@ -266,7 +196,7 @@ def share(
     )
 
 
-def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHUNK_BYTES) -> SharedFile:
+def put_file(store: ObjectStore, path: Path, node: str, *, chunk_bytes: int = CHUNK_BYTES) -> SharedFile:
     """Make a file available to all nodes; blocks."""
     digest = hashlib.sha256()
     chunks: list[Any] = []
@@ -279,7 +209,7 @@ def put_file(store: ChunkStore, path: Path, node: str, *, chunk_bytes: int = CHU
     return SharedFile(node, digest.hexdigest(), size_bytes, tuple(chunks))
 
 
-def get_file(store: ChunkStore, file: SharedFile, draft: PartialDownload) -> None:
+def get_file(store: ObjectStore, file: SharedFile, draft: PartialDownload) -> None:
     """Write a peer's file to `draft`, from its beginning; blocks.
 
     Raises:

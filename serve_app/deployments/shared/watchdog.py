@@ -11,9 +11,10 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
 
+from serve_app.config import IngressSettings
 from serve_app.environment import child_environment
+from serve_app.settings import ReplicaSettings
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class Watchdog:
             start_new_session=True,
             bufsize=0,
         )
-        self._beating = asyncio.get_running_loop().create_task(self._beat(), name="guardian")
+        self._beating = asyncio.get_running_loop().create_task(self._beat(), name="watchdog")
 
     @property
     def pid(self) -> int:
@@ -55,20 +56,6 @@ class Watchdog:
             await asyncio.sleep(self._pause_s)
 
 
-class Checked(Protocol):
-    """The settings of a deployment whose health Serve checks."""
-
-    @property
-    def health_check_period_s(self) -> float:
-        """How often."""
-        ...
-
-    @property
-    def health_check_timeout_s(self) -> float:
-        """How long an answer may take."""
-        ...
-
-
-def start_watchdog(checked: Checked) -> Watchdog:
-    """Start the guardian of this process, as patient as Serve is with failing health checks."""
+def start_watchdog(checked: IngressSettings | ReplicaSettings) -> Watchdog:
+    """Start the watchdog of this process, as patient as Serve is with failing health checks."""
     return Watchdog(FAILED_CHECKS * (checked.health_check_period_s + checked.health_check_timeout_s))

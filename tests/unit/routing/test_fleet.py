@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.routing.cost import STALLED_S, ReplicaView, load_of, place_of, rank
+from serve_app.routing.cost import STALLED_S, ReplicaView, load_of, rank, tier_of
 from serve_app.routing.fleet import MAX_DECAY_S, RESERVATION_TTL_S, ReplicaStates
 from serve_app.routing.stats import ReplicaStats, encode, request_tag
 from tests.routing_cases import PACE, generation, key
@@ -52,8 +52,8 @@ def test_what_was_just_sent_counts_at_once_with_its_adapters_and_composition(sta
     work_s = send(states, "a", 0, is_accepted=False)
     there = view(states, "a")
     assert there.ahead_s == work_s
-    assert place_of(load_of(generation(1, "a")), there) == "applied"
-    assert place_of(load_of(generation(1, "a", scale=0.5)), there) == "host"
+    assert tier_of(load_of(generation(1, "a")), there) == "applied"
+    assert tier_of(load_of(generation(1, "a", scale=0.5)), there) == "host"
     assert view(states, "b").ahead_s == 0
 
 
@@ -121,11 +121,11 @@ def test_a_stalled_replica_is_not_worked_off(states: ReplicaStates) -> None:
 
 def test_what_a_replica_holds_is_what_rays_record_says(states: ReplicaStates) -> None:
     load = load_of(generation(0, "a"))
-    assert place_of(load, view(states, "a")) == "remote"
+    assert tier_of(load, view(states, "a")) == "remote"
     states.update("a", report(2), {key("a")}, NOW_S)
-    assert place_of(load, view(states, "a")) == "host"
+    assert tier_of(load, view(states, "a")) == "host"
     states.update("a", report(2), frozenset(), NOW_S)
-    assert place_of(load, view(states, "a")) == "remote"
+    assert tier_of(load, view(states, "a")) == "remote"
 
 
 @pytest.mark.parametrize("wire", [{}, {"seq": "x"}, {"backlog": 3.0, "at": 1.0}])

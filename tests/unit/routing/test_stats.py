@@ -17,7 +17,7 @@ class Bench:
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.collector = RoutingStatsCollector(clock=lambda: self.now_s, stall_after_s=60.0)
+        self.collector = RoutingStatsCollector(clock=lambda: self.now_s, deprioritize_after_s=60.0)
 
     def report(self, **load: Any) -> ReplicaStats:
         stats = decode(self.collector.snapshot(device(**load)))

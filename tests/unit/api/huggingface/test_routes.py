@@ -10,12 +10,13 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from serve_app.api.pictures.images import decode_image, encode_image
-from serve_app.core import AdapterRef, Scales, UnresolvedRequest
+from serve_app.core import AdapterRef, Encoding, Scales, UnresolvedRequest
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PICTURE = gradient(40, 24)
 PNG = encode_image(PICTURE, "png")
 BASE64 = base64.b64encode(PNG).decode()
+JPEG = Encoding("jpeg")
 
 
 def opened(content: bytes) -> Image.Image:
@@ -27,7 +28,7 @@ def test_a_prompt_alone_leaves_everything_to_the_base(client: TestClient, gatewa
     assert response.status_code == 200
     assert response.headers["content-type"] == "image/jpeg"
     assert opened(response.content).format == "JPEG"
-    assert gateway.draft == UnresolvedRequest(prompt="an elephant")
+    assert gateway.draft == UnresolvedRequest(prompt="an elephant", encoding=JPEG)
 
 
 def test_every_parameter_arrives(client: TestClient, gateway: FakeGateway) -> None:
@@ -38,7 +39,7 @@ def test_every_parameter_arrives(client: TestClient, gateway: FakeGateway) -> No
     assert client.post("/", json={"inputs": "elephant", "parameters": parameters}).status_code == 200
     assert gateway.draft == UnresolvedRequest(
         prompt="elephant", negative_prompt="blurry", height=72, width=96, steps=11, guidance_scale=3.0,
-        scheduler="DDIMScheduler", seed=41,
+        scheduler="DDIMScheduler", seed=41, encoding=JPEG,
     )  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def test_every_parameter_arrives(client: TestClient, gateway: FakeGateway) -> No
 def test_null_and_empty_mean_absent(client: TestClient, gateway: FakeGateway, body: dict[str, Any]) -> None:
     headers = {"x-wait-for-model": "true", "x-use-cache": "0", "x-load-model": "1"}
     assert client.post("/", json=body, headers=headers).status_code == 200
-    assert gateway.draft == UnresolvedRequest(prompt="elephant")
+    assert gateway.draft == UnresolvedRequest(prompt="elephant", encoding=JPEG)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_a_picture_in_base64_makes_image_to_image(
 ) -> None:
     response = client.post("/", json=body)
     assert response.status_code == 200, response.text
-    assert gateway.draft == UnresolvedRequest(prompt=prompt, image=PICTURE)
+    assert gateway.draft == UnresolvedRequest(prompt=prompt, image=PICTURE, encoding=JPEG)
     assert opened(response.content).size == (40, 24)
 
 
@@ -251,7 +252,7 @@ def test_raw_picture_bytes_make_image_to_image_without_a_prompt(
     headers = {"lora": "demo/sdxl-sepia"} | ({"content-type": content_type} if content_type else {})
     response = client.post("/models/demo/sdxl", content=PNG, headers=headers)
     assert response.status_code == 200
-    assert gateway.draft == UnresolvedRequest(prompt="", model="demo/sdxl", adapters=ONE, image=PICTURE)
+    assert gateway.draft == UnresolvedRequest(prompt="", model="demo/sdxl", adapters=ONE, image=PICTURE, encoding=JPEG)
 
 
 @pytest.mark.parametrize("size", [{"target_size": {"width": 80, "height": 48}}, {"width": 80, "height": 48}])

@@ -15,7 +15,7 @@ from starlette.testclient import TestClient
 from serve_app.api.app import create_app
 from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.config import IngressSettings
-from serve_app.core import AdapterRef, ModelInfo, PixelImage, UnresolvedRequest
+from serve_app.core import AdapterRef, Encoding, ModelInfo, PixelImage, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
 from tests.service import connect, posted
@@ -49,7 +49,7 @@ def ai(url: str) -> Iterator[openai.OpenAI]:
 
 def test_a_prompt_alone_gives_one_png(ai: openai.OpenAI, gateway: FakeGateway) -> None:
     reply = ai.images.generate(prompt="an elephant")
-    assert gateway.draft == UnresolvedRequest("an elephant")
+    assert gateway.draft == UnresolvedRequest("an elephant", encoding=Encoding("png"))
     assert reply.data is not None
     (image,) = reply.data
     assert decode_image(base64.b64decode(image.b64_json or ""), "reply", max_pixels=10_000) == gradient(64, 64)
@@ -72,7 +72,7 @@ def test_every_field_arrives_and_the_reply_tells_how(ai: openai.OpenAI, gateway:
     assert gateway.draft == UnresolvedRequest(
         "elephant", model="demo/sdxl", adapters=(AdapterRef("demo/sdxl-sepia"), AdapterRef("a/b", 0.5)),
         negative_prompt="blurry", width=80, height=48, steps=5, guidance_scale=2.0,
-        scheduler="DDIMScheduler", seed=9, num_images=3,
+        scheduler="DDIMScheduler", seed=9, num_images=3, encoding=Encoding("webp", 40),
     )  # fmt: skip
     assert reply.data is not None
     for image in reply.data:
@@ -87,7 +87,15 @@ def test_every_field_arrives_and_the_reply_tells_how(ai: openai.OpenAI, gateway:
             {"id": name, "revision": "0123abcd", "scale": scale, "layers_matched": 48, "layers_in_file": 50}
             for name, scale in (("demo/sdxl-sepia", 1.0), ("a/b", 0.5))
         ],
-        "timing_ms": {"queue": 1.0, "fetch": 2.0, "swap": 3.25, "suspended": 7.0, "denoise": 400.0, "decode": 50.0},
+        "timing_ms": {
+            "queue": 1.0,
+            "fetch": 2.0,
+            "swap": 3.25,
+            "suspended": 7.0,
+            "denoise": 400.0,
+            "decode": 50.0,
+            "encode": 0.0,
+        },
         "warnings": [],
     }
 
@@ -122,7 +130,7 @@ def test_an_edit_takes_a_picture_and_text_fields(ai: openai.OpenAI, gateway: Fak
     )  # fmt: skip
     assert gateway.draft == UnresolvedRequest(
         "a lion", model="demo/sdxl", adapters=(AdapterRef("a/b", 0.5),), num_images=2, image=PICTURE,
-        strength=0.4, seed=7, steps=5, guidance_scale=2.0,
+        strength=0.4, seed=7, steps=5, guidance_scale=2.0, encoding=Encoding("jpeg"),
     )  # fmt: skip
     assert reply.data is not None
     assert (len(reply.data), reply.size, reply.output_format) == (2, "40x24", "jpeg")

@@ -36,7 +36,7 @@ def test_one_adapter_says_what_the_list_says_of_it_and_why_it_is_refused_for_now
     rows = gateway.registry.rows
     keys = ("acme/secret@1/f", rows["demo/sketch"].adapter.spec.key)
     held = QuarantinedAdapters(keys, (1.0, 8.0), "its last 2 tries failed: the image overflows", 59)
-    rows["demo/sketch"] = replace(rows["demo/sketch"], held_back=(("r1", held),))
+    rows["demo/sketch"] = replace(rows["demo/sketch"], quarantined=(("r1", held),))
     for row in (client.get("/v1/loras").json()["data"][0], client.get("/v1/loras/demo/sketch").json()):
         assert row["quarantine"] == [
             {"replica": "r1", "scale": 8.0, "beside": 1, "reason": held.reason, "retry_after_s": 59}

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -24,7 +25,6 @@ from serve_app.core import (
     UnresolvedRequest,
 )
 from serve_app.deployments.ingress.dispatch import ServiceGateway
-from serve_app.deployments.registry.alias_mirror import AliasMirror
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
 from tests.unit.deployments.registry.registry_fakes import FakeReplicas, StoreKeeper
@@ -81,7 +81,7 @@ def gateway(
     return ServiceGateway(
         catalog,
         replica,
-        registry=ServiceRegistry(catalog, AliasMirror(StoreKeeper()), FakeReplicas()),
+        registry=ServiceRegistry(catalog, StoreKeeper().client(), cast(Any, FakeReplicas())),
         draw_seed=lambda: 5,
         can_serve=can_serve,
         on_refusal=(refusals if refusals is not None else []).append,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
 from serve_app.core import AdapterSpec, HubToken
+from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.errors import NotReady
+from tests.unit.deployments.local_handle import LocalHandle
 
 
 class StoreKeeper:
@@ -19,9 +23,14 @@ class StoreKeeper:
         self.is_away = False
         self.asked = 0
         self.changed = asyncio.Condition()
+        self.used: Counter[AdapterSpec] = Counter()
 
-    async def watch(self, known: TableVersion) -> AliasTable | None:
+    def client(self, **settings: Any) -> KeeperClient:
+        return KeeperClient(cast(Any, LocalHandle(self)), **settings)
+
+    async def watch(self, known: TableVersion, uses: Mapping[AdapterSpec, int]) -> AliasTable | None:
         self.asked += 1
+        self.used.update(uses)
         async with self.changed:
             self.changed.notify_all()
             self._answering()

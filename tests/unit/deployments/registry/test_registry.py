@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -16,7 +17,7 @@ from serve_app.catalog.replica_report import (
 )
 from serve_app.catalog.resolving.aliases import Alias, AliasStore
 from serve_app.core import AdapterRef, HubToken
-from serve_app.deployments.registry.alias_mirror import AliasMirror
+from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import AccessDenied, LoraplexError, MalformedRequest, ModelNotFound, NameTaken, NotReady
 from serve_app.refusals import BaseNotServed, NotAnAdapter
@@ -34,11 +35,11 @@ class Scene:
     world: World
     catalog: Catalog
     keeper: StoreKeeper
-    aliases: AliasMirror
+    aliases: KeeperClient
 
     def registry(self, *reports: ReplicaReport) -> tuple[ServiceRegistry, FakeReplicas]:
         replicas = FakeReplicas(*reports)
-        return ServiceRegistry(self.catalog, self.aliases, replicas), replicas
+        return ServiceRegistry(self.catalog, self.aliases, cast(Any, replicas)), replicas
 
     async def key_of(self, model: str) -> str:
         return (await self.catalog.lookup_adapter(AdapterRef(model))).spec.key
@@ -51,8 +52,8 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         world.put("me/style", adapter_files("demo/sd"))
         world.put("me/other", adapter_files("demo/sd"))
         keeper = StoreKeeper(AliasStore(tmp_path / "registry.sqlite3", clock=lambda: 0.0))
-        mirror = AliasMirror(keeper)
-        yield Scene(world, world.catalog(resolve_alias=mirror.resolve_alias), keeper, mirror)
+        client = keeper.client()
+        yield Scene(world, world.catalog(resolve_alias=client.resolve_alias), keeper, client)
 
 
 def alias(name: str = "mine", target: str = "me/style", **fields: str) -> Alias:
@@ -99,14 +100,14 @@ async def test_a_row_says_which_replicas_refuse_its_adapter_for_now(scene: Scene
         QuarantinedAdapters((key, "x"), (1.0, 1.0), "it failed", 70),
     )
     registry, _ = scene.registry(
-        ReplicaReport("r1", "demo/sd", held_back=(short,)), ReplicaReport("r2", "demo/sd", held_back=(long,))
+        ReplicaReport("r1", "demo/sd", quarantined=(short,)), ReplicaReport("r2", "demo/sd", quarantined=(long,))
     )
     await added(registry, alias())
     for name in ("me/style", "mine"):
         row = await registry.lora(name, token=None)
-        assert row.held_back == (("r2", long), ("r1", short))
+        assert row.quarantined == (("r2", long), ("r1", short))
         assert row in await registry.loras(token=None)
-    assert (await registry.lora("me/other", token=None)).held_back == ()
+    assert (await registry.lora("me/other", token=None)).quarantined == ()
     with pytest.raises(ModelNotFound):
         await registry.lora("me/none", token=None)
 

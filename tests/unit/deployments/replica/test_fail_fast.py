@@ -35,7 +35,7 @@ class Case:
     def __init__(self) -> None:
         self.worker = Worker()
         self.ended = asyncio.Event()
-        self.leaving = FailFast(cast(Any, self.worker), "demo/sd15", stall_after_s=10.0, end=self.ended.set)
+        self.leaving = FailFast(cast(Any, self.worker), "demo/sd15", stall_timeout_s=10.0, end=self.ended.set)
 
 
 def test_a_hung_device_ends_the_process_once_its_jobs_were_given_up() -> None:

@@ -12,7 +12,7 @@ from serve_app.deployments.replica.health import (
     STALL_AFTER_COMPILING_S,
     STALL_AFTER_S,
     diagnose,
-    stall_after_s,
+    stall_timeout_s,
 )
 from serve_app.engine.worker.state import WorkerState
 
@@ -54,4 +54,4 @@ def test_how_long_a_device_may_be_still_is_configured_or_leaves_room_for_compili
     settings: dict[str, object], expected: float
 ) -> None:
     base = BaseModelConfig.model_validate({"id": "demo/sd15", "source": {"embedded": "demo/sd15"}, **settings})
-    assert stall_after_s(base) == expected
+    assert stall_timeout_s(base) == expected

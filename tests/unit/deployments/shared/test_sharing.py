@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -15,6 +16,7 @@ from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedF
 from serve_app.deployments.shared.sharing import SharedFiles, get_file, put_file
 from serve_app.errors import HubUnavailable
 from tests.small_disk import leave_room
+from tests.unit.deployments.local_handle import LocalHandle
 
 CONTENT = bytes(range(256)) * 64
 SPEC = AdapterSpec(
@@ -87,8 +89,8 @@ class Hub:
         return path
 
 
-class Index:
-    """The index of a cluster, reached without a network."""
+class Keeper:
+    """The keeper of a cluster, reached without a network."""
 
     def __init__(self, flights: DownloadCoordinator) -> None:
         self.flights = flights
@@ -117,7 +119,7 @@ class Nodes:
 
     def __init__(self, root: Path, *, patience_s: float = 60.0, budget_bytes: int = 1 << 30) -> None:
         self.memory = Memory()
-        self.index = Index(DownloadCoordinator(patience_s=patience_s, budget_bytes=budget_bytes, clock=Clock()))
+        self.index = Keeper(DownloadCoordinator(patience_s=patience_s, budget_bytes=budget_bytes, clock=Clock()))
         self.root = root
         self.brought: list[tuple[str, str]] = []
         self.hubs: dict[str, Hub] = {}
@@ -128,7 +130,7 @@ class Nodes:
         self.hubs[name] = hub = Hub(self.root / name)
         return SharedFiles(
             hub,
-            self.index,
+            cast(Any, LocalHandle(self.index)),
             self.memory,
             copies=DownloadCache(
                 folder or self.root / name / "peers", disk_bytes, clock=lambda: float(next(self.ticks))

@@ -36,22 +36,22 @@ def ended(how: str, timeout_s: float) -> tuple[int, int, str]:
     command = [sys.executable, "-c", GUARDED, str(timeout_s), how]
     guarded = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert guarded.stdout is not None
-    guardian = int(guarded.stdout.readline())
+    watchdog = int(guarded.stdout.readline())
     _, errors = guarded.communicate(timeout=WAIT_S)
-    return guarded.returncode, guardian, errors
+    return guarded.returncode, watchdog, errors
 
 
 @pytest.mark.parametrize("how", ["stops", "blocks"])
 def test_a_process_that_is_stopped_or_whose_event_loop_is_blocked_is_killed(how: str) -> None:
-    status, guardian, errors = ended(how, SILENCE_S)
+    status, watchdog, errors = ended(how, SILENCE_S)
     assert status == -signal.SIGKILL
     assert "gave no sign of life for 3 s" in errors
-    until(lambda: has_ended(guardian), "the end of the guardian")
+    until(lambda: has_ended(watchdog), "the end of the watchdog")
 
 
 def test_a_process_that_lives_is_left_alone_and_its_guardian_ends_with_it() -> None:
     began = time.monotonic()
-    status, guardian, errors = ended("lives", LONG_SILENCE_S)
+    status, watchdog, errors = ended("lives", LONG_SILENCE_S)
     assert (status, errors) == (0, "")
     assert time.monotonic() - began >= 1.5 * LONG_SILENCE_S
-    until(lambda: has_ended(guardian), "the end of the guardian")
+    until(lambda: has_ended(watchdog), "the end of the watchdog")

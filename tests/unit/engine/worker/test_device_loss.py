@@ -97,8 +97,8 @@ def test_a_device_that_hangs_is_noticed_and_its_requests_go_elsewhere_while_it_h
     bench.now_s += 100.0
     state = bench.worker.snapshot()
     assert state.stalled_s == 100.0
-    assert diagnose(state, "tiny/base", stall_after_s=101.0) is None
-    found = diagnose(state, "tiny/base", stall_after_s=99.0)
+    assert diagnose(state, "tiny/base", stall_timeout_s=101.0) is None
+    found = diagnose(state, "tiny/base", stall_timeout_s=99.0)
     assert found is not None
     assert (found.reason, found.is_fatal) == ("stalled", True)
     bench.worker.fail_all(found.reason)

@@ -1,0 +1,108 @@
+"""What the processes of one application share: the aliases, who has which adapter file, and which adapters are in use.
+
+Owns the single-replica deployment around them. It runs on the head node, where the file of aliases lies; the rest is in
+memory alone, and losing it costs a fetch for each file that is still wanted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+from ray import serve
+
+from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
+from serve_app.config import AppConfig, Environment
+from serve_app.core import AdapterSpec
+from serve_app.deployments.registry.usage import UsageTracker
+from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedFile
+from serve_app.deployments.shared.logs import set_up_logging
+from serve_app.deployments.shared.sharing import NODE
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "registry.sqlite3"
+
+# How long a follower's question stays open; also what a rolling update of this deployment may have to wait.
+HOLD_S = 2.0
+
+
+# Its callers ask without end, which would fill the access log.
+@serve.deployment(logging_config={"enable_access_log": False})
+class Keeper:
+    """The one keeper of an application; it tells each change of the aliases to those who follow, as it happens."""
+
+    def __init__(self, config: AppConfig, environment: Environment) -> None:
+        """Open the file of aliases."""
+        set_up_logging(config.log_level)
+        # Nodes get new ids when a cluster restarts; the head stays the head.
+        folder = Path(str(environment.cache_dir).replace(NODE, "head"))
+        self._aliases = AliasStore(config.registry.path or folder / FILE_NAME, clock=time.time)
+        self._changed = asyncio.Condition()
+        self._table = self._aliases.table()
+        sharing = config.adapters.sharing
+        self._files = DownloadCoordinator(
+            patience_s=sharing.wait_timeout_s, budget_bytes=sharing.memory, clock=time.monotonic
+        )
+        self._usage: defaultdict[str, UsageTracker] = defaultdict(lambda: UsageTracker(time.monotonic))
+        log.info("the registry holds %d aliases at version %d", len(self._table.aliases), self._table.version.number)
+
+    async def watch(self, known: TableVersion, uses: Mapping[AdapterSpec, int]) -> AliasTable | None:
+        """Return the aliases once they are others than at the version known; None where that takes too long.
+
+        `uses` counts the requests for adapters since the caller asked last.
+        """
+        for spec, count in uses.items():
+            self._usage[spec.base_id].note(spec, count)
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._table.version != known), HOLD_S)
+        return self._table if self._table.version != known else None
+
+    async def put(self, alias: Alias, *, may_replace: bool) -> AliasTable:
+        """Keep an alias.
+
+        Raises:
+            NameTaken, OutOfBounds: as the store does.
+        """
+        table = await asyncio.to_thread(self._aliases.put, alias, may_replace=may_replace)
+        return await self._publish(table, f"{alias.name} stands for {alias.target.id}")
+
+    async def remove(self, name: str) -> AliasTable:
+        """Remove an alias, if it is there."""
+        table = await asyncio.to_thread(self._aliases.remove, name)
+        return await self._publish(table, f"{name} is removed")
+
+    async def popular(self, base_id: str) -> tuple[AdapterSpec, ...]:
+        """Return the adapters of a base that were requested most recently and often, the most used first."""
+        return self._usage[base_id].most_used()
+
+    async def claim(self, key: str) -> SharedFile | None:
+        """Return a file, waiting for the node that fetches it; None means that the caller is to fetch it."""
+        return await self._files.claim(key)
+
+    async def announce(self, key: str, file: SharedFile) -> None:
+        """Make a fetched file known."""
+        self._files.announce(key, file)
+
+    async def release_claim(self, key: str) -> None:
+        """Take back a claim."""
+        self._files.release_claim(key)
+
+    async def invalidate(self, key: str, sha256: str) -> None:
+        """Forget a file whose bytes could not be had."""
+        self._files.invalidate(key, sha256)
+
+    async def _publish(self, table: AliasTable, what: str) -> AliasTable:
+        async with self._changed:
+            # Two changes may come back from their threads in the other order.
+            if table.version.number > self._table.version.number:
+                self._table = table
+                log.info("alias %s; version %d", what, table.version.number)
+                self._changed.notify_all()
+        return table
