@@ -11,7 +11,7 @@ import asyncio
 import copy
 import functools
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from serve_app.file_locks import is_disk_full
 from serve_app.refusals import RefusedAdapter
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.budget import ByteBudget, EvictionPlan
+from serve_app.store.pins import Pins
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ Tier = Literal["host", "disk", "remote"]
 _DAMAGED = (OSError, ValueError, LookupError, LoraplexError)
 
 _THREADS = 4
+PIN_WAIT_S = 60.0
 _MAX_REFUSED = 1024
 # The disk needs space for the downloaded and for the admitted file, and a little more for what goes with them.
 _SPARE_BYTES = 1024**2
@@ -77,10 +79,10 @@ class _Loaded(Generic[T]):
 class AdapterStore(Generic[T]):
     """Adapters by key; one fetch of a key serves all requests that wait for it.
 
-    Invariants: a leased adapter is never evicted. If one waiting request is cancelled, the download continues for the
-    others. A failed fetch fails every request that waits for it, each with its own error, and is not cached: the next
-    request tries again. A file that was refused is not read again for `failure_ttl_s`. No key waits for another key's
-    fetch.
+    Invariants: a leased adapter is never evicted. Leased adapters fit the budget, or are those of one request. If one
+    waiting request is cancelled, the download continues for the others. A failed fetch fails every request that waits
+    for it, each with its own error, and is not cached: the next request tries again. A file that was refused is not
+    read again for `failure_ttl_s`. No key waits for another key's fetch.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class AdapterStore(Generic[T]):
         host_budget_bytes: int,
         clock: Callable[[], float],
         failure_ttl_s: float = 0.0,
+        pin_wait_s: float = PIN_WAIT_S,
         release: Callable[[AdapterSpec], None] = lambda _: None,
         free_space: Callable[[int], int] = lambda _: 0,
     ) -> None:
@@ -106,9 +109,10 @@ class AdapterStore(Generic[T]):
             load: Read a canonical file into memory; runs in a thread. A damaged file is an OSError,
                 ValueError, LookupError or LoraplexError.
             size_of: The bytes of a loaded adapter.
-            host_budget_bytes: The limit of all adapters in host memory; only leased ones may exceed it.
+            host_budget_bytes: The limit of all adapters in host memory; only those of a single request may exceed it.
             clock: Monotonic seconds.
             failure_ttl_s: How long a file's refusal is repeated without reading it again.
+            pin_wait_s: How long a request waits for the memory that the adapters of others fill.
             release: Called when the adapter's downloaded file is no longer read.
             free_space: Remove at least so many bytes of downloaded files from a full disk, and return how many; runs
                 in a thread.
@@ -120,6 +124,7 @@ class AdapterStore(Generic[T]):
         self._size_of = size_of
         self._clock = clock
         self._budget = ByteBudget(host_budget_bytes)
+        self._pins = Pins(self._budget, wait_s=pin_wait_s)
         self._adapters: dict[str, T] = {}
         self._flights: dict[str, asyncio.Task[_Loaded[T]]] = {}
         self._evictions = 0
@@ -131,20 +136,39 @@ class AdapterStore(Generic[T]):
 
     @asynccontextmanager
     async def lease(self, spec: AdapterSpec) -> AsyncGenerator[Lease[T]]:
-        """Load an adapter into host memory and keep it there until the end of the block.
+        """Load one adapter; as `lease_all`."""
+        async with self.lease_all((spec,)) as (lease,):
+            yield lease
+
+    @asynccontextmanager
+    async def lease_all(self, specs: Sequence[AdapterSpec]) -> AsyncGenerator[list[Lease[T]]]:
+        """Load the adapters of a request into host memory and keep them there until the end of the block.
+
+        While others hold the memory, it waits and holds nothing.
 
         Raises:
-            LoraplexError: Raised by the download or the check of the file.
-            DiskFull: There is no space for it, even after removing unused files.
+            LoraplexError: Raised by the download or the check of a file.
+            HostMemoryFull: Others held the memory for too long.
+            DiskFull: There is no space for a file, even after removing unused ones.
             ReplicaLost: The store was closed meanwhile.
         """
         asked_at = self._clock()
-        self._budget.pin(spec.key)
+        sizes = {spec.key: spec.size_bytes for spec in specs}
+        await self._pins.pin(sizes)
+        is_pinned = True
         try:
-            found = await self._find(spec)
-            yield Lease(spec, found.adapter, found.tier, (self._clock() - asked_at) * 1000)
+            found = await self._find_all(specs)
+            while self._pins.exceeds(sizes):  # the files did not tell how large they would be
+                self._unpin(sizes)
+                is_pinned = False
+                await self._pins.pin(sizes, is_again=True)
+                is_pinned = True
+                found = await self._find_all(specs)
+            fetch_ms = (self._clock() - asked_at) * 1000
+            yield [Lease(spec, one.adapter, one.tier, fetch_ms) for spec, one in zip(specs, found, strict=True)]
         finally:
-            self._evict(self._budget.unpin(spec.key))
+            if is_pinned:
+                self._unpin(sizes)
 
     def resident(self) -> tuple[str, ...]:
         """The keys in host memory, least recently used first."""
@@ -179,6 +203,20 @@ class AdapterStore(Generic[T]):
         self._threads.shutdown(wait=False)
         self._admitted.close()
 
+    async def _find_all(self, specs: Sequence[AdapterSpec]) -> list[_Loaded[T]]:
+        """Load adapters at the same time; the first failure is raised once none of them is waited for."""
+        finding = [asyncio.ensure_future(self._find(spec)) for spec in specs]
+        try:
+            return await asyncio.gather(*finding)
+        finally:
+            for one in finding:
+                one.cancel()
+            await asyncio.gather(*finding, return_exceptions=True)
+
+    def _unpin(self, keys: Collection[str]) -> None:
+        for plan in self._pins.unpin(keys):
+            self._evict(plan)
+
     async def _find(self, spec: AdapterSpec) -> _Loaded[T]:
         if spec.key in self._adapters:
             return _Loaded(self._adapters[spec.key], "host")
@@ -203,7 +241,9 @@ class AdapterStore(Generic[T]):
             if found is None:
                 found = await self._load_remote(spec)
             self._adapters[spec.key] = found.adapter
-            self._evict(self._budget.add(spec.key, self._size_of(found.adapter)))
+            size_bytes = self._size_of(found.adapter)
+            self._evict(self._budget.add(spec.key, size_bytes))
+            self._pins.learn(spec.key, size_bytes)
             return found
         finally:
             del self._flights[spec.key]

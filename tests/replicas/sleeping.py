@@ -163,9 +163,7 @@ class SleepingReplica:
         self._device.add_pending(work_units(request))
         async with self._turn, AsyncExitStack() as pins:
             pins.enter_context(self._recorder.accepted(request))
-            leases = await asyncio.gather(
-                *(pins.enter_async_context(self._store.lease(use.spec)) for use in request.adapters)
-            )
+            leases = await pins.enter_async_context(self._store.lease_all([use.spec for use in request.adapters]))
             await self._ids.update()
             is_swapped = await asyncio.wrap_future(self._device.submit(request))
         return Slept(self._id, sum(lease.tier == "remote" for lease in leases), is_swapped)

@@ -252,19 +252,9 @@ class BaseModelReplica:
         self, request: GenerationRequest, pins: contextlib.AsyncExitStack
     ) -> list[Lease[ParsedAdapter]]:
         """Pin every adapter of a request, all fetched at the same time, and tell Ray that they are here."""
-        pinning = [
-            asyncio.ensure_future(pins.enter_async_context(self._store.lease(use.spec))) for use in request.adapters
-        ]
-        try:
-            with span("fetch", request.trace) as fetching:
-                leases = await asyncio.gather(*pinning)
-                fetching.note(tiers=[lease.tier for lease in leases])
-        except BaseException:
-            # One was refused, or the caller left: none may be pinned after `pins` has let go.
-            for pin in pinning:
-                pin.cancel()
-            await asyncio.gather(*pinning, return_exceptions=True)
-            raise
+        with span("fetch", request.trace) as fetching:
+            leases = await pins.enter_async_context(self._store.lease_all([use.spec for use in request.adapters]))
+            fetching.note(tiers=[lease.tier for lease in leases])
         for lease in leases:
             self._residency.note(lease, is_hit=True)
         await self._ids.update()

@@ -174,6 +174,10 @@ class JobQueue:
             late += [job for job in self.running if not job.is_cancelled and self._is_past_deadline(job)]
         return [(job, DeadlineExceeded(job.request.due.limit_s)) for job in late if job.request.due is not None]
 
+    def drop_cancelled(self) -> None:
+        """Take out the jobs that were given up before their pass began."""
+        self._waiting = [job for job in self._waiting if not job.is_cancelled]
+
     def next(self, applied: AdapterSetKey) -> tuple[Job, ...]:
         """Return the jobs of the batch that would begin now, with `applied` in the weights; none where none waits."""
         jobs = {job.waiting.job_id: job for job in self._waiting if not job.is_cancelled}

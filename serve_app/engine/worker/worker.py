@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -140,7 +141,14 @@ class EngineWorker:
                 self._last_progress_s = self._clock()
             job = self._queue.add(request, adapters, key, on_event)
             self._changed.notify()
+        job.future.add_done_callback(self._drop_cancelled)
         return job
+
+    def _drop_cancelled(self, future: Future[GenerationResult]) -> None:
+        """Let go of a job that was given up while it waits: its adapters are in no budget any more."""
+        if future.cancelled():
+            with self._changed:
+                self._queue.drop_cancelled()
 
     @contextmanager
     def expecting(self, request: GenerationRequest) -> Iterator[None]:

@@ -10,13 +10,14 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve_app.core import AdapterSpec
-from serve_app.errors import HubUnavailable, LoraplexError, ReplicaLost
+from serve_app.errors import HostMemoryFull, HubUnavailable, LoraplexError, ReplicaLost
 from serve_app.refusals import MalformedFile
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore, Lease
@@ -276,12 +277,45 @@ async def test_a_leased_adapter_is_never_evicted(bench: Bench) -> None:
         assert store.resident() == (spec("e").key, spec("f").key)
 
 
-async def test_leases_may_exceed_the_budget_and_settle_when_they_end(bench: Bench) -> None:
+async def test_the_adapters_of_one_request_may_exceed_the_budget_and_settle_when_it_ends(bench: Bench) -> None:
     async with bench.store(budget_bytes=15) as store:
-        async with store.lease(spec("a")), store.lease(spec("b")):
+        async with store.lease_all([spec("a"), spec("b")]):
             assert store.state().used_bytes == 20
-        assert store.resident() == (spec("a").key,)
-        assert store.state().evictions == 1
+        assert len(store.resident()) == store.state().evictions == 1
+
+
+@pytest.mark.parametrize("guess", [1, 10])
+async def test_requests_wait_for_the_memory_that_others_hold_and_hold_none_meanwhile(bench: Bench, guess: int) -> None:
+    async with bench.store(budget_bytes=45) as store:
+        pairs = [("a", "b"), ("c", "d"), ("e", "f"), ("g", "h"), ("a", "h"), ("b", "g"), ("c", "f"), ("d", "e")]
+        held: list[str] = []
+        most, done = 0, 0
+
+        async def ask(pair: tuple[str, str]) -> None:
+            nonlocal most, done
+            async with store.lease_all([replace(spec(name), size_bytes=guess) for name in pair]):
+                held.extend(pair)
+                most = max(most, len(set(held)))
+                await asyncio.sleep(0.01)
+                for name in pair:
+                    held.remove(name)
+            done += 1
+
+        await asyncio.gather(*map(ask, pairs))
+        assert (most, done) == (4, 8)
+        assert store.state().used_bytes <= 45
+
+
+async def test_a_request_that_waits_too_long_for_memory_is_told_so(bench: Bench) -> None:
+    async with bench.store(budget_bytes=15, pin_wait_s=0.05) as store, store.lease(spec("a")):
+        with pytest.raises(HostMemoryFull, match=r"replica\.host_cache"):
+            await use(store, spec("b"))
+        waiting = asyncio.create_task(use(store, spec("c")))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert store.state().pinned == 1
+        assert (await use(store, spec("a"))).tier == "host"
 
 
 async def test_an_adapter_larger_than_the_budget_is_served_and_then_dropped(bench: Bench) -> None:

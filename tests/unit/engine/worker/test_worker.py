@@ -212,6 +212,20 @@ def test_a_job_cancelled_in_the_queue_never_runs(bench: Bench) -> None:
     assert heard == []
 
 
+def test_a_job_cancelled_in_the_queue_lets_its_adapters_go_at_once(bench: Bench) -> None:
+    gate = Gate()
+    holding = bench.worker.submit(request(), (), on_event=on_steps(gate))
+    assert gate.reached.wait(WAIT_S)
+    adapter = parsed_adapter(bench.pipeline.manifest)
+    kept = weakref.ref(next(adapter.tensors()))
+    assert bench.worker.submit(request(adapters=(use_of("me/a"),)), [(adapter, 1.0)]).cancel()
+    del adapter
+    gc.collect()
+    assert kept() is None
+    gate.open()
+    holding.future.result(WAIT_S)
+
+
 def test_a_running_job_that_is_cancelled_stops_at_the_next_step_and_leaves_no_trace(bench: Bench) -> None:
     steps_run: list[int] = []
     hook = bench.live.unet.register_forward_hook(lambda *_: steps_run.append(1))
