@@ -270,8 +270,8 @@ METHODS: dict[str, Callable[[Tensor, torch.Generator], Made]] = {
     "LoKr with DoRA": _dora(_lokr),
     "full differences": _full,
 }
-# A magnitude per input, and a LoKr with magnitudes, are of the whole of a fused projection: no part has them alone.
-INDIVISIBLE = ("DoRA, a magnitude per input", "LoKr with DoRA")
+# A magnitude per input is that of all outputs of a fused projection: no part has it alone.
+INDIVISIBLE = ("DoRA, a magnitude per input",)
 
 
 def spelt(base: Base, spelling: Spelling, method: str) -> tuple[dict[str, Tensor], Truth]:

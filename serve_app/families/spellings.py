@@ -48,9 +48,9 @@ INPUT_PARTS = frozenset(("down", "hada_w1_b", "lokr_w1", "lokr_w1_b", "diff"))
 OUTPUT_PARTS = frozenset(("up", "hada_w1_a", "lokr_w2", "lokr_w2_a", "diff"))
 # Methods that are known and not served: what a key holds, and the method's name.
 UNSERVED: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\.oft_(?:blocks|diag)$|oft_R"), "OFT"),
+    (re.compile(r"\.oft_(?:blocks|diag)$|oft_R"), "OFT or BOFT"),
     (re.compile(r"\.boft_|\.boft$"), "BOFT"),
-    (re.compile(r"\.on_input$|\.ia3_l|\.ia3_"), "IA3"),
+    (re.compile(r"\.on_input$|\.ia3_l|\.ia3_|^(?:lycoris|lora_(?:unet|transformer|te\d?))_[^.]+\.weight$"), "IA3"),
     (re.compile(r"\.(?:a1|a2|b1|b2|bm)\.weight$"), "GLoRA"),
     (re.compile(r"^(?:unet|text_encoder):\d+:(?:up|down)$"), "the form of cloneofsimo's first trainer"),
     (re.compile(r"_norm\.scale$|lora_controlnet"), "control LoRA"),

@@ -22,7 +22,8 @@ class BaseMatch:
     """The bases that an adapter may serve on, the preferred one first.
 
     `made_for` names the base as the caller should read it, whether or not it is served. Several bases without
-    a word of the card are ambiguous: the request has to name one. `by_name` are bases that the file fits in structure
+    a word of the card are ambiguous: the request has to name one. So is a single one where the file fits `rivals` as
+    well, families that are not served. `by_name` are bases that the file fits in structure
     though its card names another that is not served, such as a fine-tune: they serve it where the request names them.
     """
 
@@ -30,6 +31,7 @@ class BaseMatch:
     made_for: str
     is_ambiguous: bool = False
     by_name: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
 
 
 def match_bases(
@@ -70,7 +72,14 @@ def _by_structure(header: HeaderFacts, possible: Sequence[BaseArchitecture]) -> 
         candidates = [base for base in candidates if base.family is None]
     ids = tuple(base.id for base in candidates)
     made_for = header.family or " or ".join(sorted(published(header.families, header.hidden_widths)))
-    return BaseMatch(ids, ids[0] if ids else made_for or "a base that cannot be told", len(ids) > 1)
+    known = {base.family for base in candidates}
+    rivals = published(header.families, header.hidden_widths) - known if header.family is None and ids else ()
+    return BaseMatch(
+        ids,
+        ids[0] if ids else made_for or "a base that cannot be told",
+        is_ambiguous=len(ids) > 1 or bool(rivals),
+        rivals=tuple(sorted(rivals)),
+    )
 
 
 def contradiction(header: HeaderFacts, base: BaseArchitecture) -> str | None:

@@ -145,15 +145,26 @@ def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[
     if denoiser != "unet":
         widths, depths = transformer_shape(config)
         return BaseArchitecture(base_id, stated, denoiser, hidden_widths=widths, depths=tuple(depths.items()))
-    width, channels = config.get("cross_attention_dim"), config.get("block_out_channels")
+    width = config.get("cross_attention_dim")
     text_width = width if type(width) is int else None
     return BaseArchitecture(
         id=base_id,
         family=UNET_FAMILIES.get(text_width or 0) or stated,
         denoiser=denoiser,
         text_width=text_width,
-        hidden_widths=frozenset(n for n in channels if type(n) is int) if isinstance(channels, list) else frozenset(),
+        hidden_widths=_attention_widths(config),
     )
+
+
+def _attention_widths(unet: dict[str, Any]) -> frozenset[int]:
+    """Return the widths of the blocks that have attention; of all blocks where the configuration does not say."""
+    channels, kinds = unet.get("block_out_channels"), unet.get("down_block_types")
+    if not isinstance(channels, list):
+        return frozenset()
+    if not isinstance(kinds, list) or len(kinds) != len(channels):
+        kinds = ["Attn"] * len(channels)
+    pairs = [*zip(channels, kinds, strict=True), (channels[-1:] and channels[-1], "Attn")]  # the middle has attention
+    return frozenset(width for width, kind in pairs if type(width) is int and "Attn" in str(kind))
 
 
 def _head_of(path: Path) -> bytes | None:

@@ -15,7 +15,7 @@ from serve_app.catalog.reading.repository import AdapterSource, RepositoryListin
 from serve_app.catalog.reading.selection import Candidate, candidates, indexes_of, read_index
 from serve_app.errors import TooLarge
 from serve_app.families.spellings import text_folder
-from serve_app.refusals import AmbiguousFile, MalformedFile, NotAnAdapter
+from serve_app.refusals import AmbiguousFile, MalformedFile, NotAnAdapter, RefusedAdapter, UnsupportedMethod
 
 MAX_HEADERS_READ = 8
 # Up to here, looking at all of them takes less time than the way to a thread and back.
@@ -34,11 +34,10 @@ async def choose(
     for name in indexes_of(listing):
         content = await _small(source, listing, name, MAX_INDEX_BYTES)
         indexes[name] = read_index(listing.id, name, content or b"{}")
-    seen: list[str] = []
+    seen: dict[str, str | None] = {}
     for found in candidates(listing, filename, indexes):
-        seen += [files[0] for files in found]
         if len(found) > MAX_HEADERS_READ:
-            raise AmbiguousFile(listing.id, _choice(seen))
+            raise AmbiguousFile(listing.id, _choice([files[0] for files in found]))
         headers = {files: await _header(source, listing, files, indexes) for files in found}
         described = {files: await _described(header) for files, header in headers.items()}
         adapters = [(files, facts) for files, facts in described.items() if facts.has_pairs]
@@ -46,6 +45,7 @@ async def choose(
             raise AmbiguousFile(listing.id, _choice([files[0] for files, _ in adapters]))
         if adapters:
             return adapters[0]
+        seen |= {files[0]: facts.unserved_method for files, facts in described.items()}
     raise _no_pairs(listing.id, seen)
 
 
@@ -114,7 +114,11 @@ async def _described(header: SafetensorsHeader) -> HeaderFacts:
     return await run_blocking(lambda: describe(header))
 
 
-def _no_pairs(model: str, names: Sequence[str]) -> NotAnAdapter:
+def _no_pairs(model: str, methods: Mapping[str, str | None]) -> RefusedAdapter:
+    for name, method in methods.items():
+        if method is not None:
+            return UnsupportedMethod(model, f"'{name}' uses {method}, which is not served")
+    names = tuple(methods)
     what = f"'{names[0]}' has no" if len(names) == 1 else f"none of {', '.join(names)} has"
     return NotAnAdapter(
         model, f"{what} layers of an adapter: no pair of low-rank factors, in any spelling that is read"

@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, cast
 
-from serve_app.families.spellings import INPUT_PARTS, OUTPUT_PARTS, in_folder, split_key
+from serve_app.families.spellings import INPUT_PARTS, OUTPUT_PARTS, in_folder, split_key, unserved_method
 from serve_app.families.structure import (
     UNET_FAMILIES,
     component_of,
@@ -74,7 +74,7 @@ class HeaderFacts:
     `text_width` is the input width of the cross-attention's `to_k`, `hidden_widths` those of self-attention:
     None and empty where the file has no such layers. `families` are those of transformers that the layers' names
     fit, `depths` how many blocks of each kind they need; `family` is the one family that is certain, if any.
-    `stem` is the name of a layer, for messages.
+    `stem` is the name of a layer, for messages, `unserved_method` what a file without pairs holds instead.
     """
 
     has_pairs: bool
@@ -89,6 +89,7 @@ class HeaderFacts:
     families: frozenset[str] = frozenset()
     depths: tuple[tuple[str, int], ...] = ()
     stem: str = ""
+    unserved_method: str | None = None
 
 
 def header_length(head: bytes) -> int:
@@ -225,6 +226,7 @@ def describe(header: SafetensorsHeader) -> HeaderFacts:
         families=families,
         depths=tuple(depths_of(widths).items()),
         stem=next(iter(reading), ""),
+        unserved_method=None if reading else next(filter(None, map(unserved_method, header.tensors)), None),
     )
 
 

@@ -115,8 +115,12 @@ class AdapterInfo:
 
     def ambiguity(self) -> BaseNotServed:
         """Return the refusal for a request that leaves open which of several bases is meant."""
-        fitting = ", ".join(self.base_match.bases)
-        return BaseNotServed(self.id, f"its card names no base, and its layers fit {fitting}: name one of them")
+        fitting, rivals = ", ".join(self.base_match.bases), " and ".join(self.base_match.rivals)
+        also = f", and those of {rivals} as well, which are not served" if rivals else ""
+        which = "the one that it was made for" if rivals else "one of them"
+        return BaseNotServed(
+            self.id, f"its card names no base, and its layers fit {fitting}{also}: name {which} in the request"
+        )
 
 
 class AdapterInspector:

@@ -88,7 +88,7 @@ def common_base(findings: Sequence[AdapterInfo], config: AppConfig) -> BaseModel
     ]
     if not common:
         raise _cannot_combine(leading, findings)
-    if not certain and len(common) > 1:
+    if not certain and (len(common) > 1 or leading.base_match.rivals):
         raise leading.ambiguity()
     return common[0]
 

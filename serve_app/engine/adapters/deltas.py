@@ -87,12 +87,14 @@ Direction = LowRank | Hadamard | Kronecker | Dense
 class Dora:
     """magnitude * (W + d) / ||W + d||, d the change of `direction`.
 
-    Norms and magnitudes are per output, [out], or, where `is_per_input`, per input channel, [in].
+    Norms and magnitudes are per output, [out], or, where `is_per_input`, per input channel, [in]. A request's scale
+    multiplies d, as in peft, or, where `is_scaled_whole`, the difference from W, as in ComfyUI and A1111.
     """
 
     direction: Direction
     magnitude: Tensor
     is_per_input: bool = False
+    is_scaled_whole: bool = False
 
 
 Delta = LowRank | Dora | Hadamard | Kronecker | Dense

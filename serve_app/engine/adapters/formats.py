@@ -78,7 +78,7 @@ def build_delta(tensors: Mapping[str, Tensor], scaling: Scaling | None, target: 
         raise UnsupportedMethod(
             target.adapter, f"{target.label} mixes several methods: '{parts.unread[0]}' is left over"
         )
-    delta = direction if magnitude is None else Dora(direction, magnitude, is_per_input)
+    delta = direction if magnitude is None else Dora(direction, magnitude, is_per_input, "dora_scale" in tensors)
     check_finite(delta, target)
     return delta
 

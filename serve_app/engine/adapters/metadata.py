@@ -1,8 +1,8 @@
 """What a file's own metadata may say about scaling, read strictly.
 
 Owns the whitelist of `lora_adapter_metadata`, the table that diffusers writes beside an adapter's tensors. Nothing
-from it reaches a regular expression, an import or a peft configuration: patterns are compared as literal names, and
-settings that would change more than scaling are refused.
+from it reaches an import or a peft configuration, and settings that would change more than scaling are refused.
+Patterns are compared as literal names, or by RE2, whose time grows with the text alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
+
+import re2
 
 from serve_app.engine.adapters.deltas import divisor_of
 from serve_app.engine.adapters.safetensors_file import shown
@@ -45,6 +48,10 @@ FREE = frozenset(
 )
 # Ways of initialising that leave the base's own weights as they are.
 HARMLESS_STARTS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
+# Longer ones are none that a person writes.
+MAX_EXPRESSION = 1000
+EXPRESSION_OPTIONS = re2.Options()
+EXPRESSION_OPTIONS.log_errors = False
 PATTERN_LETTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.")
 
 
@@ -57,7 +64,7 @@ class Scaling:
 
     rank: int | None = None
     alpha: float | None = None
-    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+    ranks: Mapping[str, float] = field(default_factory=dict[str, float])
     alphas: Mapping[str, float] = field(default_factory=dict[str, float])
     is_rank_stabilised: bool = False
     is_dora: bool | None = None
@@ -139,13 +146,12 @@ def _scaling(settings: dict[str, Any], name: str) -> Scaling:
     if rank is not None and (rank != int(rank) or rank < 1):
         raise MalformedFile(name, "its metadata gives a rank that is no whole number")
     ranks = settings.pop("rank_pattern", None)
-    if isinstance(ranks, dict) and not all(_is_literal(pattern) for pattern in ranks):
-        rank, ranks = None, None  # the shapes tell the ranks, so that no expression has to be read
-    ranks = _pattern(ranks, "rank_pattern", name)
+    if isinstance(ranks, dict) and not all(_is_readable(pattern) for pattern in ranks):
+        rank, ranks = None, None  # the shapes tell the ranks
     return Scaling(
         rank=None if rank is None else int(rank),
         alpha=_number(settings.pop("lora_alpha", None), "lora_alpha", name),
-        ranks={module: int(value) for module, value in ranks.items()},
+        ranks=_pattern(ranks, "rank_pattern", name),
         alphas=_pattern(settings.pop("alpha_pattern", None), "alpha_pattern", name),
         is_rank_stabilised=bool(_flag(settings.pop("use_rslora", None), "use_rslora", name)),
         is_dora=_flag(settings.pop("use_dora", None), "use_dora", name),
@@ -180,34 +186,54 @@ def _flag(value: Any, key: str, name: str) -> bool | None:
 
 
 def _pattern(value: Any, key: str, name: str) -> dict[str, float]:
-    """Return literal module name -> number, in the file's order."""
+    """Return pattern -> number, in the file's order."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise MalformedFile(name, f"its metadata gives '{key}' as something other than a table")
-    literal: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for pattern, number in value.items():
-        module = _module_of(pattern)
-        if not _is_literal(pattern):
-            raise UnsupportedMethod(name, f"its metadata's '{key}' uses a regular expression, which is not read")
+        if not _is_readable(pattern):
+            raise UnsupportedMethod(
+                name, f"its metadata's '{key}' uses the regular expression '{shown(pattern)}', which RE2 does not read"
+            )
         amount = _number(number, key, name)
         if amount is None:
             raise MalformedFile(name, f"its metadata's '{key}' has an empty value")
-        literal[("^" if pattern.startswith("^") else "") + module] = amount
-    return literal
+        is_exact = pattern.startswith("^")
+        numbers[f"{'^' * is_exact}{_module_of(pattern)}" if _is_literal(pattern) else pattern] = amount
+    return numbers
 
 
 def _module_of(pattern: str) -> str:
     return pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
 
 
+@lru_cache(maxsize=8192)
 def _is_literal(pattern: str) -> bool:
     return set(_module_of(pattern)) <= PATTERN_LETTERS
+
+
+def _is_readable(pattern: str) -> bool:
+    return _is_literal(pattern) or (len(pattern) <= MAX_EXPRESSION and _expression(pattern) is not None)
+
+
+@lru_cache(maxsize=4096)
+def _expression(pattern: str) -> Any:
+    """Return what peft would search with, compiled; None where RE2 does not read it."""
+    try:
+        return re2.compile(rf"(.*\.)?({pattern})$", EXPRESSION_OPTIONS)
+    except re2.error:
+        return None
 
 
 def _resolve(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the first pattern's value whose name is the module or a dotted end of it, as peft picks it."""
     for pattern, value in patterns.items():
+        if not _is_literal(pattern):
+            if _expression(pattern).match(module):
+                return value
+            continue
         exact = pattern.removeprefix("^")
         if module == exact or (pattern == exact and module.endswith("." + exact)):
             return value

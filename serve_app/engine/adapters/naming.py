@@ -51,7 +51,7 @@ def name_layers(tensors: Mapping[str, Tensor], manifest: BaseManifest, name: str
         MalformedFile: two of its tensors are the same part of a layer, or two of its layers the same of the base.
     """
     layers, unknown = _group(tensors, name)
-    index = SpellingIndex(manifest.components, manifest.denoiser, manifest.layers_per_block)
+    index = SpellingIndex(manifest.modules(), manifest.denoiser, manifest.layers_per_block)
     for layer in layers:
         layer.layer_name = index.find(layer.stem)
     _refuse_duplicates(layers, name)

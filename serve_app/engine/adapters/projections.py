@@ -31,8 +31,9 @@ def split_projection(parts: Parts, targets: Sequence[TargetLayer], *, swaps_halv
     if len(sizes) == 1 and not swaps_halves:
         return [parts]
     split: list[Parts] = [{} for _ in targets]
-    for part, tensor in _by_rows(parts, targets[0], sizes, swaps_halves=swaps_halves).items():
-        if part in _SHARED:
+    for part, tensor in _by_rows(parts, targets[0], sizes).items():
+        is_per_input = part == "dora_scale" and len(sizes) == 1 and tensor.shape[:1] == (1,)
+        if part in _SHARED or is_per_input:
             pieces: Sequence[Tensor] = [tensor] * len(sizes)
         else:
             if tensor.ndim < 1 or tensor.shape[0] != sum(sizes):
@@ -46,16 +47,17 @@ def split_projection(parts: Parts, targets: Sequence[TargetLayer], *, swaps_halv
     return _without_zero_blocks(split) if set(parts) <= {"down", "up", "alpha"} else split
 
 
-def _by_rows(parts: Parts, target: TargetLayer, sizes: list[int], *, swaps_halves: bool) -> Parts:
+def _by_rows(parts: Parts, target: TargetLayer, sizes: list[int]) -> Parts:
     """Return parts of which each is shared or has a row for each output."""
-    if any(part.startswith("lokr_") for part in parts):
-        return _kronecker_rows(parts, target, sizes, swaps_halves=swaps_halves)
     scale = parts.get("dora_scale")
-    if scale is not None and (scale.ndim < 1 or scale.shape[0] != sum(sizes)):
+    if scale is not None and len(sizes) > 1 and scale.shape[:1] != (sum(sizes),):
         raise UnsupportedMethod(
             target.adapter,
-            f"{target.label} is part of a projection with a magnitude per input, which cannot be divided",
+            f"{target.label} is part of a projection with a magnitude per input, which cannot be divided: it is that "
+            "of all outputs together, and in this base they are several layers",
         )
+    if any(part.startswith("lokr_") for part in parts):
+        return _kronecker_rows(parts, target)
     strange = sorted(set(parts) - _BY_OUTPUT - _SHARED - {"dora_scale"})
     if strange:
         raise UnsupportedMethod(
@@ -65,17 +67,21 @@ def _by_rows(parts: Parts, target: TargetLayer, sizes: list[int], *, swaps_halve
     return parts
 
 
-def _kronecker_rows(parts: Parts, target: TargetLayer, sizes: list[int], *, swaps_halves: bool) -> Parts:
+def _kronecker_rows(parts: Parts, target: TargetLayer) -> Parts:
     """Multiply a Kronecker product out where its parts are divided: rows of one lie across the rows of others."""
-    if "lokr_t2" in parts or set(parts) & {"dora_scale", "magnitude"}:
-        raise UnsupportedMethod(target.adapter, f"{target.label} is part of a LoKr projection that cannot be divided")
+    if "lokr_t2" in parts:
+        raise UnsupportedMethod(
+            target.adapter, f"{target.label} is part of a projection with a core (lokr_t2), which cannot be divided"
+        )
     left, right = (_half(parts, half, target) for half in ("lokr_w1", "lokr_w2"))
     rank = next((parts[half].shape[0] for half in ("lokr_w2_b", "lokr_w1_b") if half in parts), None)
     product = torch.kron(left, right)
     alpha = parts.get("alpha")
     if alpha is not None and rank:
         product = product * (float(alpha.float().reshape(-1)[0]) / rank if alpha.numel() == 1 else float("nan"))
-    return {"diff": product, **{part: parts[part] for part in ("diff_b",) if part in parts}}
+    # What belongs to no LoKr layer is kept, so that it is refused where it is read.
+    others = {part: tensor for part, tensor in parts.items() if part != "alpha" and not part.startswith("lokr_")}
+    return {"diff": product} | others
 
 
 def _half(parts: Parts, half: str, target: TargetLayer) -> Tensor:

@@ -53,6 +53,7 @@ class Vocabulary:
 class BaseManifest:
     """The adaptable layers of one loaded base: component name -> module name -> layer.
 
+    `components` are the layers that take factors, `norms` those that only whole differences change.
     `layers_per_block` is the UNet's, which numbers blocks in the original implementation; None where there is no UNet.
     `fingerprint` tells structures apart: the same fingerprint means the same layers in the same dtype.
     `vocabularies` are those of the text encoders that adapters can teach words, by component, in the pipeline's order.
@@ -65,10 +66,15 @@ class BaseManifest:
     components: Mapping[str, Mapping[str, Layer]]
     fingerprint: str
     vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict[str, Vocabulary])
+    norms: Mapping[str, Mapping[str, Layer]] = field(default_factory=dict[str, Mapping[str, Layer]])
 
     def layer(self, component: str, module: str) -> Layer | None:
         """Return the layer of that name, or None."""
-        return self.components.get(component, {}).get(module)
+        return self.components.get(component, {}).get(module) or self.norms.get(component, {}).get(module)
+
+    def modules(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of all layers, by component."""
+        return {name: (*layers, *self.norms.get(name, ())) for name, layers in self.components.items()}
 
     def to_json(self) -> str:
         """Return the manifest as one line of JSON."""
@@ -78,13 +84,14 @@ class BaseManifest:
     def from_json(cls, text: str) -> BaseManifest:
         """Rebuild a manifest from `to_json`."""
         fields: dict[str, Any] = json.loads(text)
-        fields["components"] = {
-            component: {
-                name: Layer(layer["kind"], tuple(layer["shape"]), layer["has_bias"], layer["dtype"])
-                for name, layer in layers.items()
+        for kind in ("components", "norms"):
+            fields[kind] = {
+                component: {
+                    name: Layer(layer["kind"], tuple(layer["shape"]), layer["has_bias"], layer["dtype"])
+                    for name, layer in layers.items()
+                }
+                for component, layers in fields[kind].items()
             }
-            for component, layers in fields["components"].items()
-        }
         fields["vocabularies"] = {name: Vocabulary(**facts) for name, facts in fields["vocabularies"].items()}
         return cls(**fields)
 
@@ -110,12 +117,17 @@ def manifest_of(pipeline: DiffusionPipeline) -> BaseManifest:
         denoiser=denoiser,
         dtype=_dtype_name(next(components[denoiser].parameters()).dtype),
         layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
-        components=layers,
+        components={name: _only(known, is_norm=False) for name, known in layers.items()},
+        norms={name: _only(known, is_norm=True) for name, known in layers.items()},
         fingerprint="",
         vocabularies=_vocabularies_of(pipeline),
     )
     structure = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     return dataclasses.replace(manifest, fingerprint=structure)
+
+
+def _only(layers: Mapping[str, Layer], *, is_norm: bool) -> dict[str, Layer]:
+    return {name: layer for name, layer in layers.items() if (layer.kind == "norm") == is_norm}
 
 
 def adaptable_layers(component: nn.Module) -> dict[str, nn.Module]:

@@ -121,14 +121,17 @@ def _fuse_in_blocks(out: Tensor, current: Tensor, delta: LowRank, scale: float) 
 
 
 def _fuse_dora(out: Tensor, pristine: Tensor, current: Tensor, delta: Dora, scale: float) -> None:
-    change = weight_delta(delta.direction, pristine, scale)
+    change = weight_delta(delta.direction, pristine, 1.0 if delta.is_scaled_whole else scale)
     magnitude = delta.magnitude.to(pristine.device, non_blocking=True)
     if delta.is_per_input:
         norm = (pristine + change).transpose(0, 1).flatten(1).norm(dim=1)
         ratio = (magnitude / norm).view(1, -1, *[1] * (pristine.ndim - 2))
     else:
         ratio = (magnitude / _norm_per_output(pristine + change)).view(-1, *[1] * (pristine.ndim - 1))
-    out.copy_(ratio * (current + change))
+    if not delta.is_scaled_whole or (scale == 1.0 and current is pristine):
+        out.copy_(ratio * (current + change))
+    else:
+        torch.add(current, (ratio * (pristine + change) - pristine) * scale, out=out)
 
 
 def fuse_bias(out: Tensor, current: Tensor, delta: Delta, scale: float) -> None:

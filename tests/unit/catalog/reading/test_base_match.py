@@ -70,6 +70,20 @@ def test_without_a_card_several_fitting_bases_are_ambiguous():
     assert match_bases("a", [], [], SELF_ONLY, [SD, SDXL]).is_ambiguous
 
 
+def test_a_single_base_is_no_guess_for_a_file_that_fits_another_family_as_well():
+    placed = match_bases("a", [], [], FLUX_FILE, [SD, FLUX])
+    assert (placed.bases, placed.is_ambiguous, placed.rivals) == (("flux",), True, ("chroma",))
+    whole = header(pair("transformer.transformer_blocks.0.norm1.linear", 3072))
+    modulated = header(
+        pair("transformer.single_transformer_blocks.0.attn.to_q", 3072)
+        | pair("transformer.single_transformer_blocks.0.norm.linear", 3072)
+    )
+    for facts in (modulated, whole):
+        assert "chroma" not in match_bases("a", [], [], facts, [SD, FLUX]).rivals
+    assert not match_bases("a", [], [], modulated, [SD, FLUX]).is_ambiguous
+    assert not match_bases("a", ["flux"], ["flux"], FLUX_FILE, [SD, FLUX]).is_ambiguous
+
+
 def test_what_the_file_states_of_itself_tells_equal_structures_apart():
     stated = header(pair(f"{BLOCK}.attn1.to_q", 320), ss_base_model_version="sdxl_base_v1-0")
     assert match_bases("a", [], [], stated, [SD, SDXL]).bases == ("sdxl",)

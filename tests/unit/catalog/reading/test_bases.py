@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.catalog.reading.bases import BaseArchitecture, BaseArchitectureReader, BaseNames
+from serve_app.catalog.reading.bases import BaseArchitecture, BaseArchitectureReader, BaseNames, facts_from
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
 from serve_app.config import BaseModelConfig, HubSettings
@@ -27,6 +27,19 @@ async def test_facts_of_a_folder_and_of_an_embedded_base_come_from_its_configura
     assert replace(await reader.facts(base(folder=folder)), row=None) == KNOWN
     reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock())
     assert replace(await reader.facts(base(embedded="demo/sd")), row=None) == KNOWN
+
+
+@pytest.mark.parametrize(
+    ("kinds", "widths"),
+    [
+        (["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], {640, 1280}),  # SDXL
+        (["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"], {320, 640, 1280}),  # the middle has attention
+        (None, {320, 640, 1280}),
+    ],
+)
+def test_the_widths_of_a_unet_are_those_of_its_attention(kinds: list[str] | None, widths: set[int]):
+    config = {"block_out_channels": [320, 640, 1280], "down_block_types": kinds}
+    assert facts_from("b", "unet", config, {}).hidden_widths == widths
 
 
 async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_failure(hub: HubServer, tmp_path: Path):

@@ -15,7 +15,7 @@ from serve_app.engine.adapters.deltas import Hadamard, ParsedAdapter
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import BaseManifest, Layer
 from serve_app.engine.weights.fuse import weight_delta
-from serve_app.refusals import NotAnAdapter
+from serve_app.refusals import NotAnAdapter, RefusedAdapter
 from serve_app.settings import AdapterLimits
 from tests.adapter_changes import changes
 from tests.spelt_adapters import SPELLINGS, base_of, spelt
@@ -87,6 +87,29 @@ def test_channels_that_an_adapter_of_the_ordinary_base_does_not_know_stay_as_the
     change = weight_delta(delta, torch.zeros(64, 96), 1.0)  # type: ignore[arg-type]
     torch.testing.assert_close(change[:, :16], up @ down)
     assert not change[:, 16:].any()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, 1.0, -1.0, 2.0])
+@pytest.mark.parametrize("method", ["DoRA, a magnitude per output", "DoRA, a magnitude per input", "LoKr with DoRA"])
+def test_a_dora_in_kohyas_names_is_scaled_whole(method: str, scale: float, tmp_path: Path) -> None:
+    """As ComfyUI and A1111 do it: W + scale * (DoRA(W) - W)."""
+    base = base_of("sd15")
+    tensors, truth = spelt(base, SPELLINGS["kohya, diffusers' names"], method)
+    found = changes(base, read(tmp_path, tensors, base.manifest), scale)
+    for name, expected in truth.items():
+        torch.testing.assert_close(found[name], scale * expected, rtol=1e-4, atol=2e-6, msg=name)
+
+
+@pytest.mark.parametrize("left_over", ["lora_down.weight", "lora_mid.weight", "unheard_of.alpha"])
+def test_a_part_of_another_method_in_a_fused_lokr_projection_is_not_lost(left_over: str, tmp_path: Path) -> None:
+    base = base_of("flux")
+    tensors, _ = spelt(base, SPELLINGS["ComfyUI, original names"], "LoKr")
+    tensors[f"diffusion_model.double_blocks.0.img_attn.qkv.{left_over}"] = torch.ones(4, 64)
+    if left_over == "unheard_of.alpha":
+        assert len(read(tmp_path, tensors, base.manifest).coverage.unmatched) == 1
+    else:
+        with pytest.raises(RefusedAdapter):
+            read(tmp_path, tensors, base.manifest)
 
 
 def test_an_adapter_that_changes_nothing_is_refused(tmp_path: Path) -> None:

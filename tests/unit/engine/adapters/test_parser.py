@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import Dora, Hadamard, Kronecker, LowRank, ParsedAdapter
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.engine.weights.fuse import weight_delta
-from serve_app.refusals import NonFinite, RankTooHigh, RefusedAdapter
+from serve_app.refusals import NonFinite, RankTooHigh, RefusedAdapter, UnsupportedMethod
 from serve_app.settings import AdapterLimits
 from tests.tiny import tiny_pipeline
 from tests.tiny_adapters import as_kohya, everything, loha, lokr, lora
@@ -134,6 +135,27 @@ def test_metadata_patterns_are_names_or_ends_of_names(tmp_path: Path) -> None:
     alphas = {module: delta.alpha for _, module, delta in read(tmp_path, tensors, metadata).layers()}  # type: ignore[union-attr]
     assert alphas.pop(exact) == 1.0
     assert all(alpha == (2.0 if name.endswith("attn2.to_k") else 4.0) for name, alpha in alphas.items())
+
+
+EXPRESSIONS = {r"down_blocks.*attn1\.to_(k|q)": 1, r".*\.to_out\.0": 3}
+
+
+def test_expressions_in_metadata_mean_what_they_mean_to_peft(tmp_path: Path) -> None:
+    tensors = lora(tiny_pipeline("sd15"))
+    metadata = described(tensors, "unet", r=4, lora_alpha=4, alpha_pattern=EXPRESSIONS, rank_pattern={".*to_k": 4})
+    alphas = {module: delta.alpha for _, module, delta in read(tmp_path, tensors, metadata).layers()}  # type: ignore[union-attr]
+    expected = {module: EXPRESSIONS.get(get_pattern_key(EXPRESSIONS, module), 4) for module in alphas}
+    assert alphas == expected
+    assert set(alphas.values()) == {1, 3, 4}
+
+
+@pytest.mark.parametrize("expression", [r"(?=down).*", r"(a)\1", "x" * 1001 + ".*", "(" * 9])
+def test_an_expression_that_cannot_be_read_in_bounded_time_gives_no_alpha(tmp_path: Path, expression: str) -> None:
+    tensors = lora(tiny_pipeline("sd15"))
+    with pytest.raises(UnsupportedMethod, match="which RE2 does not read"):
+        read(tmp_path, tensors, described(tensors, "unet", r=4, lora_alpha=4, alpha_pattern={expression: 2}))
+    ranks = described(tensors, "unet", r=8, lora_alpha=4, rank_pattern={expression: 4})
+    assert read(tmp_path, tensors, ranks).coverage.ranks == (4, 4)  # the shapes tell them
 
 
 def test_what_peft_itself_writes_as_metadata_is_read(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.adapters.safetensors_file import parts_of
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.engine.weights.fuse import fuse_weight
-from serve_app.refusals import MalformedFile, NotAnAdapter, RefusedAdapter
+from serve_app.refusals import MalformedFile, NotAnAdapter, RefusedAdapter, UnsupportedMethod
 from serve_app.settings import AdapterLimits
 from tests.adapter_changes import changes
 from tests.spelt_adapters import SPELLINGS, base_of, spelt
@@ -103,6 +103,45 @@ async def test_limits_hold_for_all_files_together(repository: Path) -> None:
     for limits in ({"max_file": largest}, {"max_tensors": 20}):
         with pytest.raises(RefusedAdapter, match="over the limit"):
             await read(repository, base.manifest, limits=AdapterLimits(**limits))
+
+
+@pytest.mark.parametrize(
+    ("keys", "method"),
+    [
+        (
+            [
+                "lycoris_down_blocks_0_attentions_0_proj_in.weight",
+                "lycoris_down_blocks_0_attentions_0_proj_in.on_input",
+            ],
+            "IA3",
+        ),
+        (["lycoris_mid_block_attentions_0_proj_in.weight"], "IA3"),
+        (["lycoris_mid_block_attentions_0_proj_in.oft_blocks"], "OFT or BOFT"),
+        (["lora_unet_mid_block_attentions_0_proj_in.a1.weight"], "GLoRA"),
+        (["unet:0:up", "unet:0:down"], "the form of cloneofsimo's first trainer"),
+    ],
+)
+async def test_a_method_that_is_not_served_is_refused_by_its_name(
+    repository: Path, keys: list[str], method: str
+) -> None:
+    tensors = {key: torch.ones(4, 4) for key in keys}
+    save_file(tensors, repository / "merged.safetensors")
+    with pytest.raises(UnsupportedMethod, match=f"uses {method}"):
+        await read(repository, base_of("sd15").manifest)
+    with pytest.raises(UnsupportedMethod, match=f"uses {method}"):
+        parse_adapter(repository / "merged.safetensors", "a/b", base_of("sd15").manifest, AdapterLimits())
+
+
+async def test_where_no_file_of_the_root_is_an_adapter_those_below_are_looked_at(repository: Path) -> None:
+    base = base_of("flux")
+    tensors, _ = spelt(base, SPELLINGS["LyCORIS"], "LoRA")
+    (repository / "lora").mkdir()
+    save_file(tensors, repository / "lora/style.safetensors")
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4)}, repository / "merged.safetensors")
+    source = FolderSource((repository.parent.parent,))
+    listing = await source.find("a/b", None)
+    assert listing is not None
+    assert (await choose(source, listing, None))[0] == ("lora/style.safetensors",)
 
 
 CONFIGS: dict[str, dict[str, Any]] = {
