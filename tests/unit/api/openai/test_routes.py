@@ -342,7 +342,11 @@ FORMS: list[tuple[dict[str, Any], str]] = [
     ({"data": {"prompt": "a"}, "files": {"image": b"no picture"}}, "'image' is not a readable PNG"),
     ({"data": {}, "files": {"image": PNG}}, "'prompt' is missing"),
     ({"data": {"prompt": "a", "n": "two"}, "files": {"image": PNG}}, "'n' must be an integer, not a string"),
-    ({"data": {"prompt": "a", "strength": "nan"}, "files": {"image": PNG}}, "'strength' must be a number"),
+    ({"data": {"prompt": "a", "n": "9" * 5000}, "files": {"image": PNG}}, "'n' must be an integer, not a string"),
+    ({"data": {"prompt": "a", "stream": "maybe"}, "files": {"image": PNG}}, "'stream' must be true or false"),
+    ({"data": {"prompt": "a", "strength": "nan"}, "files": {"image": PNG}}, "'strength' must be a finite number"),
+    ({"data": {"prompt": ["a", "b"]}, "files": {"image": PNG}}, "has 'prompt' twice"),
+    ({"data": {"prompt": "a", "loras": ["a/b", "c/d"]}, "files": {"image": PNG}}, "has 'loras' twice"),
     ({"data": {"prompt": "a", "steps": "3"}, "files": {"image": PNG}}, "unknown parameter 'steps'"),
     ({"data": {"prompt": "a", "image": "text"}, "files": {"x": b""}}, "unknown parameter 'image'"),
 ]  # fmt: skip
