@@ -18,7 +18,6 @@ from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef, ModelInfo, PixelImage, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
-from tests.service import connect, posted
 from tests.unit.api.fakes import FakeGateway, gradient
 
 PICTURE = gradient(40, 24)
@@ -360,15 +359,6 @@ def test_a_form_that_is_wrong_is_told_why(
     assert response.status_code == 400, response.text
     assert sentence in response.json()["error"]["message"]
     assert gateway.drafts == []
-
-
-def test_a_caller_who_hangs_up_cancels_the_generation(url: str, gateway: FakeGateway) -> None:
-    gateway.is_stuck = True
-    with connect(url) as caller:
-        caller.sendall(posted("/v1/images/generations", {"prompt": "elephant"}))
-        assert gateway.started.wait(60)
-        assert not gateway.cancelled.is_set()
-    assert gateway.cancelled.wait(60)
 
 
 def test_a_large_form_is_refused(gateway: FakeGateway) -> None:
