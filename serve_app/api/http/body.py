@@ -208,7 +208,7 @@ async def _form_of(headers: Headers, body: bytes) -> Form:
                     raise MalformedRequest(f"the form has '{clip(name)}' twice; several adapters are one JSON text")
                 else:
                     fields[name] = value
-    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+    except (MultiPartException, KeyError, UnicodeError) as error:
         reason = error.message if isinstance(error, MultiPartException) else "it is damaged"
         raise MalformedRequest(f"the multipart form cannot be read: {reason}") from None
     given = {name: value for name, value in fields.items() if value or name == "prompt"}

@@ -328,6 +328,13 @@ FORMS: list[tuple[dict[str, Any], str]] = [
     ({"data": {"prompt": "a"}}, "must be a multipart form"),
     ({"content": b"broken", "headers": {"content-type": "multipart/form-data"}}, "cannot be read"),
     ({"content": b"broken", "headers": {"content-type": "multipart/form-data; boundary=x"}}, "cannot be read"),
+    (
+        {
+            "content": b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\na\r\n--x--\r\n',
+            "headers": {"content-type": "multipart/form-data; boundary=x; charset=undefined"},
+        },
+        "cannot be read",
+    ),
     ({"data": {"prompt": "a"}, "files": {"picture": PNG}}, "unknown file 'picture'; the picture is 'image'"),
     ({"data": {"prompt": "a"}, "files": {"image": PNG, "mask": PNG}}, "'mask' has no transparent pixel"),
     ({"data": {"prompt": "a"}, "files": {"image": PNG, "mask": mask_png(40, 25)}}, "'mask' is 40x25, but 'image' is"),
