@@ -186,12 +186,12 @@ class NotAcceptable(LoraplexError):
 
 
 class BodyTimeout(LoraplexError):
-    """The caller took too long to send the body."""
+    """The caller took too long to send the head or the body."""
 
     limit_s: float
     status = 408
     code = "body_timeout"
-    template = "the body did not arrive within {limit_s:g} s; send it faster, or a smaller one"
+    template = "the request did not arrive within {limit_s:g} s; send it faster, or a smaller one"
 
 
 class NameTaken(LoraplexError):

@@ -106,6 +106,7 @@ def bodies() -> Iterator[HostileRequest]:
         "a pickle": b"\x80\x04\x95\x0c\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x94\x8c\x06system\x94\x93\x94.",
         "XML": b'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/passwd">]><a>&b;</a>',
     }
+    broken["a name twice"] = b'{"inputs": "a", "inputs": "b", "prompt": "a", "prompt": "b"}'
     for name, body in broken.items():
         yield posted(name, "/", body)
         yield posted(f"{name} in the other shape", "/v1/images/generations", body)
@@ -263,6 +264,7 @@ def forms() -> Iterator[HostileRequest]:
         "another boundary": "multipart/form-data; boundary=abc",
         "a boundary of 5,000 letters": "multipart/form-data; boundary=" + "a" * 5000,
         "an unknown charset": "multipart/form-data; boundary=xyz; charset=utf-99",
+        "an encoding that decodes nothing": "multipart/form-data; boundary=xyz; charset=undefined",
     }.items():
         # With an unknown charset the form itself is sound, so it must be wrong in another way to be refused.
         content = prompt + end if "charset" in other else prompt + image + end

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.http.waiting import PROXY_HEADERS
-from serve_app.deployments.front.connection import SlowReaderMiddleware, bound_heads
+from serve_app.deployments.front.connection import SlowReaderMiddleware, bound_connections
 from serve_app.deployments.front.load_shedding import LoadSheddingMiddleware
 from serve_app.deployments.front.own_routes import OwnRoutesOnly
 from serve_app.deployments.front.retry import RetryMiddleware
@@ -41,7 +41,7 @@ def guards() -> list[Middleware]:
     # It logs paths, and callers put tokens and keys into those too.
     keep_lines_safe()
     # Serve makes its server after this.
-    bound_heads()
+    bound_connections()
     metrics = ProxyMetrics()
 
     def layers(app: ASGIApp) -> ASGIApp:

@@ -6,8 +6,9 @@ import { createOpenAI } from "@ai-sdk/openai";
 import { InferenceClient } from "@huggingface/inference";
 import OpenAI, { toFile } from "openai";
 
-const [url, adapter, path] = process.argv.slice(2);
+const [url, adapter, path, everything] = process.argv.slice(2);
 const picture = readFileSync(path);
+const mask = readFileSync(everything);
 const prompt = "a red circle on a blue background";
 const say = (client, step, image) => console.log(JSON.stringify({ client, step, image }));
 const base64 = async (blob) => Buffer.from(await blob.arrayBuffer()).toString("base64");
@@ -28,5 +29,6 @@ say("huggingface", "edit", await base64(await hub.imageToImage(change)));
 const sdk = createOpenAI({ baseURL: `${url}/v1`, apiKey: "none" });
 const made = await generateImage({ model: sdk.image(adapter), prompt });
 say("ai", "generate", made.image.base64);
-const remade = await generateImage({ model: sdk.image(adapter), prompt: { text: prompt, images: [picture] } });
+const whole = { text: prompt, images: [picture], mask };
+const remade = await generateImage({ model: sdk.image(adapter), prompt: whole });
 say("ai", "edit", remade.image.base64);

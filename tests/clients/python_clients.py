@@ -32,9 +32,9 @@ def litellm(url: str, adapter: str, picture: bytes) -> Iterator[tuple[str, Any]]
 
     asked: dict[str, Any] = {"model": f"openai/{adapter}", "api_base": f"{url}/v1", "api_key": KEY}
     yield "generate", litellm.image_generation(PROMPT, extra_body={"seed": 7}, **asked).data[0].b64_json
-    edited = litellm.image_edit(
-        image=[("a.png", picture)], prompt=PROMPT, extra_body={"seed": 7, "strength": 0.5}, **asked
-    )
+    file = io.BytesIO(picture)
+    file.name = "a.png"
+    edited = litellm.image_edit(image=[file], prompt=PROMPT, extra_body={"seed": 7, "strength": 0.5}, **asked)
     yield "edit", edited.data[0].b64_json
 
 

@@ -7,13 +7,14 @@ Owns bytes to JSON values, and what those may weigh before anybody looks at them
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ByteSize, JsonValue
+from pydantic import ByteSize, JsonValue
 from pydantic_core import from_json
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException
@@ -115,7 +116,7 @@ def parse_json(body: bytes) -> JsonValue:
     """Return the JSON value of a body: UTF-8, finite numbers, at most `MAX_DEPTH` levels deep.
 
     Raises:
-        MalformedRequest: it is none of that.
+        MalformedRequest: it is none of that, or an object has a name twice.
         TooLarge: it has more than `MAX_VALUES` values.
     """
     if not body.strip():
@@ -125,7 +126,17 @@ def parse_json(body: bytes) -> JsonValue:
     except ValueError as error:
         raise MalformedRequest(f"the body is not JSON: {error}") from None
     _check_shape(value)
+    # That parser takes the last of each name and says nothing.
+    json.loads(body, object_pairs_hook=_check_names, parse_int=str, parse_float=str)
     return value
+
+
+def _check_names(pairs: list[tuple[str, JsonValue]]) -> None:
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise MalformedRequest(f"the JSON has '{clip(name)}' twice in one object")
+        names.add(name)
 
 
 def _check_shape(value: JsonValue) -> None:
@@ -145,17 +156,15 @@ def _check_shape(value: JsonValue) -> None:
     raise MalformedRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
 
 
-_INTEGER = re.compile(r"-?[0-9]{1,19}")
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _OBJECT_FIELD = re.compile(r"(?P<list>\w{1,64})(?:\[(?P<index>[0-9]{0,3})\])?\[(?P<key>[A-Za-z_]\w{0,63})\]", re.ASCII)
 # What is a number in such an object.
 _NUMBERS = ("scale", "weight")
-_BOOLEANS = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A form as it was sent: text fields, the last of each name, and the files under each name.
+    """A form as it was sent: text fields, without those that are empty, and the files under each name.
 
     `name[]` is a list of text; `name[key]`, `name[][key]` and `name[0][key]` are a list of objects.
     """
@@ -168,7 +177,7 @@ async def read_form(headers: Headers, body: bytes) -> Form:
     """Return the form of a body, taken apart away from the event loop unless it is small.
 
     Raises:
-        MalformedRequest: it is no multipart form.
+        MalformedRequest: it is no multipart form, or has a field twice.
     """
     if not headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise MalformedRequest("the body must be a multipart form with an 'image' file")
@@ -195,12 +204,15 @@ async def _form_of(headers: Headers, body: bytes) -> Form:
                 elif name.endswith("[]"):
                     entries = fields.setdefault(name.removesuffix("[]"), [])
                     fields[name.removesuffix("[]")] = [*entries, value] if isinstance(entries, list) else [value]
+                elif name in fields:
+                    raise MalformedRequest(f"the form has '{clip(name)}' twice; several adapters are one JSON text")
                 else:
                     fields[name] = value
-    except (MultiPartException, KeyError, UnicodeDecodeError) as error:
+    except (MultiPartException, KeyError, UnicodeError) as error:
         reason = error.message if isinstance(error, MultiPartException) else "it is damaged"
         raise MalformedRequest(f"the multipart form cannot be read: {reason}") from None
-    return Form(objects.joined_to(fields), {name: tuple(contents) for name, contents in files.items()})
+    given = {name: value for name, value in fields.items() if value or name == "prompt"}
+    return Form(objects.joined_to(given), {name: tuple(contents) for name, contents in files.items()})
 
 
 class _ObjectFields:
@@ -238,43 +250,3 @@ class _ObjectFields:
 
 def _number(text: str) -> Any:
     return float(text) if _NUMBER.fullmatch(text) else text
-
-
-def typed(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return text fields as the JSON values that a model expects: numbers, booleans; empty text means absent."""
-    values: dict[str, Any] = {}
-    for name, text in fields.items():
-        field = model.model_fields.get(name)
-        if not isinstance(text, str) or field is None:
-            values[name] = text
-        elif text or field.is_required():
-            values[name] = _typed(text, _kinds(field.annotation))
-    return values
-
-
-def _typed(text: str, kinds: set[Any]) -> Any:
-    if str in kinds or list in kinds:
-        return text
-    if bool in kinds and text.lower() in _BOOLEANS:
-        return _BOOLEANS[text.lower()]
-    if int in kinds and _INTEGER.fullmatch(text):
-        return int(text)
-    if float in kinds and _NUMBER.fullmatch(text):
-        return float(text)
-    return text
-
-
-def _kinds(annotation: Any) -> set[Any]:
-    """Return the JSON types that an annotation such as `Literal[False] | None` allows."""
-    if annotation in (str, int, float, bool):
-        return {annotation}
-    inner = get_args(annotation)
-    if getattr(annotation, "__origin__", None) is list:
-        return {list}
-    kinds: set[Any] = set()
-    for part in inner:
-        if isinstance(part, (str, int, bool)):
-            kinds.add(type(part))
-        else:
-            kinds |= _kinds(part)
-    return kinds

@@ -5,6 +5,7 @@ Bounds that depend on the base are checked elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite
 from typing import Annotated, Any, TypeVar
 
@@ -37,8 +38,8 @@ class RequestModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-def validate_model(model: type[M], data: JsonValue | dict[str, Any]) -> M:
-    """Return JSON data as a model.
+def validate_model(model: type[M], data: JsonValue | Mapping[str, Any], *, is_text: bool = False) -> M:
+    """Return JSON data as a model; where `is_text`, numbers and booleans are text.
 
     Raises:
         UnknownParameter: a field that does not exist.
@@ -46,7 +47,7 @@ def validate_model(model: type[M], data: JsonValue | dict[str, Any]) -> M:
         OutOfBounds: a value that no base could take.
     """
     try:
-        return model.model_validate(data)
+        return model.model_validate(data, strict=not is_text)
     except ValidationError as error:
         raise refusal(model, error) from None
 

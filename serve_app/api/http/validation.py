@@ -16,9 +16,14 @@ from serve_app.settings import nearest
 
 _WANTED = {
     "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_parsing_size": "an integer",
+    "int_from_float": "an integer",
     "float_type": "a number",
+    "float_parsing": "a number",
     "string_type": "a string",
     "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "list_type": "an array",
     "dict_type": "an object",
     "model_type": "an object",

@@ -149,7 +149,7 @@ def request_age_s(request: Request) -> float:
 def with_retry_seed(unresolved: UnresolvedRequest, request: Request) -> UnresolvedRequest:
     """Return the request with the seed that it had when it was sent before, if it was and had one."""
     seed = request.headers.get(SEED_HEADER, "")
-    return replace(unresolved, seed=int(seed)) if seed.isdecimal() else unresolved
+    return replace(unresolved, seed=int(seed)) if seed.isdecimal() and len(seed) < 20 else unresolved
 
 
 PRIORITY_HEADER = "x-priority"

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app.api.http.auth import DrawingRoute
-from serve_app.api.http.body import Form, read_body, read_form, read_json, typed
+from serve_app.api.http.body import Form, read_body, read_form, read_json
 from serve_app.api.http.caller import charge_quota
 from serve_app.api.http.events import EventStream
 from serve_app.api.http.gateway import Services, ServicesOf
@@ -81,7 +81,7 @@ async def edits(request: Request, services: ServicesOf) -> Response:
     settings = services.settings
     body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     form = await read_form(request.headers, body)
-    asked = validate_model(ImageEdit, typed(ImageEdit, form.fields))
+    asked = validate_model(ImageEdit, form.fields, is_text=True)
     decoding = _pictures(form, services.decoder, settings.max_image_pixels)
     images, mask = await run_until_disconnect(request, decoding, deadline=deadline)
     unresolved = replace(_unresolved(asked), image=images[0], references=images[1:], mask=mask, strength=asked.strength)

@@ -87,6 +87,8 @@ class PictureDecoder:
 
     def _run(self, work: _Work, order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
         child = self._idle.pop() if self._idle else _Child(self._max_pixels)
+        if not child.is_alive:
+            child = _Child(self._max_pixels)
         try:
             work.begin(child)
             answer = child.ask(order, content)
@@ -152,6 +154,11 @@ class _Child:
         if len(answer) != head.pop("size_bytes"):
             raise EOFError
         return head, answer
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs: the system may have ended it."""
+        return self._process.poll() is None
 
     def kill(self) -> None:
         """End it, whatever it is doing."""

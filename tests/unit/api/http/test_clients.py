@@ -89,10 +89,15 @@ def test_the_plain_curl_lines_work(
     assert gateway.draft == UnresolvedRequest("elephant", steps=20, adapters=adapters)
 
 
-def test_a_caller_who_hangs_up_while_waiting_cancels_the_generation(url: str, gateway: FakeGateway) -> None:
+@pytest.mark.parametrize(
+    ("path", "body"), [("/", {"inputs": "elephant"}), ("/v1/images/generations", {"prompt": "elephant"})]
+)
+def test_a_caller_who_hangs_up_while_waiting_cancels_the_generation(
+    url: str, gateway: FakeGateway, path: str, body: dict[str, str]
+) -> None:
     gateway.is_stuck = True
     with connect(url) as caller:
-        caller.sendall(posted("/", {"inputs": "elephant"}))
+        caller.sendall(posted(path, body))
         assert gateway.started.wait(60)
         assert not gateway.cancelled.is_set()
     assert gateway.cancelled.wait(60)

@@ -47,6 +47,8 @@ RAW: list[tuple[bytes, str]] = [
     (b"[" * 100_000, "not JSON"),
     (b'{"a":' * 100_000, "not JSON"),
     (b'{"inputs": "elephant", "options": {"a": ' + b"[" * 20 + b"]" * 20 + b"}}", "16 levels"),
+    (b'{"inputs": "elephant", "inputs": "lion"}', "has 'inputs' twice"),
+    (b'{"inputs": "elephant", "parameters": {"seed": 1, "s\\u0065ed": 2}}', "has 'seed' twice"),
     (b"null", "the body must be an object, not null"),
     (b"[]", "the body must be an object, not an array"),
     (b"3", "the body must be an object, not an integer"),

@@ -74,11 +74,8 @@ def test_json_is_read_whatever_the_content_type_says(
     assert gateway.draft.prompt == "élan"
 
 
-@pytest.mark.parametrize("content", ['{"inputs": "a", "inputs": "b"}', '\ufeff{"inputs": "b"}'])
-def test_a_repeated_key_counts_once_and_a_byte_order_mark_not_at_all(
-    client: TestClient, gateway: FakeGateway, content: str
-) -> None:
-    assert client.post("/", content=content.encode()).status_code == 200
+def test_a_byte_order_mark_is_passed_over(client: TestClient, gateway: FakeGateway) -> None:
+    assert client.post("/", content='\ufeff{"inputs": "b"}'.encode()).status_code == 200
     assert gateway.draft.prompt == "b"
 
 

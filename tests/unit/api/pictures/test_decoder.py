@@ -61,6 +61,16 @@ async def test_a_picture_that_takes_too_long_ends_its_process_and_no_other_pictu
     assert await decoder.image(EncodedPicture("body", PNG)) == PICTURE
 
 
+async def test_a_process_that_the_system_ended_meanwhile_costs_nobody_a_picture(decoder: PictureDecoder) -> None:
+    before = children()
+    await decoder.image(EncodedPicture("body", PNG))
+    (child,) = children() - before
+    child.kill()
+    while child.status() != psutil.STATUS_ZOMBIE:  # noqa: ASYNC110 - to wait for a process is its parent's
+        await asyncio.sleep(0.01)
+    assert await decoder.image(EncodedPicture("body", PNG)) == PICTURE
+
+
 async def test_a_caller_who_leaves_ends_the_process_that_works_for_it(decoder: PictureDecoder) -> None:
     before = children()
     await decoder.image(EncodedPicture("body", PNG))
