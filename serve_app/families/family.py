@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from serve_app.families.defaults import FamilyDefaults
+
 Task = Literal["text", "image", "inpaint", "edit"]
 """What an image is drawn from: a prompt; a picture that is redrawn by a strength; a picture and a mask; a picture
 that the prompt says how to change."""
@@ -59,6 +61,7 @@ class Family:
     takes_references: bool = False
     max_aspect_ratio: float = math.inf
     needs_torchvision: bool = False
+    defaults: FamilyDefaults = FamilyDefaults()
     is_known: bool = True
 
     def task_of(self, *, has_image: bool, has_mask: bool) -> Task:
