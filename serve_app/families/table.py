@@ -31,6 +31,7 @@ _FLUX = Family(
     guided_above=NEVER,
     has_own_true_cfg=True,
     sends_levels=("sigmas",),
+    structure="flux",
     defaults=FamilyDefaults(28, 3.5, 1024),
     tasks=_tasks("Flux"),
 )
@@ -39,6 +40,7 @@ _FLUX_2 = Family(
     side_multiple=16,
     tokens=512,
     latents="patched",
+    structure="flux2",
     defaults=FamilyDefaults(50, 4.0, 1024),
     shares_passes=False,
     sends_levels=("sigmas",),
@@ -54,11 +56,17 @@ _QWEN = Family(
     guidance=("true_cfg_scale",),
     min_steps=2,
     sends_levels=("sigmas",),
+    structure="qwen-image",
     defaults=FamilyDefaults(50, 4.0, 1024),
     tasks=_tasks("QwenImage"),
 )
 _SD3 = Family(
-    "SD3", side_multiple=16, tokens=256, defaults=FamilyDefaults(28, 7.0, 1024, 8), tasks=_tasks("StableDiffusion3")
+    "SD3",
+    side_multiple=16,
+    tokens=256,
+    structure="sd3",
+    defaults=FamilyDefaults(28, 7.0, 1024, 8),
+    tasks=_tasks("StableDiffusion3"),
 )
 _KANDINSKY = Family(
     "Kandinsky 5",
@@ -72,27 +80,33 @@ _KANDINSKY = Family(
 )
 
 FAMILIES: Mapping[str, Family] = {
-    "StableDiffusionPipeline": Family("SD", defaults=_SD, tasks=_tasks("StableDiffusion")),
+    "StableDiffusionPipeline": Family("SD", structure="sd1", defaults=_SD, tasks=_tasks("StableDiffusion")),
     "StableDiffusionInpaintPipeline": Family(
-        "SD inpainting", defaults=_SD, tasks={"inpaint": "StableDiffusionInpaintPipeline"}
+        "SD inpainting", structure="sd1", defaults=_SD, tasks={"inpaint": "StableDiffusionInpaintPipeline"}
     ),
     "StableDiffusionInstructPix2PixPipeline": Family(
-        "InstructPix2Pix", defaults=_SD, tasks={"edit": "StableDiffusionInstructPix2PixPipeline"}, guided_runs=3
+        "InstructPix2Pix",
+        structure="sd1",
+        defaults=_SD,
+        tasks={"edit": "StableDiffusionInstructPix2PixPipeline"},
+        guided_runs=3,
     ),
     "LatentConsistencyModelPipeline": Family(
         "LCM",
+        structure="sd1",
         defaults=FamilyDefaults(4, 8.5, 512, 8),
         tasks=_tasks("LatentConsistencyModel", inpaint=False),
         guided_above=NEVER,
         sends_levels=("original_inference_steps",),
         unfit_schedulers=("TCDScheduler",),
     ),
-    "StableDiffusionXLPipeline": Family("SDXL", defaults=_XL, tasks=_tasks("StableDiffusionXL")),
+    "StableDiffusionXLPipeline": Family("SDXL", structure="sdxl", defaults=_XL, tasks=_tasks("StableDiffusionXL")),
     "StableDiffusionXLInpaintPipeline": Family(
-        "SDXL inpainting", defaults=_XL, tasks={"inpaint": "StableDiffusionXLInpaintPipeline"}
+        "SDXL inpainting", structure="sdxl", defaults=_XL, tasks={"inpaint": "StableDiffusionXLInpaintPipeline"}
     ),
     "StableDiffusionXLImg2ImgPipeline": Family(
         "SDXL refiner",
+        structure="sdxl",
         defaults=_XL,
         tasks={"image": "StableDiffusionXLImg2ImgPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"},
     ),
@@ -139,6 +153,7 @@ FAMILIES: Mapping[str, Family] = {
         tokens=512,
         latents="packed",
         sends_levels=("sigmas",),
+        structure="chroma",
         defaults=FamilyDefaults(35, 5.0, 1024),
         tasks=_tasks("Chroma", inpaint=False),
     ),
@@ -166,6 +181,7 @@ FAMILIES: Mapping[str, Family] = {
         guided_above=0.0,
         sends_levels=("sigmas",),
         unfit_schedulers=("UniPCMultistepScheduler",),
+        structure="z-image",
         defaults=FamilyDefaults(50, 5.0, 1024),
         tasks=_tasks("ZImage"),
     ),
@@ -184,6 +200,7 @@ FAMILIES: Mapping[str, Family] = {
         side_multiple=16,
         tokens=256,
         sends_levels=("sigmas",),
+        structure="lumina2",
         defaults=FamilyDefaults(30, 4.0, 1024),
         tasks={"text": "Lumina2Pipeline"},
     ),

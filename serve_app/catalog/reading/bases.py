@@ -21,7 +21,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.errors import LoraplexError
 from serve_app.families.config_files import CARD
 from serve_app.families.family import Family
-from serve_app.families.structure import UNET_FAMILIES, pipeline_family, transformer_shape
+from serve_app.families.structure import UNET_FAMILIES, transformer_shape
 from serve_app.families.table import family_of
 
 log = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ class BaseFamilies:
 
 def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseArchitecture:
     """Return the facts that a denoiser's `config.json` and the pipeline's `model_index.json` tell."""
-    stated = pipeline_family(str(index.get("_class_name", "")))
+    stated = family_of(str(index.get("_class_name", ""))).structure
     if denoiser != "unet":
         widths, depths = transformer_shape(config)
         return BaseArchitecture(base_id, stated, denoiser, hidden_widths=widths, depths=tuple(depths.items()))
