@@ -7,6 +7,7 @@ known one. Must not read the environment, files or the network: `serve_app.envir
 from __future__ import annotations
 
 import hashlib
+from math import isqrt
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from serve_app.families.family import Family
 from serve_app.settings import (
     AdapterLimits,
     AutoscalingSettings,
@@ -92,6 +94,18 @@ class BaseModelConfig(StrictModel):
                 f"{self.id}: max_ongoing_requests {self.replica.max_ongoing_requests} is under "
                 f"target_ongoing_requests {self.autoscaling.target_ongoing_requests:g}: it would never scale up"
             )
+        return self
+
+    def with_defaults_of(self, family: Family) -> BaseModelConfig:
+        """Return the base with the defaults of its family where the configuration says nothing, within its limits."""
+        given, limits, known = self.defaults.model_fields_set, self.limits, family.defaults
+        highest = min(known.side, limits.max_side, isqrt(limits.max_pixels))
+        side = max(limits.min_side, highest // family.side_multiple * family.side_multiple)
+        size = {} if given & {"width", "height"} else {"width": side, "height": side}
+        found = {"steps": min(known.steps, limits.max_steps), "guidance_scale": known.guidance_scale, **size}
+        if family.is_known:
+            found = {name: value for name, value in found.items() if name not in given}
+            return self.model_copy(update={"defaults": self.defaults.model_copy(update=found)})
         return self
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serve_app.families.family import Task
 
@@ -13,7 +13,8 @@ class BaseAbilities:
     """What requests to a base may ask for.
 
     `parameters` are the optional ones, by task: each task in it was tried. `tokens` is how much of a prompt is read.
-    `previews` says whether streams can carry any, `references` whether an edit may be given several pictures.
+    `previews` says whether streams can carry any, `references` whether an edit may be given several
+    pictures. `defaults` are the values of a request that gives none.
     """
 
     pipeline: str
@@ -25,3 +26,4 @@ class BaseAbilities:
     tokens: int | None
     previews: bool
     references: bool = False
+    defaults: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -13,6 +13,8 @@ from typing import Any, cast
 from serve_app.families.table import family_of, other_medium
 
 INDEX = "model_index.json"
+CARD = "README.md"
+MAX_CARD_BYTES = 256 * 1024
 SINGLE_FILE = (
     "it is a single file of weights; convert it once with diffusers' `from_single_file` and `save_pretrained`, "
     "and name the folder"
@@ -35,6 +37,15 @@ def unusable_reason(folder: Path) -> str | None:
         if isinstance(entry, list) and (how := _quantisation(folder / part / "config.json")) is not None:
             return f"its part '{part}' is quantised ({how}), and adapters can be fused into full weights only"
     return None
+
+
+def read_card(folder: Path) -> str:
+    """Return the beginning of the model card in a folder, nothing where there is none."""
+    try:
+        with (folder / CARD).open("rb") as file:
+            return file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def missing_package(name: str) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from serve_app.families.defaults import FamilyDefaults
+
 Task = Literal["text", "image", "inpaint", "edit"]
 """What an image is drawn from: a prompt; a picture that is redrawn by a strength; a picture and a mask; a picture
 that the prompt says how to change."""
@@ -36,6 +38,7 @@ class Family:
     `takes_references` says that an edit may be given several pictures, each of its own size; the longer side of one is
     at most `max_aspect_ratio` times the other.
     `two_step_arguments` hold for exactly two steps and are None otherwise.
+    `structure` is the name that `serve_app.families.structure` has for the layers of its denoiser.
     `reads_guidance` is False where guidance changes nothing.
     """
 
@@ -59,6 +62,8 @@ class Family:
     takes_references: bool = False
     max_aspect_ratio: float = math.inf
     needs_torchvision: bool = False
+    defaults: FamilyDefaults = FamilyDefaults()
+    structure: str | None = None
     is_known: bool = True
 
     def task_of(self, *, has_image: bool, has_mask: bool) -> Task:

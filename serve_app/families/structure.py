@@ -44,7 +44,6 @@ class Family:
     name: str
     layers: tuple[str, ...]
     widths: frozenset[int]
-    pipelines: tuple[str, ...]
     rows: tuple[Row, ...] = ()
 
 
@@ -53,7 +52,6 @@ FAMILIES: tuple[Family, ...] = (
         "flux",
         (*_ATTENTION, *_FEED_FORWARD, *_MODULATION, *_SINGLES, f"{_SINGLE}.norm.linear", *_TIME, "x_embedder", *_ENDS),
         frozenset((3072,)),
-        ("Flux",),
         BFL,
     ),
     Family(
@@ -68,7 +66,6 @@ FAMILIES: tuple[Family, ...] = (
             *_under("distilled_guidance_layer", "in_proj", "out_proj", "layers.0.linear_1", "layers.0.linear_2"),
         ),
         frozenset((3072,)),
-        ("Chroma",),
         BFL,
     ),  # fmt: skip
     Family(
@@ -94,7 +91,6 @@ FAMILIES: tuple[Family, ...] = (
             *_ENDS,
         ),
         frozenset((3072, 4096, 6144)),
-        ("Flux2",),
         BFL,
     ),  # fmt: skip
     Family(
@@ -109,7 +105,6 @@ FAMILIES: tuple[Family, ...] = (
             *_ENDS,
         ),
         frozenset((1536, 2432)),
-        ("StableDiffusion3",),
         MMDIT,
     ),  # fmt: skip
     Family(
@@ -127,7 +122,6 @@ FAMILIES: tuple[Family, ...] = (
             "proj_out",
         ),
         frozenset((3072,)),
-        ("QwenImage",),
     ),  # fmt: skip
     *(
         Family(
@@ -138,23 +132,20 @@ FAMILIES: tuple[Family, ...] = (
                 for layer in _under(blocks, *(f"{attention}.{end}" for end in (*_OWN, "norm_q", "norm_k")), *rest)
             ),
             widths,
-            pipelines,
             NEXT_DIT,
         )
-        for name, attention, rest, widths, pipelines in (
+        for name, attention, rest, widths in (
             (
                 "z-image",
                 "attention",
                 ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
                 frozenset((3840,)),
-                ("ZImage",),
             ),
             (
                 "lumina2",
                 "attn",
                 ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3", "norm1.linear"),
                 frozenset((2304,)),
-                ("Lumina2",),
             ),
         )
     ),  # fmt: skip
@@ -176,12 +167,10 @@ FAMILIES: tuple[Family, ...] = (
             ),
         ),
         frozenset((1536, 3072, 5120)),
-        ("Wan",),
         WAN,
     ),  # fmt: skip
 )
 UNET_FAMILIES: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-_UNET_PIPELINES = (("StableDiffusionXL", "sdxl"), ("StableDiffusion3", "sd3"), ("StableDiffusion", "sd1"))
 # What trainers write into a file's metadata about the base, by how it begins.
 _STATED = (
     ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("sd3", "sd3"), ("stable-diffusion-3", "sd3"),
@@ -256,13 +245,6 @@ def stated_family(metadata: Mapping[str, str]) -> str | None:
             if said.startswith(prefix):
                 return family
     return None
-
-
-def pipeline_family(pipeline: str) -> str | None:
-    """Return the family of a pipeline's class, by how its name begins: the longest that is known."""
-    known = [*_UNET_PIPELINES, *((start, family.name) for family in FAMILIES for start in family.pipelines)]
-    found = [(len(start), family) for start, family in known if pipeline.startswith(start)]
-    return max(found)[1] if found else None
 
 
 def transformer_shape(config: Mapping[str, Any]) -> tuple[frozenset[int], dict[str, int]]:

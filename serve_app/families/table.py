@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from serve_app.families.defaults import DISTILLED_STEPS, FamilyDefaults
 from serve_app.families.family import ALWAYS, NEVER, Family, Task
 
 
@@ -19,52 +20,104 @@ def _tasks(prefix: str, *, inpaint: bool = True) -> dict[Task, str]:
     return {**found, "inpaint": f"{prefix}InpaintPipeline"} if inpaint else found
 
 
+# As most services draw these two; diffusers' own 50 steps are slow, and no better.
+_SD = FamilyDefaults(30, 7.5, 512, 8)
+_XL = FamilyDefaults(30, 5.0, 1024, 8)
 _FLUX = Family(
-    "FLUX.1", side_multiple=16, tokens=512, latents="packed", guided_above=NEVER, has_own_true_cfg=True,
+    "FLUX.1",
+    side_multiple=16,
+    tokens=512,
+    latents="packed",
+    guided_above=NEVER,
+    has_own_true_cfg=True,
     sends_levels=("sigmas",),
+    structure="flux",
+    defaults=FamilyDefaults(28, 3.5, 1024),
     tasks=_tasks("Flux"),
-)  # fmt: skip
+)
 _FLUX_2 = Family(
-    "FLUX.2", side_multiple=16, tokens=512, latents="patched", shares_passes=False, sends_levels=("sigmas",),
-    takes_references=True, max_aspect_ratio=8.0,
-)  # fmt: skip
+    "FLUX.2",
+    side_multiple=16,
+    tokens=512,
+    latents="patched",
+    structure="flux2",
+    defaults=FamilyDefaults(50, 4.0, 1024),
+    shares_passes=False,
+    sends_levels=("sigmas",),
+    takes_references=True,
+    max_aspect_ratio=8.0,
+)
 # One step is NaN: the schedule is stretched to end at `shift_terminal`, which one step alone cannot.
 _QWEN = Family(
-    "Qwen-Image", side_multiple=16, tokens=512, latents="packed", guidance=("true_cfg_scale",), min_steps=2,
+    "Qwen-Image",
+    side_multiple=16,
+    tokens=512,
+    latents="packed",
+    guidance=("true_cfg_scale",),
+    min_steps=2,
     sends_levels=("sigmas",),
+    structure="qwen-image",
+    defaults=FamilyDefaults(50, 4.0, 1024),
     tasks=_tasks("QwenImage"),
-)  # fmt: skip
-_SD3 = Family("SD3", side_multiple=16, tokens=256, tasks=_tasks("StableDiffusion3"))
+)
+_SD3 = Family(
+    "SD3",
+    side_multiple=16,
+    tokens=256,
+    structure="sd3",
+    defaults=FamilyDefaults(28, 7.0, 1024, 8),
+    tasks=_tasks("StableDiffusion3"),
+)
 _KANDINSKY = Family(
-    "Kandinsky 5", side_multiple=16, tokens=512, latents="channels last", shares_passes=False, needs_torchvision=True,
+    "Kandinsky 5",
+    side_multiple=16,
+    tokens=512,
+    latents="channels last",
+    defaults=FamilyDefaults(50, 3.5, 1024),
+    shares_passes=False,
+    needs_torchvision=True,
     area_parameter="resolutions",
-)  # fmt: skip
+)
 
 FAMILIES: Mapping[str, Family] = {
-    "StableDiffusionPipeline": Family("SD", tasks=_tasks("StableDiffusion")),
-    "StableDiffusionInpaintPipeline": Family("SD inpainting", tasks={"inpaint": "StableDiffusionInpaintPipeline"}),
+    "StableDiffusionPipeline": Family("SD", structure="sd1", defaults=_SD, tasks=_tasks("StableDiffusion")),
+    "StableDiffusionInpaintPipeline": Family(
+        "SD inpainting", structure="sd1", defaults=_SD, tasks={"inpaint": "StableDiffusionInpaintPipeline"}
+    ),
     "StableDiffusionInstructPix2PixPipeline": Family(
-        "InstructPix2Pix", tasks={"edit": "StableDiffusionInstructPix2PixPipeline"}, guided_runs=3
+        "InstructPix2Pix",
+        structure="sd1",
+        defaults=_SD,
+        tasks={"edit": "StableDiffusionInstructPix2PixPipeline"},
+        guided_runs=3,
     ),
     "LatentConsistencyModelPipeline": Family(
         "LCM",
+        structure="sd1",
+        defaults=FamilyDefaults(4, 8.5, 512, 8),
         tasks=_tasks("LatentConsistencyModel", inpaint=False),
         guided_above=NEVER,
         sends_levels=("original_inference_steps",),
         unfit_schedulers=("TCDScheduler",),
     ),
-    "StableDiffusionXLPipeline": Family("SDXL", tasks=_tasks("StableDiffusionXL")),
+    "StableDiffusionXLPipeline": Family("SDXL", structure="sdxl", defaults=_XL, tasks=_tasks("StableDiffusionXL")),
     "StableDiffusionXLInpaintPipeline": Family(
-        "SDXL inpainting", tasks={"inpaint": "StableDiffusionXLInpaintPipeline"}
+        "SDXL inpainting", structure="sdxl", defaults=_XL, tasks={"inpaint": "StableDiffusionXLInpaintPipeline"}
     ),
     "StableDiffusionXLImg2ImgPipeline": Family(
         "SDXL refiner",
+        structure="sdxl",
+        defaults=_XL,
         tasks={"image": "StableDiffusionXLImg2ImgPipeline", "inpaint": "StableDiffusionXLInpaintPipeline"},
     ),
     "StableDiffusion3Pipeline": _SD3,
     "FluxPipeline": _FLUX,
     "FluxFillPipeline": replace(
-        _FLUX, name="FLUX.1 Fill", tasks={"inpaint": "FluxFillPipeline"}, has_own_true_cfg=False
+        _FLUX,
+        name="FLUX.1 Fill",
+        defaults=FamilyDefaults(50, 30.0, 1024),
+        tasks={"inpaint": "FluxFillPipeline"},
+        has_own_true_cfg=False,
     ),
     "FluxKontextPipeline": replace(
         _FLUX,
@@ -90,6 +143,7 @@ FAMILIES: Mapping[str, Family] = {
         name="FLUX.2 klein KV",
         guided_above=NEVER,
         reads_guidance=False,
+        defaults=FamilyDefaults(DISTILLED_STEPS, 1.0, 1024),
         tasks={"text": "Flux2KleinKVPipeline", "edit": "Flux2KleinKVPipeline"},
     ),
     # Its inpainting asks the denoiser for a setting that it does not have (diffusers 0.42).
@@ -99,6 +153,8 @@ FAMILIES: Mapping[str, Family] = {
         tokens=512,
         latents="packed",
         sends_levels=("sigmas",),
+        structure="chroma",
+        defaults=FamilyDefaults(35, 5.0, 1024),
         tasks=_tasks("Chroma", inpaint=False),
     ),
     "QwenImagePipeline": _QWEN,
@@ -125,6 +181,8 @@ FAMILIES: Mapping[str, Family] = {
         guided_above=0.0,
         sends_levels=("sigmas",),
         unfit_schedulers=("UniPCMultistepScheduler",),
+        structure="z-image",
+        defaults=FamilyDefaults(50, 5.0, 1024),
         tasks=_tasks("ZImage"),
     ),
     "HiDreamImagePipeline": Family(
@@ -134,16 +192,24 @@ FAMILIES: Mapping[str, Family] = {
         area_parameter="default_sample_size",
         sends_levels=("mu",),
         unfit_schedulers=("DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
+        defaults=FamilyDefaults(50, 5.0, 1024),
         tasks={"text": "HiDreamImagePipeline"},
     ),
     "Lumina2Pipeline": Family(
-        "Lumina 2", side_multiple=16, tokens=256, sends_levels=("sigmas",), tasks={"text": "Lumina2Pipeline"}
+        "Lumina 2",
+        side_multiple=16,
+        tokens=256,
+        sends_levels=("sigmas",),
+        structure="lumina2",
+        defaults=FamilyDefaults(30, 4.0, 1024),
+        tasks={"text": "Lumina2Pipeline"},
     ),
     "SanaPipeline": Family(
         "Sana",
         side_multiple=32,
         tokens=300,
         fixed={"use_resolution_binning": False},
+        defaults=FamilyDefaults(20, 4.5, 1024, 32),
         tasks={"text": "SanaPipeline"},
     ),
     "SanaSprintPipeline": Family(
@@ -154,10 +220,16 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"use_resolution_binning": False},
         two_step_arguments=("intermediate_timesteps",),
         guided_above=NEVER,
+        defaults=FamilyDefaults(2, 4.5, 1024, 32),
         tasks=_tasks("SanaSprint", inpaint=False),
     ),
     "AuraFlowPipeline": Family(
-        "AuraFlow", side_multiple=16, tokens=256, sends_levels=("sigmas",), tasks={"text": "AuraFlowPipeline"}
+        "AuraFlow",
+        side_multiple=16,
+        tokens=256,
+        sends_levels=("sigmas",),
+        defaults=FamilyDefaults(50, 3.5, 1024),
+        tasks={"text": "AuraFlowPipeline"},
     ),
     "CogView4Pipeline": Family(
         "CogView4",
@@ -165,6 +237,7 @@ FAMILIES: Mapping[str, Family] = {
         tokens=1024,
         shares_passes=False,
         sends_levels=("sigmas", "timesteps"),
+        defaults=FamilyDefaults(50, 5.0, 1024),
         tasks={"text": "CogView4Pipeline"},
     ),
     "Kandinsky5T2IPipeline": replace(_KANDINSKY, tasks={"text": "Kandinsky5T2IPipeline"}),
@@ -177,6 +250,7 @@ FAMILIES: Mapping[str, Family] = {
         guided_above=0.0,
         shares_passes=False,
         sends_levels=("sigmas",),
+        defaults=FamilyDefaults(28, 4.5, 1024),
         tasks={"text": "Krea2Pipeline"},
     ),
     "ErnieImagePipeline": Family(
@@ -185,7 +259,9 @@ FAMILIES: Mapping[str, Family] = {
         latents="patched",
         shares_passes=False,
         sends_levels=("sigmas",),
+        unfit_schedulers=("UniPCMultistepScheduler",),
         fixed={"use_pe": False},
+        defaults=FamilyDefaults(50, 4.0, 1024),
         tasks={"text": "ErnieImagePipeline"},
     ),
     "Ideogram4Pipeline": Family(
@@ -197,6 +273,7 @@ FAMILIES: Mapping[str, Family] = {
         guided_above=ALWAYS,
         sends_levels=("sigmas",),
         fixed={"guidance_schedule": None},
+        defaults=FamilyDefaults(48, 7.0, 1024),
         tasks={"text": "Ideogram4Pipeline"},
     ),
 }
@@ -214,9 +291,12 @@ _OTHER_MEDIA: Mapping[str, tuple[str, ...]] = {
 
 
 def family_of(
-    pipeline: str, index: Mapping[str, Any] | None = None, denoiser: Mapping[str, Any] | None = None
+    pipeline: str,
+    index: Mapping[str, Any] | None = None,
+    denoiser: Mapping[str, Any] | None = None,
+    card: str = "",
 ) -> Family:
-    """Return the row of a pipeline class, as a base's `model_index.json` and its denoiser's `config.json` change it.
+    """Return the row of a pipeline class, as a base's index, its denoiser's configuration and its card have it.
 
     A class without a row gets the values that most have, and `is_known` False.
     """
@@ -224,12 +304,18 @@ def family_of(
     if row is None:
         return Family(pipeline.removesuffix("Pipeline"), shares_passes=False, latents="none", is_known=False)
     index, denoiser = index or {}, denoiser or {}
+    row = replace(row, defaults=row.defaults.with_sample_size(denoiser))
     if index.get("is_distilled"):
-        return replace(row, guided_above=NEVER, reads_guidance=False)
-    if denoiser.get("guidance_embeds") is False and row.guided_above == NEVER:
-        return replace(row, reads_guidance=False)
-    # A UNet that takes guidance as a number is never run twice.
-    return replace(row, guided_above=NEVER) if denoiser.get("time_cond_proj_dim") else row
+        row = replace(row, guided_above=NEVER, reads_guidance=False, defaults=_distilled(row.defaults, 1.0))
+    elif denoiser.get("guidance_embeds") is False and row.guided_above == NEVER:
+        row = replace(row, reads_guidance=False, defaults=_distilled(row.defaults, 0.0))
+    elif denoiser.get("time_cond_proj_dim"):  # a UNet that takes guidance as a number is never run twice
+        row = replace(row, guided_above=NEVER, defaults=_distilled(row.defaults, 8.0))
+    return replace(row, defaults=row.defaults.with_card(card, row.guidance))
+
+
+def _distilled(defaults: FamilyDefaults, guidance_scale: float) -> FamilyDefaults:
+    return replace(defaults, steps=DISTILLED_STEPS, guidance_scale=guidance_scale)
 
 
 def other_medium(pipeline: str) -> str | None:

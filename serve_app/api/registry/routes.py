@@ -237,6 +237,7 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
         return told
     return told.model_copy(
         update={
+            "defaults": told.defaults.model_copy(update=dict(known.defaults)),
             "limits": limits.model_copy(update={"side_multiple": known.side_multiple, "min_steps": known.min_steps}),
             "schedulers": list(known.schedulers),
             "family": known.family,

@@ -162,6 +162,7 @@ class BaseLimits(BaseModel):
     min_steps: int = 1
     max_pixels: int
     max_images: int
+    max_input_images: int
     max_guidance_scale: float
     max_prompt_characters: int
     max_adapters: int

@@ -19,8 +19,9 @@ from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.repository import EMBEDDED, HUB, AdapterSource
 from serve_app.config import BaseModelConfig
 from serve_app.errors import LoraplexError
+from serve_app.families.config_files import CARD
 from serve_app.families.family import Family
-from serve_app.families.structure import UNET_FAMILIES, pipeline_family, transformer_shape
+from serve_app.families.structure import UNET_FAMILIES, transformer_shape
 from serve_app.families.table import family_of
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,10 @@ class BaseArchitectureReader:
                 config, entries = _table(content), _table(index or b"{}")
                 facts = facts_from(base.id, denoiser, config, entries)
                 pipeline = entries.get("_class_name")
-                return replace(facts, row=family_of(pipeline, entries, config)) if isinstance(pipeline, str) else facts
+                if not isinstance(pipeline, str):
+                    return facts
+                card = (await self._file(base, CARD) or b"").decode("utf-8", errors="replace")
+                return replace(facts, row=family_of(pipeline, entries, config, card))
         raise ValueError("it has neither a unet nor a transformer")
 
     async def _file(self, base: BaseModelConfig, name: str) -> bytes | None:
@@ -141,7 +145,7 @@ class BaseFamilies:
 
 def facts_from(base_id: str, denoiser: str, config: dict[str, Any], index: dict[str, Any]) -> BaseArchitecture:
     """Return the facts that a denoiser's `config.json` and the pipeline's `model_index.json` tell."""
-    stated = pipeline_family(str(index.get("_class_name", "")))
+    stated = family_of(str(index.get("_class_name", ""))).structure
     if denoiser != "unet":
         widths, depths = transformer_shape(config)
         return BaseArchitecture(base_id, stated, denoiser, hidden_widths=widths, depths=tuple(depths.items()))

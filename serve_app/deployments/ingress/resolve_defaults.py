@@ -36,6 +36,7 @@ def resolve_defaults(
         UnknownScheduler: a scheduler that the base does not offer.
     """
     known = family or UNKNOWN
+    base = base.with_defaults_of(known)
     width, height = _size(draft, base, known.side_multiple)
     _check_numbers(draft, base)
     _check_adapters(adapters, base)

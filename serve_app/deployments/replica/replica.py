@@ -92,8 +92,8 @@ class BaseModelReplica:
         set_up_tracing(config.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
         started = time.monotonic()
-        self._base = base
         pipeline = load_pipeline(base, environment)
+        self._base = base = pipeline.config
         try_tasks(pipeline, base)
         torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
         is_on_gpu, pass_bytes = pipeline.device.type == "cuda", 0

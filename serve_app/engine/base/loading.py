@@ -6,6 +6,7 @@ adapters. Weights are read from safetensors alone, and no code of a repository i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pip
 from serve_app.engine.base.remote_code import INDEX, check_folder, pipeline_name
 from serve_app.engine.base.unusable import check_base_folder, check_medium, refusal
 from serve_app.errors import BaseUnusable
+from serve_app.families.config_files import CARD, read_card
 from serve_app.settings import ModelSource
 
 # These overflow nowhere in half precision but in SDXL's own VAE, which its configuration says
@@ -64,9 +66,10 @@ class HubAccess:
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device."""
+    """A frozen pipeline on its device, and the text of its model card where it has one."""
 
     pipeline: Any
+    card: str = ""
 
 
 def resolve_source(source: ModelSource, embedded_root: Path | None) -> ResolvedSource:
@@ -119,7 +122,7 @@ def load_base(
     configure_pipeline(pipeline, config)
     if config.compile:
         compile_denoiser(pipeline)
-    return LoadedBase(pipeline)
+    return LoadedBase(pipeline, read_card(folder))
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
@@ -162,7 +165,8 @@ def _fetch_base(config: BaseModelConfig, source: ResolvedSource, hub: HubAccess)
     """Return the folder of a Hub base in the local cache, fetching what is missing; works offline from the cache."""
     assert source.hub is not None
     # Before anything else of it is here: what fetches the rest looks into the index for code to load.
-    check_medium(config.id, pipeline_name(_fetch_index(source.hub, source.revision, hub)))
+    index = _fetch_small(source.hub, INDEX, source.revision, hub)
+    check_medium(config.id, pipeline_name(index.read_text(encoding="utf-8")))
     folder = DiffusionPipeline.download(
         source.hub,
         revision=source.revision,
@@ -172,24 +176,26 @@ def _fetch_base(config: BaseModelConfig, source: ResolvedSource, hub: HubAccess)
         token=hub.token,
         cache_dir=hub.cache_dir,
     )
+    with contextlib.suppress(EntryNotFoundError):  # it has no card, or the cache has none
+        _fetch_small(source.hub, CARD, source.revision, hub)
     return Path(folder)
 
 
-def _fetch_index(repository: str, revision: str | None, hub: HubAccess) -> str:
-    """Return a Hub base's index as it is now; from the local cache where the Hub does not answer."""
+def _fetch_small(repository: str, name: str, revision: str | None, hub: HubAccess) -> Path:
+    """Return a small file of a Hub base as it is now; from the local cache where the Hub does not answer."""
     is_away = False
     try:
         # Asked for first because this does not retry: the download of a file would, for most of a minute.
-        url = hf_hub_url(repository, INDEX, revision=revision)
+        url = hf_hub_url(repository, name, revision=revision)
         get_hf_file_metadata(url, token=hub.token, timeout=INDEX_TIMEOUT_S)
     except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError):
         raise
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError):
         is_away = True
     path = hf_hub_download(
-        repository, INDEX, revision=revision, token=hub.token, cache_dir=hub.cache_dir, local_files_only=is_away
+        repository, name, revision=revision, token=hub.token, cache_dir=hub.cache_dir, local_files_only=is_away
     )
-    return Path(path).read_text(encoding="utf-8")
+    return Path(path)
 
 
 def _fetch_part(name: str, source: ResolvedSource, hub: HubAccess) -> Path:

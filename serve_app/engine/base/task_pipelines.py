@@ -61,9 +61,9 @@ class TaskPipelines:
         return tuple({id(pipeline): pipeline for pipeline in (self.whole, *self.by_task.values())}.values())
 
 
-def variants_of(pipeline: Any) -> TaskPipelines:
-    """Return the pipelines over the modules of a loaded one."""
-    family = loaded_family(pipeline)
+def variants_of(pipeline: Any, card: str = "") -> TaskPipelines:
+    """Return the pipelines over the modules of a loaded one, whose model card is `card`."""
+    family = loaded_family(pipeline, card)
     variants = TaskPipelines(pipeline, family, _by_task(pipeline, family))
     for variant in variants.all:
         # An invisible watermark is drawn only where an optional package happens to be installed.
@@ -72,10 +72,10 @@ def variants_of(pipeline: Any) -> TaskPipelines:
     return variants
 
 
-def loaded_family(pipeline: Any) -> Family:
+def loaded_family(pipeline: Any, card: str = "") -> Family:
     """Return the family of a loaded pipeline, as its own configuration has it."""
     denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-    return family_of(type(pipeline).__name__, pipeline.config, getattr(denoiser, "config", None))
+    return family_of(type(pipeline).__name__, pipeline.config, getattr(denoiser, "config", None), card)
 
 
 def parameters_of(pipeline: Any) -> frozenset[str]:

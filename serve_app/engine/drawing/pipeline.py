@@ -71,8 +71,8 @@ class BasePipeline:
         Raises:
             BaseUnusable: a configured noise scheduler does not fit the base.
         """
-        self._config = config
-        self._variants = variants_of(loaded.pipeline)
+        self._variants = variants_of(loaded.pipeline, loaded.card)
+        self._config = config.with_defaults_of(self._variants.family)
         self._schedulers = NoiseSchedulers(config, loaded.pipeline.scheduler, self._variants.family)
         self._text_encoders = text_encoders_of(loaded.pipeline)
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
@@ -100,6 +100,11 @@ class BasePipeline:
         """
         device, hub = device or default_device(), hub or HubAccess()
         return cls(config, load_base(config, source, parts or {}, device=device, hub=hub))
+
+    @property
+    def config(self) -> BaseModelConfig:
+        """The configuration of the base, with its family's defaults where it gives none."""
+        return self._config
 
     @property
     def base_id(self) -> str:
@@ -157,6 +162,7 @@ class BasePipeline:
             tokens=family.tokens or _window(_tokenizer(getattr(self._variants.whole, self._tokenizer_name))),
             previews=family.previews,
             references=family.takes_references and "edit" in self.tasks,
+            defaults=self.config.defaults.model_dump(),
         )
 
     def withdraw(self, task: Task) -> None:

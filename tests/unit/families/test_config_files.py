@@ -6,7 +6,6 @@ import pytest
 
 from serve_app.cli.serve_file import ServeFileInvalid, applications_of
 from serve_app.families.config_files import unusable_reason
-from tests.family_table import DOCUMENT, with_table
 
 
 def base_folder(folder: Path, index: dict[str, Any], **configs: dict[str, Any]) -> Path:
@@ -55,7 +54,3 @@ def test_loraplex_check_names_the_base_and_the_cause(tmp_path: Path) -> None:
     with pytest.raises(ServeFileInvalid) as caught:
         applications_of(serve_file)
     assert caught.value.faults == ["applications.0.args.bases.0: LTXPipeline makes videos, and only images are served"]
-
-
-def test_the_table_of_the_documentation_is_that_of_the_rows() -> None:
-    assert DOCUMENT.read_text() == with_table(DOCUMENT.read_text())

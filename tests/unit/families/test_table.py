@@ -5,6 +5,8 @@ import pytest
 
 from serve_app.families.family import TASKS
 from serve_app.families.schedulers import SCHEDULERS, is_known_name, kind_of, listed_name, with_shift
+from serve_app.families.structure import FAMILIES as STRUCTURES
+from serve_app.families.structure import UNET_FAMILIES
 from serve_app.families.table import FAMILIES, family_of, other_medium
 
 
@@ -13,6 +15,7 @@ def test_every_class_that_a_row_names_is_a_pipeline_of_diffusers(name: str) -> N
     row = FAMILIES[name]
     assert row.tasks
     assert set(row.tasks) <= set(TASKS)
+    assert row.structure in {None, *(known.name for known in STRUCTURES), *UNET_FAMILIES.values()}
     for kind in (name, *row.tasks.values()):
         assert issubclass(getattr(diffusers, kind), diffusers.DiffusionPipeline)
 
