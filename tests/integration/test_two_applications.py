@@ -76,6 +76,10 @@ def test_a_failing_post_of_another_application_runs_once_and_its_reply_is_its_ow
     assert calls.read_text() == "s1\n"
 
 
+def test_requests_of_ours_come_through_the_layers(ours: tuple[Service, Device]) -> None:
+    assert ours[0].http.get("/health?verbose").json() == {"ok": "ok", "notices": []}
+
+
 def test_callers_of_another_application_are_refused_nothing_while_ours_is_full(
     ours: tuple[Service, Device], cluster: int, calls: Path
 ) -> None:

@@ -112,11 +112,12 @@ class Device:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold every pass at its next step, until the end of the block."""
-        self._handle.hold.remote().result(timeout_s=PATIENCE_S)
+        # A broadcast needs no slot: a replica that is full can be released.
+        self._handle.broadcast("hold").results(timeout_s=PATIENCE_S)
         try:
             yield
         finally:
-            self._handle.release.remote().result(timeout_s=PATIENCE_S)
+            self._handle.broadcast("release").results(timeout_s=PATIENCE_S)
 
 
 @contextmanager

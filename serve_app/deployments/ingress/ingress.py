@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, contextmanager
 from typing import Any
 
@@ -24,7 +24,6 @@ from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
 from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
-from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
 from serve_app.demo.embedded import embedded_root
@@ -36,9 +35,10 @@ from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, Metri
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
 from serve_app.deployments.ingress.start_failures import StartFailures
-from serve_app.deployments.registry.fleet import Fleet, ReplicaCount, replica_counts
+from serve_app.deployments.registry.fleet import Fleet
 from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
+from serve_app.deployments.registry.replica_counts import ReplicaCount, ReplicaCounts, count_replicas
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
 from serve_app.deployments.shared.watchdog import start_watchdog
@@ -50,7 +50,6 @@ from serve_app.work import work_units
 
 log = logging.getLogger(__name__)
 
-READINESS_TTL_S = 1.0
 SEED_BITS = 32
 # A request whose process died on so many replicas is not sent to another.
 MAX_DEATHS = 2
@@ -61,6 +60,10 @@ ALIASES_PATIENCE_S = 5.0
 def deployment_name(base_id: str) -> str:
     """Return the Serve deployment that serves a base; Serve forbids slashes in names."""
     return "base-" + base_id.replace("/", "--")
+
+
+async def _no_counts() -> Mapping[str, ReplicaCount]:
+    return {}
 
 
 class Dispatcher:
@@ -77,9 +80,9 @@ class Dispatcher:
         handles: dict[str, DeploymentHandle],
         *,
         on_retry: Callable[[str, str], None],
-        counts: Callable[[], Mapping[str, ReplicaCount]] = dict,
+        counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]] = _no_counts,
     ) -> None:
-        """Send nothing yet; `counts` tells of each base's replicas and may block, by default of none."""
+        """Send nothing yet; `counts` returns the replicas of each base, by default of none."""
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
         self._quarantine = Quarantine(clock=time.monotonic)
@@ -201,34 +204,6 @@ class Dispatcher:
             raise error.cause from None
 
 
-class Readiness:
-    """Whether any base of the application has a running replica, or would start one on demand; asked of Serve at
-    most once a second."""
-
-    def __init__(self, config: AppConfig, app_name: str) -> None:
-        self._scales_to_zero = any(base.autoscaling.min_replicas == 0 for base in config.bases)
-        self._deployments = {deployment_name(base.id) for base in config.bases}
-        self._app_name = app_name
-        self._checked_at = float("-inf")
-        self._is_ready = False
-        self._lock = asyncio.Lock()
-
-    async def __call__(self) -> bool:
-        """Return the last answer, renewed when it is older than a second."""
-        if self._scales_to_zero:
-            return True
-        async with self._lock:
-            if time.monotonic() - self._checked_at > READINESS_TTL_S:
-                # A thread of its own: health waits for nobody's work.
-                self._is_ready = await run_blocking(self._any_running)
-                self._checked_at = time.monotonic()
-        return self._is_ready
-
-    def _any_running(self) -> bool:
-        counts = replica_counts(self._app_name)
-        return any(count.running for name, count in counts.items() if name in self._deployments)
-
-
 @serve.deployment
 @serve.ingress()
 class Ingress:
@@ -247,7 +222,6 @@ class Ingress:
         self._config = config
         self._metrics = IngressMetrics()
         repositories = build_sources(config, environment, embedded_root=embedded_root())
-        app_name = serve.get_replica_context().app_name
         self._keeper = KeeperClient(keeper, on_change=self._metrics.aliases_known)
         unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
         catalog = Catalog(
@@ -259,10 +233,13 @@ class Ingress:
             counting_unknown=unknown_ids.counting,
         )
 
-        def counts() -> dict[str, ReplicaCount]:
-            known = replica_counts(app_name)
-            names = {base.id: deployment_name(base.id) for base in config.bases}
-            return {base_id: known[name] for base_id, name in names.items() if name in known}
+        deployments = {base.id: deployment_name(base.id) for base in config.bases}
+        app_name = serve.get_replica_context().app_name
+        counts = ReplicaCounts(lambda: count_replicas(app_name, deployments), clock=time.monotonic)
+        scales_to_zero = any(base.autoscaling.min_replicas == 0 for base in config.bases)
+
+        async def can_serve() -> bool:
+            return scales_to_zero or any(count.running for count in (await counts()).values())
 
         replicas = Fleet(handles, counts, clock=time.monotonic)
         self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
@@ -278,7 +255,7 @@ class Ingress:
             self._dispatcher,
             registry=ServiceRegistry(catalog, self._keeper, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
-            can_serve=Readiness(config, app_name),
+            can_serve=can_serve,
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
         )

@@ -9,11 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping
 from typing import TypeVar
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
-
-from serve_app.catalog.reading.blocking import run_blocking
-from serve_app.deployments.registry.fleet import ReplicaCount
+from serve_app.deployments.registry.replica_counts import ReplicaCount
 from serve_app.errors import BaseUnusable
 
 T = TypeVar("T")
@@ -23,15 +19,14 @@ RUNNING_TTL_S = 10.0
 
 
 class StartFailures:
-    """What Serve says of bases without a running replica, asked at most once a second while somebody waits for one."""
+    """What Serve says of bases without a running replica, asked for while somebody waits for one."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, ReplicaCount]], *, clock: Callable[[], float]) -> None:
-        """Ask nobody yet; `counts` tells of each base's replicas and may block, `clock` is in monotonic seconds."""
-        self._counts_of = counts
+    def __init__(
+        self, counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]], *, clock: Callable[[], float]
+    ) -> None:
+        """`counts` returns the replicas of each base; `clock` is in monotonic seconds."""
+        self._counts = counts
         self._clock = clock
-        self._lock = asyncio.Lock()
-        self._counted: Mapping[str, ReplicaCount] = {}
-        self._asked_at = float("-inf")
         self._ran_at: dict[str, float] = {}
 
     async def unless_unusable(self, base: str, work: Awaitable[T]) -> T:
@@ -73,16 +68,6 @@ class StartFailures:
             if count.failure is not None:
                 return count.failure
             await asyncio.sleep(POLL_S)
-
-    async def _counts(self) -> Mapping[str, ReplicaCount]:
-        async with self._lock:
-            if self._clock() - self._asked_at >= POLL_S:
-                try:
-                    self._counted = await run_blocking(self._counts_of)
-                except (RayError, RayServeException):  # it is asked again
-                    self._counted = {}
-                self._asked_at = self._clock()
-        return self._counted
 
 
 async def _result(work: Awaitable[T]) -> T:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -21,13 +19,13 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.core import AdapterSpec, HubToken
+from serve_app.deployments.registry.replica_counts import ReplicaCount
 from serve_app.errors import LoraplexError, NotReady
 
 log = logging.getLogger(__name__)
 
 REPORTS_TTL_S = 1.0
 ANSWER_TIMEOUT_S = 1.0
-COUNTS_TIMEOUT_S = 1.0
 FORGET_TIMEOUT_S = 5.0
 
 
@@ -37,35 +35,30 @@ class Fleet:
     def __init__(
         self,
         handles: Mapping[str, DeploymentHandle],
-        counts: Callable[[], Mapping[str, ReplicaCount]],
+        counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]],
         *,
         clock: Callable[[], float],
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        """`counts` returns how many replicas of each base there are; it may block. `clock` is in monotonic seconds."""
+        """`counts` returns how many replicas of each base there are; `clock` is in monotonic seconds."""
         self._handles = handles
-        self._counts_of = counts
+        self._counts = counts
         self._clock = clock
         self._answer_timeout_s = answer_timeout_s
         self._lock = asyncio.Lock()
         self._reports: tuple[ReplicaReport, ...] = ()
         self._asked_at = float("-inf")
         self._last: dict[str, dict[str, ReplicaReport]] = {base: {} for base in handles}
-        self._counted: Mapping[str, ReplicaCount] = {}
 
     async def reports(self, *, is_fresh: bool = False) -> tuple[ReplicaReport, ...]:
         """Return every replica, those that start and those that do not answer too; at most a second old."""
         async with self._lock:
             if is_fresh or self._clock() - self._asked_at > REPORTS_TTL_S:
-                counts = asyncio.ensure_future(self._counts())
-                asked = await asyncio.gather(*(self._report(base) for base in self._handles))
-                self._counted = await counts
+                counts, *asked = await asyncio.gather(self._counts(), *map(self._report, self._handles))
                 self._reports = tuple(
                     report
                     for base, replies in zip(self._handles, asked, strict=True)
-                    for report in self._complete(
-                        base, replies, self._counted.get(base, ReplicaCount(running=len(replies)))
-                    )
+                    for report in self._complete(base, replies, counts.get(base, ReplicaCount(running=len(replies))))
                 )
                 self._asked_at = self._clock()
         return self._reports
@@ -143,51 +136,3 @@ class Fleet:
         except (RayError, RayServeException, TimeoutError) as error:
             log.debug("no replica of %s was reached: %s", base, type(error).__name__)
             return []
-
-    async def _counts(self) -> Mapping[str, ReplicaCount]:
-        """Return how many replicas of each base there are, or were when Serve last said so in time."""
-        try:
-            return await run_blocking(self._counts_of, timeout_s=COUNTS_TIMEOUT_S)
-        except (RayError, RayServeException, TimeoutError):
-            return self._counted
-
-
-_UNUSABLE = re.compile(r"BaseUnusable: .+? cannot be served: (.+)")
-# Serve types its states as an enumeration, and sends them as text.
-RUNNING: Any = "RUNNING"
-STARTING: Any = "STARTING"
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaCount:
-    """How many replicas of one deployment run and how many start; `failure` says why none runs, where that is known."""
-
-    running: int = 0
-    starting: int = 0
-    failure: str | None = None
-
-
-def replica_counts(app_name: str) -> Mapping[str, ReplicaCount]:
-    """Return the counts of an application by deployment; none where Serve does not know it. Blocks."""
-    application = serve.status().applications.get(app_name)
-    if application is None:
-        return {}
-    return {name: _count(overview) for name, overview in application.deployments.items()}
-
-
-def _count(overview: Any) -> ReplicaCount:
-    states: Mapping[Any, int] = overview.replica_states
-    running = states.get(RUNNING, 0)
-    failure = None if running else start_failure(overview.message, has_given_up=overview.status == "DEPLOY_FAILED")
-    return ReplicaCount(running, states.get(STARTING, 0), failure)
-
-
-def start_failure(message: str, *, has_given_up: bool) -> str | None:
-    """Return why a deployment's replicas do not start, by Serve's message, which ends in the error of the last one.
-
-    A base that cannot be served is known by our own sentence; for any other error Serve's last try is waited for.
-    """
-    found = _UNUSABLE.findall(message)
-    if found:
-        return found[-1]
-    return "its replicas end while they start; a log of theirs says why" if has_given_up else None

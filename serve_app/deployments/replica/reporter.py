@@ -7,18 +7,18 @@ not know Ray, torch or the other replicas.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from serve_app.catalog.replica_report import (
     ActiveAdapter,
     AdapterUsage,
+    HeldIn,
     QuarantinedAdapters,
     ReplicaReport,
     ResidentAdapter,
 )
-from serve_app.core import AdapterSpec, Scale
 from serve_app.families.abilities import BaseAbilities
 from serve_app.store.quarantine import QuarantineEntry
 from serve_app.store.store import AdapterStore, Lease
@@ -40,67 +40,11 @@ class _Entry:
     last_used_s: float = 0.0
 
 
-class AdapterUsageLog:
-    """Adapters by key: their id, the digest of their file, and how often they were used.
+class ReplicaReporter:
+    """What one replica tells of itself and its adapters; it knows those that were noted.
 
     The least recently used are forgotten beyond `max_remembered`.
     """
-
-    def __init__(self, *, clock: Callable[[], float], max_remembered: int = MAX_REMEMBERED) -> None:
-        """Begin with nothing; `clock` is in seconds since 1970."""
-        self._clock = clock
-        self._max_remembered = max_remembered
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()
-
-    def note(self, spec: AdapterSpec, *, digest: str, layers_matched: int, is_hit: bool = True) -> None:
-        """Note that a request uses an adapter, or where it is no hit, that it was read."""
-        entry = self._entries.setdefault(spec.key, _Entry(spec.id, digest, layers_matched))
-        entry.digest = digest
-        if is_hit:
-            entry.hits += 1
-            entry.last_used_s = self._clock()
-        self._entries.move_to_end(spec.key)
-        while len(self._entries) > self._max_remembered:
-            self._entries.popitem(last=False)
-
-    def uses(self) -> tuple[AdapterUsage, ...]:
-        """Return the use of each adapter that is remembered."""
-        return tuple(
-            AdapterUsage(key, entry.hits, entry.last_used_s, entry.layers_matched)
-            for key, entry in self._entries.items()
-        )
-
-    def applied(self, adapter_set: Sequence[tuple[str, Scale]]) -> tuple[ActiveAdapter, ...]:
-        """Return what a adapter_set of (digest, scale) holds; a digest that was forgotten is left out."""
-        ids = {entry.digest: entry.id for entry in self._entries.values()}
-        return tuple(ActiveAdapter(ids[digest], scale) for digest, scale in adapter_set if digest in ids)
-
-    def holdings(
-        self, adapter_set: Sequence[tuple[str, Scale]], on_device: Sequence[str], in_host: Sequence[str]
-    ) -> tuple[ResidentAdapter, ...]:
-        """Return what is held: digests in the weights and on the device, keys in host memory."""
-        applied, device, host = {digest for digest, _ in adapter_set}, set(on_device), set(in_host)
-        held: list[ResidentAdapter] = []
-        for key, entry in self._entries.items():
-            if entry.digest in applied:
-                held.append(ResidentAdapter(key, entry.id, "applied"))
-            elif entry.digest in device:
-                held.append(ResidentAdapter(key, entry.id, "device"))
-            elif key in host:
-                held.append(ResidentAdapter(key, entry.id, "host"))
-        return tuple(held)
-
-    def keys_of(self, model: str) -> tuple[str, ...]:
-        """Return the keys of all revisions and files of an adapter."""
-        return tuple(key for key, entry in self._entries.items() if entry.id == model)
-
-    def digests_of(self, model: str) -> tuple[str, ...]:
-        """Return the digests of all revisions and files of an adapter."""
-        return tuple(entry.digest for entry in self._entries.values() if entry.id == model)
-
-
-class ReplicaReporter:
-    """What one replica tells of itself and its adapters; it knows those that were noted."""
 
     def __init__(
         self,
@@ -112,6 +56,7 @@ class ReplicaReporter:
         store: AdapterStore[ParsedAdapter],
         weights: FusedWeights,
         clock: Callable[[], float],
+        max_remembered: int = MAX_REMEMBERED,
     ) -> None:
         """Know nothing yet; `clock` is in seconds since 1970."""
         self.replica_id = replica_id
@@ -120,17 +65,25 @@ class ReplicaReporter:
         self._abilities = abilities
         self._store = store
         self._weights = weights
-        self._uses = AdapterUsageLog(clock=clock)
+        self._clock = clock
+        self._max_remembered = max_remembered
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
 
     def note(self, lease: Lease[ParsedAdapter], *, is_hit: bool) -> None:
         """Note that a request uses an adapter, or where it is no hit, that it was read."""
-        adapter = lease.adapter
-        self._uses.note(
-            lease.spec, digest=adapter.digest, layers_matched=adapter.coverage.layers_matched, is_hit=is_hit
-        )
+        key, adapter = lease.spec.key, lease.adapter
+        entry = self._entries.setdefault(key, _Entry(lease.spec.id, "", adapter.coverage.layers_matched))
+        entry.digest = adapter.digest
+        if is_hit:
+            entry.hits += 1
+            entry.last_used_s = self._clock()
+        self._entries.move_to_end(key)
+        while len(self._entries) > self._max_remembered:
+            self._entries.popitem(last=False)
 
     def report(self, state: WorkerState, holds: Sequence[QuarantineEntry] = ()) -> ReplicaReport:
         """Return what the replica does, as its worker says, holds, and refuses for now."""
+        ids = {entry.digest: entry.id for entry in self._entries.values()}
         return ReplicaReport(
             id=self.replica_id,
             base_id=self._base_id,
@@ -138,19 +91,35 @@ class ReplicaReporter:
             waiting=state.waiting,
             running=state.running,
             backlog_s=state.backlog_s,
-            applied=self._uses.applied(state.applied),
-            holdings=self._uses.holdings(state.applied, self._weights.cached, self._store.resident()),
-            uses=self._uses.uses(),
+            applied=tuple(ActiveAdapter(ids[digest], scale) for digest, scale in state.applied if digest in ids),
+            holdings=self._holdings({digest for digest, _ in state.applied}),
+            uses=tuple(
+                AdapterUsage(key, entry.hits, entry.last_used_s, entry.layers_matched)
+                for key, entry in self._entries.items()
+            ),
             quarantined=tuple(QuarantinedAdapters(hold.keys, hold.scales, hold.reason, hold.left_s) for hold in holds),
             abilities=self._abilities,
         )
 
     def forget(self, model: str) -> bool:
-        """Drop an adapter from memory once nobody uses it; say whether it was there."""
-        keys = self._uses.keys_of(model)
-        was_held = any(self._store.is_resident(key) for key in keys)
-        for key in keys:
+        """Drop all revisions and files of an adapter from memory once nobody uses them; say whether one was there."""
+        entries = {key: entry for key, entry in self._entries.items() if entry.id == model}
+        was_held = any(map(self._store.is_resident, entries))
+        for key, entry in entries.items():
             self._store.forget(key)
-        for digest in self._uses.digests_of(model):
-            self._weights.forget(digest)
+            self._weights.forget(entry.digest)
         return was_held
+
+    def _holdings(self, applied: Set[str]) -> tuple[ResidentAdapter, ...]:
+        """Return each adapter that is held, with its fastest tier: the device knows them by digest, the host by key."""
+        device, host = set(self._weights.cached), set(self._store.resident())
+        tiers: tuple[tuple[HeldIn, Callable[[str, _Entry], bool]], ...] = (
+            ("applied", lambda _, entry: entry.digest in applied),
+            ("device", lambda _, entry: entry.digest in device),
+            ("host", lambda key, _: key in host),
+        )
+        found = (
+            (key, entry.id, next((tier for tier, is_there in tiers if is_there(key, entry)), None))
+            for key, entry in self._entries.items()
+        )
+        return tuple(ResidentAdapter(key, id_, tier) for key, id_, tier in found if tier is not None)

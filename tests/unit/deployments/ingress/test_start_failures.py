@@ -10,7 +10,7 @@ import pytest
 
 from serve_app.deployments.ingress import start_failures
 from serve_app.deployments.ingress.start_failures import StartFailures
-from serve_app.deployments.registry.fleet import ReplicaCount, start_failure
+from serve_app.deployments.registry.replica_counts import ReplicaCount, start_failure
 from serve_app.errors import BaseUnusable
 
 BASE = "owner/base"
@@ -30,7 +30,7 @@ class Serve:
         self.asked = 0
         self.asked_twice = threading.Event()
 
-    def __call__(self) -> Mapping[str, ReplicaCount]:
+    async def __call__(self) -> Mapping[str, ReplicaCount]:
         self.asked += 1
         if self.asked == 2:
             self.asked_twice.set()

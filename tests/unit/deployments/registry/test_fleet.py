@@ -9,16 +9,11 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.core import AdapterSpec
-from serve_app.deployments.registry.fleet import Fleet, ReplicaCount
+from serve_app.deployments.registry.fleet import Fleet
+from serve_app.deployments.registry.replica_counts import ReplicaCount, ReplicaCounts
 from serve_app.errors import ModelNotFound, NotReady
 
 SPEC = AdapterSpec("me/style", "demo/sd", "r1", "f", "folder", "me/style", 1)
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for the thread that counts, however late it gets its turn."""
-    monkeypatch.setattr("serve_app.deployments.registry.fleet.COUNTS_TIMEOUT_S", 60.0)
 
 
 # What Serve answers in the place of a replica that is late.
@@ -57,7 +52,8 @@ class Clock:
 def fleet(counts: dict[str, tuple[int, int]], clock: Clock | None = None, **handles: Handle) -> Fleet:
     by_base: Any = {base.replace("_", "/"): handle for base, handle in handles.items()}
     known = {base: ReplicaCount(*count) for base, count in counts.items()}
-    return Fleet(by_base, lambda: known, clock=clock or Clock(), answer_timeout_s=0.05)
+    clock = clock or Clock()
+    return Fleet(by_base, ReplicaCounts(lambda: known, clock=clock, answer_timeout_s=60.0), clock=clock)
 
 
 def report(name: str, **fields: Any) -> ReplicaReport:
@@ -95,7 +91,7 @@ async def test_while_serve_is_late_too_all_are_shown_that_it_last_counted() -> N
         return {"demo/sd": counted.pop()}
 
     by_base: Any = {"demo/sd": handle}
-    seen = Fleet(by_base, counts, clock=clock, answer_timeout_s=0.05)
+    seen = Fleet(by_base, ReplicaCounts(counts, clock=clock, answer_timeout_s=60.0), clock=clock)
     # One that this ingress has not heard of yet runs all the same.
     shown = [(one.id, one.state) for one in await seen.reports()]
     assert shown == [("r1", "RUNNING"), ("silent-1", "SILENT"), ("starting-1", "STARTING")]
