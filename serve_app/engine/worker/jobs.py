@@ -127,7 +127,7 @@ class JobQueue:
         self._tickets += 1
         self._waiting.append(job)
         self._books.arrived(waiting.units, now_s)
-        job.place(len(self.running) + self.waiting().index(job))
+        job.report_position(len(self.running) + self.waiting().index(job))
         return job
 
     def check_room(self, request: GenerationRequest) -> None:
