@@ -27,6 +27,7 @@ from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
 from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, load_of, rank, tier_of
 from serve_app.routing.fleet import ReplicaStates
+from serve_app.routing.known import announce
 from serve_app.routing.stats import request_tag
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,8 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         """Start with what the deployment's `request_router_kwargs` say: `base_id` and `stale_after_s`."""
         self._rng = Random()  # spreads ties; nothing else is left to chance
         self._states = ReplicaStates(stale_after_s=float(kwargs["stale_after_s"]))
-        self._metrics = RouterMetrics(kwargs["base_id"])
+        self._base_id = str(kwargs["base_id"])
+        self._metrics = RouterMetrics(self._base_id)
         self._unrouted: dict[str, PendingRequest] = {}
 
     async def choose_replicas(
@@ -74,6 +76,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         """Return one replica per rank, best first; none where older requests are to ask for a slot first."""
         if not candidate_replicas:
             return []
+        announce(self._base_id, self)
         load = _load(pending_request)
         if pending_request is not None:
             # Without it Serve asks again and again without a pause while all replicas are full.
@@ -87,6 +90,10 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
             # Counted at the choice, not at the acceptance: others choose in between.
             self._send(order[0], pending_request, load, now_s)
         return self._few(order, candidate_replicas)
+
+    async def views(self) -> list[ReplicaView]:
+        """Return what is known of every replica at this moment."""
+        return self._views(list(self.curr_replicas.values()), time.monotonic())
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count a request where a replica has taken it, which may be another than the one chosen first."""

@@ -128,8 +128,8 @@ class _Course:
         head = self.jobs[0]
         arrived_s = min(job.at_s for job in self.jobs)
         return Claim(
-            head.ticket, head.key.composition, arrived_s, self.left_s * head.times_part,
-            self.whole_s * head.times_part, is_begun=self.is_begun,
+            head.ticket, head.key.composition, arrived_s, self.left_s, self.whole_s, is_begun=self.is_begun,
+            times_part=min(job.times_part for job in self.jobs),
         )  # fmt: skip
 
     def steps_s(self, seconds: float) -> float:

@@ -11,8 +11,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -31,6 +32,7 @@ from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
+from serve_app.deployments.ingress.fan_out import FanOut
 from serve_app.deployments.ingress.keys import Keys
 from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.process_state import has_ended
@@ -45,6 +47,8 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
+from serve_app.routing.known import known_replicas
+from serve_app.routing.spread import parts_of
 from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
 
@@ -69,6 +73,7 @@ class Dispatcher:
     A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
     image. A stream is sent again while no picture of it has been passed on, and then tells its progress from the start.
     One that two replicas died of is sent no more, and its adapters are quarantined. Cancelling a call stops the work.
+    Of the parts of one request that lost their replicas, one at a time is sent again: it may be what ended them.
     """
 
     def __init__(
@@ -87,6 +92,14 @@ class Dispatcher:
         self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
         self._starts = StartFailures(counts, clock=time.monotonic)
+        self._is_spreading = {base.id: base.replica.step_sharing for base in config.bases}
+        self._resending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def count_parts(self, request: GenerationRequest) -> tuple[int, ...]:
+        """Return how many images each part of a request is to have, by what is known of the replicas now."""
+        if not self._is_spreading[request.base_id] or self._pressures[request.base_id].was_full_lately:
+            return (request.num_images,)
+        return parts_of(request, await known_replicas(request.base_id))
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
         """Return the result of one request.
@@ -99,17 +112,18 @@ class Dispatcher:
         self._quarantine.check(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
-            response = self._handle(request).generate.remote(request)
-            try:
-                with self._sending(request), self._errors_of(request):
-                    return await self._starts.unless_unusable(request.base_id, response)
-            except (RayActorError, ReplicaLost) as error:
-                response.cancel()
-                losses.append(error)
-                await self._check_losses(request, losses)
-            except (asyncio.CancelledError, BaseUnusable):
-                response.cancel()
-                raise
+            async with self._turn_to_send(request, losses):
+                response = self._handle(request).generate.remote(request)
+                try:
+                    with self._sending(request), self._errors_of(request):
+                        return await self._starts.unless_unusable(request.base_id, response)
+                except (RayActorError, ReplicaLost) as error:
+                    response.cancel()
+                    losses.append(error)
+                    await self._check_losses(request, losses)
+                except (asyncio.CancelledError, BaseUnusable):
+                    response.cancel()
+                    raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
@@ -124,24 +138,25 @@ class Dispatcher:
         self._quarantine.check(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
-            # With this option a call is an asynchronous generator, which Ray's types do not say.
-            response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
-            try:
-                with self._sending(request), self._errors_of(request):
-                    async with aclosing(self._starts.watched(request.base_id, response)) as events:
-                        async for event in events:
-                            has_shown |= not isinstance(event, Progress)
-                            yield event
-                return
-            except (RayActorError, ReplicaLost) as error:
-                response.cancel()
-                losses.append(error)
-                if has_shown:
-                    raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
-                await self._check_losses(request, losses)
-            except (asyncio.CancelledError, GeneratorExit, BaseUnusable):
-                response.cancel()
-                raise
+            async with self._turn_to_send(request, losses):
+                # With this option a call is an asynchronous generator, which Ray's types do not say.
+                response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
+                try:
+                    with self._sending(request), self._errors_of(request):
+                        async with aclosing(self._starts.watched(request.base_id, response)) as events:
+                            async for event in events:
+                                has_shown |= not isinstance(event, Progress)
+                                yield event
+                    return
+                except (RayActorError, ReplicaLost) as error:
+                    response.cancel()
+                    losses.append(error)
+                    if has_shown:
+                        raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
+                    await self._check_losses(request, losses)
+                except (asyncio.CancelledError, GeneratorExit, BaseUnusable):
+                    response.cancel()
+                    raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
     @property
@@ -182,6 +197,16 @@ class Dispatcher:
             log.error("request %s is not sent again: %d processes ended on it", request.request_id, len(died))
             self._quarantine.hold(request, f"{len(died)} replicas ended while they drew with it")
             raise lost from None
+
+    @asynccontextmanager
+    async def _turn_to_send(self, request: GenerationRequest, losses: list[Exception]) -> AsyncGenerator[None]:
+        if not losses:
+            yield
+            return
+        lock = self._resending.setdefault(request.request_id, asyncio.Lock())
+        async with lock:
+            self._quarantine.check(request)
+            yield
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
         return self._pressures[request.base_id].track(work_units(request))
@@ -275,7 +300,7 @@ class Ingress:
         self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried, counts=counts)
         self._gateway = ServiceGateway(
             catalog,
-            self._dispatcher,
+            FanOut(self._dispatcher, self._dispatcher.count_parts),
             registry=ServiceRegistry(catalog, self._keeper, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=Readiness(config, app_name),

@@ -294,8 +294,9 @@ class JobQueue:
     def _claim_of(self, job: Job) -> Claim:
         item, whole_s = job.waiting, self._books.pace.seconds(job.waiting.units)
         return Claim(
-            item.job_id, item.key.composition, item.arrived_s, whole_s, whole_s, job.request.share, item.priority
-        )
+            item.job_id, item.key.composition, item.arrived_s, whole_s, whole_s, job.request.share, item.priority,
+            times_part=_times_part(job),
+        )  # fmt: skip
 
     def _claim_of_run(self, run: Run) -> Claim:
         """Return the claim of a pass: as urgent as the most urgent of those who share it."""
@@ -309,6 +310,7 @@ class JobQueue:
             share=min((job.request.share for job in run.jobs), key=self.device_books.had_s),
             priority=max(job.waiting.priority for job in run.jobs),
             is_begun=True,
+            times_part=min(map(_times_part, run.jobs)),
         )
 
     def _batch_of(self, claim: Claim) -> tuple[Job, ...]:
@@ -342,3 +344,8 @@ class JobQueue:
         claims = self._ranked([*self._claims(), self._claim_of(job)], self._sharing)
         places = [claim.ticket for claim in claims]
         return sum(claim.remaining_s for claim in claims[: places.index(job.waiting.job_id)])
+
+
+def _times_part(job: Job) -> float:
+    """Return the work of a whole request over that of the part that a job is."""
+    return (job.request.whole_images or job.request.num_images) / job.request.num_images

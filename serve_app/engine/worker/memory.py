@@ -33,8 +33,8 @@ class OomCounts:
 class OomRecovery:
     """The device's memory, as far as it can be made to suffice.
 
-    Invariant: after `free_memory` the base is whole, whatever failed where: its own weights or a complete composition bound,
-    each module in its dtype.
+    Invariant: after `free_memory` the base is whole, whatever failed where: its own weights or a complete composition
+    bound, each module in its dtype.
     """
 
     def __init__(

@@ -158,9 +158,6 @@ def _show(jobs: Sequence[Job], shares: Sequence[tuple[PixelImage, ...]]) -> None
             job.show(images)
 
 
-_SEEDS = 2**64
-
-
 @dataclass(frozen=True, slots=True)
 class RequestSlice:
     """Images of one request: `count` of them from number `first` on; `request_index` is the request's in its batch."""
@@ -174,9 +171,8 @@ class RequestSlice:
 
         A part of a request asks for no previews, as nobody could tell of which images they are.
         """
-        if self.count == request.num_images:
-            return request
-        return replace(request, num_images=self.count, seed=(request.seed + self.first) % _SEEDS, num_previews=0)
+        part = request.part(self.first, self.count)
+        return part if part is request else replace(part, num_previews=0)
 
 
 Pass = tuple[RequestSlice, ...]

@@ -47,7 +47,7 @@ class Claim:
     """What may have the device next: a pass that has begun, or a request that waits.
 
     `ticket` names it, `share` is whose it is. `remaining_s` is the device time that it still needs, `whole_s` what it
-    needs in all.
+    needs in all. A part of a request is as urgent as the whole, which has `times_part` its work.
     """
 
     ticket: int
@@ -58,11 +58,17 @@ class Claim:
     share: str = ""
     priority: Priority = "interactive"
     is_begun: bool = False
+    times_part: float = 1.0
+
+    @property
+    def left_s(self) -> float:
+        """The work left by which it is ranked."""
+        return self.remaining_s * self.times_part
 
     def is_overdue(self, now_s: float, policy: SharingPolicy) -> bool:
         """Whether its slowdown would reach the bound even if it ran now to its end."""
         since_s = self.arrived_s + (policy.batch_delay_s if self.priority == "batch" else 0.0)
-        return now_s - since_s + self.remaining_s >= policy.max_slowdown * self.whole_s
+        return now_s - since_s + self.left_s >= policy.max_slowdown * self.whole_s * self.times_part
 
 
 class DeviceBooks:
@@ -196,7 +202,7 @@ class _Order:
         if claim.is_overdue(self.now_s, self.policy):
             return False, False, claim.arrived_s, claim.ticket
         change_s = 0.0 if claim.composition == self.applied else self.books.change_s
-        worth_s = claim.remaining_s + change_s - AGE_SHARE * (self.now_s - claim.arrived_s)
+        worth_s = claim.left_s + change_s - AGE_SHARE * (self.now_s - claim.arrived_s)
         return True, claim.priority == "batch", worth_s, claim.ticket
 
     def is_worth_a_change(self, current: Claim, first: Claim) -> bool:
@@ -204,8 +210,8 @@ class _Order:
         if first is current or first.is_overdue(self.now_s, self.policy):
             return True
         if first.composition == current.composition:
-            return first.priority != current.priority or first.remaining_s < current.remaining_s
+            return first.priority != current.priority or first.left_s < current.left_s
         if not self.books.can_change:
             return False
-        gain_s = current.remaining_s - first.remaining_s - 2 * self.books.change_s
+        gain_s = current.left_s - first.left_s - 2 * self.books.change_s
         return first.priority != current.priority or gain_s > 0

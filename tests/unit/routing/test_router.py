@@ -12,6 +12,7 @@ from ray.serve.request_router import PendingRequest
 
 from serve_app.app import build
 from serve_app.config import AppConfig
+from serve_app.routing.known import known_replicas
 from serve_app.routing.router import MAX_ASKING, MAX_RANKED, LeastWorkRouter
 from serve_app.routing.stats import RoutingStatsCollector
 from tests.routing_cases import BASE, device, generation, key
@@ -212,3 +213,13 @@ def test_ours_is_the_router_of_every_base_and_rays_own_is_a_choice() -> None:
 def test_an_unknown_router_is_refused() -> None:
     with pytest.raises(ValueError, match="loraplex"):
         routed_by("random")
+
+
+async def test_the_gateway_is_told_what_the_router_of_its_process_knows(router: LeastWorkRouter) -> None:
+    assert await known_replicas("demo/unknown") == []
+    router.update_replicas([Taking(f"r{index}").tells("a", backlog_s=index) for index in range(3)])  # type: ignore[misc]
+    await order(router, list(router.curr_replicas.values()), await pending(generation(0, "a")))
+    known = await known_replicas(BASE)
+    assert [view.id for view in known] == ["r0", "r1", "r2"]
+    assert [round(view.ahead_s) for view in known][1:] == [1, 2]
+    assert known[0].ahead_s > 0
