@@ -31,6 +31,8 @@ class Scales:
 
 # One number for all components, or one for each kind of component.
 Scale = float | Scales
+# The adapters of a request in their order of application: (digest of the file, scale) each.
+AdapterSetKey = tuple[tuple[str, Scale], ...]
 
 
 def scale_of(scale: Scale, component: str) -> float:
@@ -222,9 +224,9 @@ class GenerationRequest:
     None means the base's own. With `image`, width and height are the output's size; `references` are further pictures
     of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None
     where nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without
-    telling who that is. `encoding` None asks for pixels. `whole_images` is set in a part of a request: how many
-    images the whole has, by which the part is as urgent. These, `num_previews`, `priority`, `due` and `trace`
-    change no image.
+    telling who that is, and `share_weight` says how large a part. `encoding` None asks for pixels. `whole_images`
+    is set in a part of a request: how many images the whole has, by which the part is as urgent. These,
+    `num_previews`, `priority`, `due` and `trace` change no image.
     """
 
     request_id: str
@@ -253,6 +255,7 @@ class GenerationRequest:
     hub_token: HubToken | None = field(default=None, repr=False)
     trace: TraceContext | None = field(default=None, repr=False, compare=False)
     share: str = ""
+    share_weight: float = 1.0
     whole_images: int | None = None
 
     def part(self, first: int, count: int) -> GenerationRequest:

@@ -224,7 +224,7 @@ class SharedSteps:
         course, self._slice = piece.course, None
         course.left_s -= piece.predicted_s
         took_s = piece.predicted_s * course.factor
-        self._books.worked({""}, took_s, now_s)
+        self._books.worked({"": 1.0}, took_s, now_s)
         self._around.counts.busy_s += took_s
         is_over = course.left_s <= 1e-9
         if is_over:

@@ -291,8 +291,9 @@ class Ingress:
 
         replicas = Fleet(handles, counts, clock=time.monotonic)
         self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
+        keys = Keys(config.auth, clock=time.monotonic)
         self._access = Access(
-            keys=Keys(config.auth, clock=time.monotonic),
+            keys=keys,
             takes_hub_tokens=config.adapters.hub.forward_tokens,
             meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
@@ -306,6 +307,7 @@ class Ingress:
             can_serve=Readiness(config, app_name),
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
+            weight_of=keys.weight_of,
         )
 
     def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:

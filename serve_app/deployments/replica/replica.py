@@ -107,6 +107,7 @@ class BaseModelReplica:
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
             base_weights=residence.base_weights,
+            fused_sets=residence.fused_sets,
         )
         if is_on_gpu:
             warm_swaps(self._weights, pipeline.manifest, residence)

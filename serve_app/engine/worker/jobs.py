@@ -5,7 +5,7 @@ Owns admission to the queue, deadlines and the choice of what runs next. Must no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from serve_app.core import GenerationRequest, Scale
@@ -245,13 +245,15 @@ class JobQueue:
         """Note that a run has had the device until now, and which part of its work is left."""
         now_s = self._clock()
         run.left = left
-        self.device_books.worked({job.request.share for job in run.jobs}, now_s - self._worked_until_s, now_s)
+        shares = {job.request.share: job.request.share_weight for job in run.jobs}
+        self.device_books.worked(shares, now_s - self._worked_until_s, now_s)
         self._worked_until_s = now_s
 
-    def changed(self, run: Run, seconds: float) -> None:
-        """Note a change to the adapters of a run that ends now."""
+    def changed(self, run: Run, seconds: float, *, kept: Set[AdapterSetKey]) -> None:
+        """Note a change to the adapters of a run that ends now; `kept` are those that a change is cheap to now."""
         run.swap_s += seconds
-        self.device_books.changed(seconds)
+        self.device_books.changed(seconds, was_kept=run.composition in self.device_books.kept)
+        self.device_books.kept = kept
         self._worked_until_s = self._clock()
 
     def suspended(self, run: Run) -> None:

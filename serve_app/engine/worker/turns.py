@@ -8,7 +8,7 @@ simulator. Must not know pipelines or weights; every time is handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,7 +18,9 @@ from serve_app.engine.worker.scheduling import AdapterSetKey
 # What changes of adapters may take of the device's time, for the sake of taking turns.
 MAX_CHANGE_SHARE = 0.03
 # Time without changes counts for later ones as far back as this.
-CREDIT_WINDOW_S = 300.0
+CREDIT_WINDOW_S = 60.0
+# What changes may take before anything has run.
+FIRST_CREDIT_S = 0.1
 # The device time that a caller has had is forgotten with this time constant.
 FAIRNESS_WINDOW_S = 20.0
 # The newest change's share in what a change is taken to cost.
@@ -72,47 +74,59 @@ class Claim:
 
 
 class DeviceBooks:
-    """The device time that each caller has had, and what changes of adapters took. Not thread-safe."""
+    """The device time that each caller has had, and what changes of adapters took. Not thread-safe.
+
+    `kept` are the compositions to which a change computes nothing; such changes have a price of their own.
+    """
 
     def __init__(self, change_s: float = 0.0) -> None:
         """Start with nothing used; `change_s` is what a change is taken to cost until one was measured."""
         self.change_s = change_s
+        self.binding_s = 0.0
+        self.kept: Set[AdapterSetKey] = frozenset()
         self.changes = 0
+        self.bindings = 0
         self.changing_s = 0.0
         self.working_s = 0.0
-        self._credit_s = MAX_CHANGE_SHARE * CREDIT_WINDOW_S
+        self._credit_s = FIRST_CREDIT_S
         self._had_s: dict[str, float] = {}
         self._decayed_at = -math.inf
 
-    def worked(self, shares: Set[str], seconds: float, now_s: float) -> None:
-        """Note device time that ended at `now_s`, in equal parts for the callers who shared it."""
+    def worked(self, shares: Mapping[str, float], seconds: float, now_s: float) -> None:
+        """Note device time that ended at `now_s`, in equal parts for the callers who shared it, each with a weight."""
         self.working_s += seconds
         self._gain(MAX_CHANGE_SHARE * seconds)
         self._decay(now_s)
-        for share in shares:
-            self._had_s[share] = self._had_s.get(share, 0.0) + seconds / len(shares)
+        for share, weight in shares.items():
+            self._had_s[share] = self._had_s.get(share, 0.0) + seconds / len(shares) / weight
 
-    def changed(self, seconds: float) -> None:
-        """Note a change of adapters."""
-        newest = NEWEST_CHANGE if self.changes else 1.0
-        self.change_s += newest * (seconds - self.change_s)
+    def changed(self, seconds: float, *, was_kept: bool = False) -> None:
+        """Note a change of adapters; `was_kept` says that nothing had to be computed for it."""
+        if was_kept:
+            self.binding_s += (NEWEST_CHANGE if self.bindings else 1.0) * (seconds - self.binding_s)
+        else:
+            newest = NEWEST_CHANGE if self.changes > self.bindings else 1.0
+            self.change_s += newest * (seconds - self.change_s)
         self.changes += 1
+        self.bindings += was_kept
         self.changing_s += seconds
         self._gain(-seconds)
 
     def had_s(self, share: str) -> float:
-        """Return the device time that a caller has had, forgotten by and by."""
+        """Return the device time that a caller has had over its weight, forgotten by and by."""
         return self._had_s.get(share, 0.0)
 
-    @property
-    def can_change(self) -> bool:
-        """Whether setting a pass aside, which costs two changes, leaves changes within their share of the time."""
-        return self._credit_s >= 2 * self.change_s
+    def cost_s(self, composition: AdapterSetKey) -> float:
+        """Return what a change to a composition takes."""
+        return self.binding_s if composition in self.kept else self.change_s
 
-    @property
-    def quantum_s(self) -> float:
-        """How far a caller may get ahead of others before the device changes hands: changes are to stay cheap."""
-        return 2 * self.change_s / MAX_CHANGE_SHARE
+    def can_afford(self, seconds: float) -> bool:
+        """Whether changes of so many seconds leave all of them within their share of the time."""
+        return self._credit_s >= seconds
+
+    def quantum_s(self, composition: AdapterSetKey) -> float:
+        """How far a caller may get ahead before the device changes to another's composition: that is to stay cheap."""
+        return 2 * self.cost_s(composition) / MAX_CHANGE_SHARE
 
     def _gain(self, seconds: float) -> None:
         most_s = MAX_CHANGE_SHARE * CREDIT_WINDOW_S
@@ -163,12 +177,14 @@ def next_claim(
     order = _Order(applied, now_s, books, policy)
     current = next((claim for claim in able if claim.ticket == holder), None)
     share = min((claim.share for claim in able), key=books.had_s)
-    if current is not None and books.had_s(current.share) - books.had_s(share) <= books.quantum_s:
-        share = current.share
     first = min((claim for claim in able if claim.share == share), key=order.place)
-    if current is None or current.share != share or order.is_worth_a_change(current, first):
+    if current is None:
         return first
-    return current
+    if current.share != share:
+        if books.had_s(current.share) - books.had_s(share) > books.quantum_s(first.composition):
+            return first
+        first = min((claim for claim in able if claim.share == current.share), key=order.place)
+    return first if order.is_worth_a_change(current, first) else current
 
 
 def ranked(
@@ -201,7 +217,7 @@ class _Order:
         """Return what sorts claims: those that are overdue by arrival, the others by priority and remaining work."""
         if claim.is_overdue(self.now_s, self.policy):
             return False, False, claim.arrived_s, claim.ticket
-        change_s = 0.0 if claim.composition == self.applied else self.books.change_s
+        change_s = 0.0 if claim.composition == self.applied else self.books.cost_s(claim.composition)
         worth_s = claim.left_s + change_s - AGE_SHARE * (self.now_s - claim.arrived_s)
         return True, claim.priority == "batch", worth_s, claim.ticket
 
@@ -211,7 +227,8 @@ class _Order:
             return True
         if first.composition == current.composition:
             return first.priority != current.priority or first.left_s < current.left_s
-        if not self.books.can_change:
+        there_and_back_s = 2 * self.books.cost_s(first.composition)
+        if not self.books.can_afford(there_and_back_s):
             return False
-        gain_s = current.left_s - first.left_s - 2 * self.books.change_s
+        gain_s = current.left_s - first.left_s - there_and_back_s
         return first.priority != current.priority or gain_s > 0

@@ -345,7 +345,7 @@ class EngineWorker:
             self._applied = self._weights.applied
             self._last_progress_s = self._clock()
             with self._changed:
-                self._queue.changed(run, self._last_progress_s - began_s)
+                self._queue.changed(run, self._last_progress_s - began_s, kept=self._weights.kept)
 
     def _report(self, run: Run, jobs: Sequence[Job], step: int, steps: int) -> None:
         self._steps += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from typing import Any
 
@@ -16,29 +15,15 @@ from serve_app.core import GenerationRequest, GenerationResult, Progress, WallCl
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.job import Job
-from serve_app.engine.worker.turns import Claim, SharingPolicy
+from serve_app.engine.worker.turns import SharingPolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, InternalError, OutOfMemory, ReplicaLost
+from tests.any_turn import AnyTurn
 from tests.engine_cases import largest_difference, on_steps, parsed_adapter, photo, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 120.0
 YEAR_2030 = 1_900_000_000.0
-
-
-class AnyTurn:
-    """Gives the next step to any run or request by chance."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = random.Random(seed)
-        self.asked = self.most_begun = 0
-
-    def __call__(self, claims: Sequence[Claim], *, policy: SharingPolicy, **_: Any) -> Claim | None:
-        begun = [claim for claim in claims if claim.is_begun]
-        self.asked += 1
-        self.most_begun = max(self.most_begun, len(begun))
-        able = begun if len(begun) >= policy.max_in_progress else claims
-        return self._rng.choice(able) if able else None
 
 
 class Bench:
