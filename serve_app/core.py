@@ -225,8 +225,9 @@ class GenerationRequest:
     of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None
     where nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without
     telling who that is, and `share_weight` says how large a part. `encoding` None asks for pixels. `whole_images`
-    is set in a part of a request: how many images the whole has, by which the part is as urgent. These,
-    `num_previews`, `priority`, `due` and `trace` change no image.
+    is set in a part of a request: how many images the whole has, by which the part is as urgent. `waited_s` is for
+    how long it has waited on replicas that gave it back. These, `num_previews`, `priority`, `due` and `trace`
+    change no image.
     """
 
     request_id: str
@@ -257,6 +258,7 @@ class GenerationRequest:
     share: str = ""
     share_weight: float = 1.0
     whole_images: int | None = None
+    waited_s: float = 0.0
 
     def part(self, first: int, count: int) -> GenerationRequest:
         """Return the request for `count` of its images from number `first` on, each with the seed that it has here."""
@@ -269,6 +271,14 @@ class GenerationRequest:
     def planned_steps(self) -> int:
         """The number of steps that will run; image-to-image runs the fraction given by its strength."""
         return self.steps if self.strength is None else min(int(self.steps * self.strength), self.steps)
+
+
+class GivenBack(Exception):
+    """A replica has not begun a request and gives it back, since another may begin it sooner."""
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(waited_s)
+        self.waited_s = waited_s
 
 
 @dataclass(frozen=True, slots=True)

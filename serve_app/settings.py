@@ -192,7 +192,7 @@ class ReplicaSettings(StrictModel):
     num_cpus: PositiveFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     torch_threads: PositiveInt | None = None
-    max_ongoing_requests: PositiveInt = 8
+    max_ongoing_requests: PositiveInt = 64
     max_queued_requests: PositiveInt = 64
     max_batch_images: PositiveInt = 4
     step_sharing: bool = True

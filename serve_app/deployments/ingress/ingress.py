@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import statistics
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -27,7 +30,7 @@ from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLi
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.config import AppConfig, Environment
-from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
@@ -47,7 +50,8 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
-from serve_app.routing.known import known_replicas
+from serve_app.routing.cost import STALLED_S
+from serve_app.routing.known import count_replicas, known_replicas, on_joined
 from serve_app.routing.spread import parts_of
 from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
@@ -58,6 +62,8 @@ READINESS_TTL_S = 1.0
 SEED_BITS = 32
 # A request whose process died on so many replicas is not sent to another.
 MAX_DEATHS = 2
+# Of the places that a base has for the requests of an ingress replica, what one key may have.
+MOST_OF_PLACES = 0.75
 # A new ingress waits this long for the aliases before it serves without them.
 ALIASES_PATIENCE_S = 5.0
 
@@ -88,18 +94,34 @@ class Dispatcher:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
         self._quarantine = Quarantine(clock=time.monotonic)
-        self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
+        self._replica_settings = {base.id: base.replica for base in config.bases}
         self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
         self._starts = StartFailures(counts, clock=time.monotonic)
-        self._is_spreading = {base.id: base.replica.step_sharing for base in config.bases}
+        self._levelling: set[asyncio.Future[None]] = set()
         self._resending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def count_parts(self, request: GenerationRequest) -> tuple[int, ...]:
         """Return how many images each part of a request is to have, by what is known of the replicas now."""
-        if not self._is_spreading[request.base_id] or self._pressures[request.base_id].was_full_lately:
+        if not self._replica_settings[request.base_id].step_sharing or self._pressures[request.base_id].was_full_lately:
             return (request.num_images,)
         return parts_of(request, await known_replicas(request.base_id))
+
+    def watch_replicas(self) -> None:
+        """Have replicas give back what they have not begun whenever another joins; on the event loop."""
+        for base_id in self._handles:
+            on_joined(base_id, partial(self._start_levelling, base_id))
+
+    def _start_levelling(self, base_id: str) -> None:
+        task = asyncio.ensure_future(self._level(base_id))
+        self._levelling.add(task)
+        task.add_done_callback(self._levelling.discard)
+
+    async def _level(self, base_id: str) -> None:
+        ahead_s = [view.ahead_s for view in await known_replicas(base_id) if view.ahead_s < STALLED_S]
+        if len(ahead_s) > 1:
+            given = await self._handles[base_id].broadcast("give_back", statistics.fmean(ahead_s)).results_async()
+            log.info("a replica of %s has joined: the others gave back %d requests", base_id, sum(given))
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
         """Return the result of one request.
@@ -110,6 +132,7 @@ class Dispatcher:
             ReplicaLost: every attempt lost its replica.
         """
         self._quarantine.check(request)
+        self._check_share(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
             async with self._turn_to_send(request, losses):
@@ -117,6 +140,8 @@ class Dispatcher:
                 try:
                     with self._sending(request), self._errors_of(request):
                         return await self._starts.unless_unusable(request.base_id, response)
+                except GivenBack as given:
+                    request = replace(request, waited_s=given.waited_s)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)
@@ -136,6 +161,7 @@ class Dispatcher:
         """
         has_shown = False
         self._quarantine.check(request)
+        self._check_share(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
             async with self._turn_to_send(request, losses):
@@ -148,6 +174,8 @@ class Dispatcher:
                                 has_shown |= not isinstance(event, Progress)
                                 yield event
                     return
+                except GivenBack as given:
+                    request = replace(request, waited_s=given.waited_s)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)
@@ -166,8 +194,21 @@ class Dispatcher:
         is_at_limit = any(pressure.was_full_lately for pressure in pressures)
         return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
 
+    def _check_share(self, request: GenerationRequest) -> None:
+        """Refuse a key that has most of a base's places, so that there are some for others.
+
+        Raises:
+            QueueFull: it has.
+        """
+        replica = self._replica_settings[request.base_id]
+        count = max(count_replicas(request.base_id), 1)
+        places = replica.max_queued_requests + replica.max_ongoing_requests * count
+        if request.share and self._pressures[request.base_id].held_by(request.share) >= MOST_OF_PLACES * places:
+            raise self._queue_full(request)
+
     def _queue_full(self, request: GenerationRequest) -> QueueFull:
-        limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
+        limit = self._replica_settings[request.base_id].max_queued_requests
+        retry_after_s = self._pressures[request.base_id].retry_after_s()
         return QueueFull(base=request.base_id, limit=limit, retry_after_s=retry_after_s)
 
     def _handle(self, request: GenerationRequest) -> DeploymentHandle:
@@ -209,7 +250,7 @@ class Dispatcher:
             yield
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
-        return self._pressures[request.base_id].track(work_units(request))
+        return self._pressures[request.base_id].track(work_units(request), request.share)
 
     @contextmanager
     def _errors_of(self, request: GenerationRequest) -> Iterator[None]:
@@ -318,6 +359,7 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
         self._watchdog = start_watchdog(self._config.ingress)
+        self._dispatcher.watch_replicas()
         await self._keeper.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)

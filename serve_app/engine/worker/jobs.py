@@ -113,16 +113,17 @@ class JobQueue:
             DeadlineExceeded: its deadline has passed, or cannot be met with what waits before it.
         """
         now_s = self._clock()
+        arrived_s = now_s - request.waited_s
         waiting = QueuedRequest(
             job_id=self._tickets,
             key=key,
             num_images=request.num_images,
-            arrived_s=now_s,
+            arrived_s=arrived_s,
             deadline_s=None if request.due is None else now_s + request.due.at - self._wall_clock(),
             priority=request.priority,
             units=work_units(request),
         )
-        job = Job(request, tuple(adapters), waiting, now_s, on_event)
+        job = Job(request, tuple(adapters), waiting, arrived_s, on_event)
         self._check_deadline(job)
         self._tickets += 1
         self._waiting.append(job)
@@ -173,6 +174,16 @@ class JobQueue:
         if self._sharing is not None:
             late += [job for job in self.running if not job.is_cancelled and self._is_past_deadline(job)]
         return [(job, DeadlineExceeded(job.request.due.limit_s)) for job in late if job.request.due is not None]
+
+    def give_back(self, keep_s: float) -> list[Job]:
+        """Take out what would run last, until no more than `keep_s` of work is left or all that is left has begun."""
+        given: list[Job] = []
+        for job in reversed(self.waiting()):
+            if self._books.backlog_s(self._units(), self._clock()) <= keep_s:
+                break
+            self._waiting.remove(job)
+            given.append(job)
+        return given
 
     def next(self, applied: AdapterSetKey) -> tuple[Job, ...]:
         """Return the jobs of the batch that would begin now, with `applied` in the weights; none where none waits."""
@@ -332,7 +343,7 @@ class JobQueue:
         due, item = job.request.due, job.waiting
         if due is None or item.deadline_s is None:
             return
-        left_s = item.deadline_s - item.arrived_s
+        left_s = item.deadline_s - self._clock()
         if left_s <= 0:
             raise DeadlineExceeded(due.limit_s)
         ahead_s, pace = self._ahead_s(job), self._books.measured

@@ -25,9 +25,11 @@ FIRST_CREDIT_S = 0.1
 FAIRNESS_WINDOW_S = 20.0
 # The newest change's share in what a change is taken to cost.
 NEWEST_CHANGE = 0.2
-# A second of waiting counts as so much less work: among requests that are alike, the older one goes first.
-AGE_SHARE = 0.15
-_FORGOTTEN_S = 1e-3
+# A request that has waited so much longer goes before one with 1/e of its work, and sooner the smaller both are: each
+# time that it takes alone counts as well.
+AGE_S = 40.0
+AGE_SLOWDOWN = 4.0
+_FORGOTTEN_S = _LEAST_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def next_claim(
     """Choose who has the device for the next step; None only where there are no claims.
 
     First comes the caller that had the least device time, then who is overdue, by arrival, then interactive before
-    batch, then the shortest remaining work, counting a change of adapters and a little of its age. `holder` is the
+    batch, then the least work left, counting a change of adapters and its age. `holder` is the
     ticket of the pass that had the device for the last step, None where it has ended: it keeps the device unless a
     change is worth its cost.
     """
@@ -218,8 +220,9 @@ class _Order:
         if claim.is_overdue(self.now_s, self.policy):
             return False, False, claim.arrived_s, claim.ticket
         change_s = 0.0 if claim.composition == self.applied else self.books.cost_s(claim.composition)
-        worth_s = claim.left_s + change_s - AGE_SHARE * (self.now_s - claim.arrived_s)
-        return True, claim.priority == "batch", worth_s, claim.ticket
+        age_s = self.now_s - claim.arrived_s
+        age = age_s / AGE_S + age_s / max(AGE_SLOWDOWN * claim.whole_s * claim.times_part, _LEAST_S)
+        return True, claim.priority == "batch", math.log(claim.left_s + change_s + _LEAST_S) - age, claim.ticket
 
     def is_worth_a_change(self, current: Claim, first: Claim) -> bool:
         """Whether a pass should be set aside for another of the same caller."""

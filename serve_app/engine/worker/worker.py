@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from serve_app.core import GenerationRequest, GenerationResult, Scale
+from serve_app.core import GenerationRequest, GenerationResult, GivenBack, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.adapters.inversion import ti_tokens_of
 from serve_app.engine.drawing.pipeline import BasePipeline
@@ -158,6 +158,14 @@ class EngineWorker:
         finally:
             with self._changed:
                 self._books.remove_pending(units)
+
+    def give_back(self, keep_s: float) -> int:
+        """End what has not begun with `GivenBack`, the last first, until `keep_s` of work are left; return how many."""
+        with self._changed:
+            given = self._queue.give_back(keep_s)
+        for job in given:
+            job.end(GivenBack(self._clock() - job.submitted_at))
+        return len(given)
 
     def snapshot(self) -> WorkerState:
         """Return what the worker is doing right now."""

@@ -6,12 +6,13 @@ import random
 import threading
 import time
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from serve_app.core import GenerationRequest, GenerationResult, Progress, WallClockDeadline
+from serve_app.core import GenerationRequest, GenerationResult, GivenBack, Progress, WallClockDeadline
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.job import Job
@@ -256,3 +257,39 @@ def test_requests_that_are_alike_and_wait_together_share_a_pass() -> None:
     assert [job.future.result(WAIT_S).batch_size for job in jobs] == [2, 2]
     held.future.result(WAIT_S)
     bench.worker.close()
+
+
+def test_what_has_not_begun_is_given_back_the_last_first_and_keeps_its_age_elsewhere() -> None:
+    bench = Bench()
+    held, opened = bench.hold()
+    jobs = [bench.submit(request(request_id=f"{steps}", steps=steps, num_images=2)) for steps in (4, 2, 8)]
+    bench.later_s = 7.0
+    each_s = [bench.worker.snapshot().pace.seconds(job.waiting.units) for job in jobs]
+    keep_s = bench.worker.snapshot().backlog_s - each_s[2] - each_s[0] / 2
+    assert bench.worker.give_back(keep_s) == 2
+    for job in (jobs[2], jobs[0]):
+        with pytest.raises(GivenBack) as given:
+            job.future.result(0)
+        assert given.value.waited_s >= 7.0
+    again = bench.submit(replace(jobs[0].request, waited_s=7.0))
+    assert bench.worker.give_back(0.0) == 2
+    with pytest.raises(GivenBack) as given:
+        again.future.result(0)
+    assert given.value.waited_s >= 7.0
+    opened.set()
+    assert held.future.result(WAIT_S).images
+    bench.worker.close()
+
+
+def test_a_part_of_a_large_request_overtakes_nobody_for_being_small() -> None:
+    bench = Bench()
+    held, opened = bench.hold(steps=1)
+    ended: list[str] = []
+    whole = request(request_id="eight", steps=3, num_images=8)
+    for one in (whole.part(0, 1), request(request_id="two", steps=3, num_images=2, adapters=(use_of("me/0"),))):
+        job = bench.submit(one)
+        job.future.add_done_callback(lambda _, name=one.request_id: ended.append(name))
+    opened.set()
+    held.future.result(WAIT_S)
+    bench.worker.close(is_draining=True)
+    assert ended == ["two", "eight"]

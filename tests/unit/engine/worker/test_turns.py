@@ -101,7 +101,7 @@ def test_interactive_requests_go_before_batch_requests_of_the_same_caller() -> N
 
 def test_where_a_change_is_dear_a_pass_keeps_the_device() -> None:
     device = Device(change_s=5.0, applied=named("a"))
-    device.play([claim(0, 10.0, adapter="a"), claim(1, 4.0, adapter="b", at_s=1.0), claim(2, 4.0, adapter="a", at_s=1)])
+    device.play([claim(0, 10.0, adapter="a"), claim(1, 6.0, adapter="b", at_s=1.0), claim(2, 4.0, adapter="a", at_s=1)])
     assert list(device.ended_s) == [2, 0, 1]
     assert device.books.changes == 1
 
