@@ -236,11 +236,15 @@ def digest_of(key: str) -> str:
 
 
 class ApiKey(StrictModel):
-    """A key by its name, which appears in logs, and the SHA-256 of the key itself; `admin` may change the registry."""
+    """A key by its name, which appears in logs, and the SHA-256 of the key itself; `admin` may change the registry.
+
+    Where several keys want a device at once, each has a part of its time in proportion to its `weight`.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     admin: bool = False
+    weight: float = Field(default=1.0, ge=0.01, le=100)
     limits: KeyLimits = KeyLimits()
 
 

@@ -6,9 +6,12 @@ Must not know Ray, torch, HTTP or the file system.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Literal
+
+# Seeds are counted modulo this.
+SEEDS = 2**64
 
 # A person waits for an interactive request, a program for a batch one.
 Priority = Literal["interactive", "batch"]
@@ -28,6 +31,8 @@ class Scales:
 
 # One number for all components, or one for each kind of component.
 Scale = float | Scales
+# The adapters of a request in their order of application: (digest of the file, scale) each.
+AdapterSetKey = tuple[tuple[str, Scale], ...]
 
 
 def scale_of(scale: Scale, component: str) -> float:
@@ -219,7 +224,9 @@ class GenerationRequest:
     None means the base's own. With `image`, width and height are the output's size; `references` are further pictures
     of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None
     where nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without
-    telling who that is. `encoding` None asks for pixels. It, `share`, `num_previews`, `priority`, `due` and `trace`
+    telling who that is, and `share_weight` says how large a part. `encoding` None asks for pixels. `whole_images`
+    is set in a part of a request: how many images the whole has, by which the part is as urgent. `waited_s` is for
+    how long it has waited on replicas that gave it back. These, `num_previews`, `priority`, `due` and `trace`
     change no image.
     """
 
@@ -249,11 +256,29 @@ class GenerationRequest:
     hub_token: HubToken | None = field(default=None, repr=False)
     trace: TraceContext | None = field(default=None, repr=False, compare=False)
     share: str = ""
+    share_weight: float = 1.0
+    whole_images: int | None = None
+    waited_s: float = 0.0
+
+    def part(self, first: int, count: int) -> GenerationRequest:
+        """Return the request for `count` of its images from number `first` on, each with the seed that it has here."""
+        if count == self.num_images:
+            return self
+        whole = self.whole_images or self.num_images
+        return replace(self, num_images=count, seed=(self.seed + first) % SEEDS, whole_images=whole)
 
     @property
     def planned_steps(self) -> int:
         """The number of steps that will run; image-to-image runs the fraction given by its strength."""
         return self.steps if self.strength is None else min(int(self.steps * self.strength), self.steps)
+
+
+class GivenBack(Exception):
+    """A replica has not begun a request and gives it back, since another may begin it sooner."""
+
+    def __init__(self, waited_s: float) -> None:
+        super().__init__(waited_s)
+        self.waited_s = waited_s
 
 
 @dataclass(frozen=True, slots=True)

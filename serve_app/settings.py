@@ -154,9 +154,11 @@ class ReplicaSettings(StrictModel):
     hold; no node runs more than `max_replicas_per_node`.
 
     `host_cache` and `device_cache` are the bytes for adapters in host and in GPU memory: bytes alone decide what a
-    replica holds. `max_warm_up_adapters` is how many adapters it fetches at most when it starts. `base_weights` says
-    where the loaded weights are kept while adapters are fused: on the device, beside the fused ones, or on the host,
-    which needs no further device memory but makes each swap copy; "auto" chooses the host if a GPU is too small.
+    replica holds. `fused_cache` is what further copies of the layers, with adapters fused in, may take of the device
+    as far as it is free: changing to one of them computes nothing. `max_warm_up_adapters` is how many adapters it
+    fetches at most when it starts. `base_weights` says where the loaded weights are kept while adapters are fused: on
+    the device, beside the fused ones, or on the host, which needs no further device memory but makes each swap copy;
+    "auto" chooses the host if a GPU is too small.
     `prefetch_swap` fuses the next request's adapters while a request runs; "auto" only does so on GPUs, since on a
     CPU it slows the running image.
 
@@ -190,7 +192,7 @@ class ReplicaSettings(StrictModel):
     num_cpus: PositiveFloat = 1.0
     num_gpus: NonNegativeFloat = 0.0
     torch_threads: PositiveInt | None = None
-    max_ongoing_requests: PositiveInt = 8
+    max_ongoing_requests: PositiveInt = 64
     max_queued_requests: PositiveInt = 64
     max_batch_images: PositiveInt = 4
     step_sharing: bool = True
@@ -207,6 +209,7 @@ class ReplicaSettings(StrictModel):
     max_warm_up_adapters: PositiveInt = 32
     host_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     device_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
+    fused_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     prefetch_swap: Literal["auto", "always", "never"] = "auto"
     base_weights: Literal["auto", "device", "host"] = "auto"
     health_check_period_s: PositiveFloat = 5.0

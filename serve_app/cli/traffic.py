@@ -76,7 +76,7 @@ def simulate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="Repeatable; all by default, for --p95 loraplex. loraplex, loraplex-whole, loraplex-spread, "
+            help="Repeatable; all by default, for --p95 loraplex. loraplex, loraplex-whole, loraplex-unspread, "
             "least-loaded, least-loaded-late, ray-multiplexed, consistent-hash, affinity, blog."
         ),
     ] = None,

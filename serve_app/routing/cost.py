@@ -98,7 +98,12 @@ def load_of(request: GenerationRequest) -> RequestLoad:
 
 def cost_s(load: RequestLoad, view: ReplicaView) -> float:
     """Return what ranks a replica for a request: the work ahead and its own, its missing adapters, and a swap."""
-    cost = view.ahead_s + view.pace.seconds(load.units)
+    return waits_s(load, view) + view.pace.seconds(load.units)
+
+
+def waits_s(load: RequestLoad, view: ReplicaView) -> float:
+    """Return what a request waits for on a replica: the work ahead, its missing adapters, and a swap."""
+    cost = view.ahead_s
     if load.composition not in view.fused:
         cost += SWAP_S
         for need in load.adapters:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Iterable
 from random import Random
 from typing import Any
 
@@ -27,13 +29,14 @@ from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
 from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, load_of, rank, tier_of
 from serve_app.routing.fleet import ReplicaStates
+from serve_app.routing.known import announce, joined
 from serve_app.routing.stats import request_tag
 
 log = logging.getLogger(__name__)
 
 # Serve asks each replica that it is given for its queue's length, one after the other, until one is not full.
 MAX_RANKED = 2
-# Of the requests that wait for a slot, only the oldest ask for one; the others would only ask the same replicas.
+# Of the requests that wait for a slot, only the first ask for one; the others would only ask the same replicas.
 MAX_ASKING = 8
 # What an adapter weighs of which only the id is known.
 TYPICAL_BYTES = 100_000_000
@@ -65,7 +68,8 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         """Start with what the deployment's `request_router_kwargs` say: `base_id` and `stale_after_s`."""
         self._rng = Random()  # spreads ties; nothing else is left to chance
         self._states = ReplicaStates(stale_after_s=float(kwargs["stale_after_s"]))
-        self._metrics = RouterMetrics(kwargs["base_id"])
+        self._base_id = str(kwargs["base_id"])
+        self._metrics = RouterMetrics(self._base_id)
         self._unrouted: dict[str, PendingRequest] = {}
 
     async def choose_replicas(
@@ -74,6 +78,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         """Return one replica per rank, best first; none where older requests are to ask for a slot first."""
         if not candidate_replicas:
             return []
+        announce(self._base_id, self)
         load = _load(pending_request)
         if pending_request is not None:
             # Without it Serve asks again and again without a pause while all replicas are full.
@@ -87,6 +92,23 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
             # Counted at the choice, not at the acceptance: others choose in between.
             self._send(order[0], pending_request, load, now_s)
         return self._few(order, candidate_replicas)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Take in the replicas that run now, as Serve knows them."""
+        before = self.curr_replicas.keys()
+        has_joined = bool(before) and any(replica.replica_id not in before for replica in replicas)
+        super().update_replicas(replicas)
+        if has_joined:
+            joined(self._base_id)
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas run; from any thread."""
+        return len(self.curr_replicas)
+
+    async def views(self) -> list[ReplicaView]:
+        """Return what is known of every replica at this moment."""
+        return self._views(list(self.curr_replicas.values()), time.monotonic())
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count a request where a replica has taken it, which may be another than the one chosen first."""
@@ -115,11 +137,10 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         return self._states.views(now_s)
 
     def _may_ask(self, request: PendingRequest) -> bool:
-        """Whether a request is among the oldest of those that have no slot yet."""
+        """Whether a request is among the first of those that have no slot yet: callers take turns."""
         self._unrouted = {id_: other for id_, other in self._unrouted.items() if not other.future.done()}
         self._unrouted[request.metadata.internal_request_id] = request
-        older = sum(other.created_at < request.created_at for other in self._unrouted.values())
-        return older < MAX_ASKING
+        return request in by_turns(list(self._unrouted.values()))[:MAX_ASKING]
 
     def _few(self, order: list[str], replicas: list[RunningReplica]) -> list[list[RunningReplica]]:
         """Return the best of those that are not known to be full, or where all are, the best."""
@@ -141,6 +162,24 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         if generation is not None:
             tag = request_tag(generation)
             self._states.send(id_, request.metadata.internal_request_id, tag, load, now_s)
+
+
+def by_turns(requests: Iterable[PendingRequest]) -> list[PendingRequest]:
+    """Sort requests by turns of their callers: of each caller first what is interactive, then what is older."""
+    turns: Counter[str] = Counter()
+    order: list[tuple[int, float, int]] = []
+    known = sorted(requests, key=lambda request: (_is_batch(request), request.created_at))
+    for place, request in enumerate(known):
+        generation = _generation(request)
+        share = "" if generation is None else generation.share
+        order.append((turns[share], request.created_at, place))
+        turns[share] += 1
+    return [known[place] for _, _, place in sorted(order)]
+
+
+def _is_batch(pending: PendingRequest) -> bool:
+    request = _generation(pending)
+    return request is not None and request.priority == "batch"
 
 
 def _tell(pending: PendingRequest, replica_id: str, tier: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterable, Sequence
 
+from serve_app.core import GenerationRequest
+from serve_app.routing.cost import ReplicaView, RequestLoad, load_of, waits_s
 from serve_app.work import LatencyModel
 
 # Images drawn alone instead of in a batch are taken to need so much more of a device.
@@ -12,24 +15,36 @@ ALONE_COST = 0.15
 LEAST_GAIN = 0.1
 
 
-def spread_images(
-    num_images: int, image_units: float, backlogs_s: Sequence[float], pace: LatencyModel
-) -> tuple[int, ...]:
-    """Return how many images each replica draws, in the replicas' order; they add up to `num_images`.
+def parts_of(request: GenerationRequest, views: Iterable[ReplicaView]) -> tuple[int, ...]:
+    """Return how many images the parts of a request have, the largest first; one number where it stays whole."""
+    load = load_of(request)
+    known = [(waits_s(load, view), view.pace) for view in views]
+    return spread_images(request.num_images, load, known)
 
-    Each image goes where it would end first. Where that ends the whole not clearly sooner than one replica would, the
-    one with the least backlog draws all of them.
+
+def spread_images(
+    num_images: int, load: RequestLoad, replicas: Sequence[tuple[float, LatencyModel]]
+) -> tuple[int, ...]:
+    """Return how many images the parts of a request have, the largest first; they add up to `num_images`.
+
+    Of each replica it is known when it would begin, its adapters there, and its pace. Each image goes where it would
+    end first. Where that ends the whole not clearly sooner than one replica would, it stays whole.
     """
-    least = min(range(len(backlogs_s)), key=lambda index: (backlogs_s[index], index))
-    counts = [0] * len(backlogs_s)
+    if num_images == 1 or len(replicas) < 2:
+        return (num_images,)
+    image_units = load.units / num_images
+    best = heapq.nsmallest(num_images, replicas, key=lambda known: known[0])
+    counts = [0] * len(best)
 
     def end_s(index: int, count: int) -> float:
-        return backlogs_s[index] + pace.seconds(image_units * count) * (1 + ALONE_COST * (count == 1))
+        begin_s, pace = best[index]
+        return begin_s + pace.seconds(image_units * count) * (1 + ALONE_COST * (count == 1))
 
     for _ in range(num_images):
         counts[min(range(len(counts)), key=lambda index: (end_s(index, counts[index] + 1), index))] += 1
+    least_s = best[0][0]
     spread_s = max(end_s(index, count) for index, count in enumerate(counts) if count)
-    whole_s = backlogs_s[least] + pace.seconds(image_units * num_images)
-    if num_images > 1 and spread_s - backlogs_s[least] <= (1 - LEAST_GAIN) * (whole_s - backlogs_s[least]):
-        return tuple(counts)
-    return tuple(num_images if index == least else 0 for index in range(len(counts)))
+    whole_s = min(end_s(index, num_images) for index in range(len(best)))
+    if spread_s - least_s > (1 - LEAST_GAIN) * (whole_s - least_s):
+        return (num_images,)
+    return tuple(sorted(filter(None, counts), reverse=True))

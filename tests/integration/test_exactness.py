@@ -1,12 +1,14 @@
-"""Two hundred shuffled requests: each image is the one that its adapter alone gives, and the base never moves."""
+"""Shuffled requests over both demo bases, changed at random steps: each image is its adapter's alone, bit by bit."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -16,14 +18,20 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from ray import serve
 
+from serve_app.app import assemble
+from serve_app.config import AppConfig
 from serve_app.deployments.ingress.ingress import deployment_name
-from tests.service import BASES, STYLES, Service, base_settings
+from tests.replicas.any_turns import AnyTurnReplica
+from tests.service import BASES, EMBEDDED, STYLES, base_settings
 
-EMBEDDED = Path(__file__).parents[2] / "serve_app" / "demo" / "hub"
-REQUESTS = 200
-AT_ONCE = 8
+AT_ONCE = 12
+APP = "exact"
+# One base has two replicas, over which the images of a request are spread.
+REPLICAS = dict(zip(BASES, (1, 2), strict=True))
+MODELS = [*BASES, *(f"{base}-{style}" for base in BASES for style in STYLES)]
 PROMPTS = ("a red circle on a blue background", "a green square on a white background")
-SEEDS = (11, 12)
+# Sides, steps and numbers of images.
+SHAPES = ((64, 6, 1), (64, 12, 1), (96, 4, 1), (64, 8, 2), (48, 6, 4))
 
 # Of the first test this is also the time in which cluster and service start and all is drawn.
 pytestmark = pytest.mark.timeout(1200)
@@ -34,104 +42,92 @@ class Asked:
     model: str
     prompt: str
     seed: int
+    side: int
+    steps: int
+    images: int
 
 
 @dataclass(frozen=True)
 class Answer:
-    pixels: np.ndarray
+    pixels: list[np.ndarray]
     batch_size: int
 
 
-def all_distinct() -> list[Asked]:
-    models = [*BASES, *(f"{base}-{style}" for base in BASES for style in STYLES)]
-    return [Asked(model, prompt, seed) for model in models for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
+def any_requests(count: int) -> list[Asked]:
+    """Return requests for every model, each model in any of two shapes, so that many come again."""
+    rng = random.Random(5)
+    distinct = [
+        Asked(model, PROMPTS[turn], 11 + turn, *rng.choice(SHAPES)) for model in MODELS for turn in range(len(PROMPTS))
+    ]
+    asked = (distinct * (count // len(distinct) + 1))[:count]
+    rng.shuffle(asked)
+    return asked
 
 
-async def draw_all(url: str, asked: list[Asked], at_once: int) -> list[Answer]:
-    places = asyncio.Semaphore(at_once)
+async def draw_all(url: str, asked: list[Asked]) -> list[Answer]:
+    places = asyncio.Semaphore(AT_ONCE)
     async with httpx.AsyncClient(base_url=url, timeout=900, trust_env=False) as client:
 
         async def draw(one: Asked) -> Answer:
+            body = {
+                "model": one.model, "prompt": one.prompt, "n": one.images, "size": f"{one.side}x{one.side}",
+                "seed": one.seed, "num_inference_steps": one.steps,
+            }  # fmt: skip
             async with places:
-                reply = await client.post(
-                    f"/models/{one.model}",
-                    json={"inputs": one.prompt, "parameters": {"seed": one.seed}},
-                    headers={"accept": "image/png"},
-                )
+                reply = await client.post("/v1/images/generations", json=body)
             assert reply.status_code == 200, reply.text
-            return Answer(np.asarray(Image.open(io.BytesIO(reply.content))), int(reply.headers["x-batch-size"]))
+            return Answer(images_of(reply.json()), int(reply.headers["x-batch-size"]))
 
         return await asyncio.gather(*(draw(one) for one in asked))
 
 
-def checksums() -> list[str]:
-    handles = [serve.get_deployment_handle(deployment_name(base), "loraplex") for base in BASES]
-    return [handle.checksum.remote().result() for handle in handles]
-
-
-def assert_same(answer: Answer, reference: np.ndarray) -> None:
-    difference = np.abs(answer.pixels.astype(int) - reference.astype(int)).max()
-    assert difference <= (0 if answer.batch_size == 1 else 1)
+def on_every_replica(method: str) -> dict[str, list[Any]]:
+    handles = {base: serve.get_deployment_handle(deployment_name(base), APP) for base in BASES}
+    return {base: handle.broadcast(method).results() for base, handle in handles.items()}
 
 
 @pytest.fixture(scope="module")
-def mixed(service: Service) -> tuple[dict[Asked, list[Answer]], list[str], list[str]]:
-    """Two hundred requests in random order, eight at a time, and the bases' checksums before and after."""
-    asked = all_distinct()
-    stream = (asked * (REQUESTS // len(asked) + 1))[:REQUESTS]
-    random.Random(5).shuffle(stream)
-    before = checksums()
-    answers: dict[Asked, list[Answer]] = {}
-    for one, answer in zip(stream, asyncio.run(draw_all(service.url, stream, AT_ONCE)), strict=True):
-        answers.setdefault(one, []).append(answer)
-    return answers, before, checksums()
-
-
-def test_the_base_s_weights_hash_the_same_after_200_requests(
-    mixed: tuple[dict[Asked, list[Answer]], list[str], list[str]],
-) -> None:
-    _, before, after = mixed
-    assert before == after
-
-
-def test_every_image_is_that_of_a_freshly_started_service(
-    mixed: tuple[dict[Asked, list[Answer]], list[str], list[str]], service: Service, tmp_path: Path
-) -> None:
-    from serve_app.app import build
-    from serve_app.config import AppConfig
-
-    answers = mixed[0]
+def url(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A service whose devices give each step to any request."""
+    scaling = {base: {"min_replicas": count, "max_replicas": count} for base, count in REPLICAS.items()}
     config = AppConfig.model_validate(
         {
-            "bases": [base_settings(base) for base in BASES],
+            "bases": [base_settings(base, autoscaling=scaling[base]) for base in BASES],
             "adapters": {"embedded": True, "hub": {"enabled": False}},
             "ingress": {"replicas": 1, "num_cpus": 0.1},
-            "cache_dir": str(tmp_path),
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
         }
     )
-    serve.run(build(config), name="fresh", route_prefix="/fresh")
-    try:
-        asked = list(answers)
-        references = asyncio.run(draw_all(f"{service.url}/fresh", asked, at_once=1))
-    finally:
-        serve.delete("fresh")
-    for one, reference in zip(asked, references, strict=True):
-        assert reference.batch_size == 1
-        for answer in answers[one]:
-            assert_same(answer, reference.pixels)
+    serve.run(assemble(config, AnyTurnReplica), name=APP, route_prefix=f"/{APP}")
+    yield f"http://127.0.0.1:{cluster}/{APP}"
+    serve.delete(APP)
 
 
-def test_every_image_is_the_one_diffusers_itself_gives_with_that_adapter_alone(
-    mixed: tuple[dict[Asked, list[Answer]], list[str], list[str]],
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.slow)])
+def test_whatever_a_device_turns_to_between_two_steps_each_image_is_the_one_diffusers_draws_alone(
+    url: str, count: int
 ) -> None:
+    asked = any_requests(count)
+    before = on_every_replica("checksum")
+    answers = asyncio.run(draw_all(url, asked))
+    assert on_every_replica("checksum") == before
+    assert all(len(set(sums)) == 1 for sums in before.values())
     torch.set_num_threads(1)
-    for one, answers in mixed[0].items():
-        reference = drawn_by_diffusers(one)
-        for answer in answers:
-            assert_same(answer, reference)
+    for one in dict.fromkeys(asked):
+        expected = drawn_by_diffusers(one)
+        for answer in (answer for other, answer in zip(asked, answers, strict=True) if other == one):
+            assert len(answer.pixels) == one.images
+            for image, reference in zip(answer.pixels, expected, strict=True):
+                difference = np.abs(image.astype(int) - reference.astype(int)).max()
+                assert difference <= (0 if answer.batch_size == 1 else 1), (one, answer.batch_size)
+    states = on_every_replica("state")
+    for base in BASES:
+        drawn = sum(one.model.startswith(base) for one in asked)
+        assert sum(state.changes for state in states[base]) > 2 * drawn, "runs were set aside in mid-image"
+        assert all(state.steps for state in states[base]), "every replica drew"
 
 
-def drawn_by_diffusers(one: Asked) -> np.ndarray:
+def drawn_by_diffusers(one: Asked) -> list[np.ndarray]:
     base, _, style = one.model.partition("-")
     pipeline = DiffusionPipeline.from_pretrained(EMBEDDED / base)
     pipeline.set_progress_bar_config(disable=True)
@@ -141,12 +137,20 @@ def drawn_by_diffusers(one: Asked) -> np.ndarray:
     if style:
         pipeline.load_lora_weights(EMBEDDED / one.model)
         pipeline.fuse_lora()
-    image = pipeline(
-        one.prompt,
-        width=64,
-        height=64,
-        num_inference_steps=12,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(one.seed),
-    ).images[0]
-    return np.asarray(image)
+    return [
+        np.asarray(
+            pipeline(
+                one.prompt,
+                width=one.side,
+                height=one.side,
+                num_inference_steps=one.steps,
+                guidance_scale=3.0,
+                generator=torch.Generator().manual_seed(one.seed + number),
+            ).images[0]
+        )
+        for number in range(one.images)
+    ]
+
+
+def images_of(reply: dict[str, Any]) -> list[np.ndarray]:
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_json"])))) for image in reply["data"]]

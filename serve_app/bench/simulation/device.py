@@ -128,8 +128,8 @@ class _Course:
         head = self.jobs[0]
         arrived_s = min(job.at_s for job in self.jobs)
         return Claim(
-            head.ticket, head.key.composition, arrived_s, self.left_s * head.times_part,
-            self.whole_s * head.times_part, is_begun=self.is_begun,
+            head.ticket, head.key.composition, arrived_s, self.left_s, self.whole_s, is_begun=self.is_begun,
+            times_part=min(job.times_part for job in self.jobs),
         )  # fmt: skip
 
     def steps_s(self, seconds: float) -> float:
@@ -224,7 +224,7 @@ class SharedSteps:
         course, self._slice = piece.course, None
         course.left_s -= piece.predicted_s
         took_s = piece.predicted_s * course.factor
-        self._books.worked({""}, took_s, now_s)
+        self._books.worked({"": 1.0}, took_s, now_s)
         self._around.counts.busy_s += took_s
         is_over = course.left_s <= 1e-9
         if is_over:

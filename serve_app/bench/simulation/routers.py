@@ -203,14 +203,13 @@ class ConsistentHash(_Over):
 POLICIES = (
     Policy(
         "loraplex",
-        "the service's own: least work, missing adapters counted as work; passes take turns",
+        "the service's own: least work, missing adapters counted as work; passes take turns, images are spread",
         LoraplexRouter,
         has_steps=True,
+        is_spread=True,
     ),
     Policy("loraplex-whole", "the same with step_sharing: false", LoraplexRouter),
-    Policy(
-        "loraplex-spread", "as loraplex, with a request's images spread", LoraplexRouter, has_steps=True, is_spread=True
-    ),
+    Policy("loraplex-unspread", "as loraplex, each request on one replica", LoraplexRouter, has_steps=True),
     Policy("least-work", "least predicted work, adapters ignored", LeastWork),
     Policy("random-two", "two by chance, the shorter queue", RandomTwo),
     Policy("least-loaded", "fewest requests, adapters fetched at admission", LeastLoaded),

@@ -13,15 +13,18 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from serve_app.autoscaling import ScalingRule
 from serve_app.bench.simulation.device import Counts
 from serve_app.bench.simulation.job import Job, Jobs, Setting
 from serve_app.bench.simulation.pool import Pool
 from serve_app.bench.simulation.profile import Profile
 from serve_app.bench.simulation.replica import Replica
-from serve_app.bench.simulation.routers import Policy
+from serve_app.bench.simulation.routers import SHOWN_IN_FULL, Policy
 from serve_app.bench.simulation.scale import Scaler
 from serve_app.bench.traffic.workload import Workload
+from serve_app.routing.cost import waits_s
 from serve_app.routing.spread import spread_images
 
 
@@ -165,11 +168,12 @@ class _Simulation:
         """Return the parts of a request that go their own ways."""
         if not self._is_spread or job.images == 1:
             return [job]
-        backlogs_s = self._pool.backlog_s(self._now_s)[self._pool.is_open].tolist()
-        if len(backlogs_s) < 2:
-            return [job]
-        counts = spread_images(job.images, job.demand.units / job.images, backlogs_s, self._pace)
-        return [self._jobs.part(job, count) for count in counts if count] if max(counts) < job.images else [job]
+        replicas = np.flatnonzero(self._pool.is_open)
+        if len(replicas) > SHOWN_IN_FULL:
+            replicas = replicas[np.argsort(self._pool.backlog_s(self._now_s)[replicas])[:SHOWN_IN_FULL]]
+        views = [self._pool.view(int(index), self._now_s, self._pace) for index in replicas]
+        counts = spread_images(job.images, job.demand, [(waits_s(job.demand, view), view.pace) for view in views])
+        return [self._jobs.part(job, count) for count in counts] if len(counts) > 1 else [job]
 
     def _place(self, job: Job) -> bool:
         index = self._route(job, self._now_s)

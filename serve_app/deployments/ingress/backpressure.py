@@ -7,6 +7,7 @@ or Ray.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -36,6 +37,7 @@ class Backpressure:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._out = 0
+        self._by_share: Counter[str] = Counter()
         self._out_units = 0.0
         self._done_units = 0.0
         self._busy_s = 0.0
@@ -47,6 +49,10 @@ class Backpressure:
         """How many requests are out."""
         return self._out
 
+    def held_by(self, share: str) -> int:
+        """Return how many requests of a caller are out."""
+        return self._by_share[share]
+
     @property
     def was_full_lately(self) -> bool:
         """Whether Serve refused anything for want of room a moment ago."""
@@ -57,10 +63,11 @@ class Backpressure:
         self._refused_at = self._clock()
 
     @contextmanager
-    def track(self, units: float) -> Generator[None]:
-        """Count so much work as out for the time of the block, and as done where that ends well."""
+    def track(self, units: float, share: str = "") -> Generator[None]:
+        """Count so much work as out for the time of the block, for a caller, and as done where that ends well."""
         self._count()
         self._out += 1
+        self._by_share[share] += 1
         self._out_units += units
         is_done = False
         try:
@@ -69,6 +76,7 @@ class Backpressure:
         finally:
             self._count()
             self._out -= 1
+            self._by_share -= Counter((share,))
             self._out_units = self._out_units - units if self._out else 0.0
             if is_done:
                 self._done_units += units

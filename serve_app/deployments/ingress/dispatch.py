@@ -71,6 +71,7 @@ class ServiceGateway:
         can_serve: Callable[[], Awaitable[bool]],
         on_refusal: Callable[[str], None],
         on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
+        weight_of: Callable[[str | None], float] = lambda key: 1.0,
     ) -> None:
         self._catalog = catalog
         self._dispatch = dispatch
@@ -79,6 +80,7 @@ class ServiceGateway:
         self._can_serve = can_serve
         self._on_refusal = on_refusal
         self._on_drawn = on_drawn
+        self._weight_of = weight_of
 
     async def generate(self, unresolved: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         """Return the images of a request.
@@ -127,6 +129,7 @@ class ServiceGateway:
         request = resolve_defaults(
             unresolved, resolution.base, resolution.adapters, request_id=request_id, seed=seed, family=family
         )
+        request = replace(request, share_weight=self._weight_of(unresolved.key))
         # A caller's token goes no further than it is needed.
         request = replace(request, hub_token=unresolved.hub_token) if resolution.is_private else request
         request_span().describe(request)

@@ -9,10 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import statistics
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
@@ -25,11 +29,12 @@ from serve_app.api.http.auth import Access
 from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.config import AppConfig, Environment
-from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Progress
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
+from serve_app.deployments.ingress.fan_out import FanOut
 from serve_app.deployments.ingress.keys import Keys
 from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.process_state import has_ended
@@ -45,6 +50,9 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
+from serve_app.routing.cost import STALLED_S
+from serve_app.routing.known import known_replicas, on_joined, replicas_known
+from serve_app.routing.spread import parts_of
 from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
 
@@ -53,6 +61,8 @@ log = logging.getLogger(__name__)
 SEED_BITS = 32
 # A request whose process died on so many replicas is not sent to another.
 MAX_DEATHS = 2
+# Of the places that a base has for the requests of an ingress replica, what one key may have.
+MOST_OF_PLACES = 0.75
 # A new ingress waits this long for the aliases before it serves without them.
 ALIASES_PATIENCE_S = 5.0
 
@@ -72,6 +82,7 @@ class Dispatcher:
     A request whose replica dies is sent again, at most `max_retries` times: its seed is fixed, so it gives the same
     image. A stream is sent again while no picture of it has been passed on, and then tells its progress from the start.
     One that two replicas died of is sent no more, and its adapters are quarantined. Cancelling a call stops the work.
+    Of the parts of one request that lost their replicas, one at a time is sent again: it may be what ended them.
     """
 
     def __init__(
@@ -86,10 +97,34 @@ class Dispatcher:
         self._on_retry = on_retry
         self._attempts = config.ingress.max_retries + 1
         self._quarantine = Quarantine(clock=time.monotonic)
-        self._queue_limits = {base.id: base.replica.max_queued_requests for base in config.bases}
+        self._replica_settings = {base.id: base.replica for base in config.bases}
         self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
         self._handles = handles
         self._starts = StartFailures(counts, clock=time.monotonic)
+        self._levelling: set[asyncio.Future[None]] = set()
+        self._resending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def count_parts(self, request: GenerationRequest) -> tuple[int, ...]:
+        """Return how many images each part of a request is to have, by what is known of the replicas now."""
+        if not self._replica_settings[request.base_id].step_sharing or self._pressures[request.base_id].was_full_lately:
+            return (request.num_images,)
+        return parts_of(request, await known_replicas(request.base_id))
+
+    def watch_replicas(self) -> None:
+        """Have replicas give back what they have not begun whenever another joins; on the event loop."""
+        for base_id in self._handles:
+            on_joined(base_id, partial(self._start_levelling, base_id))
+
+    def _start_levelling(self, base_id: str) -> None:
+        task = asyncio.ensure_future(self._level(base_id))
+        self._levelling.add(task)
+        task.add_done_callback(self._levelling.discard)
+
+    async def _level(self, base_id: str) -> None:
+        ahead_s = [view.ahead_s for view in await known_replicas(base_id) if view.ahead_s < STALLED_S]
+        if len(ahead_s) > 1:
+            given = await self._handles[base_id].broadcast("give_back", statistics.fmean(ahead_s)).results_async()
+            log.info("a replica of %s has joined: the others gave back %d requests", base_id, sum(given))
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:
         """Return the result of one request.
@@ -100,19 +135,23 @@ class Dispatcher:
             ReplicaLost: every attempt lost its replica.
         """
         self._quarantine.check(request)
+        self._check_share(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
-            response = self._handle(request).generate.remote(request)
-            try:
-                with self._sending(request), self._errors_of(request):
-                    return await self._starts.unless_unusable(request.base_id, response)
-            except (RayActorError, ReplicaLost) as error:
-                response.cancel()
-                losses.append(error)
-                await self._check_losses(request, losses)
-            except (asyncio.CancelledError, BaseUnusable):
-                response.cancel()
-                raise
+            async with self._turn_to_send(request, losses):
+                response = self._handle(request).generate.remote(request)
+                try:
+                    with self._sending(request), self._errors_of(request):
+                        return await self._starts.unless_unusable(request.base_id, response)
+                except GivenBack as given:
+                    request = replace(request, waited_s=given.waited_s)
+                except (RayActorError, ReplicaLost) as error:
+                    response.cancel()
+                    losses.append(error)
+                    await self._check_losses(request, losses)
+                except (asyncio.CancelledError, BaseUnusable):
+                    response.cancel()
+                    raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
@@ -125,26 +164,30 @@ class Dispatcher:
         """
         has_shown = False
         self._quarantine.check(request)
+        self._check_share(request)
         losses: list[Exception] = []
         while len(losses) < self._attempts:
-            # With this option a call is an asynchronous generator, which Ray's types do not say.
-            response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
-            try:
-                with self._sending(request), self._errors_of(request):
-                    async with aclosing(self._starts.watched(request.base_id, response)) as events:
-                        async for event in events:
-                            has_shown |= not isinstance(event, Progress)
-                            yield event
-                return
-            except (RayActorError, ReplicaLost) as error:
-                response.cancel()
-                losses.append(error)
-                if has_shown:
-                    raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
-                await self._check_losses(request, losses)
-            except (asyncio.CancelledError, GeneratorExit, BaseUnusable):
-                response.cancel()
-                raise
+            async with self._turn_to_send(request, losses):
+                # With this option a call is an asynchronous generator, which Ray's types do not say.
+                response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
+                try:
+                    with self._sending(request), self._errors_of(request):
+                        async with aclosing(self._starts.watched(request.base_id, response)) as events:
+                            async for event in events:
+                                has_shown |= not isinstance(event, Progress)
+                                yield event
+                    return
+                except GivenBack as given:
+                    request = replace(request, waited_s=given.waited_s)
+                except (RayActorError, ReplicaLost) as error:
+                    response.cancel()
+                    losses.append(error)
+                    if has_shown:
+                        raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
+                    await self._check_losses(request, losses)
+                except (asyncio.CancelledError, GeneratorExit, BaseUnusable):
+                    response.cancel()
+                    raise
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
     @property
@@ -154,8 +197,21 @@ class Dispatcher:
         is_at_limit = any(pressure.was_full_lately for pressure in pressures)
         return sum(pressure.in_flight for pressure in pressures) if is_at_limit else None
 
+    def _check_share(self, request: GenerationRequest) -> None:
+        """Refuse a key that has most of a base's places, so that there are some for others.
+
+        Raises:
+            QueueFull: it has.
+        """
+        replica = self._replica_settings[request.base_id]
+        count = max(replicas_known(request.base_id), 1)
+        places = replica.max_queued_requests + replica.max_ongoing_requests * count
+        if request.share and self._pressures[request.base_id].held_by(request.share) >= MOST_OF_PLACES * places:
+            raise self._queue_full(request)
+
     def _queue_full(self, request: GenerationRequest) -> QueueFull:
-        limit, retry_after_s = self._queue_limits[request.base_id], self._pressures[request.base_id].retry_after_s()
+        limit = self._replica_settings[request.base_id].max_queued_requests
+        retry_after_s = self._pressures[request.base_id].retry_after_s()
         return QueueFull(base=request.base_id, limit=limit, retry_after_s=retry_after_s)
 
     def _handle(self, request: GenerationRequest) -> DeploymentHandle:
@@ -186,8 +242,18 @@ class Dispatcher:
             self._quarantine.hold(request, f"{len(died)} replicas ended while they drew with it")
             raise lost from None
 
+    @asynccontextmanager
+    async def _turn_to_send(self, request: GenerationRequest, losses: list[Exception]) -> AsyncGenerator[None]:
+        if not losses:
+            yield
+            return
+        lock = self._resending.setdefault(request.request_id, asyncio.Lock())
+        async with lock:
+            self._quarantine.check(request)
+            yield
+
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
-        return self._pressures[request.base_id].track(work_units(request))
+        return self._pressures[request.base_id].track(work_units(request), request.share)
 
     @contextmanager
     def _errors_of(self, request: GenerationRequest) -> Iterator[None]:
@@ -243,8 +309,9 @@ class Ingress:
 
         replicas = Fleet(handles, counts, clock=time.monotonic)
         self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
+        keys = Keys(config.auth, clock=time.monotonic)
         self._access = Access(
-            keys=Keys(config.auth, clock=time.monotonic),
+            keys=keys,
             takes_hub_tokens=config.adapters.hub.forward_tokens,
             meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
@@ -252,12 +319,13 @@ class Ingress:
         self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried, counts=counts)
         self._gateway = ServiceGateway(
             catalog,
-            self._dispatcher,
+            FanOut(self._dispatcher, self._dispatcher.count_parts),
             registry=ServiceRegistry(catalog, self._keeper, replicas),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=can_serve,
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
+            weight_of=keys.weight_of,
         )
 
     def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
@@ -268,6 +336,7 @@ class Ingress:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Return the HTTP application; called by Serve once this replica is made."""
         self._watchdog = start_watchdog(self._config.ingress)
+        self._dispatcher.watch_replicas()
         await self._keeper.begin(patience_s=ALIASES_PATIENCE_S)
         # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
         app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)

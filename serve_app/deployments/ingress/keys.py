@@ -51,6 +51,10 @@ class Keys:
             self._renew()
         return self._keys
 
+    def weight_of(self, name: str | None) -> float:
+        """Return the weight of a key; of no key, or one that has just been taken away, that of any."""
+        return next((key.weight for key in self() if key.name == name), 1.0)
+
     def _renew(self) -> None:
         stamp = _stamp(self._settings.keys_file)
         if stamp == self._stamp:

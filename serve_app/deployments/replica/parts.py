@@ -73,8 +73,12 @@ def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_byte
         layer_bytes=bytes_of_layers(pipeline.components),
         reserved_bytes=asked.device_cache + pass_bytes,
         free_bytes=free_bytes_of(pipeline.device, asked.num_gpus),
+        cache_bytes=asked.fused_cache,
     )
-    log.info("%s keeps its base weights on the %s", base.id, chosen.base_weights)
+    log.info(
+        "%s keeps its base weights on the %s, and up to %d sets of fused ones",
+        base.id, chosen.base_weights, chosen.fused_sets,
+    )  # fmt: skip
     return chosen
 
 

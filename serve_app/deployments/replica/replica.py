@@ -28,6 +28,7 @@ from serve_app.core import (
     Encoding,
     GenerationRequest,
     GenerationResult,
+    GivenBack,
     HubToken,
     Preview,
     Progress,
@@ -107,6 +108,7 @@ class BaseModelReplica:
             pipeline.components,
             device_cache_bytes=base.replica.device_cache,
             base_weights=residence.base_weights,
+            fused_sets=residence.fused_sets,
         )
         if is_on_gpu:
             warm_swaps(self._weights, pipeline.manifest, residence)
@@ -211,6 +213,9 @@ class BaseModelReplica:
                 adapters = [(lease.adapter, use.scale) for lease, use in zip(leases, request.adapters, strict=True)]
                 job = self._worker.submit(request, adapters, on_event=on_event)
                 result = await asyncio.wrap_future(job.future)
+        except GivenBack:
+            log.info("request %s on %s has not begun and is given back", request.request_id, self._base.id)
+            raise
         except LoraplexError as error:
             self._fail_fast.check_and_exit()
             log.info("request %s on %s: %s (%s)", request.request_id, self._base.id, error, error.code)
@@ -263,6 +268,10 @@ class BaseModelReplica:
     async def state(self) -> WorkerState:
         """Return what the device is doing, and how many steps it has run."""
         return self._worker.snapshot()
+
+    async def give_back(self, keep_s: float) -> int:
+        """Have what would run last, and has not begun, sent to another replica, until `keep_s` of work are left."""
+        return self._worker.give_back(keep_s)
 
     async def checksum(self) -> str:
         """Return the sha256 of the base's loaded weights, in hex."""

@@ -5,13 +5,14 @@ Owns the buffers and which of them are bound. Must not know files, requests or w
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from serve_app.core import Scale, scale_of
+from serve_app.core import AdapterSetKey, Scale, scale_of
 from serve_app.engine.adapters.deltas import Delta, LowRankStack, ParsedAdapter
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
@@ -23,10 +24,11 @@ Fused = Mapping[ParameterSlot, Tensor]
 
 
 class BesideFuser:
-    """Two sets of fused buffers, of which one at most is bound.
+    """Sets of fused buffers, each with one composition, of which one at most is bound.
 
-    Invariants: what is fused goes to a set as a whole; `prepare` never writes the set that is bound. A buffer is made
-    when an adapter first touches its layer, those of a slab together, and kept for the next.
+    Invariants: what is fused goes to a set as a whole; `prepare` never writes the set that is bound, and needs two. A
+    composition that is in a set is bound from there; others take the set that was bound least recently. A buffer is
+    made when an adapter first touches its layer, those of a slab together, and kept for the next.
     """
 
     def __init__(
@@ -36,27 +38,41 @@ class BesideFuser:
         slabs: Sequence[Slab],
         side: SideStream,
         hold: HoldAdapters,
+        *,
+        sets: int,
     ) -> None:
-        self._slots, self._layers, self._slabs = slots, layers, slabs
+        self._slots, self._layers, self._slabs, self._sets = slots, layers, slabs, sets
         self._side, self._hold = side, hold
         self._stacks = StackFuser()
         self._bound: Fused = {}
-        self._bound_set = 0
+        self._bound_key: AdapterSetKey = ()
+        # Least recently used first.
+        self._kept: OrderedDict[AdapterSetKey, tuple[int, Fused]] = OrderedDict()
 
     @property
     def fused_bytes(self) -> int:
         """The memory that fused buffers take, bound or not."""
-        return sum(buffer.nbytes for slot in self._slots for buffer in slot.fused_buffers if buffer is not None)
+        return sum(buffer.nbytes for slot in self._slots for buffer in slot.fused_buffers.values())
 
-    def prepare(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> Callable[[], None]:
-        """Fuse into the set that is not bound; returns what binds it."""
-        which = 1 - self._bound_set if self._bound else self._bound_set
-        return partial(self._bind, self._fuse(adapters, scales, which), which)
+    @property
+    def kept(self) -> frozenset[AdapterSetKey]:
+        """The compositions that are in buffers, and the base; not while `prepare` runs in another thread."""
+        return frozenset((*self._kept, ()))
 
-    def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
-        """Fuse into the set that is bound, and bind it."""
+    def prepare(
+        self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]
+    ) -> Callable[[], None]:
+        """Fuse into a set that is not bound; returns what binds it."""
+        if key not in self.kept:
+            self._keep(key, adapters, scales, self._free_set(max(self._sets, 2), is_bound_free=False))
+        return partial(self._bind, key)
+
+    def apply(self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
+        """Fuse into a free set, or where there is none the one that is bound, and bind it."""
         self._side.record_read_done()
-        self._bind(self._fuse(adapters, scales, self._bound_set), self._bound_set)
+        if key not in self.kept:
+            self._keep(key, adapters, scales, self._free_set(self._sets, is_bound_free=True))
+        self._bind(key)
 
     def restore(self) -> None:
         """Bind the pristine tensors everywhere."""
@@ -64,7 +80,7 @@ class BesideFuser:
         for slot in self._slots:
             if slot.parameter.data_ptr() != slot.pristine.data_ptr():
                 slot.parameter.data = slot.pristine
-        self._bound = {}
+        self._bound, self._bound_key = {}, ()
         self._side.record_read_done()
 
     def reserve(self, sets: int) -> None:
@@ -76,22 +92,43 @@ class BesideFuser:
 
     def drop_spares(self) -> None:
         """Give back the buffers of which nothing is bound."""
-        for which in range(2):
-            in_use = self._bound.keys() if which == self._bound_set else frozenset[ParameterSlot]()
+        bound_set, _ = self._kept.get(self._bound_key, (None, None))
+        self._kept = OrderedDict((key, kept) for key, kept in self._kept.items() if key == self._bound_key)
+        for which in {which for slot in self._slots for which in slot.fused_buffers}:
+            in_use = self._bound.keys() if which == bound_set else frozenset[ParameterSlot]()
             for slab in self._slabs:
                 if in_use.isdisjoint(slab.slots):
                     slab.drop(which)
             for slot in self._slots:
                 if slot.slab is None and slot not in in_use:
-                    slot.fused_buffers[which] = None
+                    slot.fused_buffers.pop(which, None)
 
-    def _bind(self, fused: Fused, which: int) -> None:
+    def _free_set(self, sets: int, *, is_bound_free: bool) -> int:
+        """Return a set that may be written; the composition in it is kept no more."""
+        used = {which for which, _ in self._kept.values()}
+        unused = next((which for which in range(sets) if which not in used), None)
+        if unused is not None:
+            return unused
+        others = (key for key in self._kept if key != self._bound_key)
+        oldest = next(others, self._bound_key if is_bound_free else None)
+        assert oldest is not None
+        which, _ = self._kept.pop(oldest)
+        return which
+
+    def _keep(self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale], which: int) -> None:
+        self._kept[key] = which, self._fuse(adapters, scales, which)
+
+    def _bind(self, key: AdapterSetKey) -> None:
+        fused: Fused = {}
+        if key:
+            _, fused = self._kept[key]
+            self._kept.move_to_end(key)
         self._side.wait_stream()
         for slot in self._bound.keys() - fused.keys():
             slot.parameter.data = slot.pristine
         for slot, buffer in fused.items():
             slot.parameter.data = buffer
-        self._bound, self._bound_set = fused, which
+        self._bound, self._bound_key = fused, key
         self._side.record_read_done()
 
     def _fuse(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale], which: int) -> Fused:
@@ -118,10 +155,7 @@ class BesideFuser:
             outs, part = run.slab.fused_in(which)[run.rows], slice(run.start, run.stop)
             pristine = run.slab.values[run.rows] if run.is_first else None
             self._stacks.fuse(outs, pristine, stack.ups[part], stack.downs[part], stack.factor(scale))
-            for slot in slots[part]:
-                buffer = slot.fused_buffers[which]
-                assert buffer is not None
-                fused[slot] = buffer
+            fused.update((slot, slot.fused_buffers[which]) for slot in slots[part])
 
     def _fuse_single(
         self, component: str, module: str, delta: Delta, scale: float, fused: dict[ParameterSlot, Tensor], which: int
@@ -141,7 +175,7 @@ def _buffer_of(slot: ParameterSlot, which: int) -> Tensor:
     """Return a slot's buffer in a set, made where there is none."""
     if slot.slab is not None:
         slot.slab.fused_in(which)
-    buffer = slot.fused_buffers[which]
+    buffer = slot.fused_buffers.get(which)
     if buffer is None:
         buffer = slot.fused_buffers[which] = torch.empty_like(slot.pristine)
     return buffer

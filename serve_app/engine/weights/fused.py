@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from serve_app.core import Scale
+from serve_app.core import AdapterSetKey, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter, bytes_of
 from serve_app.engine.base.manifest import adaptable_layers
 from serve_app.engine.weights.beside import BesideFuser
@@ -24,7 +24,6 @@ from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, la
 from serve_app.engine.weights.side_stream import SideStream
 
 AdapterSet = Sequence[tuple[ParsedAdapter, Scale]]
-AdapterSetKey = tuple[tuple[str, Scale], ...]
 # What weights that are being written hold: no composition, so that whatever comes next is applied.
 _NONE: AdapterSetKey = (("", 0.0),)
 
@@ -41,11 +40,18 @@ class Fuser(Protocol):
         """The memory that fused buffers take."""
         ...
 
-    def prepare(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> Callable[[], None]:
+    @property
+    def kept(self) -> frozenset[AdapterSetKey]:
+        """The compositions that can be bound without any arithmetic."""
+        ...
+
+    def prepare(
+        self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]
+    ) -> Callable[[], None]:
         """Do what can be done without a change to what is bound; returns what does the rest."""
         ...
 
-    def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
+    def apply(self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
         """Bind the base with these adapters; a failure leaves anything bound, for `restore`."""
         ...
 
@@ -81,8 +87,8 @@ class FusedWeights:
     Invariants: the tensors that were loaded are never written; what is bound depends on the composition alone, never
     on what was bound before; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
     bound; after a failure to apply, the base is bound. Fused buffers exist only for slabs and parameters that some
-    adapter touched, a second set only for those that were prepared while the first was bound, unless `reserve` made
-    them; both are kept for the next.
+    adapter touched, unless `reserve` made them; all are kept for the next. Compositions that were fused stay in up to
+    `fused_sets` sets of them, and changing to one of these binds it and computes nothing.
     With the pristine weights on the host there are no buffers: live parameters are written where they lie, every layer
     that adapters may change has a copy on the host, and it is the copies that are never written.
     Construct after the components are on their device and in their dtype: weights of linear layers that have one
@@ -95,6 +101,7 @@ class FusedWeights:
         *,
         device_cache_bytes: int = 0,
         base_weights: Literal["device", "host"] = "device",
+        fused_sets: int = 1,
     ) -> None:
         """Take over the components.
 
@@ -102,6 +109,7 @@ class FusedWeights:
             components: The modules whose weights adapters may change, by name.
             device_cache_bytes: What adapters that are used again and again may take of a GPU.
             base_weights: "host" takes host memory for all layers that adapters may change, and none of the device.
+            fused_sets: How many sets of fused buffers there may be; preparing ahead takes a second one in any case.
         """
         self._slots: dict[ParameterName, ParameterSlot] = {}
         self._tensors: dict[ParameterName, Tensor] = {}
@@ -119,10 +127,14 @@ class FusedWeights:
         self._applied: AdapterSetKey = ()
         self._version = 0
         self._live: dict[str, ParameterSlot] = {}
-        self._fuser = self._fuser_for(components, device, base_weights)
+        self._fuser = self._fuser_for(components, device, base_weights, fused_sets)
 
     def _fuser_for(
-        self, components: Mapping[str, nn.Module], device: torch.device, base_weights: Literal["device", "host"]
+        self,
+        components: Mapping[str, nn.Module],
+        device: torch.device,
+        base_weights: Literal["device", "host"],
+        fused_sets: int,
     ) -> Fuser:
         layers = layers_of(self._slots)
         names = {component: adaptable_layers(module) for component, module in components.items()}
@@ -130,7 +142,7 @@ class FusedWeights:
         slabs = lay_in_slabs(adaptable)
         hold = as_they_are if self._cache is None else self._cache.holding
         if base_weights == "device":
-            return BesideFuser(tuple(self._slots.values()), layers, slabs, SideStream(device), hold)
+            return BesideFuser(tuple(self._slots.values()), layers, slabs, SideStream(device), hold, sets=fused_sets)
         fuser = InPlaceFuser(adaptable, slabs, hold)
         self._live = {".".join(("live", *name)): slot for name, slot in self._slots.items() if slot in fuser.slots}
         self._is_written = fuser.is_modified
@@ -140,6 +152,11 @@ class FusedWeights:
     def applied(self) -> AdapterSetKey:
         """What is bound: (digest, scale) of each adapter, in order; empty for the base."""
         return self._applied
+
+    @property
+    def kept(self) -> frozenset[AdapterSetKey]:
+        """The compositions to which a change computes nothing."""
+        return self._fuser.kept
 
     @property
     def fused_buffer_bytes(self) -> int:
@@ -186,7 +203,8 @@ class FusedWeights:
         pristine weights on the host it only looks the layers up, and binding fuses.
         """
         self._version += 1
-        return PreparedSwap(adapter_set_key(composition), self._version, self._fuser.prepare(*_columns(composition)))
+        key = adapter_set_key(composition)
+        return PreparedSwap(key, self._version, self._fuser.prepare(key, *_columns(composition)))
 
     def bind(self, prepared: PreparedSwap) -> None:
         """Bind a prepared composition: an assignment per parameter, and no arithmetic.
@@ -201,15 +219,15 @@ class FusedWeights:
     def apply(self, composition: AdapterSet) -> None:
         """Bind the base with these adapters at these scales, in this order; an empty composition binds the base.
 
-        Equals, to the last bit, a fresh base with the same adapters through `set_adapters` and `fuse_lora`. Takes no
-        second set of buffers: those that are bound are written over. On any failure the base is bound and the failure
-        is raised on.
+        Equals, to the last bit, a fresh base with the same adapters through `set_adapters` and `fuse_lora`. Where all
+        sets of buffers are taken, one is written over, the one that is bound if there is no other. On any failure the
+        base is bound and the failure is raised on.
         """
         key = adapter_set_key(composition)
         if key == self._applied:
             return
         self._version += 1
-        self._change(key, lambda: self._fuser.apply(*_columns(composition)))
+        self._change(key, lambda: self._fuser.apply(key, *_columns(composition)))
 
     def restore(self) -> None:
         """Bind the loaded tensors everywhere, or copy them back."""

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from serve_app.core import Scale, scale_of
+from serve_app.core import AdapterSetKey, Scale, scale_of
 from serve_app.engine.adapters.deltas import Delta, Dora, LowRankStack, ParsedAdapter
 from serve_app.engine.adapters.host_buffer import page_locked
 from serve_app.engine.adapters.stacks import stack_layers
@@ -33,6 +33,7 @@ class InPlaceFuser:
     """
 
     fused_bytes = 0
+    kept = frozenset[AdapterSetKey]()
 
     def __init__(self, layers: Layers, slabs: Sequence[Slab], hold: HoldAdapters) -> None:
         """Copy the layers' parameters to the host, page-locked where they lie on a GPU; reads every byte once."""
@@ -54,7 +55,9 @@ class InPlaceFuser:
         """Whether a parameter may hold something else than its pristine values."""
         return slot in self._written
 
-    def prepare(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> Callable[[], None]:
+    def prepare(
+        self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]
+    ) -> Callable[[], None]:
         """Look up every layer, and write nothing; returns what fuses.
 
         Raises:
@@ -62,9 +65,9 @@ class InPlaceFuser:
         """
         for adapter in adapters:
             self._check(adapter)
-        return partial(self.apply, adapters, scales)
+        return partial(self.apply, key, adapters, scales)
 
-    def apply(self, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
+    def apply(self, key: AdapterSetKey, adapters: Sequence[ParsedAdapter], scales: Sequence[Scale]) -> None:
         """Write the base with these adapters, in this order; a failure leaves it half written, for `restore`."""
         for adapter in adapters:
             self._check(adapter)

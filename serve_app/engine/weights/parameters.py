@@ -16,7 +16,6 @@ from serve_app.engine.adapters.stacks import empty_rows, layer_order
 ParameterName = tuple[str, str]
 # On a CPU larger weights are fused block by block, and gain nothing from lying together.
 LARGE_ELEMENTS = 1 << 18
-BUFFER_SETS = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -30,7 +29,7 @@ class ParameterSlot:
     pristine: Tensor
     slab: Slab | None = None
     row: int = 0
-    fused_buffers: list[Tensor | None] = field(default_factory=lambda: [None] * BUFFER_SETS)
+    fused_buffers: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 class Slab:
@@ -45,14 +44,14 @@ class Slab:
         first = slots[0].pristine
         self.values = empty_rows(len(slots), first.shape, first.dtype, first.device)
         self.slots = tuple(slots)
-        self.fused: list[Tensor | None] = [None] * BUFFER_SETS
+        self.fused: dict[int, Tensor] = {}
         for row, (slot, values) in enumerate(zip(slots, self.values.unbind(), strict=True)):
             slot.slab, slot.row = self, row
             slot.parameter.data = slot.pristine = values.copy_(slot.pristine)
 
     def fused_in(self, which: int) -> Tensor:
         """Return the fused buffers of a set."""
-        buffers = self.fused[which]
+        buffers = self.fused.get(which)
         if buffers is None:
             first = self.values[0]
             buffers = self.fused[which] = empty_rows(len(self.slots), first.shape, first.dtype, first.device)
@@ -62,9 +61,9 @@ class Slab:
 
     def drop(self, which: int) -> None:
         """Give back the fused buffers of a set."""
-        self.fused[which] = None
+        self.fused.pop(which, None)
         for slot in self.slots:
-            slot.fused_buffers[which] = None
+            slot.fused_buffers.pop(which, None)
 
 
 class LayerParameters(NamedTuple):

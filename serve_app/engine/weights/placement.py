@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,15 +10,24 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class WeightPlacement:
-    """The chosen placement. With the base weights on the host, swaps cannot be prefetched."""
+    """The chosen placement. With the base weights on the host, swaps cannot be prefetched.
+
+    `kept_sets` is how many further sets of fused buffers there may be, for compositions that come again.
+    """
 
     base_weights: Literal["device", "host"]
     prefetches_swap: bool
+    kept_sets: int = 0
 
     @property
     def buffer_sets(self) -> int:
-        """How many sets of fused buffers the device must hold."""
+        """How many sets of fused buffers the device must hold: for what is bound and comes next."""
         return 0 if self.base_weights == "host" else 2 if self.prefetches_swap else 1
+
+    @property
+    def fused_sets(self) -> int:
+        """How many sets of fused buffers the device may hold in all."""
+        return max(self.buffer_sets, 1) + self.kept_sets
 
 
 def choose_placement(
@@ -28,6 +37,7 @@ def choose_placement(
     layer_bytes: int,
     reserved_bytes: int,
     free_bytes: int | None,
+    cache_bytes: int = 0,
 ) -> WeightPlacement:
     """Choose from what the configuration asks for and what the device has left.
 
@@ -38,7 +48,23 @@ def choose_placement(
             again where swaps are prefetched.
         reserved_bytes: What else will be taken of the device.
         free_bytes: What the GPU has left with the base loaded; None without one.
+        cache_bytes: What fused buffers of compositions that come again may take, as far as it is free.
     """
+    chosen = _placement(base_weights, prefetch_swap, layer_bytes, reserved_bytes, free_bytes)
+    if chosen.base_weights == "host" or layer_bytes == 0:
+        return chosen
+    if free_bytes is not None:
+        cache_bytes = min(cache_bytes, free_bytes - reserved_bytes - chosen.buffer_sets * layer_bytes)
+    return replace(chosen, kept_sets=max(cache_bytes // layer_bytes, 0))
+
+
+def _placement(
+    base_weights: Literal["auto", "device", "host"],
+    prefetch_swap: Literal["auto", "always", "never"],
+    layer_bytes: int,
+    reserved_bytes: int,
+    free_bytes: int | None,
+) -> WeightPlacement:
     if free_bytes is None:
         place: Literal["device", "host"] = "host" if base_weights == "host" else "device"
         return WeightPlacement(place, prefetches_swap=place == "device" and prefetch_swap == "always")

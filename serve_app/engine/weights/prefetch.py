@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from serve_app.engine.weights.fused import AdapterSet, AdapterSetKey, FusedWeights, PreparedSwap, adapter_set_key
+from serve_app.core import AdapterSetKey
+from serve_app.engine.weights.fused import AdapterSet, FusedWeights, PreparedSwap, adapter_set_key
 from serve_app.engine.weights.shortage import is_out_of_memory
 
 log = logging.getLogger(__name__)

@@ -70,9 +70,9 @@ class Job:
         """Note that its pass begins."""
         self.is_started = True
         self._step = 0
-        self.place(0)
+        self.report_position(0)
 
-    def place(self, position: int) -> None:
+    def report_position(self, position: int) -> None:
         """Tell the submitter how many requests go before it, if that has changed."""
         if position != self._position:
             self._position = position

@@ -5,7 +5,7 @@ Owns admission to the queue, deadlines and the choice of what runs next. Must no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 from serve_app.core import GenerationRequest, Scale
@@ -113,21 +113,22 @@ class JobQueue:
             DeadlineExceeded: its deadline has passed, or cannot be met with what waits before it.
         """
         now_s = self._clock()
+        arrived_s = now_s - request.waited_s
         waiting = QueuedRequest(
             job_id=self._tickets,
             key=key,
             num_images=request.num_images,
-            arrived_s=now_s,
+            arrived_s=arrived_s,
             deadline_s=None if request.due is None else now_s + request.due.at - self._wall_clock(),
             priority=request.priority,
             units=work_units(request),
         )
-        job = Job(request, tuple(adapters), waiting, now_s, on_event)
+        job = Job(request, tuple(adapters), waiting, arrived_s, on_event)
         self._check_deadline(job)
         self._tickets += 1
         self._waiting.append(job)
         self._books.arrived(waiting.units, now_s)
-        job.place(len(self.running) + self.waiting().index(job))
+        job.report_position(len(self.running) + self.waiting().index(job))
         return job
 
     def check_room(self, request: GenerationRequest) -> None:
@@ -177,6 +178,16 @@ class JobQueue:
     def drop_cancelled(self) -> None:
         """Take out the jobs that were given up before their pass began."""
         self._waiting = [job for job in self._waiting if not job.is_cancelled]
+
+    def give_back(self, keep_s: float) -> list[Job]:
+        """Take out what would run last, until no more than `keep_s` of work is left or all that is left has begun."""
+        given: list[Job] = []
+        for job in reversed(self.waiting()):
+            if self._books.backlog_s(self._units(), self._clock()) <= keep_s:
+                break
+            self._waiting.remove(job)
+            given.append(job)
+        return given
 
     def next(self, applied: AdapterSetKey) -> tuple[Job, ...]:
         """Return the jobs of the batch that would begin now, with `applied` in the weights; none where none waits."""
@@ -249,13 +260,15 @@ class JobQueue:
         """Note that a run has had the device until now, and which part of its work is left."""
         now_s = self._clock()
         run.left = left
-        self.device_books.worked({job.request.share for job in run.jobs}, now_s - self._worked_until_s, now_s)
+        shares = {job.request.share: job.request.share_weight for job in run.jobs}
+        self.device_books.worked(shares, now_s - self._worked_until_s, now_s)
         self._worked_until_s = now_s
 
-    def changed(self, run: Run, seconds: float) -> None:
-        """Note a change to the adapters of a run that ends now."""
+    def changed(self, run: Run, seconds: float, *, kept: Set[AdapterSetKey]) -> None:
+        """Note a change to the adapters of a run that ends now; `kept` are those that a change is cheap to now."""
         run.swap_s += seconds
-        self.device_books.changed(seconds)
+        self.device_books.changed(seconds, was_kept=run.composition in self.device_books.kept)
+        self.device_books.kept = kept
         self._worked_until_s = self._clock()
 
     def suspended(self, run: Run) -> None:
@@ -298,8 +311,9 @@ class JobQueue:
     def _claim_of(self, job: Job) -> Claim:
         item, whole_s = job.waiting, self._books.pace.seconds(job.waiting.units)
         return Claim(
-            item.job_id, item.key.composition, item.arrived_s, whole_s, whole_s, job.request.share, item.priority
-        )
+            item.job_id, item.key.composition, item.arrived_s, whole_s, whole_s, job.request.share, item.priority,
+            times_part=_times_part(job),
+        )  # fmt: skip
 
     def _claim_of_run(self, run: Run) -> Claim:
         """Return the claim of a pass: as urgent as the most urgent of those who share it."""
@@ -313,6 +327,7 @@ class JobQueue:
             share=min((job.request.share for job in run.jobs), key=self.device_books.had_s),
             priority=max(job.waiting.priority for job in run.jobs),
             is_begun=True,
+            times_part=min(map(_times_part, run.jobs)),
         )
 
     def _batch_of(self, claim: Claim) -> tuple[Job, ...]:
@@ -332,7 +347,7 @@ class JobQueue:
         due, item = job.request.due, job.waiting
         if due is None or item.deadline_s is None:
             return
-        left_s = item.deadline_s - item.arrived_s
+        left_s = item.deadline_s - self._clock()
         if left_s <= 0:
             raise DeadlineExceeded(due.limit_s)
         ahead_s, pace = self._ahead_s(job), self._books.measured
@@ -346,3 +361,8 @@ class JobQueue:
         claims = self._ranked([*self._claims(), self._claim_of(job)], self._sharing)
         places = [claim.ticket for claim in claims]
         return sum(claim.remaining_s for claim in claims[: places.index(job.waiting.job_id)])
+
+
+def _times_part(job: Job) -> float:
+    """Return the work of a whole request over that of the part that a job is."""
+    return (job.request.whole_images or job.request.num_images) / job.request.num_images

@@ -1,4 +1,4 @@
-"""Room on the device: what is done when memory runs out, and how much a pass may take afterwards.
+"""Memory of the device: what is done when memory runs out, and how much a pass may take afterwards.
 
 Owns the second try, what is given back before it, and the count of both. Used by the device thread alone. Must not
 know jobs or the queue.
@@ -33,8 +33,8 @@ class OomCounts:
 class OomRecovery:
     """The device's memory, as far as it can be made to suffice.
 
-    Invariant: after `free` the base is whole, whatever failed where: its own weights or a complete composition bound,
-    each module in its dtype.
+    Invariant: after `free_memory` the base is whole, whatever failed where: its own weights or a complete composition
+    bound, each module in its dtype.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class OomRecovery:
         """Do something, once more with memory freed where it runs out; False where it ran out again."""
         if self.try_run(act):
             return True
-        self.free()
+        self.free_memory()
         is_done = self.try_run(act)
         if not is_done:
-            self.free()
+            self.free_memory()
         self.count(is_recovered=is_done)
         return is_done
 
@@ -81,10 +81,10 @@ class OomRecovery:
         """Note how a shortage ended."""
         was = self.shortages
         if is_recovered:
-            log.info("%s had room at the second try", self._pipeline.base_id)
+            log.info("%s had memory enough at the second try", self._pipeline.base_id)
             self.shortages = replace(was, recovered=was.recovered + 1)
         else:
-            log.error("%s had no room at the second try either", self._pipeline.base_id)
+            log.error("%s was short of memory at the second try either", self._pipeline.base_id)
             self.shortages = replace(was, refused=was.refused + 1)
 
     def max_images_per_pass(self, pixels_each: int) -> int | None:
@@ -99,9 +99,9 @@ class OomRecovery:
     def on_oom(self, pixels: int) -> None:
         """Note that a pass of so many pixels did not fit, and free what can be freed."""
         self._allowance.shrink(pixels, self._clock())
-        self.free()
+        self.free_memory()
 
-    def free(self) -> None:
+    def free_memory(self) -> None:
         """Give back all memory that is there for speed alone, and see to it that the base is whole."""
         device = self._pipeline.device
         if device.type == "cuda":

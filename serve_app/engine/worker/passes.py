@@ -63,7 +63,7 @@ class BatchRunner:
     def __init__(
         self,
         pipeline: BasePipeline,
-        room: OomRecovery,
+        memory: OomRecovery,
         *,
         bind: Callable[[], None],
         on_step: OnJobsStep,
@@ -72,7 +72,7 @@ class BatchRunner:
     ) -> None:
         """`bind` sees to it that the batch's adapters are applied."""
         self._pipeline = pipeline
-        self._memory = room
+        self._memory = memory
         self._bind = bind
         self._on_step = on_step
         self._between_steps = between_steps
@@ -107,8 +107,8 @@ class BatchRunner:
             if not self._memory.try_run(lambda single=single: self._draw(single, shares, ti_tokens, is_again=True)):
                 is_recovered = False
                 share = shares[single[0].request_index]
-                share.error = no_room(share.job)
-                self._memory.free()
+                share.error = out_of_memory(share.job)
+                self._memory.free_memory()
         self._memory.count(is_recovered=is_recovered)
 
     def _draw(
@@ -138,7 +138,7 @@ class BatchRunner:
             shares[part.request_index].take(images, warnings, images_in(tuple(parts)))
 
 
-def no_room(job: Job) -> OutOfMemory:
+def out_of_memory(job: Job) -> OutOfMemory:
     """Return the error of a job whose images do not fit, not even one at a time."""
     request = job.request
     size = f"{request.width}x{request.height}"
@@ -146,7 +146,7 @@ def no_room(job: Job) -> OutOfMemory:
     return OutOfMemory(request.base_id, what, advice="ask for a smaller size or fewer images")
 
 
-def no_room_for_adapters(job: Job) -> OutOfMemory:
+def out_of_memory_for_adapters(job: Job) -> OutOfMemory:
     """Return the error of a job whose adapters cannot be applied for lack of memory."""
     names = " with ".join(use.spec.id for use in job.request.adapters) or "the base's own weights"
     return OutOfMemory(job.request.base_id, names, advice="ask for fewer adapters or a smaller one")
@@ -156,9 +156,6 @@ def _show(jobs: Sequence[Job], shares: Sequence[tuple[PixelImage, ...]]) -> None
     for job, images in zip(jobs, shares, strict=True):
         if images:
             job.show(images)
-
-
-_SEEDS = 2**64
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +171,8 @@ class RequestSlice:
 
         A part of a request asks for no previews, as nobody could tell of which images they are.
         """
-        if self.count == request.num_images:
-            return request
-        return replace(request, num_images=self.count, seed=(request.seed + self.first) % _SEEDS, num_previews=0)
+        part = request.part(self.first, self.count)
+        return part if part is request else replace(part, num_previews=0)
 
 
 Pass = tuple[RequestSlice, ...]
@@ -201,16 +197,16 @@ def images_in(whole: Pass) -> int:
 
 def _passes(counts: Sequence[int], at_most: int) -> Iterator[Pass]:
     pending: list[RequestSlice] = []
-    room = at_most
+    free = at_most
     for request_index, count in enumerate(counts):
         first = 0
         while first < count:
-            taken = min(count - first, room)
+            taken = min(count - first, free)
             pending.append(RequestSlice(request_index, first, taken))
-            first, room = first + taken, room - taken
-            if not room:
+            first, free = first + taken, free - taken
+            if not free:
                 yield tuple(pending)
-                pending, room = [], at_most
+                pending, free = [], at_most
     if pending:
         yield tuple(pending)
 

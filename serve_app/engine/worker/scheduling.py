@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from serve_app.core import NO_OPTIONS, GenerationRequest, PipelineOptions, Priority, Scale, SchedulerOption
+from serve_app.core import (
+    NO_OPTIONS,
+    AdapterSetKey,
+    GenerationRequest,
+    PipelineOptions,
+    Priority,
+    SchedulerOption,
+)
 from serve_app.work import LatencyModel
-
-# The adapters of a request in their order of application: (digest of the file, scale) each.
-AdapterSetKey = tuple[tuple[str, Scale], ...]
 
 # A request is given up for its deadline only if it would have to run twice as fast as predicted.
 FASTEST_SHARE = 0.5

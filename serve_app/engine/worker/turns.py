@@ -8,7 +8,7 @@ simulator. Must not know pipelines or weights; every time is handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,14 +18,18 @@ from serve_app.engine.worker.scheduling import AdapterSetKey
 # What changes of adapters may take of the device's time, for the sake of taking turns.
 MAX_CHANGE_SHARE = 0.03
 # Time without changes counts for later ones as far back as this.
-CREDIT_WINDOW_S = 300.0
+CREDIT_WINDOW_S = 60.0
+# What changes may take before anything has run.
+FIRST_CREDIT_S = 0.1
 # The device time that a caller has had is forgotten with this time constant.
 FAIRNESS_WINDOW_S = 20.0
 # The newest change's share in what a change is taken to cost.
 NEWEST_CHANGE = 0.2
-# A second of waiting counts as so much less work: among requests that are alike, the older one goes first.
-AGE_SHARE = 0.15
-_FORGOTTEN_S = 1e-3
+# A request that has waited so much longer goes before one with 1/e of its work, and sooner the smaller both are: each
+# time that it takes alone counts as well.
+AGE_S = 40.0
+AGE_SLOWDOWN = 4.0
+_FORGOTTEN_S = _LEAST_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class Claim:
     """What may have the device next: a pass that has begun, or a request that waits.
 
     `ticket` names it, `share` is whose it is. `remaining_s` is the device time that it still needs, `whole_s` what it
-    needs in all.
+    needs in all. A part of a request is as urgent as the whole, which has `times_part` its work.
     """
 
     ticket: int
@@ -58,55 +62,73 @@ class Claim:
     share: str = ""
     priority: Priority = "interactive"
     is_begun: bool = False
+    times_part: float = 1.0
+
+    @property
+    def left_s(self) -> float:
+        """The work left by which it is ranked."""
+        return self.remaining_s * self.times_part
 
     def is_overdue(self, now_s: float, policy: SharingPolicy) -> bool:
         """Whether its slowdown would reach the bound even if it ran now to its end."""
         since_s = self.arrived_s + (policy.batch_delay_s if self.priority == "batch" else 0.0)
-        return now_s - since_s + self.remaining_s >= policy.max_slowdown * self.whole_s
+        return now_s - since_s + self.left_s >= policy.max_slowdown * self.whole_s * self.times_part
 
 
 class DeviceBooks:
-    """The device time that each caller has had, and what changes of adapters took. Not thread-safe."""
+    """The device time that each caller has had, and what changes of adapters took. Not thread-safe.
+
+    `kept` are the compositions to which a change computes nothing; such changes have a price of their own.
+    """
 
     def __init__(self, change_s: float = 0.0) -> None:
         """Start with nothing used; `change_s` is what a change is taken to cost until one was measured."""
         self.change_s = change_s
+        self.binding_s = 0.0
+        self.kept: Set[AdapterSetKey] = frozenset()
         self.changes = 0
+        self.bindings = 0
         self.changing_s = 0.0
         self.working_s = 0.0
-        self._credit_s = MAX_CHANGE_SHARE * CREDIT_WINDOW_S
+        self._credit_s = FIRST_CREDIT_S
         self._had_s: dict[str, float] = {}
         self._decayed_at = -math.inf
 
-    def worked(self, shares: Set[str], seconds: float, now_s: float) -> None:
-        """Note device time that ended at `now_s`, in equal parts for the callers who shared it."""
+    def worked(self, shares: Mapping[str, float], seconds: float, now_s: float) -> None:
+        """Note device time that ended at `now_s`, in equal parts for the callers who shared it, each with a weight."""
         self.working_s += seconds
         self._gain(MAX_CHANGE_SHARE * seconds)
         self._decay(now_s)
-        for share in shares:
-            self._had_s[share] = self._had_s.get(share, 0.0) + seconds / len(shares)
+        for share, weight in shares.items():
+            self._had_s[share] = self._had_s.get(share, 0.0) + seconds / len(shares) / weight
 
-    def changed(self, seconds: float) -> None:
-        """Note a change of adapters."""
-        newest = NEWEST_CHANGE if self.changes else 1.0
-        self.change_s += newest * (seconds - self.change_s)
+    def changed(self, seconds: float, *, was_kept: bool = False) -> None:
+        """Note a change of adapters; `was_kept` says that nothing had to be computed for it."""
+        if was_kept:
+            self.binding_s += (NEWEST_CHANGE if self.bindings else 1.0) * (seconds - self.binding_s)
+        else:
+            newest = NEWEST_CHANGE if self.changes > self.bindings else 1.0
+            self.change_s += newest * (seconds - self.change_s)
         self.changes += 1
+        self.bindings += was_kept
         self.changing_s += seconds
         self._gain(-seconds)
 
     def had_s(self, share: str) -> float:
-        """Return the device time that a caller has had, forgotten by and by."""
+        """Return the device time that a caller has had over its weight, forgotten by and by."""
         return self._had_s.get(share, 0.0)
 
-    @property
-    def can_change(self) -> bool:
-        """Whether setting a pass aside, which costs two changes, leaves changes within their share of the time."""
-        return self._credit_s >= 2 * self.change_s
+    def cost_s(self, composition: AdapterSetKey) -> float:
+        """Return what a change to a composition takes."""
+        return self.binding_s if composition in self.kept else self.change_s
 
-    @property
-    def quantum_s(self) -> float:
-        """How far a caller may get ahead of others before the device changes hands: changes are to stay cheap."""
-        return 2 * self.change_s / MAX_CHANGE_SHARE
+    def can_afford(self, seconds: float) -> bool:
+        """Whether changes of so many seconds leave all of them within their share of the time."""
+        return self._credit_s >= seconds
+
+    def quantum_s(self, composition: AdapterSetKey) -> float:
+        """How far a caller may get ahead before the device changes to another's composition: that is to stay cheap."""
+        return 2 * self.cost_s(composition) / MAX_CHANGE_SHARE
 
     def _gain(self, seconds: float) -> None:
         most_s = MAX_CHANGE_SHARE * CREDIT_WINDOW_S
@@ -147,7 +169,7 @@ def next_claim(
     """Choose who has the device for the next step; None only where there are no claims.
 
     First comes the caller that had the least device time, then who is overdue, by arrival, then interactive before
-    batch, then the shortest remaining work, counting a change of adapters and a little of its age. `holder` is the
+    batch, then the least work left, counting a change of adapters and its age. `holder` is the
     ticket of the pass that had the device for the last step, None where it has ended: it keeps the device unless a
     change is worth its cost.
     """
@@ -157,12 +179,14 @@ def next_claim(
     order = _Order(applied, now_s, books, policy)
     current = next((claim for claim in able if claim.ticket == holder), None)
     share = min((claim.share for claim in able), key=books.had_s)
-    if current is not None and books.had_s(current.share) - books.had_s(share) <= books.quantum_s:
-        share = current.share
     first = min((claim for claim in able if claim.share == share), key=order.place)
-    if current is None or current.share != share or order.is_worth_a_change(current, first):
+    if current is None:
         return first
-    return current
+    if current.share != share:
+        if books.had_s(current.share) - books.had_s(share) > books.quantum_s(first.composition):
+            return first
+        first = min((claim for claim in able if claim.share == current.share), key=order.place)
+    return first if order.is_worth_a_change(current, first) else current
 
 
 def ranked(
@@ -195,17 +219,19 @@ class _Order:
         """Return what sorts claims: those that are overdue by arrival, the others by priority and remaining work."""
         if claim.is_overdue(self.now_s, self.policy):
             return False, False, claim.arrived_s, claim.ticket
-        change_s = 0.0 if claim.composition == self.applied else self.books.change_s
-        worth_s = claim.remaining_s + change_s - AGE_SHARE * (self.now_s - claim.arrived_s)
-        return True, claim.priority == "batch", worth_s, claim.ticket
+        change_s = 0.0 if claim.composition == self.applied else self.books.cost_s(claim.composition)
+        age_s = self.now_s - claim.arrived_s
+        age = age_s / AGE_S + age_s / max(AGE_SLOWDOWN * claim.whole_s * claim.times_part, _LEAST_S)
+        return True, claim.priority == "batch", math.log(claim.left_s + change_s + _LEAST_S) - age, claim.ticket
 
     def is_worth_a_change(self, current: Claim, first: Claim) -> bool:
         """Whether a pass should be set aside for another of the same caller."""
         if first is current or first.is_overdue(self.now_s, self.policy):
             return True
         if first.composition == current.composition:
-            return first.priority != current.priority or first.remaining_s < current.remaining_s
-        if not self.books.can_change:
+            return first.priority != current.priority or first.left_s < current.left_s
+        there_and_back_s = 2 * self.books.cost_s(first.composition)
+        if not self.books.can_afford(there_and_back_s):
             return False
-        gain_s = current.remaining_s - first.remaining_s - 2 * self.books.change_s
+        gain_s = current.left_s - first.left_s - there_and_back_s
         return first.priority != current.priority or gain_s > 0

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from serve_app.core import GenerationRequest, GenerationResult, Scale
+from serve_app.core import GenerationRequest, GenerationResult, GivenBack, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.adapters.inversion import ti_tokens_of
 from serve_app.engine.drawing.pipeline import BasePipeline
@@ -30,7 +30,7 @@ from serve_app.engine.worker.job import Job, OnEvent
 from serve_app.engine.worker.jobs import JobQueue, Run
 from serve_app.engine.worker.memory import OomRecovery
 from serve_app.engine.worker.pace import LoadTracker, guess_of
-from serve_app.engine.worker.passes import BatchRunner, no_room_for_adapters, results_of
+from serve_app.engine.worker.passes import BatchRunner, out_of_memory_for_adapters, results_of
 from serve_app.engine.worker.scheduling import AdapterSetKey, QueuePolicy, batch_key
 from serve_app.engine.worker.state import WorkerState
 from serve_app.engine.worker.traces import log_start, trace_dropped, trace_pass
@@ -167,6 +167,14 @@ class EngineWorker:
             with self._changed:
                 self._books.remove_pending(units)
 
+    def give_back(self, keep_s: float) -> int:
+        """End what has not begun with `GivenBack`, the last first, until `keep_s` of work are left; return how many."""
+        with self._changed:
+            given = self._queue.give_back(keep_s)
+        for job in given:
+            job.end(GivenBack(self._clock() - job.submitted_at))
+        return len(given)
+
     def snapshot(self) -> WorkerState:
         """Return what the worker is doing right now."""
         with self._changed:
@@ -202,12 +210,12 @@ class EngineWorker:
         if not self._is_abandoned:
             self._thread.join()
 
-    def fail_all(self, why: str) -> None:
+    def fail_all(self, reason: str) -> None:
         """End every job with `ReplicaLost` at once, also those of a device thread that hangs; from any thread."""
         with self._changed:
             self._is_aborting = self._is_abandoned = True
             self._changed.notify()
-        self._abandon(why)
+        self._abandon(reason)
 
     def _work(self) -> None:
         if self._torch_threads is not None:
@@ -215,14 +223,14 @@ class EngineWorker:
         # So does this: a pass that is suspended inside `no_grad` would hand its state to the next, and take its own.
         torch.set_grad_enabled(False)
         try:
-            while self._turn():
+            while self._run_next():
                 pass
         finally:
             self._abandon()
             if self._prefetcher is not None:
                 self._prefetcher.close()
 
-    def _turn(self) -> bool:
+    def _run_next(self) -> bool:
         """Have one run go on until it ends or is set aside; False when there will be no more."""
         run = self._take()
         if run is None:
@@ -286,7 +294,7 @@ class EngineWorker:
         for job in run.jobs:
             job.start()
         for index, job in enumerate(waiting):
-            job.place(begun + index)
+            job.report_position(begun + index)
 
     def _run(self, run: Run) -> Sequence[GenerationResult | Exception]:
         """Draw one run and return how it ended for each of its jobs; in its greenlet."""
@@ -314,7 +322,7 @@ class EngineWorker:
     def _draw(self, run: Run) -> Sequence[GenerationResult | Exception]:
         """Apply the adapters of a run and draw it, each tried once more with memory freed where that runs out."""
         if not self._memory.run_with_oom_retry(lambda: self._bind(run)):
-            return [no_room_for_adapters(job) for job in run.jobs]
+            return [out_of_memory_for_adapters(job) for job in run.jobs]
         self._prefetch_next()
         passes = BatchRunner(
             self._pipeline,
@@ -353,7 +361,7 @@ class EngineWorker:
             self._applied = self._weights.applied
             self._last_progress_s = self._clock()
             with self._changed:
-                self._queue.changed(run, self._last_progress_s - began_s)
+                self._queue.changed(run, self._last_progress_s - began_s, kept=self._weights.kept)
 
     def _report(self, run: Run, jobs: Sequence[Job], step: int, steps: int) -> None:
         self._steps += 1
@@ -383,13 +391,13 @@ class EngineWorker:
             raise GenerationCancelled
         self._bind(run)
 
-    def _abandon(self, why: str | None = None) -> None:
+    def _abandon(self, reason: str | None = None) -> None:
         """Fail all remaining jobs when the thread ends, for whatever reason."""
         with self._changed:
             self._is_closing = True
             left = self._queue.clear()
         for job in left:
-            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, reason=why or self._soundness.failure_reason))
+            job.end(ReplicaLost(self._pipeline.base_id, attempts=1, reason=reason or self._soundness.failure_reason))
 
 
 def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,7 +12,9 @@ from ray.serve.request_router import PendingRequest
 
 from serve_app.app import build
 from serve_app.config import AppConfig
-from serve_app.routing.router import MAX_ASKING, MAX_RANKED, LeastWorkRouter
+from serve_app.core import GenerationRequest, Priority
+from serve_app.routing.known import known_replicas, on_joined, replicas_known
+from serve_app.routing.router import MAX_ASKING, MAX_RANKED, LeastWorkRouter, by_turns
 from serve_app.routing.stats import RoutingStatsCollector
 from tests.routing_cases import BASE, device, generation, key
 
@@ -212,3 +214,42 @@ def test_ours_is_the_router_of_every_base_and_rays_own_is_a_choice() -> None:
 def test_an_unknown_router_is_refused() -> None:
     with pytest.raises(ValueError, match="loraplex"):
         routed_by("random")
+
+
+async def test_the_gateway_is_told_what_the_router_of_its_process_knows(router: LeastWorkRouter) -> None:
+    assert await known_replicas("demo/unknown") == []
+    router.update_replicas([Taking(f"r{index}").tells("a", backlog_s=index) for index in range(3)])  # type: ignore[misc]
+    await order(router, list(router.curr_replicas.values()), await pending(generation(0, "a")))
+    known = await known_replicas(BASE)
+    assert [view.id for view in known] == ["r0", "r1", "r2"]
+    assert [round(view.ahead_s) for view in known][1:] == [1, 2]
+    assert known[0].ahead_s > 0
+    assert replicas_known(BASE) == 3
+
+
+async def test_callers_take_turns_to_ask_for_a_place_and_what_is_interactive_goes_first() -> None:
+    def asks(number: int, share: str, priority: Priority = "interactive") -> GenerationRequest:
+        return replace(generation(number), share=share, priority=priority)
+
+    asked = [
+        asks(0, "many", "batch"), asks(1, "many", "batch"), asks(2, "many"), asks(3, "one"), asks(4, "few", "batch"),
+    ]  # fmt: skip
+    requests = [await pending(one, number=number) for number, one in enumerate(asked)]
+    for number, request in enumerate(requests):
+        request.created_at = float(number)
+    assert [request.metadata.request_id for request in by_turns(requests)] == ["r2", "r3", "r4", "r0", "r1"]
+
+
+async def test_the_gateway_is_told_when_a_replica_joins_others_and_of_nothing_else(router: LeastWorkRouter) -> None:
+    told: list[str] = []
+    on_joined(BASE, lambda: told.append("joined"))
+
+    async def run(*names: str) -> list[str]:
+        router.update_replicas([Taking(name) for name in names])  # type: ignore[misc]
+        await asyncio.sleep(0)
+        return told
+
+    assert await run("r0") == []
+    assert await run("r0", "r1") == ["joined"]
+    assert await run("r1") == ["joined"]
+    assert await run("r1", "r2", "r3") == ["joined"] * 2

@@ -31,7 +31,7 @@ BY_HAND = Profile(
     sources={},
     unproved=(),
 )
-LORAPLEX, WHOLE, SPREAD, LEAST_WORK, RANDOM_TWO, LEAST_LOADED, LATE, RAY, HASH, AFFINITY, BLOG = POLICIES
+LORAPLEX, WHOLE, UNSPREAD, LEAST_WORK, RANDOM_TWO, LEAST_LOADED, LATE, RAY, HASH, AFFINITY, BLOG = POLICIES
 
 
 def asked(*requests: tuple[float, str]) -> Workload:
@@ -221,15 +221,15 @@ def images(*requests: tuple[float, int]) -> Workload:
 
 def test_a_short_request_overtakes_a_long_one_at_its_next_step() -> None:
     workload = images((0, 8), (10.5, 1))
-    assert list(play(workload, LORAPLEX, 1, BY_STEPS).latencies_s) == pytest.approx([180, 16 + 20 - 10.5 + 0])
+    assert list(play(workload, UNSPREAD, 1, BY_STEPS).latencies_s) == pytest.approx([180, 16 + 20 - 10.5 + 0])
     assert list(play(workload, WHOLE, 1, BY_STEPS).latencies_s) == pytest.approx([160, 160 + 20 - 10.5])
 
 
 def test_a_request_s_images_are_drawn_where_each_would_end_first() -> None:
-    alone = list(play(images((0, 8)), SPREAD, 4, BY_STEPS).latencies_s)
+    alone = list(play(images((0, 8)), LORAPLEX, 4, BY_STEPS).latencies_s)
     assert alone == pytest.approx([40])
-    assert list(play(images((0, 8)), LORAPLEX, 4, BY_STEPS).latencies_s) == pytest.approx([160])
-    assert list(play(images((0, 2)), SPREAD, 2, BY_STEPS).latencies_s) == pytest.approx([20 * 1.15])
+    assert list(play(images((0, 8)), UNSPREAD, 4, BY_STEPS).latencies_s) == pytest.approx([160])
+    assert list(play(images((0, 2)), LORAPLEX, 2, BY_STEPS).latencies_s) == pytest.approx([20 * 1.15])
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -237,7 +237,7 @@ def test_a_request_s_images_are_drawn_where_each_would_end_first() -> None:
 def test_taking_turns_loses_no_work_and_spreading_no_image(asked_for: list[tuple[float, int]], replicas: int) -> None:
     workload = images(*sorted(asked_for))
     whole = play(workload, WHOLE, replicas, BY_STEPS)
-    shared = play(workload, LORAPLEX, replicas, BY_STEPS)
+    shared = play(workload, UNSPREAD, replicas, BY_STEPS)
     assert shared.busy_s == pytest.approx(whole.busy_s)
     assert min(shared.latencies_s) >= 20 - 1e-6
-    assert min(play(workload, SPREAD, replicas, BY_STEPS).latencies_s) >= 20 - 1e-6
+    assert min(play(workload, LORAPLEX, replicas, BY_STEPS).latencies_s) >= 20 - 1e-6

@@ -67,3 +67,12 @@ def test_a_base_counts_as_full_for_a_moment_after_a_refusal() -> None:
         assert (pressure.was_full_lately, pressure.in_flight) == (True, 1)
     clock.now_s += 1.1
     assert (pressure.was_full_lately, pressure.in_flight) == (False, 0)
+
+
+def test_what_is_out_is_known_by_caller() -> None:
+    pressure = Backpressure(Clock())
+    with pressure.track(1.0, "a"), pressure.track(1.0, "a"):
+        with pressure.track(1.0, "b"):
+            assert (pressure.held_by("a"), pressure.held_by("b")) == (2, 1)
+        assert (pressure.held_by("a"), pressure.held_by("b")) == (2, 0)
+    assert pressure.held_by("a") == 0

@@ -82,3 +82,9 @@ def test_a_service_does_not_start_without_the_file_that_it_was_given(tmp_path: P
 def test_keys_that_cannot_be_told_apart_are_refused(keys: list[dict[str, object]]) -> None:
     with pytest.raises(ValidationError):
         AuthSettings.model_validate({"keys": keys})
+
+
+def test_a_key_has_the_weight_that_it_was_given() -> None:
+    settings = AuthSettings(keys=(ApiKey.model_validate(ONE), ApiKey.model_validate(TWO | {"weight": 4})))
+    keys = Keys(settings, clock=Clock())
+    assert [keys.weight_of(name) for name in ("one", "two", "gone", None)] == [1.0, 4.0, 1.0, 1.0]

@@ -33,10 +33,14 @@ class Live:
     """A tiny base and its weights."""
 
     def __init__(
-        self, dtype: torch.dtype = torch.float32, *, base_weights: Literal["device", "host"] = "device"
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        base_weights: Literal["device", "host"] = "device",
+        fused_sets: int = 1,
     ) -> None:
         self.components = adaptable_components(tiny_pipeline("sd15", dtype))
-        self.weights = FusedWeights(self.components, base_weights=base_weights)
+        self.weights = FusedWeights(self.components, base_weights=base_weights, fused_sets=fused_sets)
 
     def prepare(self, *names: str) -> PreparedSwap:
         return self.weights.prepare(composition(tuple((name, 1.0) for name in names), torch.float32))
@@ -91,12 +95,12 @@ class Expected:
                 pass
 
 
-@pytest.mark.parametrize("base_weights", ["device", "host"])
+@pytest.mark.parametrize(("base_weights", "fused_sets"), [("device", 1), ("device", 3), ("host", 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_any_history_of_preparing_and_applying_leaves_what_a_fresh_base_would_have(
-    dtype: torch.dtype, base_weights: Literal["device", "host"]
+    dtype: torch.dtype, base_weights: Literal["device", "host"], fused_sets: int
 ) -> None:
-    live, expected = Live(dtype, base_weights=base_weights), Expected()
+    live, expected = Live(dtype, base_weights=base_weights, fused_sets=fused_sets), Expected()
     pristine = live.weights.checksum()
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)

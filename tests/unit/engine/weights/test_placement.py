@@ -52,6 +52,19 @@ def test_the_choice(asked: Asked, ahead: SwapPrefetcher, free: int | None, expec
     assert choose_placement(asked, ahead, layer_bytes=TWINS, reserved_bytes=CACHE, free_bytes=free) == expected
 
 
+@pytest.mark.parametrize(
+    ("asked", "free", "kept"),
+    [("auto", TWICE + 3 * TWINS, 2), ("auto", TWICE + 2 * TWINS - 1, 1), ("auto", ONCE, 0), ("host", 10 * TWICE, 0),
+     ("device", 0, 0), ("auto", None, 2)],
+)  # fmt: skip
+def test_what_is_left_keeps_further_sets_within_their_budget(asked: Asked, free: int | None, kept: int) -> None:
+    chosen = choose_placement(
+        asked, "auto", layer_bytes=TWINS, reserved_bytes=CACHE, free_bytes=free, cache_bytes=2 * TWINS + 1
+    )
+    assert chosen.kept_sets == kept
+    assert chosen.fused_sets == kept + max(chosen.buffer_sets, 1)
+
+
 def test_a_cpu_has_no_memory_of_its_own_to_run_short_of() -> None:
     assert free_bytes_of(torch.device("cpu")) is None
 

@@ -5,40 +5,26 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from serve_app.core import GenerationRequest, GenerationResult, Progress, WallClockDeadline
+from serve_app.core import GenerationRequest, GenerationResult, GivenBack, Progress, WallClockDeadline
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.worker.job import Job
-from serve_app.engine.worker.turns import Claim, SharingPolicy
+from serve_app.engine.worker.turns import SharingPolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, InternalError, OutOfMemory, ReplicaLost
+from tests.any_turn import AnyTurn
 from tests.engine_cases import largest_difference, on_steps, parsed_adapter, photo, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 120.0
 YEAR_2030 = 1_900_000_000.0
-
-
-class AnyTurn:
-    """Gives the next step to any run or request by chance."""
-
-    def __init__(self, seed: int) -> None:
-        self._rng = random.Random(seed)
-        self.asked = self.most_begun = 0
-
-    def __call__(self, claims: Sequence[Claim], *, policy: SharingPolicy, **_: Any) -> Claim | None:
-        begun = [claim for claim in claims if claim.is_begun]
-        self.asked += 1
-        self.most_begun = max(self.most_begun, len(begun))
-        able = begun if len(begun) >= policy.max_in_progress else claims
-        return self._rng.choice(able) if able else None
 
 
 class Bench:
@@ -271,3 +257,39 @@ def test_requests_that_are_alike_and_wait_together_share_a_pass() -> None:
     assert [job.future.result(WAIT_S).batch_size for job in jobs] == [2, 2]
     held.future.result(WAIT_S)
     bench.worker.close()
+
+
+def test_what_has_not_begun_is_given_back_the_last_first_and_keeps_its_age_elsewhere() -> None:
+    bench = Bench()
+    held, opened = bench.hold()
+    jobs = [bench.submit(request(request_id=f"{steps}", steps=steps, num_images=2)) for steps in (4, 2, 8)]
+    bench.later_s = 7.0
+    each_s = [bench.worker.snapshot().pace.seconds(job.waiting.units) for job in jobs]
+    keep_s = bench.worker.snapshot().backlog_s - each_s[2] - each_s[0] / 2
+    assert bench.worker.give_back(keep_s) == 2
+    for job in (jobs[2], jobs[0]):
+        with pytest.raises(GivenBack) as given:
+            job.future.result(0)
+        assert given.value.waited_s >= 7.0
+    again = bench.submit(replace(jobs[0].request, waited_s=7.0))
+    assert bench.worker.give_back(0.0) == 2
+    with pytest.raises(GivenBack) as given:
+        again.future.result(0)
+    assert given.value.waited_s >= 7.0
+    opened.set()
+    assert held.future.result(WAIT_S).images
+    bench.worker.close()
+
+
+def test_a_part_of_a_large_request_overtakes_nobody_for_being_small() -> None:
+    bench = Bench()
+    held, opened = bench.hold(steps=1)
+    ended: list[str] = []
+    whole = request(request_id="eight", steps=3, num_images=8)
+    for one in (whole.part(0, 1), request(request_id="two", steps=3, num_images=2, adapters=(use_of("me/0"),))):
+        job = bench.submit(one)
+        job.future.add_done_callback(lambda _, name=one.request_id: ended.append(name))
+    opened.set()
+    held.future.result(WAIT_S)
+    bench.worker.close(is_draining=True)
+    assert ended == ["two", "eight"]

@@ -5,11 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine.worker.scheduling import AdapterSetKey
-from serve_app.engine.worker.turns import MAX_CHANGE_SHARE, Claim, DeviceBooks, SharingPolicy, next_claim
+from serve_app.engine.worker.turns import (
+    FIRST_CREDIT_S,
+    MAX_CHANGE_SHARE,
+    Claim,
+    DeviceBooks,
+    SharingPolicy,
+    next_claim,
+)
 
 STEP_S = 0.5
 
@@ -29,6 +37,8 @@ class Device:
 
     policy: SharingPolicy = SharingPolicy()
     change_s: float = 0.0
+    binding_s: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
     books: DeviceBooks = field(default_factory=DeviceBooks)
     now_s: float = 0.0
     applied: AdapterSetKey = ()
@@ -50,11 +60,13 @@ class Device:
         assert chosen is not None
         if chosen.composition != self.applied:
             self.applied = chosen.composition
-            self.now_s += self.change_s
-            self.books.changed(self.change_s)
+            was_kept = self.applied in self.books.kept
+            took_s = self.binding_s if was_kept else self.change_s
+            self.now_s += took_s
+            self.books.changed(took_s, was_kept=was_kept)
         took_s = min(STEP_S, chosen.remaining_s)
         self.now_s += took_s
-        self.books.worked({chosen.share}, took_s, self.now_s)
+        self.books.worked({chosen.share: self.weights.get(chosen.share, 1.0)}, took_s, self.now_s)
         self.turns.append(chosen.ticket)
         self.holder = chosen.ticket
         self.claims[chosen.ticket] = dataclasses.replace(chosen, remaining_s=chosen.remaining_s - took_s, is_begun=True)
@@ -89,7 +101,7 @@ def test_interactive_requests_go_before_batch_requests_of_the_same_caller() -> N
 
 def test_where_a_change_is_dear_a_pass_keeps_the_device() -> None:
     device = Device(change_s=5.0, applied=named("a"))
-    device.play([claim(0, 10.0, adapter="a"), claim(1, 4.0, adapter="b", at_s=1.0), claim(2, 4.0, adapter="a", at_s=1)])
+    device.play([claim(0, 10.0, adapter="a"), claim(1, 6.0, adapter="b", at_s=1.0), claim(2, 4.0, adapter="a", at_s=1)])
     assert list(device.ended_s) == [2, 0, 1]
     assert device.books.changes == 1
 
@@ -104,13 +116,25 @@ def test_callers_share_the_device_however_many_requests_each_has() -> None:
     assert slowdowns[len(slowdowns) // 2] <= 1.2
 
 
-def test_two_busy_callers_get_half_of_the_device_each() -> None:
-    device = Device(change_s=0.03)
+def test_a_change_to_what_is_kept_has_a_price_of_its_own() -> None:
+    asked = [claim(0, 10.0, adapter="a"), claim(1, 4.0, adapter="b", at_s=1.0)]
+    ended: list[list[int]] = []
+    for kept in (frozenset[AdapterSetKey](), frozenset([named("a"), named("b")])):
+        device = Device(change_s=5.0, binding_s=0.001, applied=named("a"))
+        device.books.kept = kept
+        device.play(list(asked))
+        ended.append(list(device.ended_s))
+    assert ended == [[0, 1], [1, 0]]
+
+
+@pytest.mark.parametrize(("weight", "turns"), [(1.0, 200), (3.0, 300), (0.25, 80)])
+def test_two_busy_callers_get_parts_of_the_device_by_their_weights(weight: float, turns: int) -> None:
+    device = Device(change_s=0.03, weights={"many": weight})
     many = [claim(ticket, 4.0, share="many", adapter="a") for ticket in range(100)]
     big = [claim(1000 + ticket, 40.0, share="big", adapter="b") for ticket in range(10)]
     device.play([*many, *big])
     first = device.turns[:400]
-    assert 180 <= sum(ticket < 1000 for ticket in first) <= 220
+    assert turns - 25 <= sum(ticket < 1000 for ticket in first) <= turns + 25
     assert device.books.changing_s <= MAX_CHANGE_SHARE * device.books.working_s
 
 
@@ -154,5 +178,5 @@ def test_once_a_request_is_at_the_bound_on_slowdown_nobody_shorter_overtakes_it(
     assert device.most_begun <= most
     # A pass is set aside only on credit, and only once for being at its bound.
     wanted = device.books.change_s * (2 * len(arrivals) + 1)
-    allowance = MAX_CHANGE_SHARE * (device.books.working_s + 300.0)
+    allowance = MAX_CHANGE_SHARE * device.books.working_s + FIRST_CREDIT_S
     assert device.books.changing_s <= wanted + allowance + 1e-6
