@@ -318,6 +318,17 @@ class HubUnavailable(Unavailable):
     template = "{model} could not be fetched: {reason}; try again in {retry_after_s} s"
 
 
+class HostMemoryFull(Unavailable):
+    """The adapters of other requests filled the host memory of a replica for longer than a request waits."""
+
+    retry_after_s: int = 10
+    code = "host_memory_full"
+    template = (
+        "the adapters of other requests fill the host memory of the replica (replica.host_cache); "
+        "try again in {retry_after_s} s"
+    )
+
+
 class DiskFull(Unavailable):
     """The disk of a replica's node has no space for an adapter, even after evicting cached files."""
 
