@@ -67,11 +67,10 @@ class OriginCheck:
             return True
         if "*" in self._origins or origin in self._origins or site in _OWN_SITES:
             return True
-        return (
-            site is None
-            and origin is not None
-            and _authority(origin) == _authority(f"{urlsplit(origin).scheme}://{host}")
-        )
+        if site is not None or origin is None:
+            return False
+        scheme = origin.partition("://")[0]
+        return host != "" and _authority(origin) == _authority(f"{scheme}://{host}")
 
 
 def _is_on_loopback(scope: Scope) -> bool:

@@ -130,7 +130,7 @@ class _Child:
     """A process and its two pipes."""
 
     def __init__(self, max_pixels: int) -> None:
-        command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(max_pixels)]
+        command = [sys.executable, "-W", "ignore", "-c", _BOOT, json.dumps(sys.path), str(max_pixels)]
         # Nothing of our environment: it holds the Hub's token.
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={})
 

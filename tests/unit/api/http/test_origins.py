@@ -31,6 +31,9 @@ FOREIGN = [
     {"origin": "http://testserver:8001", "sec-fetch-site": "same-site"},
     {"origin": "http://testserver:8001"},
     {"origin": "http://testserver.example"},
+    {"origin": "http://["},
+    {"origin": "http://[::1"},
+    {"origin": "http://testserver@elsewhere.example"},
     {"sec-fetch-site": "cross-site"},
 ]
 
