@@ -33,6 +33,7 @@ def test_every_bar_belongs_to_a_part() -> None:
     assert {bar.part for bar in BARS} == Kit(Device.CPU).parts().keys()
 
 
+@pytest.mark.slow
 def test_a_part_runs_narrow_and_is_reported() -> None:
     report = run_kit(["swap sd15"], limit_s=300.0, device=Device.CPU)
     (part,) = report.parts

@@ -24,6 +24,7 @@ from tests.tiny import denoiser_name, latents, tiny_pipeline
 from tests.tiny_adapters import everything, linear, lora
 from tests.tiny_forms import Form, put
 
+pytestmark = pytest.mark.slow
 SMALL = Defaults(steps=3, guidance_scale=4.0, width=64, height=64)
 
 

@@ -72,15 +72,15 @@ class Loader:
         self.process.communicate(timeout=WAIT_S)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub() -> Iterator[HubServer]:
     with HubServer() as server:
         yield server
 
 
-@pytest.fixture
-def loader(hub: HubServer, tmp_path: Path) -> Iterator[Loader]:
-    made = Loader(hub.endpoint, tmp_path)
+@pytest.fixture(scope="module")
+def loader(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
+    made = Loader(hub.endpoint, tmp_path_factory.mktemp("cache"))
     yield made
     made.close()
 
