@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import math
 import os
 import platform
 import statistics
@@ -48,7 +49,7 @@ def sent(raw: bytes, url: str) -> str:
         with suppress(BrokenPipeError, ConnectionResetError):
             caller.sendall(raw)
         with suppress(ConnectionResetError):
-            return (caller.recv(4096).split() or [b"", b"closed"])[1].decode()
+            return b"".join(caller.recv(4096).split()[1:2]).decode() or "closed"
     return "closed"
 
 
@@ -97,6 +98,11 @@ def held(raw: bytes, drip: bytes, count: int) -> Blow:
     return blow
 
 
+def many_fields() -> bytes:
+    """Some 30 MiB of names that no two are the same."""
+    return b"".join(b',"%x":1' % index for index in range(2**28, 2**28 + 2_300_000))
+
+
 def heavy_jpeg() -> bytes:
     """As much work as a JPEG within the limits can be: all the scans and pixels that are taken."""
     import io
@@ -113,13 +119,12 @@ def heavy_jpeg() -> bytes:
 
 def attacks() -> Iterator[tuple[str, Callable[[], Blow]]]:
     """Each attack's name, and what makes its blow: bodies of many megabytes are built for one attack alone."""
-    fields = b",".join(b'"%x":1' % index for index in range(3_000_000))
     picture = "image/png"
     stream = json.dumps({"prompt": "a", "stream": True, "num_inference_steps": 1}).encode()
     form = "multipart/form-data; boundary=xyz"
     yield "header line of 100 MB", lambda: endless_header
     yield "20,000 headers", lambda: many_headers
-    yield "30 MiB of JSON, fields", lambda: posting("/", b'{"inputs":"x",' + fields[: 30 * 2**20] + b":1}")
+    yield "30 MiB of JSON, fields", lambda: posting("/", b'{"inputs":"x"' + many_fields() + b"}")
     yield "30 MiB of JSON, lists", lambda: posting("/", b'{"inputs":[' + b"[]," * (10 * 2**20) + b"0]}")
     yield "1 MiB of JSON, depth", lambda: posting("/", b'{"inputs":' + b"[" * 10**6)
     yield "1 MiB of JSON, values", lambda: posting("/", b'{"inputs":[' + b"1," * 500_000 + b"0]}")
@@ -163,7 +168,10 @@ def strike(name: str, url: str, seconds: float) -> None:
     def attacker(number: int) -> None:
         turn = number
         while time.monotonic() < ends_at:
-            outcomes[blow(url, turn)] += 1
+            try:
+                outcomes[blow(url, turn)] += 1
+            except TimeoutError:
+                outcomes["no answer"] += 1
             turn += ATTACKERS
             time.sleep(PAUSE_S)
 
@@ -181,8 +189,11 @@ def others(url: str, is_over: Callable[[], bool]) -> tuple[float, float]:
         with httpx.Client(base_url=url, timeout=120, trust_env=False) as http:
             while not is_over() or not times_ms:
                 began = time.perf_counter()
-                call(http).raise_for_status()
-                times_ms.append((time.perf_counter() - began) * 1e3)
+                try:
+                    call(http).raise_for_status()
+                    times_ms.append((time.perf_counter() - began) * 1e3)
+                except httpx.HTTPError:
+                    times_ms.append(math.inf)  # what fails is never done
                 time.sleep(pause_s)
 
     prober = threading.Thread(target=timed, args=(health_ms, lambda http: http.get("/health"), 0.05))
