@@ -28,6 +28,8 @@ from typing import Any
 
 import httpx
 
+from serve_app.api.pictures.images import encode_image
+from serve_app.core import PixelImage
 from tests.footprint import footprints
 from tests.hostile_http import bomb, message, text_bomb
 from tests.hub_server import HubServer
@@ -277,8 +279,12 @@ def main() -> None:
         }
         serve.run(build(AppConfig.model_validate(settings)), name="loraplex", route_prefix="/")
         url = f"http://127.0.0.1:{port}"
+        # What a service holds that has drawn, and edited a picture as large as is taken: buffers, decoders.
         ends_at = time.monotonic() + options.seconds
         others(url, lambda: time.monotonic() > ends_at)
+        large = base64.b64encode(encode_image(PixelImage(2400, 2400, os.urandom(2400 * 2400 * 3)), "png")).decode()
+        for _ in range(4):
+            httpx.post(url, json={"image": large, "inputs": "a"}, timeout=120, trust_env=False).raise_for_status()
         out(f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n\n")
         out("| attack | answers | health, ms | meanwhile | image, ms | times | memory after | |\n|" + "---|" * 8 + "\n")
         for name, _ in attacks():
