@@ -37,8 +37,8 @@ LOCAL_TTL_S = 2.0
 LISTED_AT_ONCE = 8
 # Comparing takes half a millisecond for ten names.
 MAX_COMPARED = 300
-# What clients of OpenAI's shape ask for where nobody tells them otherwise.
-CLIENTS_OWN_MODELS = ("gpt-image-1", "gpt-image-1-mini", "gpt-image-1.5", "dall-e-2", "dall-e-3")
+# How the names begin that clients of OpenAI's shape ask for where nobody tells them otherwise.
+CLIENTS_OWN_MODELS = ("gpt-image-", "dall-e-")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,7 @@ class Catalog:
 
     async def _hint(self, name: str) -> str:
         """Return what may have been meant: the nearest base or adapter that everybody may know of."""
-        if name in CLIENTS_OWN_MODELS:
+        if name.startswith(CLIENTS_OWN_MODELS):
             return f"; a client that always asks for it needs 'aliases: [{name}]' at a base of the configuration"
         bases = [name for base in self._config.bases for name in base.names]
         listed = [model for source in self._sources for model in await source.ids()]

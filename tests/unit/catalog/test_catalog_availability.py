@@ -33,7 +33,7 @@ async def test_a_mistyped_adapter_is_answered_with_the_nearest_adapter(world: Wo
         await world.catalog().resolve("demo/sd-sepai", ())
 
 
-@pytest.mark.parametrize("name", ["gpt-image-1", "dall-e-3"])
+@pytest.mark.parametrize("name", ["gpt-image-1", "gpt-image-2", "dall-e-3"])
 async def test_a_model_that_clients_ask_for_by_themselves_is_answered_with_what_to_configure(world: World, name: str):
     with pytest.raises(ModelNotFound, match=rf"aliases: \[{name}\]"):
         await world.catalog().resolve(name, ())
