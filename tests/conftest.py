@@ -81,6 +81,13 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="session")
+def families(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
+    from tests.family_service import start_families
+
+    return start_families(tmp_path_factory.mktemp("families"), cluster)
+
+
+@pytest.fixture(scope="session")
 def service(
     cluster: int, hub: HubServer, broken_root: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Service:

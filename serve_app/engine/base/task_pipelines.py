@@ -69,6 +69,10 @@ def variants_of(pipeline: Any, card: str = "") -> TaskPipelines:
         # An invisible watermark is drawn only where an optional package happens to be installed.
         if hasattr(variant, "watermark"):
             variant.watermark = None
+    # `clip_skip` reads the last norm below this name, which transformers 5 no longer has; no module of its own.
+    encoder = getattr(pipeline, "text_encoder", None)
+    if encoder is not None and hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model"):
+        encoder.__dict__["text_model"] = encoder
     return variants
 
 
