@@ -23,7 +23,7 @@ def test_the_ingress_scales_and_is_placed_as_it_is_told(tmp_path: Path) -> None:
     scaling = {"min_replicas": 2, "max_replicas": 6, "target_ongoing_requests": 40}
     placed = {"num_cpus": 1.0, "resources": {"edge": 0.5}, "max_replicas_per_node": 1}
     asked = config(tmp_path, autoscaling=scaling, **placed)
-    told = build(asked)._bound_deployment
+    told: Any = build(asked)._bound_deployment
     numbers = told._deployment_config.autoscaling_config
     assert (numbers.min_replicas, numbers.max_replicas, numbers.target_ongoing_requests) == (2, 6, 40)
     assert told.ray_actor_options["resources"] == {"edge": 0.5}
@@ -39,7 +39,8 @@ def test_a_fixed_number_of_ingress_replicas_is_the_default(tmp_path: Path) -> No
 
 def test_a_base_is_placed_as_it_is_told(tmp_path: Path) -> None:
     base = {"replica": {"resources": {"edge": 0.5}, "max_replicas_per_node": 2}}
-    handles = build(config(tmp_path, base))._bound_deployment.init_args[2]
+    ingress: Any = build(config(tmp_path, base))._bound_deployment
+    handles = ingress.init_args[2]
     told = handles["demo/sd15"]._bound_deployment
     assert (told.ray_actor_options["resources"], told._replica_config.max_replicas_per_node) == ({"edge": 0.5}, 2)
 

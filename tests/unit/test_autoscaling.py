@@ -189,5 +189,5 @@ def test_ray_accepts_what_it_is_told(policy: str) -> None:
 def test_from_zero_serve_starts_one_replica_and_asks_the_policy_once_it_runs(requests: int, replicas: int) -> None:
     config = AutoscalingConfig(**ray_settings(AutoscalingSettings(min_replicas=0, max_replicas=20)))
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
-    waiting = Asked(0, 0, total_num_requests=requests, config=config)
+    waiting: Any = Asked(0, 0, total_num_requests=requests, config=config)
     assert _apply_autoscaling_config(policy)(waiting)[0] == replicas

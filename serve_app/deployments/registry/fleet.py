@@ -54,10 +54,11 @@ class Fleet:
         """Return every replica, those that start and those that do not answer too; at most a second old."""
         async with self._lock:
             if is_fresh or self._clock() - self._asked_at > REPORTS_TTL_S:
-                counts, *asked = await asyncio.gather(self._counts(), *map(self._report, self._handles))
+                asked = asyncio.gather(*map(self._report, self._handles))
+                counts, replied = await asyncio.gather(self._counts(), asked)
                 self._reports = tuple(
                     report
-                    for base, replies in zip(self._handles, asked, strict=True)
+                    for base, replies in zip(self._handles, replied, strict=True)
                     for report in self._complete(base, replies, counts.get(base, ReplicaCount(running=len(replies))))
                 )
                 self._asked_at = self._clock()

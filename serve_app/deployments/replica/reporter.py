@@ -113,13 +113,14 @@ class ReplicaReporter:
     def _holdings(self, applied: Set[str]) -> tuple[ResidentAdapter, ...]:
         """Return each adapter that is held, with its fastest tier: the device knows them by digest, the host by key."""
         device, host = set(self._weights.cached), set(self._store.resident())
-        tiers: tuple[tuple[HeldIn, Callable[[str, _Entry], bool]], ...] = (
-            ("applied", lambda _, entry: entry.digest in applied),
-            ("device", lambda _, entry: entry.digest in device),
-            ("host", lambda key, _: key in host),
-        )
-        found = (
-            (key, entry.id, next((tier for tier, is_there in tiers if is_there(key, entry)), None))
+
+        def tier_of(key: str, digest: str) -> HeldIn | None:
+            if digest in applied:
+                return "applied"
+            return "device" if digest in device else "host" if key in host else None
+
+        return tuple(
+            ResidentAdapter(key, entry.id, tier)
             for key, entry in self._entries.items()
+            if (tier := tier_of(key, entry.digest)) is not None
         )
-        return tuple(ResidentAdapter(key, id_, tier) for key, id_, tier in found if tier is not None)

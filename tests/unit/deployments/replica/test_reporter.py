@@ -37,7 +37,7 @@ def state(*applied: tuple[str, float]) -> Any:
     return SimpleNamespace(waiting=1, running=2, backlog_s=3.0, applied=applied)
 
 
-def reporter(memory: Memory, **settings: int) -> ReplicaReporter:
+def reporter(memory: Memory, **settings: Any) -> ReplicaReporter:
     times = iter(range(1000))
     parts: Any = {"store": memory, "weights": memory, "clock": lambda: float(next(times))}
     return ReplicaReporter("r1", "demo/sd", "cpu", **parts, **settings)
