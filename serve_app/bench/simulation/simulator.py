@@ -208,3 +208,9 @@ class _Simulation:
     def _started(self, what: object, now_s: float) -> None:
         self._scaler.started(now_s)
         self._place_parked()
+        replicas = [self._replicas[index] for index in np.flatnonzero(self._pool.is_open)]
+        mean_s = float(self._pool.backlog_s(now_s)[self._pool.is_open].mean())
+        given = [job for replica in replicas for job in replica.give_back(mean_s, now_s)]
+        for job in sorted(given, key=lambda job: job.ticket):
+            if not self._place(job):
+                self._parked.append(job)
