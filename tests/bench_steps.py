@@ -18,8 +18,10 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.demo.embedded import embedded_root
 from serve_app.engine.base.loading import ResolvedSource
+from serve_app.engine.base.manifest import bytes_of_layers
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.placement import choose_placement
 from serve_app.engine.worker.turns import SharingPolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.settings import ModelSource
@@ -39,9 +41,14 @@ class Bench:
         config = BaseModelConfig(id=f"demo/{base}", source=ModelSource(folder=folder))
         self.pipeline = BasePipeline.load(config, ResolvedSource(folder=folder), device=torch.device("cpu"))
         self.adapters = [parsed_adapter(self.pipeline.manifest, seed=seed) for seed in range(CALLERS)]
+        sets = choose_placement(
+            "auto", "auto", layer_bytes=bytes_of_layers(self.pipeline.components), reserved_bytes=0, free_bytes=None,
+            cache_bytes=config.replica.fused_cache,
+        ).fused_sets  # fmt: skip
         self.worker = EngineWorker(
-            self.pipeline, FusedWeights(self.pipeline.components), max_batch_images=4, torch_threads=1, sharing=sharing
-        )
+            self.pipeline, FusedWeights(self.pipeline.components, fused_sets=sets), max_batch_images=4,
+            torch_threads=1, sharing=sharing,
+        )  # fmt: skip
 
     def draw(self, wanted: GenerationRequest, adapter: int) -> None:
         self.worker.submit(wanted, [(self.adapters[adapter], 1.0)]).future.result()
@@ -78,12 +85,11 @@ def main() -> None:
     sys.stdout.write(f"alone: {statistics.median(ratios):.3f} of the time of whole passes, median of {PAIRS} pairs\n")
     together = [(shared.together(), whole.together()) for _ in range(ROUNDS)]
     ratio = sum(theirs for _, theirs in together) / sum(ours for ours, _ in together)
-    state = shared.worker.snapshot()
     sys.stdout.write(f"{CALLERS} callers: {ratio:.3f} of the throughput of whole passes, {ROUNDS} rounds\n")
-    sys.stdout.write(
-        f"changes of adapters: {state.changes}, {1e3 * state.changing_s / max(state.changes, 1):.1f} ms each\n"
-    )
-    for bench in (shared, whole):
+    for name, bench in (("turns", shared), ("whole passes", whole)):
+        state = bench.worker.snapshot()
+        each_ms = 1e3 * state.changing_s / max(state.changes, 1)
+        sys.stdout.write(f"{name}: {state.changes} changes of adapters, {each_ms:.1f} ms each\n")
         bench.worker.close()
 
 

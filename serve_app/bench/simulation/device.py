@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from serve_app.bench.simulation.job import Job, Setting
 from serve_app.engine.worker.scheduling import AdapterSetKey, QueuedRequest, batch_of, next_batch, remaining_after
-from serve_app.engine.worker.turns import Claim, DeviceBooks, next_claim
+from serve_app.engine.worker.turns import Claim, DeviceBooks, next_claim, ranked
 
 # Called with a time, a function and its argument: the function is to run then.
 Schedule = Callable[[float, Callable[..., None], object], None]
@@ -84,6 +84,10 @@ class WholePasses:
         self._waiting.append(job.queued)
         if not self._is_running:
             self._begin(now_s)
+
+    def give_back(self, keep_s: float, now_s: float) -> list[Job]:
+        """Give nothing back: what is here stays."""
+        return []
 
     def _begin(self, now_s: float) -> None:
         around, setting = self._around, self._around.setting
@@ -175,6 +179,15 @@ class SharedSteps:
         running = self._slice
         passed_s = max(now_s - running.began_s, 0.0) / running.course.factor
         self._run(_Slice(running.course, running.began_s, min(running.predicted_s, running.course.steps_s(passed_s))))
+
+    def give_back(self, keep_s: float, now_s: float) -> list[Job]:
+        """Take out what would run last, until no more than `keep_s` of work is left or all that is left has begun."""
+        waiting = [course.claim() for course in self._courses.values() if not course.is_begun]
+        order = ranked(waiting, applied=(), now_s=now_s, books=self._books, policy=self._around.setting.sharing)
+        given: list[Job] = []
+        while order and sum(course.left_s for course in self._courses.values()) > keep_s:
+            given += self._courses.pop(order.pop().ticket).jobs
+        return given
 
     def _next(self, now_s: float) -> None:
         setting = self._around.setting

@@ -66,6 +66,13 @@ class Replica:
         if not job.missing:
             self._enqueue(job, now_s)
 
+    def give_back(self, keep_s: float, now_s: float) -> list[Job]:
+        """Let go of what has not begun, the last first, until no more than `keep_s` of work is left; return it."""
+        given = self._device.give_back(keep_s, now_s)
+        self._let_go(given)
+        self._pool.queued_s[self.index] -= sum(job.predicted_s for job in given)
+        return given
+
     def _want(self, job: Job, need: RequiredAdapter, now_s: float) -> None:
         if need.key in self._budget:
             return
@@ -129,6 +136,13 @@ class Replica:
         return late_s
 
     def _ended(self, jobs: Sequence[Job], now_s: float) -> None:
+        self._let_go(jobs)
+        if not self._jobs:
+            # Sums of differences drift; with nothing accepted the truth is known.
+            self._coming_s = self._pool.queued_s[self.index] = 0.0
+        self._on_done(self, jobs, now_s)
+
+    def _let_go(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             del self._jobs[job.ticket]
             self._pool.ongoing[self.index] -= 1
@@ -136,10 +150,6 @@ class Replica:
                 plan = self._budget.unpin(need.key)
                 if plan.evict:
                     self._pool.host_changed(self.index, None, plan.evict)
-        if not self._jobs:
-            # Sums of differences drift; with nothing accepted the truth is known.
-            self._coming_s = self._pool.queued_s[self.index] = 0.0
-        self._on_done(self, jobs, now_s)
 
     def _chance(self) -> float:
         """Return a factor around one, for what no prediction knows."""

@@ -27,6 +27,9 @@ from serve_app.bench.traffic.workload import Workload
 from serve_app.routing.cost import waits_s
 from serve_app.routing.spread import spread_images
 
+# As `deployments.ingress` does it: so long after a replica has joined, the others give back once more.
+LEVEL_AGAIN_S = 3.0
+
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
@@ -208,3 +211,13 @@ class _Simulation:
     def _started(self, what: object, now_s: float) -> None:
         self._scaler.started(now_s)
         self._place_parked()
+        self._level(None, now_s)
+        self._schedule(now_s + LEVEL_AGAIN_S, self._level, None)
+
+    def _level(self, what: object, now_s: float) -> None:
+        replicas = [self._replicas[index] for index in np.flatnonzero(self._pool.is_open)]
+        mean_s = float(self._pool.backlog_s(now_s)[self._pool.is_open].mean())
+        given = [job for replica in replicas for job in replica.give_back(mean_s, now_s)]
+        for job in sorted(given, key=lambda job: job.ticket):
+            if not self._place(job):
+                self._parked.append(job)

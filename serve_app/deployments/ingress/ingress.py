@@ -63,6 +63,8 @@ SEED_BITS = 32
 MAX_DEATHS = 2
 # Of the places that a base has for the requests of an ingress replica, what one key may have.
 MOST_OF_PLACES = 0.75
+# So long after a replica has joined, the others give back once more.
+LEVEL_AGAIN_S = 3.0
 # A new ingress waits this long for the aliases before it serves without them.
 ALIASES_PATIENCE_S = 5.0
 
@@ -116,9 +118,15 @@ class Dispatcher:
             on_joined(base_id, partial(self._start_levelling, base_id))
 
     def _start_levelling(self, base_id: str) -> None:
-        task = asyncio.ensure_future(self._level(base_id))
+        task = asyncio.ensure_future(self._level_twice(base_id))
         self._levelling.add(task)
         task.add_done_callback(self._levelling.discard)
+
+    async def _level_twice(self, base_id: str) -> None:
+        await self._level(base_id)
+        # What was fetching its adapters could not be given back, and others may have joined.
+        await asyncio.sleep(LEVEL_AGAIN_S)
+        await self._level(base_id)
 
     async def _level(self, base_id: str) -> None:
         ahead_s = [view.ahead_s for view in await known_replicas(base_id) if view.ahead_s < STALLED_S]

@@ -1,0 +1,114 @@
+"""What the dispatcher does with what comes of a request; `tests/integration` has it with Serve's own handles."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Generator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from serve_app.config import AppConfig
+from serve_app.core import GenerationRequest, GivenBack
+from serve_app.deployments.ingress.ingress import MOST_OF_PLACES, Dispatcher
+from serve_app.deployments.registry.fleet import ReplicaCount
+from serve_app.errors import QueueFull, ReplicaLost
+from tests.engine_cases import request
+
+BASE = request().base_id
+PLACES = 8
+
+
+class Response:
+    """A call, as Serve's handles return it."""
+
+    def __init__(self) -> None:
+        self.outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.outcome.__await__()
+
+    def cancel(self) -> None:
+        self.outcome.cancel()
+
+
+class Handle:
+    """A handle whose calls the test ends."""
+
+    def __init__(self) -> None:
+        self.sent: list[GenerationRequest] = []
+        self.calls: list[Response] = []
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    @property
+    def generate(self) -> Handle:
+        return self
+
+    def remote(self, asked: GenerationRequest) -> Response:
+        self.sent.append(asked)
+        self.calls.append(Response())
+        return self.calls[-1]
+
+    async def has_sent(self, count: int) -> bool:
+        """Return whether so many were sent once nothing else is left to do."""
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return len(self.sent) == count
+
+
+def dispatcher(handle: Any) -> Dispatcher:
+    settings = {"max_ongoing_requests": PLACES / 2, "max_queued_requests": PLACES / 2}
+    base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": settings}
+    config = AppConfig.model_validate({"bases": [base]})
+    return Dispatcher(
+        config, {BASE: handle}, on_retry=lambda _, __: None, counts=lambda: {BASE: ReplicaCount(running=1)}
+    )
+
+
+async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has_waited() -> None:
+    handle = Handle()
+    call = asyncio.create_task(dispatcher(handle)(request()))
+    for number, waited_s in enumerate((7.0, 9.0), start=1):
+        assert await handle.has_sent(number)
+        handle.calls[-1].outcome.set_exception(GivenBack(waited_s))
+    assert await handle.has_sent(3)
+    handle.calls[-1].outcome.set_result("images")
+    assert await call == "images"
+    assert handle.sent == [replace(request(), waited_s=waited_s) for waited_s in (0.0, 7.0, 9.0)]
+
+
+async def test_of_a_request_s_parts_that_lost_their_replicas_one_at_a_time_is_sent_again() -> None:
+    handle, whole = Handle(), request(seed=0, num_images=3)
+    dispatch = dispatcher(handle)
+    calls = [asyncio.create_task(dispatch(whole.part(number, 1))) for number in range(3)]
+    assert await handle.has_sent(3)
+    for lost in handle.calls:
+        lost.outcome.set_exception(ReplicaLost(BASE, attempts=1))
+    for sent in (4, 5, 6):
+        assert await handle.has_sent(sent)
+        handle.calls[-1].outcome.set_result(handle.sent[-1].seed)
+    assert await asyncio.gather(*calls) == [0, 1, 2]
+
+
+async def test_no_key_has_all_places_of_a_base() -> None:
+    handle = Handle()
+    dispatch = dispatcher(handle)
+    most = int(MOST_OF_PLACES * PLACES)
+    calls = [asyncio.create_task(dispatch(request(seed=seed, share="many"))) for seed in range(most)]
+    assert await handle.has_sent(most)
+    with pytest.raises(QueueFull):
+        await dispatch(request(share="many"))
+    calls += [asyncio.create_task(dispatch(request(seed=seed, share=share))) for seed, share in enumerate(("few", ""))]
+    assert await handle.has_sent(most + 2)
+    handle.calls[0].outcome.set_result(None)
+    await calls[0]
+    calls.append(asyncio.create_task(dispatch(request(share="many"))))
+    assert await handle.has_sent(most + 3)
+    for call in calls:
+        call.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await call
