@@ -32,6 +32,9 @@ async def choose(
     """Return the files of a repository that are its adapter, and what their headers say."""
     indexes: dict[str, dict[str, str]] = {}
     for name in indexes_of(listing):
+        listed = listing.file(name)
+        if name != filename and listed is not None and (listed.size_bytes or 0) >= MAX_INDEX_BYTES:
+            continue  # that of a whole model; shards have numbers, too
         content = await _small(source, listing, name, MAX_INDEX_BYTES)
         indexes[name] = read_index(listing.id, name, content or b"{}")
     seen: dict[str, str | None] = {}

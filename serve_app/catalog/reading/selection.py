@@ -126,7 +126,7 @@ def _asked(model: str, filename: str, names: list[str], indexes: Mapping[str, Ma
             raise NotAnAdapter(
                 model,
                 f"'{filename}' is one of the files that the adapter is cut into: name their index "
-                f"('...{INDEX_SUFFIX}'), or leave 'filename' out",
+                f"('*{INDEX_SUFFIX}'), or leave 'filename' out",
             )
     if not filename.endswith(SAFE_SUFFIX):
         raise UnsafeFile(model, f"'{filename}' is not a safetensors file, and no other kind is read")

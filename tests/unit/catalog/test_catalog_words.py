@@ -1,4 +1,4 @@
-"""An adapter's learned words are found beside it, are part of its revision, and reach the replica."""
+"""What lies beside an adapter's file (words, settings, more files) is part of its revision, and reaches the replica."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from serve_app.catalog.files import AdapterFiles
 from serve_app.core import AdapterRef
 from serve_app.errors import LoraplexError, MalformedRequest
 from serve_app.refusals import MalformedFile
-from tests.unit.catalog.builders import WEIGHTS, World, adapter_files, lora, renewed
+from tests.unit.catalog.builders import WEIGHTS, World, adapter_files, lora, pair, renewed
 
 EMBEDDINGS = "embeddings.safetensors"
 
@@ -84,3 +84,21 @@ async def test_the_settings_of_peft_beside_an_adapter_are_part_of_what_it_is(wor
     scaled = await world.catalog().adapter(AdapterRef("me/peft"))
     assert (plain.settings, scaled.settings) == (None, text.decode())
     assert scaled.key != plain.key
+
+
+@pytest.mark.parametrize("source", ["folder", "Hub"])
+async def test_an_adapter_in_several_files_is_fetched_whole(world: World, source: str):
+    names = ("x-00001-of-00002.safetensors", "x-00002-of-00002.safetensors")
+    files = {"README.md": adapter_files("demo/sd")["README.md"], names[0]: lora(), names[1]: save(pair("unet.mid", 32))}
+    put = world.put if source == "folder" else world.hub.push
+    put("me/cut", files)
+    spec = await world.catalog().adapter(AdapterRef("me/cut"))
+    assert (spec.files, spec.size_bytes) == (names, sum(len(files[name]) for name in names))
+    fetched = AdapterFiles(world.places())
+    assert [(await fetched.path(spec, name)).read_bytes() for name in names] == [files[name] for name in names]
+    put("me/cut", files | {names[1]: save(pair("unet.mid", 64))})
+    changed = await world.catalog().adapter(AdapterRef("me/cut"))
+    assert changed.key != spec.key
+    if source == "folder":
+        with pytest.raises(MalformedFile, match="changed after it was looked up"):
+            await fetched.path(spec, names[0])

@@ -125,6 +125,16 @@ def test_a_refused_adapter_still_shows_its_card_and_weights(run: Run, config: Pa
     assert "✗ adapter broken/mislabelled is refused" in said
 
 
+@pytest.mark.parametrize("name", ["sepia", "nan", "truncated", "no-layer", "mislabelled"])
+def test_a_file_is_judged_as_its_id_is(run: Run, config: Path, broken: Path, name: str) -> None:
+    model, path = ("demo/sdxl-sepia", SEPIA) if name == "sepia" else (f"broken/{name}", broken / "broken" / name / FILE)
+    of_id, of_file = (json.loads(run("inspect", one, "--config", config, "--json").stdout) for one in (model, path))
+    for verdict in (*of_id["verdicts"], *of_file["verdicts"], of_id, of_file):
+        verdict["refusal"] = verdict["refusal"] and verdict["refusal"].replace(model, "it").replace(FILE, "it")
+    for fact in ("code", "refusal", "verdicts", "header", "is_served"):
+        assert of_file[fact] == of_id[fact], fact
+
+
 @pytest.mark.parametrize(("name", "code"), [("a.bin", "unsafe_file"), ("a.safetensors", "malformed_file")])
 def test_a_local_file_of_no_use_is_refused(run: Run, config: Path, tmp_path: Path, name: str, code: str) -> None:
     (tmp_path / name).write_bytes(b"nothing of the kind")

@@ -16,9 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from serve_app.engine.adapters.canonical import read_canonical
 from serve_app.engine.adapters.parser import parse_adapter
+from serve_app.engine.adapters.safetensors_file import FilePart
 from serve_app.engine.admission.child import NICENESS
 from serve_app.engine.admission.lane import Child, ChildWorker
 from serve_app.engine.admission.process import AdmissionProcess
@@ -227,6 +229,22 @@ async def test_a_slow_file_that_nobody_waits_behind_keeps_its_child(
         assert not set(psutil.Process().children()) - set(children)
     finally:
         admission.close()
+
+
+async def test_files_that_are_one_adapter_are_admitted_together(
+    admission: AdmissionProcess, source: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(source)
+    parts = [FilePart(tmp_path / f"{n}.safetensors") for n in range(2)]
+    for n, part in enumerate(parts):
+        save_file(dict(list(tensors.items())[n::2]), part.path)
+    await admission.admit(parts, "a/b", tmp_path / "together")
+    await admission.admit(source, "a/b", tmp_path / "one")
+    together, one = (read_canonical(tmp_path / name) for name in ("together", "one"))
+    assert together.coverage == one.coverage
+    assert all(torch.equal(first, other) for first, other in zip(together.tensors(), one.tensors(), strict=True))
+    with pytest.raises(MalformedFile, match="lacks one of its two factors"):
+        await admission.admit(parts[:1], "a/b", tmp_path / "half")
 
 
 async def test_the_words_beside_an_adapter_are_admitted_with_it(
