@@ -202,7 +202,7 @@ def _check_declared(scaling: Scaling | None, target: TargetLayer, *, rank: int, 
         return
     declared = scaling.rank_of(target.module)
     if declared is not None and declared != rank:
-        raise target.malformed(f"has rank {rank}, but the file's metadata says {declared}")
+        raise target.malformed(f"has rank {rank}, but the file's metadata says {declared:g}")
     if scaling.is_dora is not None and scaling.is_dora != is_dora:
         raise target.malformed("has a magnitude or lacks it, against the file's metadata")
     if has_bias and scaling.has_bias is False:
