@@ -149,6 +149,12 @@ def test_expressions_in_metadata_mean_what_they_mean_to_peft(tmp_path: Path) -> 
     assert set(alphas.values()) == {1, 3, 4}
 
 
+def test_an_expression_that_others_search_with_for_ever_matches_nothing_at_once(tmp_path: Path) -> None:
+    tensors = lora(tiny_pipeline("sd15"))
+    metadata = described(tensors, "unet", r=4, lora_alpha=4, alpha_pattern={"([a-z_]+[a-z_.0-9]*)+!": 1})
+    assert {delta.alpha for _, _, delta in read(tmp_path, tensors, metadata).layers()} == {4}  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("expression", [r"(?=down).*", r"(a)\1", "x" * 1001 + ".*", "(" * 9])
 def test_an_expression_that_cannot_be_read_in_bounded_time_gives_no_alpha(tmp_path: Path, expression: str) -> None:
     tensors = lora(tiny_pipeline("sd15"))
