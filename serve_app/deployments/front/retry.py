@@ -7,6 +7,7 @@ left of the request's time and the service. Runs inside the proxy, so it knows n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -34,6 +35,10 @@ BACKOFF_S = 0.1
 # Bodies are kept for as long as their requests are open: one, and all of a proxy.
 MAX_KEPT_BYTES = 64 * 1024**2
 MAX_ALL_KEPT_BYTES = 256 * 1024**2
+# A body is handed on in pieces of this size, or what has come after so long: each piece costs Serve a call between
+# processes, so that a caller who sends byte by byte would cost far more than its bytes.
+PIECE_BYTES = 1024**2
+GATHER_S = 5.0
 # Serve's own paths, which no application answers.
 _SERVE_S_OWN = "/-/"
 # What it changes is not to be done twice: who removes what is gone is told that it was never there.
@@ -137,6 +142,8 @@ class BufferedRequest:
     is_gone: bool = False
     is_kept: bool = True
     _messages: list[Message] = field(default_factory=list[Message])
+    # What has come of the next message.
+    _pieces: list[bytes] = field(default_factory=list[bytes])
     _kept_bytes: int = 0
 
     def replay(self) -> Receive:
@@ -148,7 +155,7 @@ class BufferedRequest:
             if position < len(self._messages):
                 position += 1
                 return self._messages[position - 1]
-            message = await self.receive()
+            message = await self._gathered()
             if message["type"] == "http.disconnect":
                 self.is_gone = True
             elif self.is_kept:
@@ -163,6 +170,21 @@ class BufferedRequest:
         self.budget.left_bytes += self._kept_bytes
         self._kept_bytes = 0
         self._messages.clear()
+
+    async def _gathered(self) -> Message:
+        """Return what comes next, pieces of a body as one; where the wait is cancelled, what has come is not lost."""
+        message: Message = {"type": "http.request", "more_body": True}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(None) as limit:
+                while message.get("more_body", False) and sum(map(len, self._pieces)) < PIECE_BYTES:
+                    message = await self.receive()
+                    if message["type"] != "http.request":
+                        return message
+                    self._pieces.append(message.get("body", b""))
+                    if limit.when() is None:
+                        limit.reschedule(asyncio.get_running_loop().time() + GATHER_S)
+        pieces, self._pieces = self._pieces, []
+        return {**message, "body": b"".join(pieces)}
 
     def _keep(self, message: Message) -> None:
         size_bytes = len(message.get("body", b""))

@@ -14,7 +14,8 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.ports import free_port
-from serve_app.deployments.front.retry import MAX_RESENDS, BufferBudget, BufferedRequest, RetryMiddleware
+from serve_app.deployments.front import retry
+from serve_app.deployments.front.retry import MAX_RESENDS, PIECE_BYTES, BufferBudget, BufferedRequest, RetryMiddleware
 
 MARK = {"access-control-expose-headers": "x-request-id"}
 SSE = "text/event-stream"
@@ -327,17 +328,49 @@ async def test_a_body_that_is_still_on_its_way_is_read_on_by_the_next(losses: li
     assert (reply.status_code, reply.content) == (200, b"a star")
 
 
-async def test_a_body_larger_than_is_kept_is_passed_on_but_not_sent_again() -> None:
-    room = BufferBudget(100)
-    messages = iter([{"type": "http.request", "body": b"x" * 60, "more_body": True}] * 2)
+def sending(*pieces: bytes, ends: bool = True) -> tuple[Receive, asyncio.Event]:
+    """A caller that sends a body in pieces, and waits before the last of them until the event is set."""
+    messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
+    messages[-1]["more_body"] = not ends
+    waits = asyncio.Event()
 
     async def receive() -> Message:
-        return next(messages)
+        if len(messages) == 1:
+            await waits.wait()
+        return messages.pop(0)
 
+    return receive, waits
+
+
+async def test_a_body_larger_than_is_kept_is_passed_on_but_not_sent_again() -> None:
+    room = BufferBudget(PIECE_BYTES + 100)
+    receive, waits = sending(b"x" * PIECE_BYTES, b"x" * 200)
+    waits.set()
     caller = BufferedRequest(receive, room)
     inbox = caller.replay()
-    assert [len((await inbox())["body"]) for _ in range(2)] == [60, 60]
-    assert (caller.is_kept, room.left_bytes) == (False, 100)
+    assert [len((await inbox())["body"]) for _ in range(2)] == [PIECE_BYTES, 200]
+    assert (caller.is_kept, room.left_bytes) == (False, PIECE_BYTES + 100)
+
+
+async def test_a_body_that_comes_byte_by_byte_is_handed_on_as_one() -> None:
+    receive, waits = sending(*[b"x"] * 1000)
+    caller = BufferedRequest(receive, BufferBudget(10_000))
+    cut_short = asyncio.ensure_future(caller.replay()())
+    await asyncio.sleep(0)
+    cut_short.cancel()  # as an attempt is that is lost while the body comes
+    waits.set()
+    message = await caller.replay()()
+    assert (message["body"], message["more_body"]) == (b"x" * 1000, False)
+
+
+async def test_what_came_of_a_slow_body_is_handed_on_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "GATHER_S", 0.01)
+    receive, waits = sending(b"a", b"b", b"c")
+    inbox = BufferedRequest(receive, BufferBudget(100)).replay()
+    first = await inbox()
+    waits.set()
+    second = await inbox()
+    assert [(one["body"], one["more_body"]) for one in (first, second)] == [(b"ab", True), (b"c", False)]
 
 
 async def test_room_is_given_back_when_a_request_is_over(losses: list[str]) -> None:
