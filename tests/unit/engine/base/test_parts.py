@@ -15,24 +15,26 @@ from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BaseUnusable
 from serve_app.settings import ModelSource
 from tests.engine_cases import BASE
-from tests.family_cases import asked, drawn, served
+from tests.family_cases import asked, drawn
 from tests.tiny_families.build import tiny_family
 
+Folders = tuple[Path, Path, Path]
 LACKS = ("text_encoder_4", "tokenizer_4")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Return HiDream as its repository has it, and the language model that it lacks, as another repository has it."""
-    base, llama = (tmp_path_factory.mktemp(name) for name in ("hidream", "llama"))
-    tiny_family("hidream").save_pretrained(base)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """Return HiDream as its repository has it, and the language model that it lacks, and the two as one."""
+    base, llama, whole = (tmp_path_factory.mktemp(name) for name in ("hidream", "llama", "whole"))
+    tiny_family("hidream").save_pretrained(whole)
+    shutil.copytree(whole, base, dirs_exist_ok=True)
     index = json.loads((base / "model_index.json").read_text())
     for part in LACKS:
         del index[part]
         shutil.copytree(base / part, llama, dirs_exist_ok=True)
         shutil.rmtree(base / part)
     (base / "model_index.json").write_text(json.dumps(index))
-    return base, llama
+    return base, llama, whole
 
 
 def load(base: Path, **parts: Path) -> BasePipeline:
@@ -41,12 +43,14 @@ def load(base: Path, **parts: Path) -> BasePipeline:
     return BasePipeline.load(config, ResolvedSource(folder=base), parts=sources, device=torch.device("cpu"))
 
 
-def test_a_base_draws_with_a_text_encoder_and_its_tokenizer_from_another_repository(folders: tuple[Path, Path]) -> None:
-    base, llama = folders
+def test_a_base_draws_with_a_text_encoder_and_its_tokenizer_from_another_repository(
+    folders: Folders,
+) -> None:
+    base, llama, whole = folders
     assembled = load(base, **dict.fromkeys(LACKS, llama))
-    assert drawn(assembled, asked("text"))[0] == drawn(served("hidream"), asked("text"))[0]
+    assert drawn(assembled, asked("text"))[0] == drawn(load(whole), asked("text"))[0]
 
 
-def test_a_base_without_a_part_that_it_needs_is_refused(folders: tuple[Path, Path]) -> None:
+def test_a_base_without_a_part_that_it_needs_is_refused(folders: Folders) -> None:
     with pytest.raises(BaseUnusable):
         load(folders[0])
