@@ -60,4 +60,6 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	@$(PIP) -e '.[dev]'
+	@# Apart: beside a torch without CUDA, its wheel can only be imported by tests that know how.
+	@$(PIP) --no-deps --upgrade --target build/vision torchvision
 	@touch $@

@@ -61,9 +61,12 @@ def counted_runs(pipeline: BasePipeline) -> Iterator[list[int]]:
         assert values is not None
         calls.append(len(values))
 
-    denoiser = pipeline.components[pipeline.manifest.denoiser]
-    hook = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    # Ideogram has a second one for the unguided half, which no adapter changes.
+    parts = pipeline._variants.whole.components
+    denoisers = [part for name, part in parts.items() if name.endswith(pipeline.manifest.denoiser)]
+    hooks = [denoiser.register_forward_pre_hook(note, with_kwargs=True) for denoiser in denoisers]
     try:
         yield calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()

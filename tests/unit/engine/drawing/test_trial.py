@@ -2,6 +2,7 @@ from typing import Any
 
 import pytest
 
+from serve_app.engine.base import schedulers
 from serve_app.engine.drawing.trial import try_tasks
 from serve_app.errors import BaseUnusable, MalformedRequest, PipelineRefused
 from tests.engine_cases import base_config, photo, request, wrap
@@ -54,3 +55,16 @@ def test_a_trial_leaves_the_random_numbers_of_the_process_alone() -> None:
     torch.manual_seed(3)
     try_tasks(wrap(tiny_pipeline("sd15")), base_config("sd15"))
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_no_request_pays_for_the_trial_of_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = wrap(tiny_pipeline("sd15"))
+    names = pipeline.abilities().schedulers  # as a replica asks before it is ready
+
+    def too_late(template: object) -> None:
+        raise AssertionError(template)
+
+    monkeypatch.setattr(schedulers, "_runs_through", too_late)
+    monkeypatch.setattr(schedulers, "_fewest_steps", too_late)
+    for name in names:
+        pipeline.check(request(scheduler=name, steps=10))
