@@ -29,7 +29,8 @@ def test_the_ingress_scales_and_is_placed_as_it_is_told(tmp_path: Path) -> None:
     assert told.ray_actor_options["resources"] == {"edge": 0.5}
     assert told._replica_config.max_replicas_per_node == 1
     # What may wait is counted for as many ingress replicas as there may be.
-    assert most_held(asked) == 64 * 6 + 8
+    replica = asked.bases[0].replica
+    assert most_held(asked) == 6 * replica.max_queued_requests + replica.max_ongoing_requests
 
 
 def test_a_fixed_number_of_ingress_replicas_is_the_default(tmp_path: Path) -> None:
