@@ -21,7 +21,8 @@ from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, InternalError, OutOfMemory, ReplicaLost
 from tests.any_turn import AnyTurn
 from tests.engine_cases import largest_difference, on_steps, parsed_adapter, photo, request, use_of, wrap
-from tests.tiny import tiny_pipeline
+from tests.tiny import FAMILIES, tiny_pipeline
+from tests.tiny_families.build import tiny_family
 
 WAIT_S = 120.0
 YEAR_2030 = 1_900_000_000.0
@@ -31,8 +32,8 @@ class Bench:
     """A worker on a tiny base whose runs take turns."""
 
     def __init__(self, family: str = "sd15", **settings: Any) -> None:
-        self.live: Any = tiny_pipeline(family)
-        self.pipeline = wrap(self.live, family, schedulers=())
+        self.live: Any = tiny_pipeline(family) if family in FAMILIES else tiny_family(family)
+        self.pipeline = wrap(self.live, schedulers=())
         self.weights = FusedWeights(self.pipeline.components)
         self.adapters = [parsed_adapter(self.pipeline.manifest, seed=seed) for seed in range(3)]
         self.later_s = 0.0
@@ -79,7 +80,7 @@ def drawn(rng: random.Random, number: int, *, can_take_images: bool) -> Generati
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "qwen_image"])
 def test_runs_that_change_at_random_steps_amid_failures_each_draw_what_they_draw_alone(family: str) -> None:
     rng = random.Random(family)
     can_take_images = family in ("sd15", "sdxl")
