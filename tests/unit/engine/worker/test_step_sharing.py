@@ -107,7 +107,7 @@ def test_runs_that_change_at_random_steps_amid_failures_each_draw_what_they_draw
     def listener(number: int) -> Any:
         return on_steps(lambda step, _: step == 2 and number % 4 == 3 and jobs[number].cancel())
 
-    _, opened = bench.hold(steps=1)
+    _, opened = bench.hold(steps=2)
     for number, one in enumerate(wanted):
         jobs.append(bench.submit(one, listener(number)))
     opened.set()
