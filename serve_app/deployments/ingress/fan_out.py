@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from itertools import accumulate
+from typing import Any
 
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Preview, Progress, Timings
 from serve_app.deployments.ingress.dispatch import Dispatch
@@ -129,7 +130,7 @@ def _total_ms(timings: Timings) -> float:
     return sum(getattr(timings, field.name) for field in fields(timings))
 
 
-async def _stop(tasks: Sequence[asyncio.Future[object]]) -> None:
+async def _stop(tasks: Sequence[asyncio.Future[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -19,7 +19,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ray import serve
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
@@ -130,8 +130,13 @@ class Dispatcher:
 
     async def _level(self, base_id: str) -> None:
         ahead_s = [view.ahead_s for view in await known_replicas(base_id) if view.ahead_s < STALLED_S]
-        if len(ahead_s) > 1:
+        if len(ahead_s) < 2:
+            return
+        try:
             given = await self._handles[base_id].broadcast("give_back", statistics.fmean(ahead_s)).results_async()
+        except RayError as error:
+            log.warning("not all replicas of %s could be asked to give back: %s", base_id, type(error).__name__)
+        else:
             log.info("a replica of %s has joined: the others gave back %d requests", base_id, sum(given))
 
     async def __call__(self, request: GenerationRequest) -> GenerationResult:

@@ -21,7 +21,8 @@ from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, InternalError, OutOfMemory, ReplicaLost
 from tests.any_turn import AnyTurn
 from tests.engine_cases import largest_difference, on_steps, parsed_adapter, photo, request, use_of, wrap
-from tests.tiny import tiny_pipeline
+from tests.tiny import FAMILIES, tiny_pipeline
+from tests.tiny_families.build import tiny_family
 
 WAIT_S = 120.0
 YEAR_2030 = 1_900_000_000.0
@@ -31,8 +32,8 @@ class Bench:
     """A worker on a tiny base whose runs take turns."""
 
     def __init__(self, family: str = "sd15", **settings: Any) -> None:
-        self.live: Any = tiny_pipeline(family)
-        self.pipeline = wrap(self.live, family, schedulers=())
+        self.live: Any = tiny_pipeline(family) if family in FAMILIES else tiny_family(family)
+        self.pipeline = wrap(self.live, schedulers=())
         self.weights = FusedWeights(self.pipeline.components)
         self.adapters = [parsed_adapter(self.pipeline.manifest, seed=seed) for seed in range(3)]
         self.later_s = 0.0
@@ -79,7 +80,7 @@ def drawn(rng: random.Random, number: int, *, can_take_images: bool) -> Generati
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "qwen_image"])
 def test_runs_that_change_at_random_steps_amid_failures_each_draw_what_they_draw_alone(family: str) -> None:
     rng = random.Random(family)
     can_take_images = family in ("sd15", "sdxl")
@@ -106,7 +107,7 @@ def test_runs_that_change_at_random_steps_amid_failures_each_draw_what_they_draw
     def listener(number: int) -> Any:
         return on_steps(lambda step, _: step == 2 and number % 4 == 3 and jobs[number].cancel())
 
-    _, opened = bench.hold(steps=1)
+    _, opened = bench.hold(steps=2)
     for number, one in enumerate(wanted):
         jobs.append(bench.submit(one, listener(number)))
     opened.set()
@@ -260,9 +261,9 @@ def test_requests_that_are_alike_and_wait_together_share_a_pass() -> None:
 
 
 def test_what_has_not_begun_is_given_back_the_last_first_and_keeps_its_age_elsewhere() -> None:
-    bench = Bench()
+    bench = Bench(sharing=SharingPolicy(max_slowdown=1e6))
     held, opened = bench.hold()
-    jobs = [bench.submit(request(request_id=f"{steps}", steps=steps, num_images=2)) for steps in (4, 2, 8)]
+    jobs = [bench.submit(request(request_id=f"{steps}", steps=steps, num_images=2)) for steps in (4, 1, 40)]
     bench.later_s = 7.0
     each_s = [bench.worker.snapshot().pace.seconds(job.waiting.units) for job in jobs]
     keep_s = bench.worker.snapshot().backlog_s - each_s[2] - each_s[0] / 2
