@@ -15,7 +15,7 @@ from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.repository import FLAT, RepositoryFile, RepositoryListing, is_valid_name
 from serve_app.catalog.reading.selection import EMBEDDING_SUFFIXES, SAFE_SUFFIX
-from serve_app.catalog.reading.sidecars import CIVITAI_SUFFIX, WEBUI_SUFFIX, card_from_sidecars
+from serve_app.catalog.reading.sidecars import CIVITAI_SUFFIX, WEBUI_SUFFIX
 from serve_app.catalog.sources.file_digests import FileDigests, mark_of
 from serve_app.catalog.sources.folder import FolderSource
 
@@ -55,10 +55,7 @@ class FlatFolderSource(FolderSource):
         return RepositoryListing(model, self.origin, model, revision, files, self._card(model))
 
     def _card(self, model: str) -> Card:
-        stem = PurePosixPath(model).name
-        return card_from_sidecars(
-            webui=self._read_small(model, stem + WEBUI_SUFFIX), civitai=self._read_small(model, stem + CIVITAI_SUFFIX)
-        )
+        return self._sidecar_card(model, PurePosixPath(model).name)
 
     def _folder(self, model: str) -> Path | None:
         """Return the folder in which the file of that name lies."""

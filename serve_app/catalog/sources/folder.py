@@ -21,6 +21,8 @@ from serve_app.catalog.reading.repository import (
     RepositoryListing,
     is_valid_id,
 )
+from serve_app.catalog.reading.selection import SAFE_SUFFIX
+from serve_app.catalog.reading.sidecars import CIVITAI_SUFFIX, WEBUI_SUFFIX, card_from_sidecars
 from serve_app.catalog.sources.file_digests import FileDigests
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
@@ -124,6 +126,12 @@ class FolderSource(AdapterSource):
         with path.open("rb") as file:
             return parse_card(file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace"))
 
+    def _sidecar_card(self, model: str, stem: str) -> Card:
+        """Return what the files beside an adapter file say, `stem` being its name without the ending."""
+        return card_from_sidecars(
+            webui=self._read_small(model, stem + WEBUI_SUFFIX), civitai=self._read_small(model, stem + CIVITAI_SUFFIX)
+        )
+
     def _listed(self, listing: RepositoryListing, filename: str) -> Path:
         path = self._file(listing.location, filename)
         if path is None:
@@ -207,6 +215,10 @@ class LocalFile(FolderSource):
 
     def _folder(self, model: str) -> Path:
         return self._root
+
+    def _card(self, model: str) -> Card:
+        beside = self._sidecar_card(model, self.name.removesuffix(SAFE_SUFFIX))
+        return super()._card(model) if beside == Card() else beside
 
     def _is_inside(self, path: Path) -> bool:
         return True  # the Hub's own cache holds links
