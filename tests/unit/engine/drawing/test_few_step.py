@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from diffusers import (
 )
 
 from serve_app.catalog.catalog import Resolution
-from serve_app.core import NO_OPTIONS, UnresolvedRequest
+from serve_app.core import UnresolvedRequest
 from serve_app.deployments.ingress.adapter_defaults import resolve_with_adapters
+from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.families.few_step import few_step_defaults
 from serve_app.families.table import family_of
 from tests.engine_cases import base_config, load, one_image
@@ -35,28 +37,27 @@ CASES: list[tuple[str, str, type[Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "scheduler", "options", "arguments"), CASES, ids=[case[1] for case in CASES]
-)
+@cache
+def bases(family: str) -> tuple[BasePipeline, Any, Any]:
+    """Our base, diffusers' own pipeline, and the configuration of its scheduler."""
+    plain = DiffusionPipeline.from_pretrained(tiny_folder(family))
+    plain.set_progress_bar_config(disable=True)
+    return load(family), plain, plain.scheduler.config
+
+
+@pytest.mark.parametrize(("family", "name", "scheduler", "options", "arguments"), CASES, ids=[one[1] for one in CASES])
 def test_a_few_step_adapter_runs_its_schedule_by_being_named_alone(
     family: str, name: str, scheduler: type[Any], options: dict[str, Any], arguments: dict[str, Any]
 ) -> None:
-    config = base_config(family, defaults={"width": 64, "height": 64})
-    plain = DiffusionPipeline.from_pretrained(tiny_folder(family))
-    plain.set_progress_bar_config(disable=True)
-    row = family_of(type(plain).__name__)
+    ours, plain, scheduler_config = bases(family)
+    resolution = Resolution(
+        base_config(family, defaults={"width": 64, "height": 64}), (), few_step_defaults(name, f"{name}.safetensors")
+    )
     asked = UnresolvedRequest("a photo of a cat")
-    resolution = Resolution(config, (), few_step_defaults(name, f"{name}.safetensors"))
-    request = resolve_with_adapters(asked, resolution, request_id="r", seed=7, family=row)
-    drawn = one_image(load(family), request)
-    plain.scheduler = scheduler.from_config(plain.scheduler.config, **options)
-    expected = plain(
-        asked.prompt,
-        width=64,
-        height=64,
-        generator=torch.Generator().manual_seed(7),
-        **{"guidance_scale": 0, **arguments},
-    ).images[0]
+    row = family_of(type(plain).__name__)
+    drawn = one_image(ours, resolve_with_adapters(asked, resolution, request_id="r", seed=7, family=row))
+    plain.scheduler = scheduler.from_config(scheduler_config, **options)
+    published = {"guidance_scale": 0, **arguments}
+    noise = torch.Generator().manual_seed(7)
+    expected = plain(asked.prompt, width=64, height=64, generator=noise, **published).images[0]
     assert drawn.pixels == expected.tobytes()
-    usual = resolve_with_adapters(asked, Resolution(config, ()), request_id="r", seed=7, family=row)
-    assert (usual.scheduler, usual.steps, usual.options) == (None, 30, NO_OPTIONS)
