@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from math import isqrt
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -153,14 +153,27 @@ class SharingSettings(StrictModel):
     disk: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
 
 
-class AdapterSources(StrictModel):
-    """Where adapters come from. The order of look-up is: embedded, folders, the Hub.
+class AdapterFolder(StrictModel):
+    """A folder of adapters on every node; a path alone is short for one of layout "hub".
 
-    A folder holds Hub-shaped repositories as `<owner>/<name>/`.
+    With "hub", its folders `<owner>/<name>/` are repositories, and files above them are adapters by their path without
+    the ending `.safetensors`. With "flat", every file below it is one, as A1111 and ComfyUI keep them.
     """
 
+    path: Path
+    layout: Literal["hub", "flat"] = "hub"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, data: Any) -> Any:
+        return {"path": data} if isinstance(data, str | Path) else data
+
+
+class AdapterSources(StrictModel):
+    """Where adapters come from. The order of look-up is: embedded, folders, the Hub."""
+
     embedded: bool = False
-    folders: tuple[Path, ...] = ()
+    folders: tuple[AdapterFolder, ...] = ()
     hub: HubSettings = HubSettings()
     sharing: SharingSettings = SharingSettings()
     resolution_ttl_s: PositiveFloat = 300.0

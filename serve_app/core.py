@@ -57,14 +57,59 @@ class TraceContext:
     tracestate: str = ""
 
 
+# The value of an option of a noise scheduler; options come in pairs of name and value, sorted by name.
+SchedulerOption = bool | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDefaults:
+    """What holds for a request with an adapter where the request itself says nothing; None for not said.
+
+    The trigger words are for people: they are shown, and no prompt is changed. `timesteps` and `sigmas` stand for the
+    number of steps.
+    """
+
+    scale: Scale | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str | None = None
+    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
+    sigmas: tuple[float, ...] | None = None
+    timesteps: tuple[int, ...] | None = None
+    negative_prompt: str | None = None
+    trigger_words: str | None = None
+
+    def over(self, others: AdapterDefaults) -> AdapterDefaults:
+        """Return these, and of `others` what these leave open: no options of another scheduler, no steps twice."""
+        kept = others
+        if self.scheduler is not None:
+            kept = replace(kept, scheduler_options=())
+        if self.sampling_steps is not None:
+            kept = replace(kept, steps=None, sigmas=None, timesteps=None)
+        own = {name: value for name in self.__slots__ if (value := getattr(self, name)) not in (None, ())}
+        return replace(kept, **own)
+
+    @property
+    def sampling_steps(self) -> object:
+        """Whatever says how many steps there are, or None."""
+        return next((one for one in (self.steps, self.sigmas, self.timesteps) if one is not None), None)
+
+
+NO_DEFAULTS = AdapterDefaults()
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """An adapter as a request names it, not resolved yet."""
+    """An adapter as a request names it, not resolved yet; a scale of None is the adapter's own, else 1.
+
+    `defaults` are those of the alias by which it was named; they go before the adapter's own.
+    """
 
     id: str
-    scale: Scale = 1.0
+    scale: Scale | None = None
     revision: str | None = None
     filename: str | None = None
+    defaults: AdapterDefaults = NO_DEFAULTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +129,10 @@ class AdapterSpec:
     origin: str
     location: str
     size_bytes: int
-    instance_prompt: str | None = None
     embeddings: str | None = None
     settings: str | None = None
     more_files: tuple[str, ...] = ()
+    defaults: AdapterDefaults = NO_DEFAULTS
 
     @property
     def key(self) -> str:
@@ -177,9 +222,6 @@ class PipelineOptions:
 
 
 NO_OPTIONS = PipelineOptions()
-
-# The value of an option of a noise scheduler; options come in pairs of name and value, sorted by name.
-SchedulerOption = bool | float | str
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,16 +17,20 @@ from pathlib import Path
 from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseFamilies
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
-from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource, is_valid_id
+from serve_app.catalog.reading.repository import EMBEDDED, FOLDER, HUB, AdapterSource, is_valid_name
 from serve_app.catalog.replica_report import KnownAdapter
 from serve_app.catalog.resolving.access import CallerAccess
 from serve_app.catalog.resolving.aliases import told_as
+from serve_app.catalog.resolving.background_index import BackgroundIndex
+from serve_app.catalog.resolving.combined_defaults import combined_defaults, scale_for, with_defaults
 from serve_app.catalog.resolving.compatibility import check_distinct, check_named, check_ti_tokens, common_base, spec_on
 from serve_app.catalog.resolving.lookups import CachePolicy, SingleFlightCache
+from serve_app.catalog.sources.file_digests import FileDigests
+from serve_app.catalog.sources.flat_folder import FlatFolderSource, FlatRoot
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
-from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
+from serve_app.config import AdapterFolder, AppConfig, BaseModelConfig, Environment
+from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, AdapterSpec, HubToken, ScaledAdapter
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
 from serve_app.families.family import Family
 from serve_app.refusals import NotAnAdapter
@@ -35,6 +39,7 @@ from serve_app.settings import nearest
 # Folders are cheap to read again, and people edit them in place.
 LOCAL_TTL_S = 2.0
 LISTED_AT_ONCE = 8
+INDEX_WAIT_S = 0.5
 # Comparing takes half a millisecond for ten names.
 MAX_COMPARED = 300
 # How the names begin that clients of OpenAI's shape ask for where nobody tells them otherwise.
@@ -45,11 +50,13 @@ CLIENTS_OWN_MODELS = ("gpt-image-", "dall-e-")
 class Resolution:
     """What a request means: one served base, and its adapters in their fixed order of application.
 
-    `is_private` says that an adapter could only be read with the caller's own token.
+    `defaults` are those of the adapters together. `is_private` says that an adapter could only be read with the
+    caller's own token.
     """
 
     base: BaseModelConfig
     adapters: tuple[ScaledAdapter, ...]
+    defaults: AdapterDefaults = NO_DEFAULTS
     is_private: bool = False
 
 
@@ -122,6 +129,7 @@ class Catalog:
             )
         self._inspector = AdapterInspector(config.bases, self._sources, architectures, self._card)
         self._families = BaseFamilies(architectures)
+        self._index = BackgroundIndex(self._sources, self._refresh)
 
     def served(self) -> tuple[BaseModelConfig, ...]:
         """Return every configured base."""
@@ -167,10 +175,18 @@ class Catalog:
             is_private = is_private or outcome.is_private
         check_distinct(asked, findings)
         base = named or common_base(findings, self._config)
-        specs = [spec_on(finding, base, self._config) for finding in findings]
+        specs = [
+            with_defaults(spec_on(finding, base, self._config), ref)
+            for finding, ref in zip(findings, refs, strict=True)
+        ]
         check_ti_tokens(specs)
-        uses = [ScaledAdapter(spec, ref.scale) for spec, ref in zip(specs, refs, strict=True)]
-        return Resolution(base, tuple(sorted(uses, key=lambda use: use.spec.key)), is_private)
+        uses = [ScaledAdapter(spec, scale_for(spec, ref)) for spec, ref in zip(specs, refs, strict=True)]
+        return Resolution(
+            base,
+            tuple(sorted(uses, key=lambda use: use.spec.key)),
+            combined_defaults([spec.defaults for spec in specs]),
+            is_private,
+        )
 
     async def adapter(self, ref: AdapterRef) -> AdapterSpec:
         """Return an adapter on its own base; raises as `lookup_adapter` does."""
@@ -189,19 +205,26 @@ class Catalog:
         """
         info = (await (self._found(ref, token) if is_listing else self._counted(ref, token))).finding
         spec = spec_on(info, common_base([info], self._config), self._config)
-        return KnownAdapter(spec, info.header.max_rank)
+        return KnownAdapter(with_defaults(spec, ref), info.header.max_rank)
 
     async def name_exists(self, name: str) -> bool:
         """Whether a name belongs to an adapter or repository that is known to exist; may call the Hub."""
         return await self._exists(name, None, missing=(ModelNotFound, HubUnavailable))
 
-    async def known(self) -> tuple[KnownAdapter, ...]:
-        """Return the adapters that can be listed or were resolved, sorted by id, each on its preferred base."""
+    async def known(self, *, wait_s: float | None = INDEX_WAIT_S) -> tuple[KnownAdapter, ...]:
+        """Return the adapters that can be listed or were resolved, sorted by id, each on its preferred base.
+
+        Those of flat folders and object stores are looked up in the background: they appear as they become known, and
+        this waits at most `wait_s` for them, or with None until all are.
+        """
         listed = {model for source in self._sources for model in await source.ids()}
         # Fills the cache; adapters that are refused are not listed.
         await self._readable([model for model in listed if self._config.base(model) is None], None)
+        await self._index.refresh(wait_s)
         found: dict[str, KnownAdapter] = {}
         for info in self._infos.values():
+            if self._index.is_gone(info.origin, info.id):
+                continue
             base = self._config.base(next(iter(info.base_match.bases), ""))
             if base is not None:
                 with contextlib.suppress(LoraplexError):
@@ -237,7 +260,7 @@ class Catalog:
 
     async def _counted(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter that a caller named; an unknown id is counted."""
-        if self._infos.knows(_Key(ref.id, ref.revision, ref.filename)) or not is_valid_id(ref.id):
+        if self._infos.knows(_Key(ref.id, ref.revision, ref.filename)) or not is_valid_name(ref.id):
             return await self._found(ref, token)
         with self._counting_unknown():
             return await self._found(ref, token)
@@ -261,6 +284,10 @@ class Catalog:
             # Here the caller's token counts, not the service's.
             raise AccessDenied(error.model, "the Hub token sent with the request") from None
 
+    async def _refresh(self, model: str) -> None:
+        key = _Key(model, None, None)
+        await self._infos.refresh(key, lambda: self._inspect(key))
+
     async def _inspect(self, key: _Key) -> AdapterInfo:
         try:
             return await self._inspector.inspect(key.id, key.revision, key.filename)
@@ -273,7 +300,7 @@ class Catalog:
             return f"; a client that always asks for it needs 'aliases: [{name}]' at a base of the configuration"
         bases = [name for base in self._config.bases for name in base.names]
         listed = [model for source in self._sources for model in await source.ids()]
-        known = [*bases, *listed, *(info.id for info in self._infos.values())]
+        known = [*bases, *listed, *self._index.ids, *(info.id for info in self._infos.values())]
         return nearest(name, known[:MAX_COMPARED])
 
     async def _card(self, model: str) -> Card | None:
@@ -300,9 +327,17 @@ def build_sources(
     if embedded_root is not None:
         sources.append(FolderSource((embedded_root,), origin=EMBEDDED))
     if settings.folders:
-        sources.append(FolderSource(settings.folders, origin=FOLDER))
+        roots = tuple(folder.path for folder in settings.folders if folder.layout == "hub")
+        sources.append(FolderSource(roots, origin=FOLDER))
+        digests = FileDigests(environment.cache_dir / "digests.sqlite3")
+        sources.append(FlatFolderSource([_flat_root(folder) for folder in settings.folders], digests=digests))
     if settings.hub.enabled:
         endpoint = settings.hub.endpoint or environment.hub_endpoint
         token, cache_dir = environment.token, environment.cache_dir
         sources.append(HubSource(settings.hub, token=token, cache_dir=cache_dir, endpoint=endpoint))
     return tuple(sources)
+
+
+def _flat_root(folder: AdapterFolder) -> FlatRoot:
+    # Below `<owner>/<name>/` lie the files of repositories.
+    return FlatRoot(folder.path, max_folders=1 if folder.layout == "hub" else None)

@@ -105,7 +105,7 @@ def _tile(service: ServiceClient, draft: UnresolvedRequest, pictures: Pictures |
 
 
 def _label(adapter: AdapterRef) -> str:
-    return adapter.id if adapter.scale == 1 else f"{adapter.id} x {adapter.scale:g}"
+    return adapter.id if adapter.scale in (None, 1) else f"{adapter.id} x {adapter.scale:g}"
 
 
 def _rows(tiles: Sequence[Tile]) -> list[list[Tile]]:

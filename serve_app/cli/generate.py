@@ -36,7 +36,7 @@ from serve_app.core import AdapterRef, AppliedAdapter, Scales, UnresolvedRequest
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
-_LORA = re.compile(r"(?P<id>[^\s:@]+)(?:@(?P<revision>[^\s:@]+))?(?::(?P<scale>[-+0-9.]+)(?:/(?P<text>[-+0-9.]+))?)?")
+_LORA = re.compile(r"(?P<id>[^:@]+)(?:@(?P<revision>[^\s:@]+))?(?::(?P<scale>[-+0-9.]+)(?:/(?P<text>[-+0-9.]+))?)?")
 
 
 def _checked_output(value: Path) -> Path:
@@ -213,9 +213,9 @@ def _adapter(text: str) -> AdapterRef:
     match = _LORA.fullmatch(text)
     try:
         if match is not None:
-            scale = float(match["scale"] or 1.0)
-            scales = Scales(scale, float(match["text"])) if match["text"] else scale
-            if all(math.isfinite(scale_of(scales, part)) for part in ("denoiser", "text_encoder")):
+            scale = float(match["scale"]) if match["scale"] else None
+            scales = scale if scale is None or not match["text"] else Scales(scale, float(match["text"]))
+            if scales is None or all(math.isfinite(scale_of(scales, part)) for part in ("denoiser", "text_encoder")):
                 return AdapterRef(match["id"], scales, match["revision"])
     except ValueError:
         pass

@@ -24,7 +24,7 @@ from serve_app.cli.terminal import (
     print_line,
     reporting,
 )
-from serve_app.core import AdapterRef
+from serve_app.core import AdapterDefaults, AdapterRef
 
 if TYPE_CHECKING:
     from serve_app.catalog.reading.header import HeaderFacts
@@ -83,7 +83,8 @@ def show(seen: Inspection) -> None:
             ("file", ", ".join(filter(None, (seen.file, size)))),
             ("sha256", seen.sha256 or ""),
             ("card", f"made for {', '.join(seen.card.claims)}" if seen.card.claims else "names no base"),
-            ("trigger", seen.card.instance_prompt or ""),
+            ("trigger", seen.defaults.trigger_words or ""),
+            ("defaults", _defaults_line(seen.defaults)),
             ("weights", _facts_line(seen.header) if seen.header else ""),
         ]
     )
@@ -93,6 +94,20 @@ def show(seen: Inspection) -> None:
         print_line(("  ✗ ", "bold red"), seen.refusal)
     elif not seen.verdicts and seen.bases:
         print_line(("  ? ", "bold yellow"), f"for {', '.join(seen.bases)}; its layers were not compared")
+
+
+def _defaults_line(defaults: AdapterDefaults) -> str:
+    levels = {"timesteps": defaults.timesteps, "sigmas": defaults.sigmas}
+    parts = [
+        f"scale {defaults.scale:g}" if defaults.scale is not None else "",
+        f"steps {defaults.steps}" if defaults.steps is not None else "",
+        *(f"{name} {'/'.join(f'{one:g}' for one in values)}" for name, values in levels.items() if values),
+        f"guidance {defaults.guidance_scale:g}" if defaults.guidance_scale is not None else "",
+        f"scheduler {defaults.scheduler}" if defaults.scheduler else "",
+        *(f"{name} {value}" for name, value in defaults.scheduler_options),
+        f"negative prompt '{defaults.negative_prompt}'" if defaults.negative_prompt else "",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _facts_line(facts: HeaderFacts) -> str:

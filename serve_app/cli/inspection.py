@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.header import HeaderFacts, describe
 from serve_app.catalog.reading.inspector import AdapterInfo
-from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_id
+from serve_app.catalog.reading.repository import AdapterSource, RepositoryListing, is_valid_name
 from serve_app.catalog.reading.selection import candidates
 from serve_app.catalog.sources.folder import LOCAL, LocalFile
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterRef, AdapterSpec
+from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, AdapterSpec
 from serve_app.errors import LoraplexError, ModelNotFound
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class Inspection:
     origin: str
     location: str
     card: Card
+    defaults: AdapterDefaults = NO_DEFAULTS
     file: str | None = None
     revision: str | None = None
     size_bytes: int | None = None
@@ -80,7 +81,7 @@ async def inspect_id(
         ModelNotFound, AccessDenied, HubUnavailable: there is nothing to look at.
     """
     inspector = sources.inspector()
-    found = await inspector.find(ref.id, ref.revision) if is_valid_id(ref.id) else None
+    found = await inspector.find(ref.id, ref.revision) if is_valid_name(ref.id) else None
     if found is None:
         raise ModelNotFound(ref.id)
     return await _inspect(sources, *found, ref.filename, base, header_only=header_only)
@@ -103,15 +104,16 @@ async def _inspect(
     *,
     header_only: bool,
 ) -> Inspection:
-    seen = Inspection(listing.id, listing.origin, listing.location, listing.card, revision=listing.revision)
+    card = listing.card
+    seen = Inspection(listing.id, listing.origin, listing.location, card, card.defaults, revision=listing.revision)
     try:
         finding = await sources.inspector().inspect_listing(source, listing, filename)
     except LoraplexError as refusal:
         return (await _with_header(seen, source, listing, filename)).refused(refusal)
     seen = replace(
         seen,
-        file=", ".join(finding.files), revision=finding.revision, size_bytes=finding.size_bytes, header=finding.header,
-        bases=finding.base_match.bases,
+        defaults=finding.defaults, file=", ".join(finding.files), revision=finding.revision,
+        size_bytes=finding.size_bytes, header=finding.header, bases=finding.base_match.bases,
     )  # fmt: skip
     try:
         asked = _asked(sources, finding, listing, base)

@@ -217,8 +217,8 @@ def _asked(draft: UnresolvedRequest, form: str) -> dict[str, Any]:
 
 def _entry(ref: AdapterRef) -> dict[str, object]:
     scale = dataclasses.asdict(ref.scale) if isinstance(ref.scale, Scales) else ref.scale
-    entry: dict[str, object] = {"id": ref.id, "scale": scale}
-    return entry | ({"revision": ref.revision} if ref.revision else {})
+    entry = {"id": ref.id, "scale": scale, "revision": ref.revision}
+    return {name: value for name, value in entry.items() if value is not None}
 
 
 def _drawing(reply: Mapping[str, Any], *, wall_ms: float) -> Drawing:

@@ -139,7 +139,7 @@ class LoraEntry(RequestModel):
         scale = self.scale if self.scale is not None else self.weight
         return AdapterRef(
             id=(self.id or self.path or self.name or "").strip(),
-            scale=1.0 if scale is None else scale.value(),
+            scale=None if scale is None else scale.value(),
             revision=self.revision,
             filename=self.filename,
         )

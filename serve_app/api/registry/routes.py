@@ -26,6 +26,7 @@ from serve_app.api.registry.schemas import (
     DeletedLora,
     HeldLora,
     Lora,
+    LoraDefaultsReply,
     LoraList,
     NewLora,
     PreloadedLora,
@@ -39,7 +40,7 @@ from serve_app.api.registry.schemas import (
 from serve_app.catalog.replica_report import LoraReport, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterRef, Scale, Scales
+from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, Scale, Scales
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 from serve_app.families.abilities import BaseAbilities
 
@@ -159,7 +160,12 @@ def _target(asked: NewLora) -> AdapterRef:
         uri = uri.removeprefix(scheme)
     if "://" in uri or uri.startswith(("/", ".", "~")):
         raise MalformedRequest("'source.uri' must be an id such as 'owner/name', never an address or a path")
-    return AdapterRef(uri, revision=asked.source.revision, filename=asked.source.filename)
+    return AdapterRef(
+        uri,
+        revision=asked.source.revision,
+        filename=asked.source.filename,
+        defaults=NO_DEFAULTS if asked.defaults is None else asked.defaults.value(),
+    )
 
 
 def _preload_of(asked: NewLora) -> int:
@@ -188,7 +194,8 @@ def _lora(row: LoraReport) -> Lora:
         resident=[Residence(replica=replica, tier=tier) for replica, tier in row.resident],
         hits=row.hits,
         last_used=row.last_used_s,
-        instance_prompt=spec.instance_prompt,
+        instance_prompt=spec.defaults.trigger_words,
+        defaults=_defaults(spec.defaults),
         quarantine=[
             QuarantinedLora(
                 replica=replica,
@@ -199,6 +206,20 @@ def _lora(row: LoraReport) -> Lora:
             )
             for replica, held in row.quarantined
         ],
+    )
+
+
+def _defaults(defaults: AdapterDefaults) -> LoraDefaultsReply:
+    return LoraDefaultsReply(
+        scale=None if defaults.scale is None else _scale(defaults.scale),
+        num_inference_steps=defaults.steps,
+        guidance_scale=defaults.guidance_scale,
+        scheduler=defaults.scheduler,
+        scheduler_options=dict(defaults.scheduler_options),
+        sigmas=None if defaults.sigmas is None else list(defaults.sigmas),
+        timesteps=None if defaults.timesteps is None else list(defaults.timesteps),
+        negative_prompt=defaults.negative_prompt,
+        trigger_words=defaults.trigger_words,
     )
 
 

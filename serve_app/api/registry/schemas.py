@@ -5,12 +5,15 @@ Owns the wire models of `/v1/loras`, `/v1/replicas` and `/v1/bases`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-from serve_app.api.http.schemas import Int, Name, RequestModel
+from serve_app.api.http.schemas import Int, Name, RequestModel, ScaleEntry
+from serve_app.core import AdapterDefaults
 
+MAX_TEXT = 10_000
 MAX_REPLICAS_ASKED = 1000
 
 
@@ -29,6 +32,56 @@ class LoraSource(RequestModel):
     filename: Name | None = Field(default=None, description="the file, where the repository holds several adapters")
 
 
+class LoraDefaults(RequestModel):
+    """What holds for requests that name an adapter and say nothing else; null for not said."""
+
+    scale: ScaleEntry = None
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
+    scheduler: Name | None = None
+    scheduler_options: dict[Name, bool | int | float | str] | None = None
+    sigmas: Annotated[list[Annotated[float, Field(ge=0)]], Field(min_length=1, max_length=1000)] | None = None
+    timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1000)] | None = None
+    negative_prompt: Annotated[str, Field(max_length=MAX_TEXT)] | None = None
+    trigger_words: Annotated[str, Field(max_length=MAX_TEXT)] | None = Field(
+        default=None, description="shown to people; no prompt is changed"
+    )
+
+    @model_validator(mode="after")
+    def _unambiguous(self) -> LoraDefaults:
+        if sum(one is not None for one in (self.num_inference_steps, self.sigmas, self.timesteps)) > 1:
+            raise PydanticCustomError("unfit", "takes one of 'num_inference_steps', 'sigmas' and 'timesteps'")
+        return self
+
+    def value(self) -> AdapterDefaults:
+        """Return the defaults."""
+        return AdapterDefaults(
+            scale=None if self.scale is None else self.scale.value(),
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            scheduler=self.scheduler,
+            scheduler_options=tuple(sorted((self.scheduler_options or {}).items())),
+            sigmas=None if self.sigmas is None else tuple(self.sigmas),
+            timesteps=None if self.timesteps is None else tuple(self.timesteps),
+            negative_prompt=self.negative_prompt,
+            trigger_words=self.trigger_words,
+        )
+
+
+class LoraDefaultsReply(BaseModel):
+    """What holds for requests that name an adapter and say nothing else; null for not said."""
+
+    scale: float | ScalesReply | None
+    num_inference_steps: int | None
+    guidance_scale: float | None
+    scheduler: str | None
+    scheduler_options: dict[str, bool | float | str]
+    sigmas: list[float] | None
+    timesteps: list[int] | None
+    negative_prompt: str | None
+    trigger_words: str | None = Field(description="shown to people; no prompt is changed")
+
+
 class NewLora(RequestModel):
     """An alias to be made; the adapter is resolved before the reply."""
 
@@ -37,6 +90,7 @@ class NewLora(RequestModel):
     preload: bool | Int | None = Field(
         default=None, description="true, or how many replicas should have it in memory before the reply"
     )
+    defaults: LoraDefaults | None = Field(default=None, description="they go before those of the adapter itself")
     replace: bool | None = Field(default=None, description="true: move the alias where it already names another")
 
 
@@ -78,7 +132,8 @@ class Lora(BaseModel):
     resident: list[Residence]
     hits: int = Field(description="requests for it, on the replicas that run now")
     last_used: float | None = Field(description="seconds since 1970")
-    instance_prompt: str | None = Field(description="the words that its card says to use")
+    instance_prompt: str | None = Field(description="its trigger words")
+    defaults: LoraDefaultsReply
     quarantine: list[QuarantinedLora] = Field(description="what replicas refuse of it, the longest first")
 
 

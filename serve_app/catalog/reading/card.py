@@ -7,10 +7,13 @@ cannot be read counts as not said.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import yaml
+
+from serve_app.catalog.reading.stated_defaults import stated_defaults
+from serve_app.core import NO_DEFAULTS, AdapterDefaults
 
 MAX_FRONT_MATTER_CHARACTERS = 64 * 1024
 MAX_FIELD_CHARACTERS = 1024
@@ -29,15 +32,17 @@ class Card:
     """The front matter of a card, as far as serving an adapter needs it.
 
     `adapter_tag_bases` come from tags that the Hub computes (`base_model:adapter:<id>`), `tag_bases` from
-    those that do not say how the base was used.
+    those that do not say how the base was used. `base_hints` are names of whole families, which count where a base of
+    that name is served.
     """
 
     base_models: tuple[str, ...] = ()
     relation: str | None = None
     tags: tuple[str, ...] = ()
-    instance_prompt: str | None = None
+    defaults: AdapterDefaults = NO_DEFAULTS
     adapter_tag_bases: tuple[str, ...] = ()
     tag_bases: tuple[str, ...] = ()
+    base_hints: tuple[str, ...] = ()
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -86,7 +91,7 @@ def card_from(data: Mapping[object, object], more_tags: tuple[str, ...] = ()) ->
         base_models=tuple(_model_id(name) for name in _strings(data.get("base_model"))),
         relation=relation.lower() if relation else None,
         tags=tags,
-        instance_prompt=next(iter(_strings(data.get("instance_prompt"))), None),
+        defaults=_defaults(data),
         adapter_tag_bases=tuple(tag.removeprefix(_ADAPTER_TAG) for tag in tags if tag.startswith(_ADAPTER_TAG)),
         tag_bases=tuple(
             name
@@ -94,6 +99,17 @@ def card_from(data: Mapping[object, object], more_tags: tuple[str, ...] = ()) ->
             if not name.startswith(_RELATIONS)
         ),
     )
+
+
+def _defaults(data: Mapping[object, object]) -> AdapterDefaults:
+    """Return the card's own block for this service, over what it has for everybody."""
+    widgets = data.get("widget")
+    examples = cast("list[object]", widgets) if isinstance(widgets, list) else []
+    example: object = examples[0] if examples else None
+    first = cast("Mapping[object, object]", example if isinstance(example, Mapping) else {})
+    prompt = next(iter(_strings(data.get("instance_prompt"))), None)
+    shown = replace(stated_defaults(first.get("parameters")), scale=None, trigger_words=prompt)
+    return stated_defaults(data.get("loraplex")).over(shown)
 
 
 def _front_matter(text: str) -> str:

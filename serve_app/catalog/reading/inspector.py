@@ -14,11 +14,19 @@ from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.choosing import choose, settings_of
 from serve_app.catalog.reading.header import HeaderFacts
-from serve_app.catalog.reading.repository import HUB, AdapterSource, RepositoryListing, content_digest, is_valid_id
+from serve_app.catalog.reading.repository import (
+    HUB,
+    AdapterSource,
+    RepositoryListing,
+    content_digest,
+    is_valid_id,
+    is_valid_name,
+)
 from serve_app.catalog.reading.selection import Candidate, embeddings_beside
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterSpec
+from serve_app.core import AdapterDefaults, AdapterSpec
 from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
+from serve_app.families.few_step import few_step_defaults
 from serve_app.refusals import BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh
 
 MAX_CHAIN = 3
@@ -37,7 +45,7 @@ class AdapterInfo:
     revision: str
     files: Candidate
     size_bytes: int
-    instance_prompt: str | None
+    defaults: AdapterDefaults
     header: HeaderFacts
     base_match: BaseMatch
     embeddings: str | None = None
@@ -77,7 +85,7 @@ class AdapterInfo:
             origin=self.origin,
             location=self.location,
             size_bytes=self.size_bytes,
-            instance_prompt=self.instance_prompt,
+            defaults=self.defaults,
             embeddings=self.embeddings,
             settings=self.settings,
         )
@@ -154,7 +162,7 @@ class AdapterInspector:
             ModelNotFound, AccessDenied, HubUnavailable: it cannot be read.
             RefusedAdapter: it is there but no adapter that can be served; the subclass says why.
         """
-        found = await self.find(model, revision) if is_valid_id(model) else None
+        found = await self.find(model, revision) if is_valid_name(model) else None
         if found is None:
             raise ModelNotFound(model)
         return await self.inspect_listing(*found, filename)
@@ -179,7 +187,7 @@ class AdapterInspector:
             revision=await source.resolve_revision(listing, *files, *filter(None, (embeddings,))),
             files=files,
             size_bytes=sum(file.size_bytes or 0 for file in listed),
-            instance_prompt=listing.card.instance_prompt,
+            defaults=listing.card.defaults.over(few_step_defaults(listing.id, files[0])),
             header=facts,
             base_match=await self._place(listing.id, listing.card, facts),
             embeddings=embeddings,
@@ -188,7 +196,7 @@ class AdapterInspector:
         )
 
     async def _place(self, model: str, card: Card, header: HeaderFacts) -> BaseMatch:
-        claimed = await self._served_bases(card)
+        claimed = await self._served_bases(card) or self._served(card.base_hints)
         facts = [await self._facts.facts(base) for base in self._bases]
         return match_bases(model, card.claims, claimed, header, facts)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,9 +15,11 @@ from serve_app.core import AdapterSpec
 
 HUB = "hub"
 FOLDER = "folder"
+FLAT = "flat"
 EMBEDDED = "embedded"
 # As much of a SHA-256 as names the bytes of an adapter; a commit has as many.
 DIGEST_CHARACTERS = 40
+MAX_NAME_CHARACTERS = 256
 
 _ID_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"{_ID_PART}(?:/{_ID_PART})?")
@@ -28,6 +30,18 @@ def is_valid_id(name: str) -> bool:
     """Say whether a name has the shape of a repository id: `name` or `owner/name`, never a path that
     climbs."""
     return _ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def is_valid_name(name: str) -> bool:
+    """Say whether a name can be that of an adapter: a repository id, or a path below a folder that climbs nowhere."""
+    parts = name.split("/")
+    return (
+        len(name) <= MAX_NAME_CHARACTERS
+        and name == name.strip()
+        and name.isprintable()
+        and "\\" not in name
+        and not any(part == "" or part.startswith(".") for part in parts)
+    )
 
 
 def is_valid_revision(revision: str) -> bool:
@@ -129,6 +143,10 @@ class AdapterSource(Protocol):
     async def ids(self) -> tuple[str, ...]:
         """Return the ids that can be listed; empty for a source as large as the Hub."""
         return ()
+
+    async def marks(self) -> Mapping[str, str]:
+        """Return what is listed bit by bit, because there is much of it: ids, each with a mark that changes with it."""
+        return {}
 
     def downloaded_bytes(self, spec: AdapterSpec) -> int:
         """Return how many bytes of an adapter's file have arrived."""

@@ -16,7 +16,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve_app.core import AdapterRef
+from pydantic import TypeAdapter
+
+from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound, NameTaken, OutOfBounds
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ log = logging.getLogger(__name__)
 # What somebody may be told who may not know the adapter.
 UNREADABLE = (ModelNotFound, AccessDenied, HubUnavailable)
 MAX_ALIASES = 10_000
+_DEFAULTS = TypeAdapter(AdapterDefaults)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS aliases (
     name TEXT PRIMARY KEY, id TEXT NOT NULL, revision TEXT, filename TEXT, changed_at REAL NOT NULL
@@ -34,7 +37,7 @@ CREATE TABLE IF NOT EXISTS state (only INTEGER PRIMARY KEY CHECK (only = 0), epo
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A further name of an adapter: requests that name it mean `target`, at their own scale."""
+    """A further name of an adapter: requests that name it mean `target`, with the target's defaults."""
 
     name: str
     target: AdapterRef
@@ -67,7 +70,13 @@ class AliasTable:
         if alias is None:
             return ref
         target = alias.target
-        return AdapterRef(target.id, ref.scale, ref.revision or target.revision, ref.filename or target.filename)
+        return AdapterRef(
+            target.id,
+            ref.scale,
+            ref.revision or target.revision,
+            ref.filename or target.filename,
+            target.defaults,
+        )
 
     def names_of(self, model: str) -> tuple[str, ...]:
         """Return the aliases of an adapter, sorted."""
@@ -129,11 +138,12 @@ class AliasStore:
                 return self._table()
             if alias.name in known and not may_replace:
                 # Not for which: an admin need not be able to read it.
-                raise NameTaken(alias.name, "it is an alias of another adapter")
+                raise NameTaken(alias.name, "it is an alias of another adapter, or has other defaults")
             if alias.name not in known and len(known) >= MAX_ALIASES:
                 raise OutOfBounds("lora_name", f"one alias more than {MAX_ALIASES}", f"at most {MAX_ALIASES} in all")
-            row = (alias.name, target.id, target.revision, target.filename, self._clock())
-            self._database.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?, ?)", row)
+            defaults = _DEFAULTS.dump_json(target.defaults).decode()
+            row = (alias.name, target.id, target.revision, target.filename, self._clock(), defaults)
+            self._database.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?, ?, ?)", row)
             self._database.execute("UPDATE state SET version = version + 1")
             return self._table()
 
@@ -151,10 +161,15 @@ class AliasStore:
             self._database.close()
 
     def _table(self) -> AliasTable:
-        with closing(self._database.execute("SELECT name, id, revision, filename FROM aliases")) as rows:
-            aliases = {row[0]: Alias(row[0], AdapterRef(row[1], 1.0, row[2], row[3])) for row in rows}
+        with closing(self._database.execute("SELECT name, id, revision, filename, defaults FROM aliases")) as rows:
+            aliases = {name: Alias(name, _target(*target)) for name, *target in rows}
         epoch, number = self._database.execute("SELECT epoch, version FROM state").fetchone()
         return AliasTable(TableVersion(epoch, number), aliases)
+
+
+def _target(model: str, revision: str | None, filename: str | None, defaults: str | None) -> AdapterRef:
+    stated = NO_DEFAULTS if defaults is None else _DEFAULTS.validate_json(defaults)
+    return AdapterRef(model, None, revision, filename, stated)
 
 
 def _opened(path: Path) -> sqlite3.Connection:
@@ -164,6 +179,8 @@ def _opened(path: Path) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.executescript(_SCHEMA)
+        if "defaults" not in {row[1] for row in database.execute("PRAGMA table_info(aliases)")}:
+            database.execute("ALTER TABLE aliases ADD COLUMN defaults TEXT")  # a file of an older version
         database.execute("INSERT OR IGNORE INTO state VALUES (0, ?, 0)", (uuid.uuid4().hex,))
         (verdict,) = database.execute("PRAGMA quick_check").fetchone()
         if verdict != "ok":

@@ -88,6 +88,16 @@ class SingleFlightCache(Generic[K, V]):
             error.retry_after_s = max(1, math.ceil(found.expires_at - self._clock()))
         raise error
 
+    async def refresh(self, key: K, look_up: Callable[[], Awaitable[V]]) -> None:
+        """Look a key up whatever is cached.
+
+        Raises:
+            LoraplexError: raised by the look-up.
+        """
+        outcome = await asyncio.shield(self._task(key, look_up))
+        if isinstance(outcome, _Failure):
+            raise copy.copy(outcome.error)
+
     def knows(self, key: K) -> bool:
         """Whether `get` would answer without a look-up of something new."""
         failure = self._failures.get(key)

@@ -6,7 +6,6 @@ A folder has no commits; the digest of the weights is the revision.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,14 +15,15 @@ from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, read_header
 from serve_app.catalog.reading.repository import (
-    DIGEST_CHARACTERS,
     FOLDER,
     AdapterSource,
     RepositoryFile,
     RepositoryListing,
-    content_digest,
     is_valid_id,
 )
+from serve_app.catalog.reading.selection import SAFE_SUFFIX
+from serve_app.catalog.reading.sidecars import CIVITAI_SUFFIX, WEBUI_SUFFIX, card_from_sidecars
+from serve_app.catalog.sources.file_digests import FileDigests
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
 from serve_app.families.spellings import text_folder
@@ -34,16 +34,15 @@ T = TypeVar("T")
 MAX_CARD_BYTES = 256 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_FILES = 10_000
-MAX_DIGESTS = 10_000
 
 
 class FolderSource(AdapterSource):
     """The repositories in some root folders; the first root that has an id is used."""
 
-    def __init__(self, roots: tuple[Path, ...], *, origin: str = FOLDER) -> None:
+    def __init__(self, roots: tuple[Path, ...], *, origin: str = FOLDER, digests: FileDigests | None = None) -> None:
         self._roots = tuple(Path(os.path.realpath(root)) for root in roots)
         self._origin = origin
-        self._digests: dict[str, tuple[int, int, str]] = {}
+        self._digests = digests or FileDigests()
 
     @property
     def origin(self) -> str:
@@ -127,6 +126,12 @@ class FolderSource(AdapterSource):
         with path.open("rb") as file:
             return parse_card(file.read(MAX_CARD_BYTES).decode("utf-8", errors="replace"))
 
+    def _sidecar_card(self, model: str, stem: str) -> Card:
+        """Return what the files beside an adapter file say, `stem` being its name without the ending."""
+        return card_from_sidecars(
+            webui=self._read_small(model, stem + WEBUI_SUFFIX), civitai=self._read_small(model, stem + CIVITAI_SUFFIX)
+        )
+
     def _listed(self, listing: RepositoryListing, filename: str) -> Path:
         path = self._file(listing.location, filename)
         if path is None:
@@ -140,26 +145,11 @@ class FolderSource(AdapterSource):
             raise MalformedFile(listing.id, f"{filename}: {error}") from None
 
     def _revision(self, listing: RepositoryListing, filenames: Sequence[str]) -> str:
-        digest = self._digest_of([self._listed(listing, filename) for filename in filenames])
+        digest = self._digests.of([self._listed(listing, filename) for filename in filenames])
         asked = listing.revision
         if asked is not None and asked != "main" and not digest.startswith(asked):
             raise ModelNotFound(listing.id, f"it has no revision '{asked}'; a folder holds its newest only")
         return digest
-
-    def _digest_of(self, paths: Sequence[Path]) -> str:
-        return content_digest([self._digest(path) for path in paths])
-
-    def _digest(self, path: Path) -> str:
-        stat = path.stat()
-        known = self._digests.get(str(path))
-        if known is not None and known[:2] == (stat.st_mtime_ns, stat.st_size):
-            return known[2]
-        with path.open("rb") as file:
-            revision = hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_CHARACTERS]
-        if len(self._digests) >= MAX_DIGESTS:
-            self._digests.clear()
-        self._digests[str(path)] = (stat.st_mtime_ns, stat.st_size, revision)
-        return revision
 
     def _read_small(self, model: str, filename: str) -> bytes | None:
         path = self._file(model, filename)
@@ -173,7 +163,7 @@ class FolderSource(AdapterSource):
         paths = {name: path for name in names if (path := self._file(spec.location, name)) is not None}
         if len(paths) < len(names):
             raise ModelNotFound(spec.id, "its folder is no longer there")
-        if self._digest_of(list(paths.values())) != spec.revision:
+        if self._digests.of(list(paths.values())) != spec.revision:
             raise MalformedFile(spec.id, "its file changed after it was looked up; ask again in a few seconds")
         return paths[filename]
 
@@ -225,6 +215,10 @@ class LocalFile(FolderSource):
 
     def _folder(self, model: str) -> Path:
         return self._root
+
+    def _card(self, model: str) -> Card:
+        beside = self._sidecar_card(model, self.name.removesuffix(SAFE_SUFFIX))
+        return super()._card(model) if beside == Card() else beside
 
     def _is_inside(self, path: Path) -> bool:
         return True  # the Hub's own cache holds links

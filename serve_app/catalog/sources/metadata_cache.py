@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import quote
 
+from pydantic import TypeAdapter
+
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.repository import HUB, RepositoryFile, RepositoryListing
+from serve_app.core import AdapterDefaults
 
 log = logging.getLogger(__name__)
 
+_DEFAULTS = TypeAdapter(AdapterDefaults)
 MAX_BYTES = 512 * 1024**2
 # How much is written before the size of the folder is checked again.
 LOOK_AFTER_BYTES = 16 * 1024**2
@@ -125,6 +129,7 @@ def _name(text: str) -> str:
 
 def _listing_from(data: dict[str, Any]) -> RepositoryListing:
     card = {key: tuple(value) if isinstance(value, list) else value for key, value in data["card"].items()}
+    card["defaults"] = _DEFAULTS.validate_python(card["defaults"])
     return RepositoryListing(
         id=data["id"],
         origin=HUB,

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog, Resolution
 from serve_app.core import Accepted, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo, UnresolvedRequest
-from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
+from serve_app.deployments.ingress.adapter_defaults import resolve_with_adapters
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import LoraplexError
 from serve_app.observability.tracing import request_span, span
@@ -126,9 +126,7 @@ class ServiceGateway:
             )
         seed = self._draw_seed()
         family = await self._catalog.family(resolution.base)
-        request = resolve_defaults(
-            unresolved, resolution.base, resolution.adapters, request_id=request_id, seed=seed, family=family
-        )
+        request = resolve_with_adapters(unresolved, resolution, request_id=request_id, seed=seed, family=family)
         request = replace(request, share_weight=self._weight_of(unresolved.key))
         # A caller's token goes no further than it is needed.
         request = replace(request, hub_token=unresolved.hub_token) if resolution.is_private else request

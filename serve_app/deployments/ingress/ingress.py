@@ -32,6 +32,7 @@ from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
+from serve_app.deployments.ingress.adapter_defaults import check_defaults
 from serve_app.deployments.ingress.backpressure import Backpressure, most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.fan_out import FanOut
@@ -333,7 +334,7 @@ class Ingress:
         self._gateway = ServiceGateway(
             catalog,
             FanOut(self._dispatcher, self._dispatcher.count_parts),
-            registry=ServiceRegistry(catalog, self._keeper, replicas),
+            registry=ServiceRegistry(catalog, self._keeper, replicas, check_defaults=check_defaults),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=can_serve,
             on_refusal=self._metrics.refused,

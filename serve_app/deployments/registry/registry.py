@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ from serve_app.catalog.replica_report import (
 )
 from serve_app.catalog.resolving.aliases import Alias, told_as
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterRef, AdapterSpec, HubToken
+from serve_app.core import NO_DEFAULTS, AdapterRef, AdapterSpec, HubToken
 from serve_app.errors import LoraplexError, MalformedRequest, NameTaken, NotReady
+from serve_app.families.family import Family
 
 if TYPE_CHECKING:
     from serve_app.deployments.registry.fleet import Fleet
@@ -40,7 +41,16 @@ log = logging.getLogger(__name__)
 class ServiceRegistry:
     """The registry of one ingress replica."""
 
-    def __init__(self, catalog: Catalog, aliases: KeeperClient, replicas: Fleet) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        aliases: KeeperClient,
+        replicas: Fleet,
+        *,
+        check_defaults: Callable[[AdapterSpec, BaseModelConfig, Family | None], None],
+    ) -> None:
+        """`check_defaults` refuses defaults of an adapter that a base could not draw with."""
+        self._check_defaults = check_defaults
         self._catalog = catalog
         self._aliases = aliases
         self._replicas = replicas
@@ -103,7 +113,8 @@ class ServiceRegistry:
         """Keep an alias whose target can be served, and have so many replicas fetch it.
 
         Raises:
-            MalformedRequest: the name can be none, or the target is an alias itself.
+            MalformedRequest: the name can be none, the target is an alias itself, or its base cannot draw with the
+                defaults.
             NameTaken: the name means something else.
             LoraplexError: whatever resolving the target raises.
         """
@@ -114,6 +125,9 @@ class ServiceRegistry:
         if any(alias.name in base.names for base in self.bases()):
             raise NameTaken(alias.name, "it is a base model")
         adapter = await self._catalog.lookup_adapter(alias.target, token=token)
+        if alias.target.defaults != NO_DEFAULTS:
+            base = next(base for base in self.bases() if base.id == adapter.spec.base_id)
+            self._check_defaults(adapter.spec, base, await self._catalog.family(base))
         if alias.name not in self._aliases.table.aliases and await self._catalog.name_exists(alias.name):
             raise NameTaken(alias.name, "an adapter has this id")
         await self._aliases.put(alias, may_replace=may_replace)

@@ -15,7 +15,7 @@ from serve_app.catalog.replica_report import (
 )
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterSpec, HubToken, Scales
+from serve_app.core import AdapterDefaults, AdapterSpec, HubToken, Scales
 from serve_app.errors import ModelNotFound
 from serve_app.families.abilities import BaseAbilities
 from serve_app.settings import ModelSource
@@ -28,8 +28,13 @@ ABILITIES = BaseAbilities(
 )  # fmt: skip
 
 
+DEFAULTS = AdapterDefaults(scale=0.8, trigger_words="sks")
+
+
 def spec(model: str) -> AdapterSpec:
-    return AdapterSpec(model, "demo/sdxl", "0123abcd" * 5, "lora.safetensors", "folder", "/secret/place", 4096, "sks")
+    return AdapterSpec(
+        model, "demo/sdxl", "0123abcd" * 5, "lora.safetensors", "folder", "/secret/place", 4096, defaults=DEFAULTS
+    )
 
 
 def known(model: str) -> LoraReport:

@@ -137,7 +137,10 @@ class FakeGateway:
             base_id="demo/sdxl",
             images=tuple(gradient(width, height, shade) for shade in range(draft.num_images)),
             seeds=tuple(seed + i for i in range(draft.num_images)),
-            adapters=tuple(AppliedAdapter(ref.id, "0123abcd", ref.scale, 48, 50) for ref in draft.adapters),
+            adapters=tuple(
+                AppliedAdapter(ref.id, "0123abcd", 1.0 if ref.scale is None else ref.scale, 48, 50)
+                for ref in draft.adapters
+            ),
             timings=Timings(1.0, 2.0, 3.25, 7.0, 400.0, 50.0),
             compute_s=0.4531,
             device="cpu",

@@ -70,7 +70,7 @@ async def test_an_adapter_is_found_with_its_base_file_and_revision(world: World,
     (use,) = resolution.adapters
     assert (resolution.base.id, use.scale) == ("big", 1.0)
     assert (use.spec.id, use.spec.base_id, use.spec.filename) == ("me/sketch", "big", WEIGHTS)
-    assert (use.spec.origin, use.spec.instance_prompt) == (place, "a sketch of")
+    assert (use.spec.origin, use.spec.defaults.trigger_words) == (place, "a sketch of")
     assert use.spec.size_bytes == len(SDXL_LORA)
     assert len(use.spec.revision) == 40
     assert place == "folder" or use.spec.revision == commit

@@ -28,7 +28,7 @@ def test_every_option_reaches_the_service(run: Run, url: str, gateway: FakeGatew
     assert draft.adapters == (
         AdapterRef("demo/sdxl-sepia", 0.5),
         AdapterRef("acme/x", -0.25, "v1"),
-        AdapterRef("acme/y", 1.0, "v2"),
+        AdapterRef("acme/y", None, "v2"),
         AdapterRef("acme/z", Scales(0.75, 0.5)),
     )
 

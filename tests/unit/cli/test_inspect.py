@@ -68,6 +68,25 @@ def test_an_adapter_that_fits_is_described_and_fits(run: Run, config: Path) -> N
         assert part in result.stdout
 
 
+def test_a_file_of_a_flat_folder_is_described_by_its_sidecars_or_refused_by_name(run: Run, tmp_path: Path) -> None:
+    name = "Lora/sub/sdxl_lightning_4step_lora"
+    (tmp_path / "Lora" / "sub").mkdir(parents=True)
+    shutil.copy(SEPIA, tmp_path / f"{name}.safetensors")
+    (tmp_path / f"{name}.json").write_text('{"activation text": "sks", "preferred weight": 0.75}')
+    (tmp_path / "Lora" / "empty one.safetensors").write_bytes(b"x")
+    bases = [{"id": "demo/sdxl", "source": {"embedded": "demo/sdxl"}}]
+    folders = [{"path": str(tmp_path / "Lora"), "layout": "flat"}]
+    config = serve_file(tmp_path, bases, folders=folders, hub={"enabled": False})
+    for asked in (name.removeprefix("Lora/"), tmp_path / f"{name}.safetensors"):
+        result = run("inspect", asked, "--config", config)
+        assert result.exit_code == 0, result.output
+        for part in ("sks", "scale 0.75, steps 4, guidance 0, scheduler Euler Trailing", "✓ demo/sdxl"):
+            assert part in result.stdout
+    refused = run("inspect", "empty one", "--config", config)
+    assert refused.exit_code == 1
+    assert "too short to be a safetensors file" in refused.output
+
+
 def test_json_counts_every_layer(run: Run, config: Path) -> None:
     told = json.loads(run("inspect", "demo/sdxl-sepia", "--config", config, "--json").stdout)
     (verdict,) = told["verdicts"]

@@ -61,8 +61,16 @@ export class Adapters extends EventTarget {
     this.ids.forEach((id) => this.remove(id));
   }
 
-  add(id, value = 1) {
+  // What the chosen adapters set of the steps, by the names of a request.
+  get defaults() {
+    const all = this.ids.map((id) => this.#defaults(id));
+    return all.find(({ scheduler }) => scheduler) ?? all.find((one) => sampling(one)) ?? {};
+  }
+
+  // A scale that is not given is the adapter's own.
+  add(id, value = this.#defaults(id).scale ?? 1) {
     if (this.#chosen.has(id)) return;
+    value = value.denoiser ?? value;
     const row = this.#row(id, value);
     this.#chosen.set(id, row);
     byId("adapters").append(row.row);
@@ -96,16 +104,22 @@ export class Adapters extends EventTarget {
       this.remove(id);
       this.input.focus();
     });
-    const words = this.#known.find((one) => one.id === id)?.instance_prompt;
+    const { trigger_words: words, ...defaults } = this.#defaults(id);
+    const set = sampling(defaults);
     const row = h(
       "li.adapter", { "data-id": id },
       h("div.adapter-head", {}, modelName(id), words && this.#trigger(words), remove),
       h("div.scale", {}, slider, scale),
+      set ? h("span.hint", {}, `Sets ${set}`) : null,
     );
     return { row, scale };
   }
 
-  // The words that the adapter's card says to use.
+  #defaults(id) {
+    return this.#known.find((one) => one.id === id)?.defaults ?? {};
+  }
+
+  // The words that the adapter wants in the prompt.
   #trigger(words) {
     const add = () => this.dispatchEvent(new CustomEvent("words", { detail: words }));
     return h("button.words", { type: "button", title: `Add “${words}” to the prompt`, onclick: add }, `+ ${words}`);
@@ -198,6 +212,14 @@ const option = (id, name, note) =>
   h("li.option", { role: "option", "aria-selected": "false", "data-id": id }, name, h("span.hint", {}, note));
 
 const note = (text) => h("li.note", { role: "presentation" }, text);
+
+// What an adapter sets of the steps, in words; empty for nothing.
+function sampling({ num_inference_steps: steps, timesteps, sigmas, guidance_scale: guidance, scheduler }) {
+  const count = steps ?? timesteps?.length ?? sigmas?.length;
+  return [
+    count && plural(count, "step"), guidance != null && `guidance ${guidance}`, scheduler && `scheduler ${scheduler}`,
+  ].filter(Boolean).join(", ");
+}
 
 function facts(row) {
   const held = row.resident?.length ? `held by ${plural(row.resident.length, "replica")}` : null;

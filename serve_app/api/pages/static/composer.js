@@ -21,6 +21,7 @@ export class Composer extends EventTarget {
       byId("seed").focus();
     });
     link(byId("strength-slider"), byId("strength"));
+    this.adapters.addEventListener("change", () => this.#useAdapters());
     this.adapters.addEventListener("words", ({ detail }) => this.#addWords(detail));
     this.picture.addEventListener("change", ({ detail }) => this.#usePicture(detail));
     this.picture.addEventListener("refused", ({ detail }) => this.blame("image", detail));
@@ -87,6 +88,9 @@ export class Composer extends EventTarget {
       byId("base").value = fields.model;
       this.#useBase();
     }
+    // Before the steps, which they may empty.
+    this.adapters.clear();
+    for (const { id, scale } of fields.loras ?? []) this.adapters.add(id, scale);
     byId("prompt").value = fields.prompt ?? "";
     byId("negative").value = fields.negative_prompt ?? "";
     byId("seed").value = fields.seed ?? "";
@@ -96,8 +100,6 @@ export class Composer extends EventTarget {
     if (fields.guidance_scale != null) byId("guidance").value = fields.guidance_scale;
     if (fields.size) [byId("width").value, byId("height").value] = fields.size.split("x");
     if (fields.strength) byId("strength").value = byId("strength-slider").value = fields.strength;
-    this.adapters.clear();
-    for (const { id, scale } of fields.loras ?? []) this.adapters.add(id, scale);
   }
 
   #useBase() {
@@ -119,6 +121,22 @@ export class Composer extends EventTarget {
     this.#showExamples();
     if (dropped.length) this.#say(`Took out ${plural(dropped.length, "adapter")} made for another base.`);
     this.dispatchEvent(new Event("base"));
+  }
+
+  // Empties what the chosen adapters set, so that the service takes their values, and shows these in its place.
+  #useAdapters() {
+    const { defaults = {} } = this.base ?? {};
+    const { num_inference_steps: steps, timesteps, sigmas, guidance_scale: guidance } = this.adapters.defaults;
+    for (const [field, own, bases] of [
+      ["steps", steps ?? timesteps?.length ?? sigmas?.length, defaults.steps],
+      ["guidance", guidance, defaults.guidance_scale],
+    ]) {
+      const input = byId(field);
+      const wasSet = input.placeholder !== "";
+      input.placeholder = own ?? "";
+      if (own != null && !wasSet) input.value = "";
+      else if (own == null && wasSet && input.value === "") input.value = bases ?? "";
+    }
   }
 
   #showExamples() {

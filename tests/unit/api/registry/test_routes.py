@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve_app.catalog.replica_report import QuarantinedAdapters
-from serve_app.core import AdapterRef
+from serve_app.core import AdapterDefaults, AdapterRef, Scales
 from serve_app.errors import HubUnavailable, NameTaken, NotReady
 from tests.unit.api.fakes import FakeGateway
 
@@ -23,6 +23,11 @@ def test_the_list_says_what_is_known_of_each_adapter(client: TestClient) -> None
                 "size_bytes": 4096, "layers_matched": 48, "alias_of": None, "aliases": [],
                 "resident": [{"replica": "r1", "tier": "applied"}], "hits": 3, "last_used": 1000.5,
                 "instance_prompt": "sks", "quarantine": [],
+                "defaults": {
+                    "scale": 0.8, "num_inference_steps": None, "guidance_scale": None, "scheduler": None,
+                    "scheduler_options": {}, "sigmas": None, "timesteps": None, "negative_prompt": None,
+                    "trigger_words": "sks",
+                },
             }
         ],
     }  # fmt: skip
@@ -85,6 +90,20 @@ def test_an_alias_is_added_and_listed(client: TestClient, gateway: FakeGateway) 
     assert [row["id"] for row in client.get("/v1/loras").json()["data"]] == ["demo/sketch", "mine"]
 
 
+def test_an_alias_may_have_defaults_of_its_own(client: TestClient, gateway: FakeGateway) -> None:
+    defaults = {
+        "scale": {"denoiser": 0.5, "text_encoder": 1.0}, "num_inference_steps": 4, "guidance_scale": 0.0,
+        "scheduler": "LCM", "scheduler_options": {"shift": 2}, "sigmas": None, "timesteps": None,
+        "negative_prompt": "blurry", "trigger_words": "sks",
+    }  # fmt: skip
+    reply = client.post("/v1/loras", json={"lora_name": "mine", "source": SOURCE, "defaults": defaults})
+    assert reply.status_code == 200
+    ((alias, _, _),) = gateway.registry.added
+    assert alias.target.defaults == AdapterDefaults(
+        Scales(0.5, 1.0), 4, 0.0, "LCM", (("shift", 2),), negative_prompt="blurry", trigger_words="sks"
+    )
+
+
 @pytest.mark.parametrize(("asked", "replicas"), [(None, 0), (False, 0), (True, 1), (0, 0), (3, 3)])
 def test_an_alias_may_be_preloaded_on_so_many_replicas(
     client: TestClient, gateway: FakeGateway, asked: object, replicas: int
@@ -109,6 +128,11 @@ def test_an_alias_may_be_preloaded_on_so_many_replicas(
         ({"lora_name": "mine", "source": {"uri": "hf:///etc/passwd"}}, "never an address or a path"),
         ({"lora_name": "mine", "source": SOURCE, "preload": -1}, "'preload' is -1"),
         ({"lora_name": "mine", "source": SOURCE, "preload": "yes"}, "'preload"),
+        ({"lora_name": "m", "source": SOURCE, "defaults": {"steps": 4}}, "unknown parameter 'defaults.steps'"),
+        (
+            {"lora_name": "m", "source": SOURCE, "defaults": {"num_inference_steps": 2, "timesteps": [1, 0]}},
+            "takes one of 'num_inference_steps', 'sigmas' and 'timesteps'",
+        ),
         ({"lora_name": "", "source": SOURCE}, "'lora_name' is 0 characters long"),
     ],
 )

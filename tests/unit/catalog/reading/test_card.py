@@ -17,7 +17,7 @@ def test_relation_tags_and_trigger_words_are_read():
     )
     assert card.relation == "adapter"
     assert card.tags == ("lora", "template:sd-lora")
-    assert card.instance_prompt == "a pencil sketch of"
+    assert card.defaults.trigger_words == "a pencil sketch of"
 
 
 def test_the_tag_of_an_adapter_is_believed_before_the_field_and_that_before_a_plain_tag():

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
-from serve_app.core import AdapterRef
+from serve_app.core import AdapterDefaults, AdapterRef, Scales
 from serve_app.errors import BaseMismatch, MalformedRequest, ModelNotFound, NameTaken
 from serve_app.refusals import NotAnAdapter
 from tests.unit.catalog.builders import SDXL_TEXT, World, adapter_files, lora
@@ -32,6 +34,29 @@ def test_aliases_and_their_version_survive_a_restart(tmp_path: Path) -> None:
     after = opened(tmp_path).table()
     assert after == before
     assert after.aliases["one"] == alias("one", revision="v1", filename="f.safetensors")
+
+
+def test_an_aliases_defaults_survive_a_restart_and_go_before_those_of_the_adapter(tmp_path: Path) -> None:
+    defaults = AdapterDefaults(
+        scale=Scales(0.5, 1.0), steps=4, scheduler="LCM", scheduler_options=(("shift", 2.0), ("use_beta_sigmas", True)),
+        timesteps=(999, 499), trigger_words="sks",
+    )  # fmt: skip
+    opened(tmp_path).put(Alias("mine", AdapterRef("a/b", defaults=defaults)))
+    table = opened(tmp_path).table()
+    assert table.resolve_alias(AdapterRef("mine", 0.7)) == AdapterRef("a/b", 0.7, defaults=defaults)
+    with pytest.raises(NameTaken, match="other defaults"):
+        opened(tmp_path).put(alias(target="a/b"))
+
+
+def test_a_file_that_knew_no_defaults_is_read_on(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / "deep" / "registry.sqlite3")) as database, database:
+        database.execute("ALTER TABLE aliases DROP COLUMN defaults")
+        database.execute("INSERT INTO aliases VALUES ('mine', 'a/b', 'v1', NULL, 0.0)")
+    store = opened(tmp_path)
+    assert store.table().aliases == {"mine": alias(revision="v1")}
+    store.put(alias("two"))
+    assert set(opened(tmp_path).table().aliases) == {"mine", "two"}
 
 
 def test_aliases_survive_a_process_that_dies_without_closing(tmp_path: Path) -> None:

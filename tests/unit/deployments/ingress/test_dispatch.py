@@ -24,6 +24,7 @@ from serve_app.core import (
     Timings,
     UnresolvedRequest,
 )
+from serve_app.deployments.ingress.adapter_defaults import check_defaults
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
@@ -81,7 +82,9 @@ def gateway(
     return ServiceGateway(
         catalog,
         replica,
-        registry=ServiceRegistry(catalog, StoreKeeper().client(), cast(Any, FakeReplicas())),
+        registry=ServiceRegistry(
+            catalog, StoreKeeper().client(), cast(Any, FakeReplicas()), check_defaults=check_defaults
+        ),
         draw_seed=lambda: 5,
         can_serve=can_serve,
         on_refusal=(refusals if refusals is not None else []).append,

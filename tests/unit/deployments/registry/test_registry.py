@@ -16,7 +16,8 @@ from serve_app.catalog.replica_report import (
     ResidentAdapter,
 )
 from serve_app.catalog.resolving.aliases import Alias, AliasStore
-from serve_app.core import AdapterRef, HubToken
+from serve_app.core import AdapterDefaults, AdapterRef, HubToken
+from serve_app.deployments.ingress.adapter_defaults import check_defaults
 from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import AccessDenied, LoraplexError, MalformedRequest, ModelNotFound, NameTaken, NotReady
@@ -39,7 +40,7 @@ class Scene:
 
     def registry(self, *reports: ReplicaReport) -> tuple[ServiceRegistry, FakeReplicas]:
         replicas = FakeReplicas(*reports)
-        return ServiceRegistry(self.catalog, self.aliases, cast(Any, replicas)), replicas
+        return ServiceRegistry(self.catalog, self.aliases, cast(Any, replicas), check_defaults=check_defaults), replicas
 
     async def key_of(self, model: str) -> str:
         return (await self.catalog.lookup_adapter(AdapterRef(model))).spec.key
@@ -91,6 +92,17 @@ async def test_rows_bring_together_what_all_replicas_know(scene: Scene) -> None:
         assert row.resident == (("r2", "applied"), ("r1", "host"))
         assert (row.hits, row.last_used_s, row.layers_matched, row.adapter.rank) == (5, 50.0, 48, 4)
     assert (other.resident, other.hits, other.last_used_s, other.layers_matched) == ((), 0, None, None)
+
+
+async def test_an_aliases_defaults_are_shown_over_the_adapters_and_checked_before_they_are_kept(scene: Scene) -> None:
+    registry, _ = scene.registry()
+    await added(registry, Alias("mine", AdapterRef("me/style", defaults=AdapterDefaults(steps=4, scheduler="LCM"))))
+    rows = {row.id: row.adapter.spec.defaults.steps for row in await registry.loras(token=None)}
+    assert rows == {"me/other": None, "me/style": None, "mine": 4}
+    assert (await registry.lora("mine", token=None)).adapter.spec.defaults.scheduler == "LCM"
+    with pytest.raises(MalformedRequest, match="do not fit demo/sd"):
+        await added(registry, Alias("bad", AdapterRef("me/style", defaults=AdapterDefaults(steps=1000))))
+    assert "bad" not in scene.aliases.table.aliases
 
 
 async def test_a_row_says_which_replicas_refuse_its_adapter_for_now(scene: Scene) -> None:

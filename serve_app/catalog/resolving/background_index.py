@@ -1,0 +1,72 @@
+"""What sources have to list that takes long to look up: looked up one by one, while lists show what is known so far.
+
+Knows nothing of adapters: ids and marks in, look-ups out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+
+from serve_app.catalog.reading.repository import AdapterSource
+from serve_app.errors import LoraplexError
+
+log = logging.getLogger(__name__)
+
+
+class BackgroundIndex:
+    """The ids of some sources and their marks; one whose mark is new is looked up again.
+
+    Invariant: at most one pass over the sources runs at a time, and it does one look-up at a time.
+    """
+
+    def __init__(self, sources: Sequence[AdapterSource], look_up: Callable[[str], Awaitable[object]]) -> None:
+        self._sources = sources
+        self._look_up = look_up
+        self._listed: dict[str, Mapping[str, str]] = {}
+        self._seen: dict[str, str] = {}
+        self._pass: asyncio.Task[None] | None = None
+
+    async def refresh(self, wait_s: float | None) -> None:
+        """Begin a pass if none runs, and wait for its end, at most so long; None waits until it ends."""
+        if self._pass is None or self._pass.done():
+            self._pass = asyncio.get_running_loop().create_task(self._run())
+            self._pass.add_done_callback(_log_failure)
+        await asyncio.wait({self._pass}, timeout=wait_s)
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The ids that were there when the sources were last asked."""
+        return {model for marks in self._listed.values() for model in marks}
+
+    def is_gone(self, origin: str, model: str) -> bool:
+        """Say whether an id of a source was no longer there when it was last asked."""
+        marks = self._listed.get(origin)
+        return marks is not None and model not in marks
+
+    async def _run(self) -> None:
+        for source in self._sources:
+            try:
+                marks = await source.marks()
+                if marks or source.origin in self._listed:
+                    self._listed[source.origin] = marks
+            except LoraplexError as error:
+                log.warning("the adapters of a %s are listed as last seen: %s", source.origin, error)
+        found = {model: mark for listed in self._listed.values() for model, mark in listed.items()}
+        self._seen = {model: mark for model, mark in self._seen.items() if model in found}
+        for model in sorted(found):
+            if self._seen.get(model) != found[model]:
+                await self._look_up_once(model)
+                self._seen[model] = found[model]
+
+    async def _look_up_once(self, model: str) -> None:
+        try:
+            await self._look_up(model)
+        except LoraplexError as error:
+            log.info("%s is not listed: %s", model, error)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a pass over the listed adapters failed on our side", exc_info=error)
