@@ -152,6 +152,9 @@ class AdapterStore(Generic[T]):
             DiskFull: There is no space for a file, even after removing unused ones.
             ReplicaLost: The store was closed meanwhile.
         """
+        if not specs:
+            yield []  # a request of the base alone waits for nobody's memory
+            return
         asked_at = self._clock()
         sizes = {spec.key: spec.size_bytes for spec in specs}
         await self._pins.pin(sizes)

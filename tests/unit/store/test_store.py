@@ -312,6 +312,8 @@ async def test_a_request_that_waits_too_long_for_memory_is_told_so(bench: Bench)
             await use(store, spec("b"))
         waiting = asyncio.create_task(use(store, spec("c")))
         await asyncio.sleep(0)
+        async with asyncio.timeout(0), store.lease_all([]) as none:
+            assert none == []
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         assert store.state().pinned == 1
