@@ -6,6 +6,7 @@ import http.client
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,7 +17,7 @@ from huggingface_hub.inference._generated.types import ImageToImageTargetSize
 from PIL import Image
 
 from serve_app.api.pictures.images import encode_image
-from serve_app.core import AdapterRef, UnresolvedRequest
+from serve_app.core import AdapterRef, Encoding, UnresolvedRequest
 from serve_app.errors import ModelNotFound
 from tests.service import connect, posted
 from tests.unit.api.fakes import FakeGateway, gradient
@@ -35,7 +36,7 @@ def test_huggingface_text_to_image(url: str, gateway: FakeGateway) -> None:
     assert image.format == "PNG"
     assert gateway.draft == UnresolvedRequest(
         "an elephant", model="demo/sdxl-sepia", negative_prompt="blurry", width=80, height=48, steps=7,
-        guidance_scale=2.5, scheduler="DDIMScheduler", seed=3,
+        guidance_scale=2.5, scheduler="DDIMScheduler", seed=3, encoding=Encoding("png"),
     )  # fmt: skip
 
 
@@ -55,9 +56,12 @@ def test_huggingface_image_to_image_with_and_without_parameters(url: str, gatewa
     assert client.image_to_image(PNG, num_inference_steps=4).size == (40, 24)
     assert client.image_to_image(PNG, "elephant", strength=0.3, target_size=size).size == (80, 48)
     assert gateway.drafts == [
-        UnresolvedRequest("", image=PICTURE),
-        UnresolvedRequest("", image=PICTURE, steps=4),
-        UnresolvedRequest("elephant", image=PICTURE, strength=0.3, width=80, height=48),
+        replace(draft, encoding=Encoding("png"))
+        for draft in (
+            UnresolvedRequest("", image=PICTURE),
+            UnresolvedRequest("", image=PICTURE, steps=4),
+            UnresolvedRequest("elephant", image=PICTURE, strength=0.3, width=80, height=48),
+        )
     ]
 
 
@@ -86,7 +90,7 @@ def test_the_plain_curl_lines_work(
     subprocess.run(command, check=True, timeout=120)
     with Image.open(target) as image:
         assert (image.format, image.size) == ("JPEG", (64, 64))
-    assert gateway.draft == UnresolvedRequest("elephant", steps=20, adapters=adapters)
+    assert gateway.draft == UnresolvedRequest("elephant", steps=20, adapters=adapters, encoding=Encoding("jpeg"))
 
 
 @pytest.mark.parametrize(

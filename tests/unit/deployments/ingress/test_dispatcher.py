@@ -64,9 +64,11 @@ def dispatcher(handle: Any) -> Dispatcher:
     settings = {"max_ongoing_requests": PLACES / 2, "max_queued_requests": PLACES / 2}
     base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": settings}
     config = AppConfig.model_validate({"bases": [base]})
-    return Dispatcher(
-        config, {BASE: handle}, on_retry=lambda _, __: None, counts=lambda: {BASE: ReplicaCount(running=1)}
-    )
+
+    async def counts() -> dict[str, ReplicaCount]:
+        return {BASE: ReplicaCount(running=1)}
+
+    return Dispatcher(config, {BASE: handle}, on_retry=lambda _, __: None, counts=counts)
 
 
 async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has_waited() -> None:
