@@ -103,10 +103,10 @@ async def test_a_request_s_images_are_drawn_on_every_replica_and_come_in_order(s
     async with stepping.client(ONE) as client:
         for seed in (0, 2):  # the router gets to know what there is, and each replica its pace
             await asyncio.gather(*(stepping.draw(client, seed + one, num_inference_steps=12) for one in range(2)))
-        before = stepping.told()
+        before = await asyncio.to_thread(stepping.told)
         reply = await stepping.draw(client, 300, n=4)
         assert colours(reply.json()["data"]) == [colour_of(seed) for seed in range(300, 304)]
-        after = stepping.told()
+        after = await asyncio.to_thread(stepping.told)
         assert [after[pid] - before[pid] for pid in before] == [4, 4]
         body = {"prompt": "a cat", "seed": 500, "n": 4, "size": "64x64", "num_inference_steps": 4, "stream": True}
         async with client.stream("POST", f"{stepping.url}/v1/images/generations", json=body) as stream:
@@ -131,7 +131,7 @@ async def test_one_key_s_impatient_requests_leave_places_and_turns_to_another_ke
 
 async def test_a_part_whose_replica_is_killed_is_drawn_again_alone(stepping: Stepping) -> None:
     async with stepping.client(ONE) as client:
-        before = stepping.told()
+        before = await asyncio.to_thread(stepping.told)
         call = asyncio.create_task(stepping.draw(client, 700, n=2, num_inference_steps=50))
         await asyncio.to_thread(
             until,
@@ -145,7 +145,7 @@ async def test_a_part_whose_replica_is_killed_is_drawn_again_alone(stepping: Ste
     assert colours(reply.json()["data"]) == [colour_of(700), colour_of(701)]
     # Its own part once, and the lost one at most.
     await asyncio.to_thread(until, lambda: survivor in stepping.told(), "word of the replicas")
-    assert stepping.told()[survivor] - before[survivor] <= 100
+    assert (await asyncio.to_thread(stepping.told))[survivor] - before[survivor] <= 100
 
 
 async def test_when_a_replica_joins_the_others_give_back_what_has_not_begun(growing: Stepping) -> None:
@@ -158,4 +158,4 @@ async def test_when_a_replica_joins_the_others_give_back_what_has_not_begun(grow
             )
         replies = await asyncio.gather(*calls)
     assert [colours(reply.json()["data"]) for reply in replies] == [[colour_of(900 + number)] for number in range(12)]
-    assert all(growing.told().values())
+    assert all((await asyncio.to_thread(growing.told)).values())
