@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Literal
 
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+
 # Seeds are counted modulo this.
 SEEDS = 2**64
 
@@ -59,43 +61,6 @@ class TraceContext:
 
 # The value of an option of a noise scheduler; options come in pairs of name and value, sorted by name.
 SchedulerOption = bool | float | str
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterDefaults:
-    """What holds for a request with an adapter where the request itself says nothing; None for not said.
-
-    The trigger words are for people: they are shown, and no prompt is changed. `timesteps` and `sigmas` stand for the
-    number of steps.
-    """
-
-    scale: Scale | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    scheduler: str | None = None
-    scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
-    sigmas: tuple[float, ...] | None = None
-    timesteps: tuple[int, ...] | None = None
-    negative_prompt: str | None = None
-    trigger_words: str | None = None
-
-    def over(self, others: AdapterDefaults) -> AdapterDefaults:
-        """Return these, and of `others` what these leave open: no options of another scheduler, no steps twice."""
-        kept = others
-        if self.scheduler is not None:
-            kept = replace(kept, scheduler_options=())
-        if self.sampling_steps is not None:
-            kept = replace(kept, steps=None, sigmas=None, timesteps=None)
-        own = {name: value for name in self.__slots__ if (value := getattr(self, name)) not in (None, ())}
-        return replace(kept, **own)
-
-    @property
-    def sampling_steps(self) -> object:
-        """Whatever says how many steps there are, or None."""
-        return next((one for one in (self.steps, self.sigmas, self.timesteps) if one is not None), None)
-
-
-NO_DEFAULTS = AdapterDefaults()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseFamilies
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.inspector import AdapterInfo, AdapterInspector
@@ -30,7 +31,7 @@ from serve_app.catalog.sources.flat_folder import FlatFolderSource, FlatRoot
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
 from serve_app.config import AdapterFolder, AppConfig, BaseModelConfig, Environment
-from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, AdapterSpec, HubToken, ScaledAdapter
+from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
 from serve_app.families.family import Family
 from serve_app.refusals import NotAnAdapter

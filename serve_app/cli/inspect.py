@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.cli.terminal import (
     FAILED,
     AsJson,
@@ -24,7 +25,7 @@ from serve_app.cli.terminal import (
     print_line,
     reporting,
 )
-from serve_app.core import AdapterDefaults, AdapterRef
+from serve_app.core import AdapterRef
 
 if TYPE_CHECKING:
     from serve_app.catalog.reading.header import HeaderFacts

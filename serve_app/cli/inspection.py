@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.header import HeaderFacts, describe
 from serve_app.catalog.reading.inspector import AdapterInfo
@@ -19,7 +20,7 @@ from serve_app.catalog.reading.selection import candidates
 from serve_app.catalog.sources.folder import LOCAL, LocalFile
 from serve_app.cli.sources import Sources
 from serve_app.config import BaseModelConfig
-from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, AdapterSpec
+from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.errors import LoraplexError, ModelNotFound
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from serve_app.core import NO_DEFAULTS, AdapterDefaults
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, TypeAdapter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from serve_app.api.http.body import parse_json, read_body
 from serve_app.api.http.caller import hub_token_of
 from serve_app.api.http.gateway import ServicesOf
@@ -40,7 +41,7 @@ from serve_app.api.registry.schemas import (
 from serve_app.catalog.replica_report import LoraReport, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
-from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, Scale, Scales
+from serve_app.core import AdapterRef, Scale, Scales
 from serve_app.errors import MalformedRequest, ModelNotFound, OutOfBounds
 from serve_app.families.abilities import BaseAbilities
 
@@ -211,7 +212,7 @@ def _lora(row: LoraReport) -> Lora:
 
 def _defaults(defaults: AdapterDefaults) -> LoraDefaultsReply:
     return LoraDefaultsReply(
-        scale=None if defaults.scale is None else _scale(defaults.scale),
+        scale=defaults.scale,
         num_inference_steps=defaults.steps,
         guidance_scale=defaults.guidance_scale,
         scheduler=defaults.scheduler,

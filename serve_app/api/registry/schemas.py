@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from serve_app.api.http.schemas import Int, Name, RequestModel, ScaleEntry
-from serve_app.core import AdapterDefaults
+from serve_app.adapter_defaults import AdapterDefaults
+from serve_app.api.http.schemas import Int, Name, RequestModel
 
 MAX_TEXT = 10_000
 MAX_REPLICAS_ASKED = 1000
@@ -35,7 +35,7 @@ class LoraSource(RequestModel):
 class LoraDefaults(RequestModel):
     """What holds for requests that name an adapter and say nothing else; null for not said."""
 
-    scale: ScaleEntry = None
+    scale: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] | None = None
     scheduler: Name | None = None
@@ -56,7 +56,7 @@ class LoraDefaults(RequestModel):
     def value(self) -> AdapterDefaults:
         """Return the defaults."""
         return AdapterDefaults(
-            scale=None if self.scale is None else self.scale.value(),
+            scale=self.scale,
             steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
             scheduler=self.scheduler,
@@ -71,7 +71,7 @@ class LoraDefaults(RequestModel):
 class LoraDefaultsReply(BaseModel):
     """What holds for requests that name an adapter and say nothing else; null for not said."""
 
-    scale: float | ScalesReply | None
+    scale: float | None
     num_inference_steps: int | None
     guidance_scale: float | None
     scheduler: str | None

@@ -12,8 +12,8 @@ from typing import cast
 
 import yaml
 
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from serve_app.catalog.reading.stated_defaults import stated_defaults
-from serve_app.core import NO_DEFAULTS, AdapterDefaults
 
 MAX_FRONT_MATTER_CHARACTERS = 64 * 1024
 MAX_FIELD_CHARACTERS = 1024

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.reading.base_match import BaseMatch, match_bases
 from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
 from serve_app.catalog.reading.card import Card
@@ -24,7 +25,7 @@ from serve_app.catalog.reading.repository import (
 )
 from serve_app.catalog.reading.selection import Candidate, embeddings_beside
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterDefaults, AdapterSpec
+from serve_app.core import AdapterSpec
 from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
 from serve_app.families.few_step import few_step_defaults
 from serve_app.refusals import BaseNotServed, MalformedFile, NotAnAdapter, RankTooHigh

@@ -9,7 +9,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar, cast
 
-from serve_app.core import AdapterDefaults, SchedulerOption
+from serve_app.adapter_defaults import AdapterDefaults
+from serve_app.core import SchedulerOption
 from serve_app.families.schedulers import REQUEST_OPTIONS
 
 T = TypeVar("T")

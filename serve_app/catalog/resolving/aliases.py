@@ -18,7 +18,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+from serve_app.core import AdapterRef
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound, NameTaken, OutOfBounds
 
 log = logging.getLogger(__name__)

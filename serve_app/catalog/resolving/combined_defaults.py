@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from serve_app.core import NO_DEFAULTS, AdapterDefaults, AdapterRef, AdapterSpec, Scale
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+from serve_app.core import AdapterRef, AdapterSpec, Scale
 
 
 def with_defaults(spec: AdapterSpec, ref: AdapterRef) -> AdapterSpec:

@@ -19,9 +19,9 @@ from urllib.parse import quote
 
 from pydantic import TypeAdapter
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.repository import HUB, RepositoryFile, RepositoryListing
-from serve_app.core import AdapterDefaults
 
 log = logging.getLogger(__name__)
 

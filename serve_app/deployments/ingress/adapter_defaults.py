@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.catalog import Resolution
 from serve_app.config import BaseModelConfig
-from serve_app.core import (
-    AdapterDefaults,
-    AdapterSpec,
-    GenerationRequest,
-    PixelImage,
-    ScaledAdapter,
-    UnresolvedRequest,
-)
+from serve_app.core import AdapterSpec, GenerationRequest, PixelImage, ScaledAdapter, UnresolvedRequest
 from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
 from serve_app.errors import LoraplexError, MalformedRequest
 from serve_app.families.family import Family

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from serve_app.adapter_defaults import NO_DEFAULTS
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.reading.repository import is_valid_id
 from serve_app.catalog.replica_report import (
@@ -27,7 +28,7 @@ from serve_app.catalog.replica_report import (
 )
 from serve_app.catalog.resolving.aliases import Alias, told_as
 from serve_app.config import BaseModelConfig
-from serve_app.core import NO_DEFAULTS, AdapterRef, AdapterSpec, HubToken
+from serve_app.core import AdapterRef, AdapterSpec, HubToken
 from serve_app.errors import LoraplexError, MalformedRequest, NameTaken, NotReady
 from serve_app.families.family import Family
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.replica_report import (
     ActiveAdapter,
     KnownAdapter,
@@ -15,7 +16,7 @@ from serve_app.catalog.replica_report import (
 )
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
-from serve_app.core import AdapterDefaults, AdapterSpec, HubToken, Scales
+from serve_app.core import AdapterSpec, HubToken, Scales
 from serve_app.errors import ModelNotFound
 from serve_app.families.abilities import BaseAbilities
 from serve_app.settings import ModelSource

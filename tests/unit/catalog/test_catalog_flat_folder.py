@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.reading.repository import FLAT, AdapterSource
 from serve_app.catalog.resolving.background_index import BackgroundIndex
 from serve_app.catalog.sources.file_digests import FileDigests
 from serve_app.catalog.sources.flat_folder import FlatFolderSource, FlatRoot
-from serve_app.core import AdapterDefaults, AdapterRef
+from serve_app.core import AdapterRef
 from serve_app.errors import ModelNotFound
 from serve_app.refusals import BaseNotServed
 from tests.hub_server import HubServer

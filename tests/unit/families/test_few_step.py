@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.core import NO_DEFAULTS
+from serve_app.adapter_defaults import NO_DEFAULTS
 from serve_app.families.few_step import ROWS, few_step_defaults
 from serve_app.families.schedulers import REQUEST_OPTIONS, is_known_name
 

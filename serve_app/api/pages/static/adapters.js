@@ -70,7 +70,6 @@ export class Adapters extends EventTarget {
   // A scale that is not given is the adapter's own.
   add(id, value = this.#defaults(id).scale ?? 1) {
     if (this.#chosen.has(id)) return;
-    value = value.denoiser ?? value;
     const row = this.#row(id, value);
     this.#chosen.set(id, row);
     byId("adapters").append(row.row);

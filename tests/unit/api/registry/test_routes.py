@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.replica_report import QuarantinedAdapters
-from serve_app.core import AdapterDefaults, AdapterRef, Scales
+from serve_app.core import AdapterRef
 from serve_app.errors import HubUnavailable, NameTaken, NotReady
 from tests.unit.api.fakes import FakeGateway
 
@@ -92,7 +93,7 @@ def test_an_alias_is_added_and_listed(client: TestClient, gateway: FakeGateway) 
 
 def test_an_alias_may_have_defaults_of_its_own(client: TestClient, gateway: FakeGateway) -> None:
     defaults = {
-        "scale": {"denoiser": 0.5, "text_encoder": 1.0}, "num_inference_steps": 4, "guidance_scale": 0.0,
+        "scale": 0.5, "num_inference_steps": 4, "guidance_scale": 0.0,
         "scheduler": "LCM", "scheduler_options": {"shift": 2}, "sigmas": None, "timesteps": None,
         "negative_prompt": "blurry", "trigger_words": "sks",
     }  # fmt: skip
@@ -100,7 +101,7 @@ def test_an_alias_may_have_defaults_of_its_own(client: TestClient, gateway: Fake
     assert reply.status_code == 200
     ((alias, _, _),) = gateway.registry.added
     assert alias.target.defaults == AdapterDefaults(
-        Scales(0.5, 1.0), 4, 0.0, "LCM", (("shift", 2),), negative_prompt="blurry", trigger_words="sks"
+        0.5, 4, 0.0, "LCM", (("shift", 2),), negative_prompt="blurry", trigger_words="sks"
     )
 
 

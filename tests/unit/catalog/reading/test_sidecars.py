@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.sidecars import card_from_sidecars
 from serve_app.catalog.reading.stated_defaults import stated_defaults
-from serve_app.core import AdapterDefaults
 
 WEBUI = {
     "description": "ink", "sd version": "SDXL", "activation text": "inkwash, mono", "preferred weight": 0.8,

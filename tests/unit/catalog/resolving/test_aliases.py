@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
-from serve_app.core import AdapterDefaults, AdapterRef, Scales
+from serve_app.core import AdapterRef
 from serve_app.errors import BaseMismatch, MalformedRequest, ModelNotFound, NameTaken
 from serve_app.refusals import NotAnAdapter
 from tests.unit.catalog.builders import SDXL_TEXT, World, adapter_files, lora
@@ -38,7 +39,7 @@ def test_aliases_and_their_version_survive_a_restart(tmp_path: Path) -> None:
 
 def test_an_aliases_defaults_survive_a_restart_and_go_before_those_of_the_adapter(tmp_path: Path) -> None:
     defaults = AdapterDefaults(
-        scale=Scales(0.5, 1.0), steps=4, scheduler="LCM", scheduler_options=(("shift", 2.0), ("use_beta_sigmas", True)),
+        scale=0.5, steps=4, scheduler="LCM", scheduler_options=(("shift", 2.0), ("use_beta_sigmas", True)),
         timesteps=(999, 499), trigger_words="sks",
     )  # fmt: skip
     opened(tmp_path).put(Alias("mine", AdapterRef("a/b", defaults=defaults)))

@@ -4,18 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from serve_app.catalog.catalog import Resolution
 from serve_app.catalog.resolving.combined_defaults import combined_defaults
 from serve_app.config import BaseModelConfig
-from serve_app.core import (
-    NO_DEFAULTS,
-    AdapterDefaults,
-    AdapterSpec,
-    GenerationRequest,
-    PipelineOptions,
-    ScaledAdapter,
-    UnresolvedRequest,
-)
+from serve_app.core import AdapterSpec, GenerationRequest, PipelineOptions, ScaledAdapter, UnresolvedRequest
 from serve_app.deployments.ingress.adapter_defaults import check_defaults, resolve_with_adapters
 from serve_app.errors import MalformedRequest, OutOfBounds
 from serve_app.families.family import NEVER, Family

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.replica_report import (
     ActiveAdapter,
@@ -16,7 +17,7 @@ from serve_app.catalog.replica_report import (
     ResidentAdapter,
 )
 from serve_app.catalog.resolving.aliases import Alias, AliasStore
-from serve_app.core import AdapterDefaults, AdapterRef, HubToken
+from serve_app.core import AdapterRef, HubToken
 from serve_app.deployments.ingress.adapter_defaults import check_defaults
 from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
