@@ -81,6 +81,8 @@ def arguments_of(
         **(dict.fromkeys(family.two_step_arguments) if head.steps != 2 else {}),
         **_size(head, family),
         **head.options.given(),
+        # One for each prompt: some pipelines repeat neither.
+        **({"prompt_2": [head.options.prompt_2] * len(texts)} if head.options.prompt_2 is not None else {}),
     }
     return {
         "prompt": [prompt for prompt, _ in texts],
