@@ -123,7 +123,7 @@ def test_whatever_a_device_turns_to_between_two_steps_each_image_is_the_one_diff
     states = on_every_replica("state")
     for base in BASES:
         drawn = sum(one.model.startswith(base) for one in asked)
-        assert sum(state.changes for state in states[base]) > 2 * drawn, "runs were set aside in mid-image"
+        assert sum(state.changes for state in states[base]) > drawn, "runs were set aside in mid-image"
         assert all(state.steps for state in states[base]), "every replica drew"
 
 
