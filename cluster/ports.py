@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import socket
 
-# Over Ray's own (10002 to 19999), and under those that the kernel gives to whoever asks for any, or to connections.
+# Over Ray's own (10002 to 19999), and under those that the kernel gives to anyone who asks for any, or to connections.
 RANGE = range(20_000, 32_000)
 
 

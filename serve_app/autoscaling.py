@@ -156,7 +156,7 @@ class Context(Protocol):
 
     @property
     def raw_metrics(self) -> Mapping[str, Mapping[Any, Sequence[Sample]]] | None:
-        """What each running replica reported of late, by name."""
+        """What each running replica reported recently, by name."""
         ...
 
 

@@ -53,7 +53,7 @@ def single_faults(cluster: Path) -> Iterator[str]:
 
 
 def object_faults(item: dict[str, Any], where: str) -> Iterator[str]:
-    """Yield what whoever reads this object would refuse, or worse, ignore."""
+    """Yield what anyone who reads this object would refuse, or worse, ignore."""
     kind, name = identity(item)
     here = f"{where}: {kind}/{name}"
     if kind not in OWN_SCHEMAS:

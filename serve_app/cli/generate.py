@@ -93,7 +93,7 @@ def generate(
     image: Image = None,
     strength: Annotated[float | None, typer.Option(help="With --image: over 0 (keep it) to 1 (ignore it).")] = None,
     mask: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="With --image: transparent where to draw anew.")
+        Path | None, typer.Option(exists=True, dir_okay=False, help="With --image: transparent where to draw again.")
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many images, numbered files.")] = 1,
     sheet: Annotated[

@@ -21,7 +21,7 @@ from tests.faults.breaking import Part, kill, parts
 
 APP = "loraplex"
 BASE, INGRESS, NODE = "base replica", "ingress replica", "node"
-# Drawn from like cards, and shuffled anew when all are out. A node takes both with it, and so comes half as often.
+# Drawn from like cards, and shuffled again when all are out. A node takes both with it, and so comes half as often.
 CARDS = (BASE, BASE, INGRESS, INGRESS, NODE)
 POLL_S = 0.25
 INGRESS_DEPLOYMENT = "LoraplexIngress"

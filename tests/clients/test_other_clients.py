@@ -123,7 +123,7 @@ def test_the_clients_of_node_draw_and_edit_with_an_adapter(
 ) -> None:
     folder = node_packages()
     shutil.copy(FOLDER / "node_clients.mjs", folder)
-    # The AI SDK has no field for a strength: what is masked, here everything, is drawn anew.
+    # The AI SDK has no field for a strength: what is masked, here everything, is redrawn.
     Image.new("RGBA", (64, 64)).save(folder / "mask.png")
     lines = told(["node", "node_clients.mjs", service.url, ADAPTER, picture, "mask.png"], folder)
     steps = [(client, step) for client in ("openai", "huggingface", "ai") for step in ("generate", "edit")]

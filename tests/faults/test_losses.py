@@ -39,7 +39,7 @@ REPLICAS = 2
 CHECK_PERIOD_S, CHECK_TIMEOUT_S = 1.0, 3.0
 # Three checks in a row without an answer, and then a new replica's start on a busy machine.
 NOTICED_S = 3 * (CHECK_TIMEOUT_S + CHECK_PERIOD_S) + 60
-# A service made anew part by part.
+# A service made again part by part.
 REDEPLOYED_S = 400.0
 
 pytestmark = pytest.mark.timeout(1200)

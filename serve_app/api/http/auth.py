@@ -68,7 +68,7 @@ def route_of(scope: Scope) -> BaseRoute | None:
 
 
 class Authentication:
-    """Lets in whoever may, and tells the routes who it is."""
+    """Lets in anyone who may, and tells the routes who it is."""
 
     def __init__(self, app: ASGIApp, *, access: Access, clock: Callable[[], float]) -> None:
         """Guard an application; `clock` is in monotonic seconds."""

@@ -45,7 +45,7 @@ class Grant(Protocol):
 
 
 class RateLimiter(Protocol):
-    """Whoever counts what keys ask for."""
+    """Anyone who counts what keys ask for."""
 
     async def begin(self, key: str, limits: KeyLimits) -> Grant:
         """Let a request in; `end` of the grant must follow.
@@ -70,7 +70,7 @@ class TokenBucket:
         """Return in how many seconds `count` can be taken, 0 where they can be now; what is more than the bucket ever
         holds can be taken when it is full."""
         self._fill()
-        # A hair less: whoever waits as long as was said must not be turned away by rounding.
+        # A hair less: anyone who waits as long as was said must not be turned away by rounding.
         return max(0.0, min(count, self._capacity) - 1e-9 - self._level) / self._rate_s
 
     def take(self, count: float) -> None:
@@ -79,7 +79,7 @@ class TokenBucket:
 
     @property
     def is_full(self) -> bool:
-        """Whether one made anew would be the same."""
+        """Whether a new one would be the same."""
         self._fill()
         return self._level >= self._capacity
 
@@ -108,7 +108,7 @@ class KeyQuota:
 
     @property
     def is_untouched(self) -> bool:
-        """Whether one made anew would be the same."""
+        """Whether a new one would be the same."""
         buckets = [bucket for bucket in (self._requests, self._images) if bucket is not None]
         return self._running == 0 and all(bucket.is_full for bucket in buckets)
 
@@ -156,7 +156,7 @@ class KeyQuota:
 
 
 class KeyQuotas:
-    """The allowances of all keys that asked of late."""
+    """The allowances of all keys that asked recently."""
 
     def __init__(self, *, clock: Callable[[], float], share: float = 1.0) -> None:
         self._clock = clock
@@ -164,7 +164,7 @@ class KeyQuotas:
         self._known: dict[tuple[str, KeyLimits], KeyQuota] = {}
 
     def of(self, key: str, limits: KeyLimits) -> KeyQuota:
-        """Return what a key may still do; limits that have changed begin anew."""
+        """Return what a key may still do; limits that have changed start again."""
         if (key, limits) not in self._known:
             # Keys come and go; whatever has nothing to remember can be forgotten.
             self._known = {one: known for one, known in self._known.items() if not known.is_untouched}

@@ -139,7 +139,7 @@ class ImageEditForm(ImageEdit):
 
     image: Annotated[bytes, Field(json_schema_extra={"format": "binary"})]
     mask: Annotated[bytes, Field(json_schema_extra={"format": "binary"})] | None = Field(
-        default=None, description="as large as the picture; where it is transparent, the picture is drawn anew"
+        default=None, description="as large as the picture; where it is transparent, the picture is redrawn"
     )
 
 

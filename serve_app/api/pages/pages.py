@@ -69,7 +69,7 @@ def read_page(name: str, **parts: str) -> Asset:
 
 def asset_response(request: Request, asset: Asset) -> Response:
     """Return an asset, or 304 without a body to a browser that holds these very bytes."""
-    # Asked for anew each time, as a page and its scripts must be of one version; the tag keeps that cheap.
+    # Asked for again each time, as a page and its scripts must be of one version; the tag keeps that cheap.
     headers = {**SECURITY_HEADERS, "cache-control": "no-cache", "etag": asset.etag}
     known = (tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(","))
     if asset.etag in known:

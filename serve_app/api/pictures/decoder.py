@@ -34,7 +34,7 @@ class EncodedPicture:
 class PictureDecoder:
     """Decodes pictures, `PROCESSES` at a time, each for at most `limit_s` of a processor's time.
 
-    A process starts with the first picture that needs it, and anew after one that ended it. Whoever stops waiting ends
+    A process starts with the first picture that needs it, and again after one that ended it. Whoever stops waiting ends
     the process that works for it.
     """
 
@@ -57,7 +57,7 @@ class PictureDecoder:
         return PixelImage(head["width"], head["height"], pixels)
 
     async def mask(self, picture: EncodedPicture) -> PixelMask:
-        """Return which part of a picture is to be drawn anew.
+        """Return which part of a picture is to be redrawn.
 
         Raises:
             MalformedRequest, TooLarge: as for `image`, or nothing in it is transparent.

@@ -107,7 +107,7 @@ def decode_image(content: bytes, name: str, *, max_pixels: int) -> PixelImage:
 
 
 def decode_mask(content: bytes, name: str, *, max_pixels: int) -> PixelMask:
-    """Return which part of a picture is to be drawn anew: where the mask is transparent.
+    """Return which part of a picture is to be redrawn: where the mask is transparent.
 
     Raises:
         MalformedRequest: it is not a readable picture, or nothing in it is transparent.
@@ -117,7 +117,7 @@ def decode_mask(content: bytes, name: str, *, max_pixels: int) -> PixelMask:
         alpha = ImageOps.exif_transpose(picture).convert("RGBA").getchannel("A")
         mask = ImageOps.invert(alpha)
     if mask.getextrema() == (0, 0):
-        raise MalformedRequest(f"'{name}' has no transparent pixel: the transparent part is what is drawn anew")
+        raise MalformedRequest(f"'{name}' has no transparent pixel: the transparent part is what is redrawn")
     return PixelMask(mask.width, mask.height, mask.tobytes())
 
 

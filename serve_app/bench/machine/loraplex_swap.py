@@ -75,7 +75,7 @@ class LoraplexSwap:
         self.change(adapter, 0)
 
     def change(self, first: ParsedAdapter, round_number: int) -> list[Fused]:
-        """Base -> A -> B -> B prepared anew -> base.
+        """Base -> A -> B -> B prepared again -> base.
 
         Return B's fused weights, by name, once for each way in which they came about; they stay until the next round.
         """

@@ -167,7 +167,7 @@ class RayMultiplexed(_Over):
 
 
 class Affinity(_Over):
-    """Whoever holds the adapter, however long the queue there; else the fewest requests."""
+    """Anyone who holds the adapter, however long the queue there; else the fewest requests."""
 
     def __call__(self, job: Job, now_s: float) -> int | None:
         """Return a holder, or the least loaded."""
@@ -216,7 +216,7 @@ POLICIES = (
     Policy("least-loaded-late", "fewest requests, adapters fetched at their turn", LeastLoaded, False),
     Policy("ray-multiplexed", "Ray Serve's default for multiplexed models", RayMultiplexed),
     Policy("consistent-hash", "a ring with bounded load, 1.25", ConsistentHash),
-    Policy("affinity", "whoever holds the adapter, without a bound", Affinity),
+    Policy("affinity", "anyone who holds the adapter, without a bound", Affinity),
     Policy("blog", "fewest requests, the blog's swap, adapters fetched at their turn", LeastLoaded, False, True),
 )
 

@@ -35,7 +35,7 @@ async def run_blocking(call: Callable[[], T], *, timeout_s: float | None = None)
         value, error = None, None
         try:
             value = call()
-        except BaseException as raised:  # noqa: BLE001 - handed to whoever awaits
+        except BaseException as raised:  # noqa: BLE001 - handed to anyone who awaits
             error = raised
         # The loop may have been closed meanwhile: then nobody waits.
         with contextlib.suppress(RuntimeError):

@@ -1,6 +1,6 @@
 """The last stage: one LoRA a style, trained on the frozen base.
 
-The adapter's scale is drawn anew for every step and the target blended to match,
+The adapter's scale is drawn again for every step and the target blended to match,
 so that half the scale is really half the style.
 """
 

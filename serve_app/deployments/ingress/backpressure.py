@@ -82,7 +82,7 @@ class Backpressure:
                 self._done_units += units
 
     def retry_after_s(self) -> int:
-        """Return the whole seconds after which all that is out will be done at the rate of late."""
+        """Return the whole seconds after which all that is out will be done at the recent rate."""
         self._count()
         if not self._done_units:
             return UNKNOWN_S

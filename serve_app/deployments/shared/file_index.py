@@ -40,7 +40,7 @@ class DownloadCoordinator:
         self._fetching: dict[str, tuple[float, asyncio.Event]] = {}
 
     async def claim(self, key: str) -> SharedFile | None:
-        """Return the file, waiting for whoever fetches it; None means that the caller is to fetch it."""
+        """Return the file, waiting for anyone who fetches it; None means that the caller is to fetch it."""
         while True:
             if (file := self._known.get(key)) is not None:
                 self._forget(self._budget.add(key, file.size_bytes).evict)
@@ -52,7 +52,7 @@ class DownloadCoordinator:
             with suppress(TimeoutError):
                 await asyncio.wait_for(done.wait(), max(0.0, since + self._patience_s - self._clock()))
             if not done.is_set():
-                # Whoever fetches is slow or dead. One of those who wait takes over, the others wait for that one.
+                # Anyone who fetches is slow or dead. One of those who wait takes over, the others wait for that one.
                 self.release_claim(key)
 
     def announce(self, key: str, file: SharedFile) -> None:

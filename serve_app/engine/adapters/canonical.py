@@ -121,7 +121,7 @@ def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | N
             [(component, module, _rebuild(described, body)) for component, module, described in table["singles"]],
         ),
         coverage=Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1])),
-        # Copied, so that whoever keeps the few words alone does not keep the whole buffer alive.
+        # Copied, so that anyone who keeps the few words alone does not keep the whole buffer alive.
         ti_tokens={component: _view(place, body).clone() for component, place in table["words"].items()},
     )
 

@@ -1,7 +1,7 @@
 """One base model as a function: requests in, pixels out.
 
 Owns the loaded pipelines, what a request may ask of them, and one pass over the device. Must not know
-adapters' weights, queues or threads: whoever calls sees to it that one thread at a time does.
+adapters' weights, queues or threads: anyone who calls sees to it that one thread at a time does.
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ def fitted(request: GenerationRequest) -> Image.Image:
 
 
 def fitted_mask(request: GenerationRequest) -> Image.Image:
-    """Return a request's mask at the request's size: 255 where the picture is drawn anew, 0 where it is kept."""
+    """Return a request's mask at the request's size: 255 where the picture is redrawn, 0 where it is kept."""
     source = request.mask
     assert source is not None
     mask = Image.frombytes("L", (source.width, source.height), source.values)
     size = (request.width, request.height)
     if mask.size != size:
         mask = mask.resize(size, Image.Resampling.BILINEAR)
-    # The pipelines halve it in the same way: what is half drawn over is drawn anew.
+    # The pipelines halve it in the same way: what is half drawn over is redrawn.
     return mask.point([0] * 128 + [255] * 128)
 
 

@@ -1,7 +1,7 @@
 """Whether the device and the loaded weights are still what images may come from.
 
-Owns the two verdicts, each of them for good, and when the weights are checked. Used by the device thread; whoever else
-looks sees the verdicts alone.
+Owns the two verdicts, each of them for good, and when the weights are checked. Used by the device thread; other threads
+see the verdicts alone.
 """
 
 from __future__ import annotations

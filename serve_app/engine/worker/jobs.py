@@ -66,7 +66,7 @@ class Run:
 
 
 class JobQueue:
-    """What a worker has to do. Not thread-safe: whoever calls holds the worker's lock.
+    """What a worker has to do. Not thread-safe: anyone who calls holds the worker's lock.
 
     A job waits, or is in one of `runs`, or has been handed out by `drop_expired`, `ended` or `clear` to be ended.
     Without `sharing` a run has the device from its beginning to its end.

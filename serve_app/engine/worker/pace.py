@@ -1,6 +1,6 @@
 """How much work a worker has before it, in seconds, and how well that was foretold.
 
-Owns the books: what is coming, what runs, what arrived of late and what passes took. Pure: every time is handed in.
+Owns the books: what is coming, what runs, what arrived recently and what passes took. Pure: every time is handed in.
 Must not know the queue's order, threads or tensors.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.work import LatencyEstimator, LatencyModel
 
-# The load of late is that of about the last minute.
+# The load recently is that of about the last minute.
 LOAD_WINDOW_S = 60.0
 
 # The newest request's share in the mean request.
@@ -77,12 +77,12 @@ class LoadTracker:
 
     @property
     def pace(self) -> LatencyModel:
-        """The pace measured of late, or the guess."""
+        """The pace measured recently, or the guess."""
         return self._meter.pace
 
     @property
     def measured(self) -> LatencyModel | None:
-        """The pace measured of late, or None before the first pass."""
+        """The pace measured recently, or None before the first pass."""
         return self._meter.pace if self._passes else None
 
     def add_pending(self, units: float) -> None:

@@ -27,7 +27,7 @@ export class Adapters extends EventTarget {
     });
   }
 
-  // The catalog anew. In a list that is open, what is under the pointer or what Enter takes stays where it is: what is
+  // The catalog again. In a list that is open, what is under the pointer or what Enter takes stays where it is: what is
   // new comes below.
   set known(rows) {
     this.#known = rows;

@@ -30,7 +30,7 @@ async function loadCatalog() {
   }
 }
 
-// Adapters come and go while the page is open: asked for anew when the list is about to be used.
+// Adapters come and go while the page is open: asked for again when the list is about to be used.
 async function refreshAdapters() {
   const question = ++asked;
   const loras = await service.list("v1/loras").catch(() => null);

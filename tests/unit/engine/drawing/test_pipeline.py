@@ -84,7 +84,7 @@ def test_an_image_from_an_image_is_that_of_the_plain_diffusers_call(pipeline: Ba
 
 
 def half_mask(width: int = 64, height: int = 64) -> PixelMask:
-    """Return a mask whose left half is drawn anew."""
+    """Return a mask whose left half is redrawn."""
     left = width // 2
     return PixelMask(width, height, (b"\xff" * left + b"\0" * (width - left)) * height)
 
