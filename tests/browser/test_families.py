@@ -9,7 +9,7 @@ from tests.browser.playground import Playground
 from tests.family_service import FAMILIES
 from tests.service import Service
 
-pytestmark = pytest.mark.asyncio(loop_scope="session")
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
 
 async def test_the_page_draws_with_eight_families_and_shows_previews(
