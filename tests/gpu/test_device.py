@@ -92,15 +92,15 @@ def loaded(net: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in net.named_parameters()}
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
+@pytest.mark.parametrize("base_weights", ["device", "host"])
 @pytest.mark.parametrize("rank", [4, 16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swaps_have_the_bits_of_layer_by_layer(
-    dtype: torch.dtype, rank: int, pristine_in: Literal["device", "host"], tmp_path: Path
+    dtype: torch.dtype, rank: int, base_weights: Literal["device", "host"], tmp_path: Path
 ) -> None:
     net = Net(dtype)
     pristine = loaded(net)
-    weights = FusedWeights({"unet": net}, device_cache_bytes=1 << 30, pristine_in=pristine_in)
+    weights = FusedWeights({"unet": net}, device_cache_bytes=1 << 30, base_weights=base_weights)
     adapters = [adapter(net, dtype, seed, rank, tmp_path) for seed in range(3)]
     for composition in ([(0, 1.0)], [(1, 0.7), (2, -0.3)], [], [(2, 1.0), (0, 0.5), (1, 2.0)]):
         wanted = [(adapters[place], scale) for place, scale in composition]
@@ -144,11 +144,11 @@ def test_a_flipped_bit_is_found_where_the_weights_lie() -> None:
     assert damage.tensor == "unet.wide.1.weight"
 
 
-@pytest.mark.parametrize("pristine_in", ["device", "host"])
-def test_a_made_up_adapter_warms_a_whole_denoiser(pristine_in: Literal["device", "host"]) -> None:
+@pytest.mark.parametrize("base_weights", ["device", "host"])
+def test_a_made_up_adapter_warms_a_whole_denoiser(base_weights: Literal["device", "host"]) -> None:
     options = SwapOptions(Model.SDXL, Device.CUDA if IS_ON_GPU else Device.CPU, is_narrow=True)
     denoiser = fill_outline(outline_of(options), options)
-    weights = FusedWeights({"unet": denoiser.module}, pristine_in=pristine_in)
+    weights = FusedWeights({"unet": denoiser.module}, base_weights=base_weights)
     before = weights.checksum()
-    warm_swaps(weights, manifest_of(denoiser.pipeline), WeightPlacement(pristine_in, pristine_in == "device"))
+    warm_swaps(weights, manifest_of(denoiser.pipeline), WeightPlacement(base_weights, base_weights == "device"))
     assert (weights.applied, weights.checksum()) == ((), before)
