@@ -51,7 +51,7 @@ async def test_a_result_tells_its_seeds_its_adapters_and_where_its_time_went(pla
     tags = await playground.card.locator(".tag").all_inner_texts()
     assert tags == ["demo/sdxl", "demo/sdxl-sketch× 0.8", "demo/sdxl-sepia× 0.5"]
     stages = await playground.card.locator(".timing dt").all_inner_texts()
-    assert stages == ["queue", "fetch", "swap", "denoise", "decode", "total"]
+    assert stages == ["queue", "fetch", "swap", "denoise", "decode", "encode", "total"]
     assert all(text.endswith("s") for text in await playground.card.locator(".timing dd").all_inner_texts())
 
 
