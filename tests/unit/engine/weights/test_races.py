@@ -136,7 +136,7 @@ def test_nothing_races(monkeypatch: pytest.MonkeyPatch) -> None:
     assert races(monkeypatch, HISTORIES, lambda side: None) == []
 
 
-@pytest.mark.parametrize("missing", ["release", "join"])
+@pytest.mark.parametrize("missing", ["record_read_done", "wait_stream"])
 def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """The checker's own control."""
     assert races(monkeypatch, 10, lambda side: setattr(side, missing, lambda: None))
