@@ -18,6 +18,8 @@ from serve_app.work import LatencyModel
 RESERVATION_TTL_S = 2.0
 # Reported work counts as done while no report comes, but no further than this: the replica may have stopped.
 MAX_DECAY_S = 2.0
+# Between the id of a request and what tells its parts apart.
+PART = "/"
 UNKNOWN_PACE = LatencyModel(fixed_s=0.5, unit_s=0.1)
 
 
@@ -86,13 +88,20 @@ class ReplicaStates:
             known.sent[request_id] = replace(known.sent[request_id], is_accepted=True)
 
     def finish(self, id_: str, request_id: str) -> None:
-        """Count a request no more: it ended, or the replica refused it. One that is elsewhere by now stays there."""
-        if self._sent_to.get(request_id) == id_:
-            known = self._replicas[id_]
-            sent = known.sent[request_id]
+        """Count a request, or the oldest part of it there, no more: it ended, or the replica refused it.
+
+        One that is elsewhere by now stays there. The id of a part is that of its request, `PART` and more.
+        """
+        known = self._replicas.get(id_)
+        if known is None:
+            return
+        whole = request_id + PART
+        found = next((key for key in known.sent if key == request_id or key.startswith(whole)), None)
+        if found is not None:
+            sent = known.sent[found]
             if sent.tag in known.stats.counted:
                 known.ended_s += sent.seconds
-            self.withdraw(request_id)
+            self.withdraw(found)
 
     def withdraw(self, request_id: str) -> None:
         """Count a request nowhere."""

@@ -28,7 +28,7 @@ from serve_app.core import GenerationRequest
 from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
 from serve_app.routing.cost import ReplicaView, RequestLoad, RequiredAdapter, load_of, rank, tier_of
-from serve_app.routing.fleet import ReplicaStates
+from serve_app.routing.fleet import PART, ReplicaStates
 from serve_app.routing.known import announce, joined
 from serve_app.routing.stats import request_tag
 
@@ -83,7 +83,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         if pending_request is not None:
             # Without it Serve asks again and again without a pause while all replicas are full.
             pending_request.routing_context.should_backoff = True
-            self._states.withdraw(pending_request.metadata.internal_request_id)
+            self._states.withdraw(_key(pending_request))
             if not self._may_ask(pending_request):
                 return []
         now_s = time.monotonic()
@@ -112,7 +112,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Count a request where a replica has taken it, which may be another than the one chosen first."""
-        id_, request_id = replica_id.unique_id, pending_request.metadata.internal_request_id
+        id_, request_id = replica_id.unique_id, _key(pending_request)
         load = _load(pending_request)
         self._unrouted.pop(request_id, None)
         now_s = time.monotonic()
@@ -139,7 +139,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     def _may_ask(self, request: PendingRequest) -> bool:
         """Whether a request is among the first of those that have no slot yet: callers take turns."""
         self._unrouted = {id_: other for id_, other in self._unrouted.items() if not other.future.done()}
-        self._unrouted[request.metadata.internal_request_id] = request
+        self._unrouted[_key(request)] = request
         return request in by_turns(list(self._unrouted.values()))[:MAX_ASKING]
 
     def _few(self, order: list[str], replicas: list[RunningReplica]) -> list[list[RunningReplica]]:
@@ -161,7 +161,7 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         generation = _generation(request)
         if generation is not None:
             tag = request_tag(generation)
-            self._states.send(id_, request.metadata.internal_request_id, tag, load, now_s)
+            self._states.send(id_, _key(request), tag, load, now_s)
 
 
 def by_turns(requests: Iterable[PendingRequest]) -> list[PendingRequest]:
@@ -198,6 +198,13 @@ def _tell(pending: PendingRequest, replica_id: str, tier: str) -> None:
 def _generation(pending: PendingRequest) -> GenerationRequest | None:
     arguments = (*pending.args, *pending.kwargs.values())
     return next((argument for argument in arguments if isinstance(argument, GenerationRequest)), None)
+
+
+def _key(pending: PendingRequest) -> str:
+    """Return what tells a call from others: all calls that one HTTP request makes have its id in Serve."""
+    request = _generation(pending)
+    tag = "" if request is None else request_tag(request)
+    return pending.metadata.internal_request_id + PART + tag
 
 
 def _load(pending: PendingRequest | None) -> RequestLoad:

@@ -120,6 +120,13 @@ async def test_a_request_counts_where_it_was_taken_even_if_that_was_not_the_firs
     assert (await order(router, replicas, await pending(generation(1), number=1)))[0] == "r0"
 
 
+async def test_the_parts_of_a_request_count_apart_though_serve_gives_them_one_id(router: LeastWorkRouter) -> None:
+    replicas = [Replica("r0").tells(), Replica("r1").tells()]
+    whole = replace(generation(0), num_images=2)
+    parts = [await pending(whole.part(index, 1)) for index in range(2)]
+    assert {(await order(router, replicas, part))[0] for part in parts} == {"r0", "r1"}
+
+
 async def test_a_finished_request_frees_its_replica(router: LeastWorkRouter) -> None:
     replicas = [Replica("r0").tells("a"), Replica("r1").tells()]
     for number in range(3):
