@@ -14,10 +14,8 @@ from serve_app.deployments.replica.replica import BaseModelReplica
 class AnyTurnReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica`, whose next step is anybody's."""
 
-    async def __init__(
-        self, base: BaseModelConfig, config: AppConfig, environment: Environment, shared_files: Any = None
-    ) -> None:
+    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
         from tests.any_turn import AnyTurn
 
-        await super().__init__(base, config, environment, shared_files)
+        await super().__init__(base, config, environment, keeper)
         self._worker._queue._choose = AnyTurn(0)

@@ -19,6 +19,7 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
+from tests.replicas.wrapped import WrappedPipeline
 
 HANGS, BREAKS, IS_FULL = "the device hangs", "the device breaks", "the device is full"
 OVERFLOWS = "the numbers overflow"
@@ -27,15 +28,12 @@ HANGS_AFTER_STEP, HANGS_AFTER_PREVIEW = "the device hangs after a step", "the de
 WAITS = "the device waits"
 
 
-class Failing:
+class Failing(WrappedPipeline):
     """A base's pipeline, whose `generate` does first what the prompt says."""
 
     def __init__(self, pipeline: Any, marks: Path) -> None:
-        self._pipeline = pipeline
+        super().__init__(pipeline)
         self._marks = marks
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
 
     def generate(self, requests: Sequence[GenerationRequest], **callbacks: Any) -> PassOutcome:
         import torch

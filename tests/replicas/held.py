@@ -22,6 +22,7 @@ from serve_app.core import GenerationRequest
 from serve_app.deployments.ingress.ingress import deployment_name
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
+from tests.replicas.wrapped import WrappedPipeline
 from tests.service import Service, base_settings, connect, posted
 
 LOOKS_EVERY_S = 0.02
@@ -48,15 +49,12 @@ class Gate:
             pass
 
 
-class Held:
+class Held(WrappedPipeline):
     """A base's pipeline whose passes stop at a gate after each step; a pass that nobody wants any more goes on."""
 
     def __init__(self, pipeline: Any, gate: Gate) -> None:
-        self._pipeline = pipeline
+        super().__init__(pipeline)
         self._gate = gate
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
 
     def generate(
         self,

@@ -16,18 +16,13 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
+from tests.replicas.wrapped import WrappedPipeline
 
 IMAGE_S = 1 / 15
 
 
-class Napping:
+class Napping(WrappedPipeline):
     """A base's pipeline, of which `generate` alone is another: it sleeps for a while for each image."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
 
     def generate(self, requests: Sequence[GenerationRequest], **_: Any) -> PassOutcome:
         count = sum(request.num_images for request in requests)

@@ -17,6 +17,7 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
+from tests.replicas.wrapped import WrappedPipeline
 
 IMAGE_STEP_S = 0.05
 # While a file of this name lies in the service's cache folder, no device makes a step.
@@ -27,15 +28,12 @@ def colour_of(seed: int) -> tuple[int, int, int]:
     return seed % 256, seed // 256 % 256, 77
 
 
-class Stepping:
+class Stepping(WrappedPipeline):
     """A base's pipeline, of which `generate` alone is another: it sleeps for each step of each image."""
 
     def __init__(self, pipeline: Any, hold: Path) -> None:
-        self._pipeline = pipeline
+        super().__init__(pipeline)
         self._hold = hold
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
 
     def generate(
         self,
@@ -70,10 +68,8 @@ class Stepping:
 class SteppingReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` on a device that naps by steps."""
 
-    async def __init__(
-        self, base: BaseModelConfig, config: AppConfig, environment: Environment, shared_files: Any = None
-    ) -> None:
-        await super().__init__(base, config, environment, shared_files)
+    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
+        await super().__init__(base, config, environment, keeper)
         self._worker._pipeline = Stepping(self._worker._pipeline, environment.cache_dir / HOLD)
 
     async def told(self) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from serve_app.adapter_defaults import AdapterDefaults
+from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 from serve_app.catalog.catalog import Resolution
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, GenerationRequest, PixelImage, ScaledAdapter, UnresolvedRequest
@@ -25,9 +25,9 @@ def resolve_with_adapters(
     base, adapters = resolution.base, resolution.adapters
     # What the request says itself is refused as its own.
     request = resolve_defaults(draft, base, adapters, request_id=request_id, seed=seed, family=family)
-    filled = with_adapter_defaults(draft, resolution.defaults, base, family)
-    if filled == draft:
+    if resolution.defaults == NO_DEFAULTS:
         return request
+    filled = with_adapter_defaults(draft, resolution.defaults, base, family)
     try:
         return resolve_defaults(filled, base, adapters, request_id=request_id, seed=seed, family=family)
     except LoraplexError as error:

@@ -127,9 +127,9 @@ class ServiceGateway:
         seed = self._draw_seed()
         family = await self._catalog.family(resolution.base)
         request = resolve_with_adapters(unresolved, resolution, request_id=request_id, seed=seed, family=family)
-        request = replace(request, share_weight=self._weight_of(unresolved.key))
         # A caller's token goes no further than it is needed.
-        request = replace(request, hub_token=unresolved.hub_token) if resolution.is_private else request
+        token = unresolved.hub_token if resolution.is_private else None
+        request = replace(request, share_weight=self._weight_of(unresolved.key), hub_token=token)
         request_span().describe(request)
         return request_span().carried_by(request)
 

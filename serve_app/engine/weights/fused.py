@@ -164,11 +164,6 @@ class FusedWeights:
         return self._fuser.fused_bytes
 
     @property
-    def cached_bytes(self) -> int:
-        """The memory that adapters on the device take."""
-        return 0 if self._cache is None else self._cache.used_bytes
-
-    @property
     def cached(self) -> tuple[str, ...]:
         """The digests of the adapters on the device, least recently used first; from any thread."""
         return () if self._cache is None else self._cache.resident

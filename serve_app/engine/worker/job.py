@@ -106,3 +106,8 @@ class Job:
             )
             for use, (adapter, scale) in uses
         )
+
+
+def ids_of(jobs: Sequence[Job]) -> str:
+    """Return the ids of jobs' requests, for a line of the log."""
+    return ", ".join(job.request.request_id for job in jobs)

@@ -222,6 +222,11 @@ def results_of(drawn: BatchOutput, run: Run, *, device: str) -> list[GenerationR
     return [share.error or _result(share, timings, device, run.began_s) for share in drawn.shares]
 
 
+def denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:
+    """Return how long a pass denoised, or None where it made nothing."""
+    return next((ending.timings.denoise_ms / 1e3 for ending in endings if isinstance(ending, GenerationResult)), None)
+
+
 def _result(share: JobOutput, timings: Timings, device: str, started_s: float) -> GenerationResult:
     job = share.job
     return GenerationResult(

@@ -26,11 +26,11 @@ from serve_app.engine.weights.prefetch import SwapPrefetcher
 from serve_app.engine.weights.shortage import is_out_of_memory
 from serve_app.engine.worker.device_health import DeviceHealth
 from serve_app.engine.worker.greenlets import RunGreenlets
-from serve_app.engine.worker.job import Job, OnEvent
+from serve_app.engine.worker.job import Job, OnEvent, ids_of
 from serve_app.engine.worker.jobs import JobQueue, Run
 from serve_app.engine.worker.memory import OomRecovery
 from serve_app.engine.worker.pace import LoadTracker, guess_of
-from serve_app.engine.worker.passes import BatchRunner, out_of_memory_for_adapters, results_of
+from serve_app.engine.worker.passes import BatchRunner, denoise_s, out_of_memory_for_adapters, results_of
 from serve_app.engine.worker.scheduling import AdapterSetKey, QueuePolicy, batch_key
 from serve_app.engine.worker.state import WorkerState
 from serve_app.engine.worker.traces import log_start, trace_dropped, trace_pass
@@ -246,7 +246,7 @@ class EngineWorker:
             return
         trace_pass(run.jobs, endings, began_s=run.began_s, ended_s=self._clock())
         with self._changed:
-            self._queue.ended(run, denoise_s=_denoise_s(endings))
+            self._queue.ended(run, denoise_s=denoise_s(endings))
         for job, ending in zip(run.jobs, endings, strict=True):
             job.end(ending)
         self._soundness.check_slice()
@@ -306,11 +306,11 @@ class EngineWorker:
         except GenerationCancelled:
             return self._lost(jobs)
         except LoraplexError as error:
-            log.warning("a batch was refused on the device: %s: %s", _ids(jobs), error)
+            log.warning("a batch was refused on the device: %s: %s", ids_of(jobs), error)
             return [strip_traceback(error) for _ in jobs]
         except Exception as error:
             self._failed_batches += 1
-            log.exception("a batch failed: %s", _ids(jobs))
+            log.exception("a batch failed: %s", ids_of(jobs))
             self._soundness.record_device_error(error)
             return (
                 [InternalError(job.request.request_id) for job in jobs]
@@ -398,12 +398,3 @@ class EngineWorker:
             left = self._queue.clear()
         for job in left:
             job.end(ReplicaLost(self._pipeline.base_id, attempts=1, reason=reason or self._soundness.failure_reason))
-
-
-def _denoise_s(endings: Sequence[GenerationResult | Exception]) -> float | None:
-    """Return how long a pass denoised, or None where it made nothing."""
-    return next((ending.timings.denoise_ms / 1e3 for ending in endings if isinstance(ending, GenerationResult)), None)
-
-
-def _ids(jobs: Sequence[Job]) -> str:
-    return ", ".join(job.request.request_id for job in jobs)

@@ -17,6 +17,7 @@ from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, Environment, HubSettings
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.settings import ModelSource
+from tests.clock import Clock
 from tests.hub_server import HubServer
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -39,6 +40,10 @@ def lora(text_width: int = SD_TEXT, *, hidden: int | None = 32, rank: int = 4, *
     if hidden is not None:
         tensors |= pair(f"{BLOCK}.attn1.to_q", hidden, rank=rank)
     return save(tensors, metadata=metadata or None)
+
+
+def ref(model: str, **fields: object) -> AdapterRef:
+    return AdapterRef(model, **fields)  # type: ignore[arg-type]
 
 
 def card(base: str | list[str] | None = None, *, tags: tuple[str, ...] = ("lora",), **fields: str) -> bytes:
@@ -82,22 +87,12 @@ async def renewed(catalog: Catalog, ref: AdapterRef, old: AdapterSpec) -> Adapte
 
 
 @dataclass
-class Clock:
-    """A clock that stands until it is told otherwise."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@dataclass
 class World:
     """A served SD-like and a served SDXL-like base, a folder and a Hub of adapters, and a catalog over them."""
 
     folder: Path
     hub: HubServer
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock = field(default_factory=lambda: Clock(1000.0))
     hub_settings: dict[str, object] = field(default_factory=dict)
     token: str | None = None
 

@@ -5,14 +5,9 @@ import asyncio
 import pytest
 
 from serve_app.catalog.files import AdapterFiles
-from serve_app.core import AdapterRef
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound
 from tests.hub_server import INFO, ErrorDetail
-from tests.unit.catalog.builders import World, adapter_files, card, lora, renewed
-
-
-def ref(model: str, **fields: object) -> AdapterRef:
-    return AdapterRef(model, **fields)  # type: ignore[arg-type]
+from tests.unit.catalog.builders import World, adapter_files, card, lora, ref, renewed
 
 
 @pytest.mark.parametrize("name", ["no/body", "../../etc/passwd", "/etc/passwd", "a/b/c", "", "a--b/c", "x" * 200])

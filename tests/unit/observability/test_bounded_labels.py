@@ -6,14 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.observability.bounded_labels import COUNTED_PER_SLOT, HALF_LIFE_S, NAMES_PER_SLOT, OTHER, BoundedLabels
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.clock import Clock
 
 
 def labels(top: BoundedLabels, adapter: str, uses: int) -> list[str]:
@@ -39,7 +32,7 @@ def test_a_walk_through_all_adapters_pushes_nobody_out() -> None:
     top = BoundedLabels(2, clock=clock)
     labels(top, "a", 3)
     labels(top, "b", 3)
-    clock.now_s = 2 * HALF_LIFE_S
+    clock.now = 2 * HALF_LIFE_S
     assert {top.label(f"walk/{index}") for index in range(1000)} == {OTHER}
     assert top.label("a") == "a"
 
@@ -48,7 +41,7 @@ def test_what_was_popular_long_ago_makes_room() -> None:
     clock = Clock()
     top = BoundedLabels(1, clock=clock)
     labels(top, "old", 1000)
-    clock.now_s = 20 * HALF_LIFE_S
+    clock.now = 20 * HALF_LIFE_S
     assert labels(top, "new", 5)[-1] == "new"
 
 
@@ -67,7 +60,7 @@ def test_names_and_counts_are_bounded_for_the_life_of_a_process(
     top = BoundedLabels(places, clock=clock)
     told: set[str] = set()
     for adapter, times, pause_s in uses:
-        clock.now_s += pause_s
+        clock.now += pause_s
         told.update(labels(top, f"me/{adapter}", times))
         assert len(top._named) <= places
         assert len(top._uses) <= places * (1 + COUNTED_PER_SLOT)

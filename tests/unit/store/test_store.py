@@ -21,22 +21,15 @@ from serve_app.errors import HostMemoryFull, HubUnavailable, LoraplexError, Repl
 from serve_app.refusals import MalformedFile
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore, Lease
+from tests.clock import Clock
 from tests.unit.store.remote import Remote, load, spec
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Bench:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.remote = Remote(folder / "remote")
-        self.clock = Clock()
+        self.clock = Clock(100.0)
 
     @asynccontextmanager
     async def store(

@@ -19,14 +19,7 @@ from serve_app.errors import (
     UnknownIdLimitReached,
 )
 from serve_app.refusals import RankTooHigh
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 50.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 def allowance(clock: Clock, **limits: float) -> KeyQuota:
@@ -44,7 +37,7 @@ def waits(allowed: KeyQuota) -> int:
 
 
 def test_a_burst_is_let_in_and_then_the_rate_holds() -> None:
-    clock = Clock()
+    clock = Clock(50.0)
     allowed = allowance(clock, requests_per_s=0.5, burst=3)
     assert [waits(allowed) for _ in range(4)] == [0, 0, 0, 2]
     clock.now += 2
@@ -54,13 +47,13 @@ def test_a_burst_is_let_in_and_then_the_rate_holds() -> None:
 
 
 def test_a_key_without_limits_has_none() -> None:
-    allowed = allowance(Clock())
+    allowed = allowance(Clock(50.0))
     allowed.spend_images(10_000)
     assert [waits(allowed) for _ in range(1000)] == [0] * 1000
 
 
 def test_requests_at_once_are_counted_until_they_are_answered() -> None:
-    allowed = allowance(Clock(), concurrency=2)
+    allowed = allowance(Clock(50.0), concurrency=2)
     allowed.begin()
     allowed.begin()
     with pytest.raises(KeyLimitReached, match="2 requests at once"):
@@ -70,7 +63,7 @@ def test_requests_at_once_are_counted_until_they_are_answered() -> None:
 
 
 def test_a_request_that_is_turned_away_for_concurrency_costs_no_rate() -> None:
-    allowed = allowance(Clock(), concurrency=1, requests_per_s=1, burst=2)
+    allowed = allowance(Clock(50.0), concurrency=1, requests_per_s=1, burst=2)
     allowed.begin()
     for _ in range(5):
         with pytest.raises(KeyLimitReached, match="at once"):
@@ -80,7 +73,7 @@ def test_a_request_that_is_turned_away_for_concurrency_costs_no_rate() -> None:
 
 
 def test_images_are_counted_and_come_back_where_none_were_drawn() -> None:
-    clock = Clock()
+    clock = Clock(50.0)
     allowed = allowance(clock, images_per_minute=6)
     allowed.spend_images(4)
     with pytest.raises(KeyLimitReached, match="6 images per minute") as refusal:
@@ -92,7 +85,7 @@ def test_images_are_counted_and_come_back_where_none_were_drawn() -> None:
 
 def test_more_images_than_a_minute_holds_are_never_promised() -> None:
     with pytest.raises(OutOfBounds, match="at most 6"):
-        allowance(Clock(), images_per_minute=6).spend_images(7)
+        allowance(Clock(50.0), images_per_minute=6).spend_images(7)
 
 
 @given(
@@ -101,7 +94,7 @@ def test_more_images_than_a_minute_holds_are_never_promised() -> None:
     gaps=st.lists(st.floats(0, 30), max_size=30),
 )
 def test_whoever_waits_as_long_as_was_said_is_let_in(rate: float, burst: int, gaps: list[float]) -> None:
-    clock = Clock()
+    clock = Clock(50.0)
     allowed = allowance(clock, requests_per_s=rate, burst=burst)
     for gap in gaps:
         clock.now += gap
@@ -117,7 +110,7 @@ def test_whoever_waits_as_long_as_was_said_is_let_in(rate: float, burst: int, ga
     gaps=st.lists(st.floats(0, 5), min_size=1, max_size=60),
 )
 def test_no_more_than_burst_and_rate_allow_are_ever_let_in(rate: float, burst: int, gaps: list[float]) -> None:
-    clock = Clock()
+    clock = Clock(50.0)
     allowed = allowance(clock, requests_per_s=rate, burst=burst)
     let_in = 0
     for gap in gaps:

@@ -10,8 +10,9 @@ from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
 from serve_app.config import BaseModelConfig, HubSettings
 from serve_app.settings import ModelSource
+from tests.clock import Clock
 from tests.hub_server import ErrorDetail, HubServer
-from tests.unit.catalog.builders import SD_TEXT, SD_WIDTHS, Clock, base_files, write_files
+from tests.unit.catalog.builders import SD_TEXT, SD_WIDTHS, base_files, write_files
 
 FILES = base_files(SD_TEXT, SD_WIDTHS, "StableDiffusionPipeline")
 KNOWN = BaseArchitecture("sd", "sd1", "unet", SD_TEXT, frozenset(SD_WIDTHS))
@@ -23,9 +24,9 @@ def base(**source: object) -> BaseModelConfig:
 
 async def test_facts_of_a_folder_and_of_an_embedded_base_come_from_its_configuration(tmp_path: Path):
     folder = write_files(tmp_path / "demo" / "sd", FILES)
-    reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock())
+    reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock(1000.0))
     assert replace(await reader.facts(base(folder=folder)), row=None) == KNOWN
-    reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock())
+    reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock(1000.0))
     assert replace(await reader.facts(base(embedded="demo/sd")), row=None) == KNOWN
 
 
@@ -45,7 +46,7 @@ def test_the_widths_of_a_unet_are_those_of_its_attention(kinds: list[str] | None
 async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_failure(hub: HubServer, tmp_path: Path):
     hub.push("their/sd", FILES)
     hub.fail("their/sd", ErrorDetail(status=503))
-    clock = Clock()
+    clock = Clock(1000.0)
     settings = HubSettings(endpoint=hub.endpoint, timeout_s=60)
     reader = BaseArchitectureReader([HubSource(settings, token=None, cache_dir=tmp_path)], clock)
     config = base(hub="their/sd")
@@ -64,13 +65,13 @@ async def test_facts_of_a_base_on_the_hub_are_read_once_and_tried_again_after_a_
 )
 async def test_a_base_that_cannot_be_read_is_unknown(tmp_path: Path, files: dict[str, bytes]):
     folder = write_files(tmp_path / "demo" / "sd", files)
-    assert await BaseArchitectureReader([], Clock()).facts(base(folder=folder)) == BaseArchitecture("sd")
+    assert await BaseArchitectureReader([], Clock(1000.0)).facts(base(folder=folder)) == BaseArchitecture("sd")
 
 
 async def test_a_transformer_is_told_by_its_folder_and_pipeline(tmp_path: Path):
     files = {"transformer/config.json": b"{}", "model_index.json": b'{"_class_name": "FluxPipeline"}'}
     folder = write_files(tmp_path / "flux", files)
-    facts = await BaseArchitectureReader([], Clock()).facts(base(folder=folder))
+    facts = await BaseArchitectureReader([], Clock(1000.0)).facts(base(folder=folder))
     assert (facts.denoiser, facts.family, facts.text_width) == ("transformer", "flux", None)
 
 

@@ -13,8 +13,9 @@ from serve_app.catalog.resolving.access import CallerAccess
 from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.core import AdapterRef, AdapterSpec, HubToken
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
+from tests.clock import Clock
 from tests.hub_server import FILE, ErrorDetail, HubServer
-from tests.unit.catalog.builders import Clock, World, adapter_files
+from tests.unit.catalog.builders import World, adapter_files
 
 ALICE, BOB, SERVICE = HubToken("hf_alice"), HubToken("hf_bob"), "hf_service"
 PRIVATE, GATED, PUBLIC = "acme/private", "acme/gated", "acme/public"
@@ -204,7 +205,7 @@ def access(asked: Asked, clock: Clock, **settings: Any) -> CallerAccess[str, str
 
 
 async def test_many_askers_with_one_token_make_one_look_up_which_outlives_who_leaves() -> None:
-    asked, clock = Asked(), Clock()
+    asked, clock = Asked(), Clock(1000.0)
     asked.may_go = asyncio.Event()
     checks = access(asked, clock)
     waits = [asyncio.ensure_future(checks.get("x", ALICE)) for _ in range(5)]
@@ -219,7 +220,7 @@ async def test_many_askers_with_one_token_make_one_look_up_which_outlives_who_le
 
 
 async def test_the_time_of_a_check_runs_from_its_beginning() -> None:
-    asked, clock = Asked(), Clock()
+    asked, clock = Asked(), Clock(1000.0)
     asked.may_go = asyncio.Event()
     checks = access(asked, clock)
     wait = asyncio.ensure_future(checks.get("x", ALICE))
@@ -236,7 +237,7 @@ async def test_the_time_of_a_check_runs_from_its_beginning() -> None:
 
 
 async def test_a_refusal_is_repeated_for_a_while_and_then_asked_for_again() -> None:
-    asked, clock, told = Asked(), Clock(), list[str]()
+    asked, clock, told = Asked(), Clock(1000.0), list[str]()
     checks = access(asked, clock, on_check=told.append)
     asked.failure = ModelNotFound("x")
     for _ in range(3):
@@ -250,7 +251,7 @@ async def test_a_refusal_is_repeated_for_a_while_and_then_asked_for_again() -> N
 
 
 async def test_what_is_kept_holds_no_token_and_is_bounded() -> None:
-    asked, clock = Asked(), Clock()
+    asked, clock = Asked(), Clock(1000.0)
     checks = access(asked, clock, max_entries=3)
     for index in range(10):
         await checks.get("x", HubToken(f"hf_secret{index}"))

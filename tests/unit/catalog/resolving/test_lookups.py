@@ -11,7 +11,7 @@ import pytest
 from serve_app.catalog.resolving.lookups import MAX_FAILURES, CachePolicy, SingleFlightCache
 from serve_app.catalog.sources.hub_errors import HubRetryAfter
 from serve_app.errors import HubUnavailable, LoraplexError, ModelNotFound
-from tests.unit.catalog.builders import Clock
+from tests.clock import Clock
 
 
 class Source:
@@ -45,7 +45,7 @@ class Known(SingleFlightCache[str, str]):
 
 
 async def test_a_value_is_asked_for_once_within_its_time():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     known = Known(source, clock)
     assert await known.get("k") == await known.get("k") == "k 1"
     clock.now += 61
@@ -53,7 +53,7 @@ async def test_a_value_is_asked_for_once_within_its_time():
 
 
 async def test_a_failure_is_kept_for_its_own_shorter_time():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     source.failure = ModelNotFound("k")
     known = Known(source, clock)
     for _ in range(3):
@@ -68,7 +68,7 @@ async def test_a_failure_is_kept_for_its_own_shorter_time():
 async def test_those_who_ask_together_share_one_look_up_and_those_who_leave_hurt_nobody():
     source = Source()
     source.may_answer.clear()
-    known = Known(source, Clock())
+    known = Known(source, Clock(1000.0))
     askers = [asyncio.create_task(known.get("k")) for _ in range(20)]
     await asyncio.sleep(0)
     for leaver in askers[:5]:
@@ -82,7 +82,7 @@ async def test_those_who_ask_together_share_one_look_up_and_those_who_leave_hurt
 async def test_a_look_up_goes_on_when_everybody_left():
     source = Source()
     source.may_answer.clear()
-    known = Known(source, Clock())
+    known = Known(source, Clock(1000.0))
     asker = asyncio.create_task(known.get("k"))
     await asyncio.sleep(0)
     asker.cancel()
@@ -93,7 +93,7 @@ async def test_a_look_up_goes_on_when_everybody_left():
 
 
 async def test_an_old_value_stays_while_the_source_is_away_and_goes_when_it_says_no():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     known = Known(source, clock)
     await known.get("k")
     clock.now += 61
@@ -108,7 +108,7 @@ async def test_an_old_value_stays_while_the_source_is_away_and_goes_when_it_says
 
 
 async def test_a_slow_renewal_is_not_waited_for():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     known = Known(source, clock, grace_s=0.01)
     await known.get("k")
     clock.now += 61
@@ -125,7 +125,7 @@ async def test_a_slow_renewal_is_not_waited_for():
 async def test_a_failure_that_is_raised_often_gathers_no_tracebacks():
     source = Source()
     source.failure = ModelNotFound("k")
-    known = Known(source, Clock())
+    known = Known(source, Clock(1000.0))
     depths = []
     for _ in range(3):
         with pytest.raises(ModelNotFound) as raised:
@@ -136,7 +136,7 @@ async def test_a_failure_that_is_raised_often_gathers_no_tracebacks():
 
 async def test_the_least_recently_asked_is_forgotten_over_the_limit():
     source = Source()
-    known = Known(source, Clock(), max_entries=2)
+    known = Known(source, Clock(1000.0), max_entries=2)
     for key in ("a", "b", "a", "c"):
         await known.get(key)
     assert sorted(known.values()) == ["a 1", "c 3"]
@@ -144,7 +144,7 @@ async def test_the_least_recently_asked_is_forgotten_over_the_limit():
 
 async def test_a_flood_of_unknown_names_evicts_no_answer_and_is_itself_bounded():
     source = Source()
-    known = Known(source, Clock(), max_entries=3)
+    known = Known(source, Clock(1000.0), max_entries=3)
     await known.get("good")
     source.failure = ModelNotFound("k")
     for index in range(10):
@@ -157,7 +157,7 @@ async def test_a_flood_of_unknown_names_evicts_no_answer_and_is_itself_bounded()
 
 
 async def test_a_failure_is_kept_for_as_long_as_the_hub_asked_and_says_how_much_is_left():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     source.failure = HubRetryAfter("k", "the Hub is limiting requests", 60)
     known = Known(source, clock)
     for passed_s in (0, 20):
@@ -169,7 +169,7 @@ async def test_a_failure_is_kept_for_as_long_as_the_hub_asked_and_says_how_much_
 
 
 async def test_without_grace_no_expired_value_is_used():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     known = Known(source, clock, grace_s=None)
     await known.get("k")
     clock.now += 60
@@ -180,7 +180,7 @@ async def test_without_grace_no_expired_value_is_used():
 
 
 async def test_a_value_that_replaces_a_failure_is_used():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     source.failure = ModelNotFound("k")
     known = Known(source, clock)
     with pytest.raises(ModelNotFound):
@@ -205,7 +205,7 @@ async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
         except OSError:
             raise HubUnavailable(key, "the Hub broke off") from None
 
-    known = Known(look_up, Clock())
+    known = Known(look_up, Clock(1000.0))
     with pytest.raises(HubUnavailable):
         await known.get("k")
     gc.collect()
@@ -213,7 +213,7 @@ async def test_a_remembered_failure_keeps_nothing_alive_of_what_led_to_it():
 
 
 async def test_failures_drive_out_no_value_and_leave_when_their_time_is_over():
-    source, clock = Source(), Clock()
+    source, clock = Source(), Clock(1000.0)
     known = Known(source, clock)
     await known.get("good")
     source.failure = ModelNotFound("k")

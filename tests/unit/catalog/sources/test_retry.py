@@ -9,7 +9,7 @@ from serve_app.catalog.sources.hub_calls import HubCalls
 from serve_app.catalog.sources.hub_errors import HubRetryAfter, NonRetryableHubError
 from serve_app.catalog.sources.retry import RetryPolicy
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError
-from tests.unit.catalog.builders import Clock
+from tests.clock import Clock
 
 PAUSES = RetryPolicy(tries=4, first_s=1.0, longest_s=3.0)
 

@@ -15,14 +15,7 @@ from serve_app.deployments.front.load_shedding import (
     InFlightLimit,
     LoadSheddingMiddleware,
 )
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 class Service:

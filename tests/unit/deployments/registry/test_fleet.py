@@ -12,6 +12,7 @@ from serve_app.core import AdapterSpec
 from serve_app.deployments.registry.fleet import Fleet
 from serve_app.deployments.registry.replica_counts import ReplicaCount, ReplicaCounts
 from serve_app.errors import ModelNotFound, NotReady
+from tests.clock import Clock
 
 SPEC = AdapterSpec("me/style", "demo/sd", "r1", "f", "folder", "me/style", 1)
 
@@ -42,17 +43,10 @@ class Handle:
         return shown
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def fleet(counts: dict[str, tuple[int, int]], clock: Clock | None = None, **handles: Handle) -> Fleet:
     by_base: Any = {base.replace("_", "/"): handle for base, handle in handles.items()}
     known = {base: ReplicaCount(*count) for base, count in counts.items()}
-    clock = clock or Clock()
+    clock = clock or Clock(100.0)
     return Fleet(by_base, ReplicaCounts(lambda: known, clock=clock, answer_timeout_s=60.0), clock=clock)
 
 
@@ -61,7 +55,7 @@ def report(name: str, **fields: Any) -> ReplicaReport:
 
 
 async def test_a_replica_that_hangs_hides_nobody_and_is_shown_as_it_was() -> None:
-    handle, clock = Handle(report("r2"), report("r1", waiting=3)), Clock()
+    handle, clock = Handle(report("r2"), report("r1", waiting=3)), Clock(100.0)
     seen = fleet({"demo/sd": (2, 0)}, clock, demo_sd=handle)
     assert [one.id for one in await seen.reports()] == ["r1", "r2"]
     handle.values = (report("r2", running=1), LATE)
@@ -74,7 +68,7 @@ async def test_a_replica_that_hangs_hides_nobody_and_is_shown_as_it_was() -> Non
 
 
 async def test_a_replica_that_is_gone_is_not_shown_as_silent() -> None:
-    handle, clock = Handle(report("r1"), report("r2")), Clock()
+    handle, clock = Handle(report("r1"), report("r2")), Clock(100.0)
     seen = fleet({"demo/sd": (1, 1)}, clock, demo_sd=handle)
     await seen.reports()
     handle.values = (report("r1"),)
@@ -83,7 +77,7 @@ async def test_a_replica_that_is_gone_is_not_shown_as_silent() -> None:
 
 
 async def test_while_serve_is_late_too_all_are_shown_that_it_last_counted() -> None:
-    handle, clock, counted = Handle(report("r1", waiting=3), LATE), Clock(), [ReplicaCount(2, 1)]
+    handle, clock, counted = Handle(report("r1", waiting=3), LATE), Clock(100.0), [ReplicaCount(2, 1)]
 
     def counts() -> dict[str, ReplicaCount]:
         if not counted:
@@ -105,7 +99,7 @@ async def test_while_serve_is_late_too_all_are_shown_that_it_last_counted() -> N
 
 
 async def test_replicas_are_asked_once_a_second_however_many_want_to_know() -> None:
-    handle, clock = Handle(report("r1")), Clock()
+    handle, clock = Handle(report("r1")), Clock(100.0)
     seen = fleet({}, clock, demo_sd=handle)
     await asyncio.gather(*(seen.reports() for _ in range(10)))
     clock.now += 1

@@ -4,13 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 from serve_app.deployments.registry.replica_counts import ReplicaCount, ReplicaCounts
-
-
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.clock import Clock
 
 
 class Serve:
@@ -32,9 +26,9 @@ async def test_serve_is_asked_once_a_second_however_many_want_to_know() -> None:
     serve, clock = Serve(), Clock()
     counts = ReplicaCounts(serve, clock=clock, answer_timeout_s=60.0)
     assert set(map(str, await asyncio.gather(*(counts() for _ in range(10))))) == {str({"demo/sd": ReplicaCount(1)})}
-    serve.running, clock.now_s = 2, 0.9
+    serve.running, clock.now = 2, 0.9
     assert (await counts())["demo/sd"].running == 1
-    clock.now_s = 1.0
+    clock.now = 1.0
     assert (await counts())["demo/sd"].running == 2
     assert serve.asked == 2
 
@@ -43,6 +37,6 @@ async def test_what_serve_said_last_stands_while_it_gives_no_answer() -> None:
     serve, clock = Serve(), Clock()
     counts = ReplicaCounts(serve, clock=clock, answer_timeout_s=60.0)
     await counts()
-    serve.is_away, clock.now_s = True, 5.0
+    serve.is_away, clock.now = True, 5.0
     assert (await counts())["demo/sd"].running == 1
     assert serve.asked == 2

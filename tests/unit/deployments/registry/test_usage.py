@@ -2,13 +2,7 @@ from __future__ import annotations
 
 from serve_app.core import AdapterSpec
 from serve_app.deployments.registry.usage import HALF_LIFE_S, MAX_NAMED, UsageTracker
-
-
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+from tests.clock import Clock
 
 
 def spec(name: str) -> AdapterSpec:
@@ -32,10 +26,10 @@ def test_uses_fade() -> None:
     clock = Clock()
     tracker = UsageTracker(clock)
     tracker.note(spec("old"), 3)
-    clock.now_s = HALF_LIFE_S
+    clock.now = HALF_LIFE_S
     tracker.note(spec("new"))
     assert ids(tracker) == ["old", "new"]
-    clock.now_s = 2 * HALF_LIFE_S
+    clock.now = 2 * HALF_LIFE_S
     tracker.note(spec("new"), 0)
     tracker.note(spec("newest"))
     assert ids(tracker) == ["newest", "old", "new"]

@@ -15,6 +15,7 @@ from serve_app.core import AdapterSpec
 from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedFile
 from serve_app.deployments.shared.sharing import SharedFiles, get_file, put_file
 from serve_app.errors import HubUnavailable
+from tests.clock import Clock
 from tests.small_disk import leave_room
 from tests.unit.deployments.local_handle import LocalHandle
 
@@ -29,14 +30,6 @@ SPEC = AdapterSpec(
     size_bytes=len(CONTENT),
     embeddings="words.safetensors",
 )
-
-
-@dataclass
-class Clock:
-    now: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @dataclass

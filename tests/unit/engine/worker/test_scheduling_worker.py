@@ -14,21 +14,12 @@ from serve_app.engine.worker.job import Job
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import DeadlineExceeded, DeadlineOutOfReach, QueueFull
+from tests.clock import Clock
 from tests.engine_cases import on_steps, parsed_adapter, request, use_of, wrap
 from tests.tiny import tiny_pipeline
 
 WAIT_S = 60.0
 YEAR_2030 = 1_900_000_000.0
-
-
-class Clock:
-    """Seconds that pass only when told to."""
-
-    def __init__(self, now_s: float = 0.0) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 class Bench:
@@ -73,8 +64,8 @@ class Bench:
         return WallClockDeadline(self.wall_clock() + seconds, limit_s=seconds)
 
     def pass_time(self, seconds: float) -> None:
-        self.clock.now_s += seconds
-        self.wall_clock.now_s += seconds
+        self.clock.now += seconds
+        self.wall_clock.now += seconds
 
 
 @pytest.fixture(scope="module")
