@@ -22,6 +22,7 @@ test-faults: $(VENV)/.dev  ## those: training, soaks, whole benchmarks; then nod
 	@$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.dev  ## format, lint, types, layers, configuration, known vulnerabilities
+	@bash -n .ci/run
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
