@@ -25,6 +25,8 @@ READY = "ready at http://127.0.0.1:8000"
 # A clone without a virtual environment installs first.
 READY_TIMEOUT_S = 900
 COMMAND_TIMEOUT_S = 600
+# Ray's workers yield to all other processes by default: beside the rest of the suite they would starve.
+RAY_OF_TESTS = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -40,7 +42,7 @@ class Terminal:
         self.process = subprocess.Popen(
             blocks("bash")[0].split(),
             cwd=ROOT,
-            env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home), "RAY_AUTH_MODE": "disabled"},
+            env={**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home), **RAY_OF_TESTS},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

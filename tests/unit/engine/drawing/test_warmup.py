@@ -31,7 +31,7 @@ def short_over(images: int) -> Any:
 
 @pytest.mark.parametrize(("fits", "found"), [(4, 4), (3, 2), (1, 1), (0, 0)])
 def test_the_largest_batch_that_fits_is_found(fits: int, found: int) -> None:
-    pipeline, config = wrap(short_over(fits)), base_config("sd15")
+    pipeline, config = wrap(short_over(fits)), base_config("sd15", defaults={"width": 64, "height": 64})
     assert config.replica.max_batch_images == 4
     assert warm_up(pipeline, config, torch_threads=1, is_out_of_memory=is_out_of_memory).images == found
 

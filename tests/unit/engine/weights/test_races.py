@@ -19,7 +19,7 @@ from serve_app.engine.weights.device_cache import DeviceCache, moved_to
 from serve_app.engine.weights.fused import FusedWeights, PreparedSwap, StalePreparation
 from tests.streams import RaceChecker
 
-HISTORIES, ACTIONS = 60, 40
+HISTORIES, ACTIONS = 12, 40
 LINEAR = [f"m.l{place}" for place in range(4)]
 CONV = [f"c.c{place}" for place in range(2)]
 
