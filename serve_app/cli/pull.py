@@ -86,13 +86,13 @@ def _pull_bases(sources: Sources, *, is_quiet: bool) -> list[Pulled]:
     pulled: list[Pulled] = []
     for base in sources.config.bases:
         with err.status(f"{base.id} ...") if err.is_terminal and not is_quiet else contextlib.nullcontext():
-            folders = fetch(base, HubAccess(token=sources.environment.token))
-        for folder in folders:
-            size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            pulled.append(Pulled(base.id, None, base.source.revision, folder, size_bytes))
+            places = fetch(base, HubAccess(token=sources.environment.token))
+        for place in places:
+            size_bytes = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
+            pulled.append(Pulled(base.id, None, base.source.revision, place, size_bytes))
             if not is_quiet:
                 _say(pulled[-1], "")
-        if not folders and not is_quiet:
+        if not places and not is_quiet:
             print_line(("here ", "green"), (base.id, "bold"), "  nothing to fetch")
     return pulled
 
