@@ -37,6 +37,8 @@ _OPEN_CLIP = (
     (r"final_layer_norm", "ln_final"),
 )
 
+_FLUX = ("double_blocks", "single_blocks", "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "final_layer")
+
 
 def write_single_file(path: Path, pipeline: Any, **marks: Tensor) -> Path:
     """Write a Stable Diffusion pipeline, 1.5 or XL, as one checkpoint; `marks` are further keys."""
@@ -83,15 +85,16 @@ def original_flux(transformer: Any) -> dict[str, Tensor]:
     modules = {key.rpartition(".")[0] for key in weights}
     named: dict[str, Tensor] = {}
     for row in rows_of(modules):
+        if not row.name.startswith(_FLUX) or ".processor." in row.name:
+            continue
         for end in ("weight", "bias"):
             parts = [weights[f"{module}.{end}"] for module in row.modules if f"{module}.{end}" in weights]
             if not parts:
                 continue
             whole = torch.cat(parts)
-            # The table swaps what adapters multiply, so that a name that is a norm's own scale has no ending.
             whole = torch.cat(whole.chunk(2)[::-1]) if row.swaps_halves else whole
             named[row.name if row.name.endswith(".scale") else f"{row.name}.{end}"] = whole
-    return {name: tensor for name, tensor in named.items() if ".processor." not in name}
+    return named
 
 
 def _clip(encoder: Any, prefix: str) -> dict[str, Tensor]:

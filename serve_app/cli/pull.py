@@ -81,7 +81,8 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
 
 
 def _pull_bases(sources: Sources, *, is_quiet: bool) -> list[Pulled]:
-    from serve_app.engine.base.loading import HubAccess, fetch
+    from serve_app.engine.base.fetching import HubAccess
+    from serve_app.engine.base.loading import fetch
 
     pulled: list[Pulled] = []
     for base in sources.config.bases:

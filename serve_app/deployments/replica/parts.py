@@ -50,7 +50,7 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     Raises:
         BaseUnusable: it cannot be loaded as configured.
     """
-    from serve_app.engine.base.loading import HubAccess, resolve_source
+    from serve_app.engine.base.fetching import HubAccess, resolve_source
     from serve_app.engine.drawing.pipeline import BasePipeline
 
     return BasePipeline.load(

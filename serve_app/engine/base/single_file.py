@@ -97,6 +97,8 @@ def _cause(said: str, kind: str) -> str:
             f"its single file holds no weights of '{lacking[1]}'; say in `parts` where they are, or name a file that "
             "is the denoiser alone in the `parts` of its base"
         )
+    if "meta tensor" in said:
+        return "its single file lacks weights of the denoiser or the VAE that its configuration describes"
     return f"its single file is not the {kind} that its configuration describes"
 
 
