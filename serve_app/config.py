@@ -28,6 +28,7 @@ from serve_app.settings import (
     AdapterLimits,
     AutoscalingSettings,
     Defaults,
+    FusedAdapter,
     IngressAutoscaling,
     Limits,
     ModelSource,
@@ -52,6 +53,7 @@ class BaseModelConfig(StrictModel):
     sides over twice those that the VAE was trained for. `parts` replaces parts of the base, by the names in its index;
     `vae` is short for the part of that name; a part may be a single file. `schedulers` None means all that fit the
     base; `scheduler_options` change the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
+    `fused` adapters, such as a distillation, are fused into the loaded weights once and belong to the base.
     """
 
     id: str
@@ -59,6 +61,7 @@ class BaseModelConfig(StrictModel):
     source: ModelSource
     vae: ModelSource | None = None
     parts: dict[str, ModelSource] = Field(default_factory=dict)
+    fused: tuple[FusedAdapter, ...] = ()
     dtype: DTypeName = "auto"
     variant: str | None = None
     compile: bool = False
@@ -87,6 +90,8 @@ class BaseModelConfig(StrictModel):
                 )
         if self.vae is not None and "vae" in self.parts:
             raise ValueError(f"{self.id}: name the VAE once, in 'vae' or in 'parts'")
+        if len({adapter.id for adapter in self.fused}) < len(self.fused):
+            raise ValueError(f"{self.id}: 'fused' names an adapter twice")
         self._check_single_files()
         if defaults.width * defaults.height > limits.max_pixels:
             raise ValueError(f"{self.id}: the default size is over max_pixels {limits.max_pixels}")

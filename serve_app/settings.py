@@ -99,6 +99,15 @@ class ModelSource(StrictModel):
         return self.config or self
 
 
+class FusedAdapter(StrictModel):
+    """An adapter that is part of a base: fused into the weights that are loaded, before any request."""
+
+    id: str
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    revision: str | None = None
+    filename: str | None = None
+
+
 class Limits(StrictModel):
     """The limits of one request to a base."""
 

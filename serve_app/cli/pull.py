@@ -37,7 +37,9 @@ class Pulled:
 
 def pull(
     adapters: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters' ids.")] = None,
-    bases: Annotated[bool, typer.Option("--bases", help="Fetch every configured base, too.")] = False,
+    bases: Annotated[
+        bool, typer.Option("--bases", help="Fetch every base, too, with what is fused into it.")
+    ] = False,
     config: ConfigOption = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the adapters.")] = None,
     as_json: AsJson = False,
@@ -51,6 +53,8 @@ def pull(
         sources = open_sources(config)
         pulled = _pull_bases(sources, is_quiet=as_json) if bases else []
         refs = [AdapterRef(name, revision=revision) for name in adapters or ()]
+        fused = [one for base in sources.config.bases for one in base.fused] if bases else []
+        refs += [AdapterRef(one.id, revision=one.revision, filename=one.filename) for one in fused]
         pulled += asyncio.run(_pull_adapters(sources, refs, is_quiet=as_json))
     if as_json:
         print_json({"pulled": [asdict(model) for model in pulled]})
