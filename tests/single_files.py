@@ -48,7 +48,7 @@ def write_single_file(path: Path, pipeline: Any, **marks: Tensor) -> Path:
         tensors |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
     else:
         tensors |= _clip(pipeline.text_encoder, "cond_stage_model.transformer.")
-    save_file({name: tensor.contiguous().clone() for name, tensor in (tensors | marks).items()}, path)
+    save_file({name: tensor.contiguous() for name, tensor in (tensors | marks).items()}, path)
     return path
 
 

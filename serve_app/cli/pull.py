@@ -37,9 +37,7 @@ class Pulled:
 
 def pull(
     adapters: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters' ids.")] = None,
-    bases: Annotated[
-        bool, typer.Option("--bases", help="Fetch every base, too, with what is fused into it.")
-    ] = False,
+    bases: Annotated[bool, typer.Option("--bases", help="Fetch every base, too, with what is fused into it.")] = False,
     config: ConfigOption = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the adapters.")] = None,
     as_json: AsJson = False,

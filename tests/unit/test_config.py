@@ -63,6 +63,7 @@ def test_the_first_base_is_the_default_where_none_is_named() -> None:
         ({"source": {"file": "a.safetensors", "config": {"file": "b.safetensors"}}}, "names a base that is none"),
         ({"source": {"file": "a.safetensors", "config": SOURCE}, "variant": "fp16"}, "'variant' chooses among"),
         ({"vae": {"file": "a.safetensors", "config": SOURCE}}, "takes no 'config'"),
+        ({"fused": [{"id": "a/b"}, {"id": "a/b"}]}, "'fused' names an adapter twice"),
         ({"autoscaling": {"min_replicas": 3, "max_replicas": 2}}, "over max_replicas"),
         ({"autoscaling": {"initial_replicas": 5}}, "between"),
         ({"replica": {"max_ongoing_requests": 1}}, "never scale up"),

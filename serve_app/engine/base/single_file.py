@@ -33,7 +33,7 @@ _READING_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, 
 _OTHER_SHAPE = re.compile(r"because (\S+) expected shape \S+\((\[[\d, ]*\])\), but got \S+\((\[[\d, ]*\])\)")
 _NOT_THERE = re.compile(r"^(\w+) = \w+\.from_pretrained", re.MULTILINE)
 # The denoisers whose weights are as many numbers under either name.
-_COUNTED = ("UNet2DConditionModel", "FluxTransformer2DModel", "ChromaTransformer2DModel")
+_COUNTED = ("UNet2DConditionModel", "FluxTransformer2DModel")
 
 
 class SingleFileUnusable(ValueError):

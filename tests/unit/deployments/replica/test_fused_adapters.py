@@ -83,8 +83,7 @@ async def test_an_adapter_with_words_of_its_own_cannot_be_part_of_a_base(tmp_pat
     folder = tmp_path / "adapters" / "me" / "words"
     folder.mkdir(parents=True)
     tensors = load_file(embedded_root() / SEPIA / "pytorch_lora_weights.safetensors")
-    width = 64
-    save_file(tensors | {"bundle_emb.toy.string_to_param.*": torch.zeros(1, width)}, folder / "words.safetensors")
+    save_file(tensors | {"bundle_emb.toy.string_to_param.*": torch.zeros(1, 64)}, folder / "words.safetensors")
     (folder / "README.md").write_text("---\nbase_model: demo/sd15\n---\n")
     with pytest.raises(BaseUnusable, match="me/words brings words of its own"):
         async with replica(tmp_path, {"id": "me/words"}, folder=tmp_path / "adapters"):
