@@ -28,6 +28,7 @@ from serve_app.settings import (
     AdapterLimits,
     AutoscalingSettings,
     Defaults,
+    FusedAdapter,
     IngressAutoscaling,
     Limits,
     ModelSource,
@@ -50,8 +51,9 @@ class BaseModelConfig(StrictModel):
     node. `memory_format` is how convolutions lay out their weights and values: "auto" is channels_last on a GPU.
     `vae_tiling` decodes large images tile by tile, which needs less memory and shows faintly: "auto" does so only for
     sides over twice those that the VAE was trained for. `parts` replaces parts of the base, by the names in its index;
-    `vae` is short for the part of that name. `schedulers` None means all that fit the base; `scheduler_options` change
-    the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
+    `vae` is short for the part of that name; a part may be a single file. `schedulers` None means all that fit the
+    base; `scheduler_options` change the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
+    `fused` adapters, such as a distillation, are fused into the loaded weights once and belong to the base.
     """
 
     id: str
@@ -59,6 +61,7 @@ class BaseModelConfig(StrictModel):
     source: ModelSource
     vae: ModelSource | None = None
     parts: dict[str, ModelSource] = Field(default_factory=dict)
+    fused: tuple[FusedAdapter, ...] = ()
     dtype: DTypeName = "auto"
     variant: str | None = None
     compile: bool = False
@@ -87,6 +90,9 @@ class BaseModelConfig(StrictModel):
                 )
         if self.vae is not None and "vae" in self.parts:
             raise ValueError(f"{self.id}: name the VAE once, in 'vae' or in 'parts'")
+        if len({adapter.id for adapter in self.fused}) < len(self.fused):
+            raise ValueError(f"{self.id}: 'fused' names an adapter twice")
+        self._check_single_files()
         if defaults.width * defaults.height > limits.max_pixels:
             raise ValueError(f"{self.id}: the default size is over max_pixels {limits.max_pixels}")
         if self.replica.max_ongoing_requests < self.autoscaling.target_ongoing_requests:
@@ -95,6 +101,18 @@ class BaseModelConfig(StrictModel):
                 f"target_ongoing_requests {self.autoscaling.target_ongoing_requests:g}: it would never scale up"
             )
         return self
+
+    def _check_single_files(self) -> None:
+        if self.source.is_single_file and self.source.config is None:
+            raise ValueError(
+                f"{self.id}: a single file holds weights alone; add 'config' to its source, {{hub: ID}} or {{folder: "
+                "PATH}} of a base of its structure, such as stabilityai/stable-diffusion-xl-base-1.0 for SDXL and what "
+                "was trained from it, or stable-diffusion-v1-5/stable-diffusion-v1-5"
+            )
+        if self.source.is_single_file and self.variant is not None:
+            raise ValueError(f"{self.id}: 'variant' chooses among the files of a base, and a single file has none")
+        if any(part.config is not None for part in self.part_sources.values()):
+            raise ValueError(f"{self.id}: the single file of a part takes no 'config': it has that of its base")
 
     def with_defaults_of(self, family: Family) -> BaseModelConfig:
         """Return the base with the defaults of its family where the configuration says nothing, within its limits."""

@@ -60,20 +60,52 @@ class StrictModel(BaseModel):
 
 
 class ModelSource(StrictModel):
-    """Where a model is: exactly one of a Hub id, a folder or an embedded demo model."""
+    """Where a model is: exactly one of a Hub id, a folder, a single file of weights or an embedded demo model.
+
+    With `filename` a Hub id means that single file of its repository. Weights alone do not make a base: `config` is a
+    base in diffusers' form whose structure, tokenizers and scheduler those of a single file are.
+    """
 
     hub: str | None = None
     folder: Path | None = None
+    file: Path | None = None
     embedded: str | None = None
     revision: str | None = None
+    filename: str | None = None
+    config: ModelSource | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> ModelSource:
-        if sum(value is not None for value in (self.hub, self.folder, self.embedded)) != 1:
-            raise ValueError("name exactly one of 'hub', 'folder' and 'embedded'")
-        if self.revision is not None and self.hub is None:
-            raise ValueError("'revision' goes with 'hub'")
+        if sum(value is not None for value in (self.hub, self.folder, self.file, self.embedded)) != 1:
+            raise ValueError("name exactly one of 'hub', 'folder', 'file' and 'embedded'")
+        for name in ("revision", "filename"):
+            if getattr(self, name) is not None and self.hub is None:
+                raise ValueError(f"'{name}' goes with 'hub'")
+        name = self.filename if self.file is None else self.file.name
+        if name is not None and not name.endswith(".safetensors"):
+            raise ValueError(f"'{name}' is no .safetensors file; pickled and GGUF checkpoints are not read")
+        if self.config is not None and (name is None or self.config.is_single_file):
+            raise ValueError("'config' goes with a single file, and names a base that is none")
         return self
+
+    @property
+    def is_single_file(self) -> bool:
+        """Whether this is one file of weights."""
+        return self.file is not None or self.filename is not None
+
+    @property
+    def described_by(self) -> ModelSource:
+        """Where the configuration files of the model are."""
+        return self.config or self
+
+
+class FusedAdapter(StrictModel):
+    """An adapter that is part of a base: fused into the weights that are loaded, before any request."""
+
+    id: str
+    scale: float = Field(default=1.0, allow_inf_nan=False)
+    revision: str | None = None
+    filename: str | None = None
 
 
 class Limits(StrictModel):

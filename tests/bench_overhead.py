@@ -48,7 +48,7 @@ class DirectEngine:
         from serve_app.config import BaseModelConfig
         from serve_app.demo.embedded import embedded_root
         from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
-        from serve_app.engine.base.loading import resolve_source
+        from serve_app.engine.base.fetching import resolve_source
         from serve_app.engine.drawing.pipeline import BasePipeline
         from serve_app.engine.weights.fused import FusedWeights
         from serve_app.engine.worker.worker import EngineWorker

@@ -17,7 +17,7 @@ import torch
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.demo.embedded import embedded_root
-from serve_app.engine.base.loading import ResolvedSource
+from serve_app.engine.base.fetching import ResolvedSource
 from serve_app.engine.base.manifest import bytes_of_layers
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.weights.fused import FusedWeights

@@ -13,7 +13,8 @@ from PIL import Image
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, GenerationRequest, PixelImage, Progress, ScaledAdapter
 from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter
-from serve_app.engine.base.loading import LoadedBase, ResolvedSource
+from serve_app.engine.base.fetching import ResolvedSource
+from serve_app.engine.base.loading import LoadedBase
 from serve_app.engine.base.manifest import BaseManifest
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.worker.job import OnEvent

@@ -37,7 +37,7 @@ class Pulled:
 
 def pull(
     adapters: Annotated[list[str] | None, typer.Argument(metavar="ADAPTER", help="Adapters' ids.")] = None,
-    bases: Annotated[bool, typer.Option("--bases", help="Fetch every configured base, too.")] = False,
+    bases: Annotated[bool, typer.Option("--bases", help="Fetch every base, too, with what is fused into it.")] = False,
     config: ConfigOption = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the adapters.")] = None,
     as_json: AsJson = False,
@@ -51,6 +51,8 @@ def pull(
         sources = open_sources(config)
         pulled = _pull_bases(sources, is_quiet=as_json) if bases else []
         refs = [AdapterRef(name, revision=revision) for name in adapters or ()]
+        fused = [one for base in sources.config.bases for one in base.fused] if bases else []
+        refs += [AdapterRef(one.id, revision=one.revision, filename=one.filename) for one in fused]
         pulled += asyncio.run(_pull_adapters(sources, refs, is_quiet=as_json))
     if as_json:
         print_json({"pulled": [asdict(model) for model in pulled]})
@@ -81,18 +83,19 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
 
 
 def _pull_bases(sources: Sources, *, is_quiet: bool) -> list[Pulled]:
-    from serve_app.engine.base.loading import HubAccess, fetch
+    from serve_app.engine.base.fetching import HubAccess
+    from serve_app.engine.base.loading import fetch
 
     pulled: list[Pulled] = []
     for base in sources.config.bases:
         with err.status(f"{base.id} ...") if err.is_terminal and not is_quiet else contextlib.nullcontext():
-            folders = fetch(base, HubAccess(token=sources.environment.token))
-        for folder in folders:
-            size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            pulled.append(Pulled(base.id, None, base.source.revision, folder, size_bytes))
+            places = fetch(base, HubAccess(token=sources.environment.token))
+        for place in places:
+            size_bytes = sum(path.stat().st_size for path in (place, *place.rglob("*")) if path.is_file())
+            pulled.append(Pulled(base.id, None, base.source.revision, place, size_bytes))
             if not is_quiet:
                 _say(pulled[-1], "")
-        if not folders and not is_quiet:
+        if not places and not is_quiet:
             print_line(("here ", "green"), (base.id, "bold"), "  nothing to fetch")
     return pulled
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.config import AppConfig
 from serve_app.families.config_files import unusable_reason
+from serve_app.families.single_file import unusable_file_reason
 from serve_app.observability.tracing import TracingUnavailable, check_tracing
 from serve_app.settings import nearest
 
@@ -138,12 +139,15 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
 
 
 def _unusable_bases(config: AppConfig, place: str) -> list[str]:
-    """Return a fault for each base whose folder is here and shows that it cannot be served."""
-    reasons = [
-        unusable_reason(base.source.folder) if base.source.folder is not None and base.source.folder.exists() else None
-        for base in config.bases
-    ]
-    return [f"{place}{index}: {reason}" for index, reason in enumerate(reasons) if reason is not None]
+    """Return a fault for each base whose folder or files are here and show that it cannot be served."""
+    faults: list[str] = []
+    for index, base in enumerate(config.bases):
+        folder = base.source.described_by.folder
+        reasons = [unusable_reason(folder)] if folder is not None and folder.exists() else []
+        files = [source.file for source in (base.source, *base.part_sources.values())]
+        reasons += [unusable_file_reason(file) for file in files if file is not None and file.exists()]
+        faults += [f"{place}{index}: {reason}" for reason in reasons if reason is not None]
+    return faults
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -72,7 +72,7 @@ class Sources:
         """
         from serve_app.engine.base.manifest import INDEX, adaptable_parts
 
-        source = base.source
+        source = base.source.described_by
         if source.hub is None:
             yield source.folder or embedded_root() / (source.embedded or "")
             return

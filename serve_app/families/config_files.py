@@ -15,10 +15,7 @@ from serve_app.families.table import family_of, other_medium
 INDEX = "model_index.json"
 CARD = "README.md"
 MAX_CARD_BYTES = 256 * 1024
-SINGLE_FILE = (
-    "it is a single file of weights; convert it once with diffusers' `from_single_file` and `save_pretrained`, "
-    "and name the folder"
-)
+SINGLE_FILE = "a single file is named by `source: {file: PATH}` or `{hub: ID, filename: NAME}`, with a `config`"
 # What `pip install loraplex[...]` brings for the packages that bases need.
 EXTRAS = {"torchvision": "vision"}
 
@@ -26,7 +23,7 @@ EXTRAS = {"torchvision": "vision"}
 def unusable_reason(folder: Path) -> str | None:
     """Return why the configuration files of a base say that it cannot be served, None where they do not."""
     if folder.is_file() or (not (folder / INDEX).is_file() and any(folder.glob("*.safetensors"))):
-        return SINGLE_FILE
+        return f"it has no {INDEX}, which a folder of a base has; {SINGLE_FILE}"
     index = _table(folder / INDEX)
     pipeline = str(index.get("_class_name", ""))
     if (medium := other_medium(pipeline)) is not None:

@@ -25,6 +25,7 @@ from serve_app.api.registry.schemas import (
     BaseDefaults,
     BaseLimits,
     DeletedLora,
+    FusedLora,
     HeldLora,
     Lora,
     LoraDefaultsReply,
@@ -253,6 +254,7 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
         is_default=is_default,
         defaults=BaseDefaults(**base.defaults.model_dump()),
         limits=limits,
+        fused=[FusedLora(id=one.id, scale=one.scale) for one in base.fused],
         schedulers=schedulers,
     )
     if known is None:

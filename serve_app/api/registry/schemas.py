@@ -224,6 +224,13 @@ class BaseLimits(BaseModel):
     max_adapter_scale: float
 
 
+class FusedLora(BaseModel):
+    """An adapter that is part of a base, whatever a request names."""
+
+    id: str
+    scale: float
+
+
 class Base(BaseModel):
     """A base, with all that a form for it must know."""
 
@@ -232,6 +239,7 @@ class Base(BaseModel):
     is_default: bool
     defaults: BaseDefaults
     limits: BaseLimits
+    fused: list[FusedLora] = Field(description="adapters that are part of it")
     schedulers: list[str] = Field(description="what `scheduler` may be; shorter names are understood too")
     family: str | None = Field(default=None, description="null, as what follows, until some replica has started")
     tasks: dict[str, list[str]] | None = Field(

@@ -24,7 +24,8 @@ from serve_app.bench.measuring.report import ChoiceRow, PipelineReport, WaitRow
 from serve_app.bench.measuring.torch_setup import quiet, threads
 from serve_app.config import BaseModelConfig
 from serve_app.demo.embedded import BASES, embedded_root
-from serve_app.engine.base.loading import HubAccess, load_base, resolve_source
+from serve_app.engine.base.fetching import HubAccess, resolve_source
+from serve_app.engine.base.loading import load_base
 from serve_app.engine.base.schedulers import NoiseSchedulers
 from serve_app.engine.base.task_pipelines import loaded_family
 from serve_app.settings import ModelSource

@@ -30,7 +30,8 @@ from serve_app.bench.measuring.torch_setup import quiet, threads
 from serve_app.bench.models.denoisers import Outline, fill_outline, outline_of
 from serve_app.config import BaseModelConfig
 from serve_app.engine.adapters.deltas import bytes_of, dtype_named
-from serve_app.engine.base.loading import HubAccess, ResolvedSource, load_base
+from serve_app.engine.base.fetching import HubAccess, ResolvedSource
+from serve_app.engine.base.loading import load_base
 from serve_app.settings import ModelSource
 
 CPU = torch.device("cpu")

@@ -116,7 +116,7 @@ class BaseArchitectureReader:
         raise ValueError("it has neither a unet nor a transformer")
 
     async def _file(self, base: BaseModelConfig, name: str) -> bytes | None:
-        base_source = base.source
+        base_source = base.source.described_by
         if base_source.folder is not None:
             path = base_source.folder / name
             return await run_blocking(lambda: _head_of(path))

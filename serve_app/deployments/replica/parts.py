@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.catalog.catalog import build_sources
+from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig, Environment
-from serve_app.core import AdapterSpec
+from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.shared.sharing import SharedFiles, share
+from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
 from serve_app.families.family import Family
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
@@ -50,7 +51,7 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
     Raises:
         BaseUnusable: it cannot be loaded as configured.
     """
-    from serve_app.engine.base.loading import HubAccess, resolve_source
+    from serve_app.engine.base.fetching import HubAccess, resolve_source
     from serve_app.engine.drawing.pipeline import BasePipeline
 
     return BasePipeline.load(
@@ -59,6 +60,42 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
         parts={name: resolve_source(part, embedded_root()) for name, part in base.part_sources.items()},
         hub=HubAccess(token=environment.token),
     )
+
+
+async def fuse_adapters(
+    base: BaseModelConfig,
+    config: AppConfig,
+    environment: Environment,
+    *,
+    pipeline: BasePipeline,
+    store: AdapterStore[ParsedAdapter],
+) -> None:
+    """Fuse the adapters that belong to a base into its loaded weights, for good; before anything remembers these.
+
+    Raises:
+        BaseUnusable: one of them is not found or cannot be part of this base; the sentence names it.
+        HubUnavailable: the Hub did not answer.
+    """
+    from serve_app.engine.weights.fused import FusedWeights
+
+    # They belong to the base, and are read with the service's token as it is, whoever may ask for them.
+    hub = config.adapters.hub.model_copy(update={"forward_tokens": False})
+    config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"hub": hub})})
+    catalog = Catalog(config, build_sources(config, environment, embedded_root=embedded_root()), clock=time.monotonic)
+    refs = tuple(AdapterRef(one.id, one.scale, one.revision, one.filename) for one in base.fused)
+    try:
+        uses = (await catalog.resolve(base.id, refs)).adapters
+        async with store.lease_all([use.spec for use in uses]) as leases:
+            composition = [(lease.adapter, use.scale) for lease, use in zip(leases, uses, strict=True)]
+            for lease in leases:
+                if lease.adapter.ti_tokens:
+                    raise BaseUnusable(base.id, f"{lease.spec.id} brings words of its own, which cannot be fused")
+            FusedWeights(pipeline.components).apply(composition)
+    except (HubUnavailable, BaseUnusable):
+        raise
+    except LoraplexError as error:
+        raise BaseUnusable(base.id, f"an adapter in 'fused' cannot be fused: {error}") from error
+    log.info("%s has %s fused in", base.id, [use.spec.key for use in uses])
 
 
 def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_bytes: int) -> WeightPlacement:

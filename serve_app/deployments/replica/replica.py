@@ -37,7 +37,13 @@ from serve_app.core import (
 from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
-from serve_app.deployments.replica.parts import choose_residence, load_pipeline, make_store, typical_units
+from serve_app.deployments.replica.parts import (
+    choose_residence,
+    fuse_adapters,
+    load_pipeline,
+    make_store,
+    typical_units,
+)
 from serve_app.deployments.replica.prefetch import prefetch_adapters
 from serve_app.deployments.replica.reporter import ReplicaReporter
 from serve_app.deployments.shared.logs import set_up_logging
@@ -103,6 +109,13 @@ class BaseModelReplica:
             pass_bytes = warmth.pass_bytes
             log.info("%s is warm after %.1f s, for %d images", base.id, warmth.seconds, warmth.images)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
+        self._metrics = ReplicaMetrics(base.id)
+        self._store = make_store(
+            base, config, environment, pipeline=pipeline, admission=self._admission,
+            keeper=keeper, on_brought=self._metrics.file_fetched,
+        )  # fmt: skip
+        if base.fused:
+            await fuse_adapters(base, config, environment, pipeline=pipeline, store=self._store)
         residence = choose_residence(base, pipeline, pass_bytes=pass_bytes)
         self._weights = FusedWeights(
             pipeline.components,
@@ -134,12 +147,7 @@ class BaseModelReplica:
         )
         self._fail_fast = FailFast(self._worker, base.id, stall_timeout_s=stall_timeout_s(base))
         self._watchdog = start_watchdog(base.replica)
-        self._metrics = ReplicaMetrics(base.id)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
-        self._store = make_store(
-            base, config, environment, pipeline=pipeline, admission=self._admission,
-            keeper=keeper, on_brought=self._metrics.file_fetched,
-        )  # fmt: skip
         self._ids = MultiplexedIds(self._store.resident)
         self._recorder = RoutingStatsCollector(
             clock=time.monotonic, deprioritize_after_s=base.router.deprioritize_after_s
@@ -342,8 +350,8 @@ class BaseModelReplica:
 
     async def __del__(self) -> None:
         """Finish what was accepted, then end the device thread and the admission process; called by Serve."""
-        if not hasattr(self, "_store"):
-            return
+        if not hasattr(self, "_residency"):
+            return  # it never became ready
         self._fail_fast.stop()
         await asyncio.to_thread(self._worker.close, is_draining=True)
         await self._store.close()

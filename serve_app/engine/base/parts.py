@@ -17,6 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from serve_app.engine.base.remote_code import RemoteCodeNotAllowed
 
 _CONFIGURATIONS = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+# Patterns reach into folders: these are all files of a repository but its weights and its code.
+CONFIGURATION_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 _FILES = ("*.json", "*.model", "*.txt", "*.safetensors", "*.jinja")
 
 

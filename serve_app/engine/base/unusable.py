@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from serve_app.engine.base.remote_code import INDEX, RemoteCodeNotAllowed
+from serve_app.engine.base.single_file import SingleFileUnusable
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
 from serve_app.families.config_files import SINGLE_FILE, missing_package, unusable_reason
 from serve_app.families.table import other_medium
@@ -30,7 +31,7 @@ def check_base_folder(base_id: str, folder: Path) -> None:
     """Refuse a base that its configuration files show not to be servable, before any weight is read.
 
     Raises:
-        BaseUnusable: it is a single file, makes no pictures, or its weights are quantised.
+        BaseUnusable: it holds single files alone, makes no pictures, or its weights are quantised.
     """
     reason = unusable_reason(folder)
     if reason is not None:
@@ -53,6 +54,8 @@ def refusal(base_id: str, error: BaseException, *, is_hub: bool) -> LoraplexErro
         return error
     if isinstance(error, RemoteCodeNotAllowed):
         return BaseUnusable(base_id, f"{error}, and no code of a base is ever run")
+    if isinstance(error, SingleFileUnusable):
+        return BaseUnusable(base_id, str(error))
     causes = tuple(_causes(error))
     if (library := _missing_library(causes)) is not None:
         return BaseUnusable(base_id, missing_package(library))
@@ -65,7 +68,7 @@ def _of_the_hub(base_id: str, causes: tuple[BaseException, ...]) -> LoraplexErro
     if any(isinstance(cause, (RepositoryNotFoundError, RevisionNotFoundError)) for cause in causes):
         return BaseUnusable(base_id, "its repository does not exist, or the Hub token may not read it")
     if any(isinstance(one, EntryNotFoundError) and not isinstance(one, LocalEntryNotFoundError) for one in causes):
-        return BaseUnusable(base_id, f"its repository has no {INDEX}; where it has single files: {SINGLE_FILE}")
+        return BaseUnusable(base_id, f"its repository has no {INDEX}, which a base has; {SINGLE_FILE}")
     if any(_is_unreachable(cause) for cause in causes):
         return HubUnavailable(base_id, "the Hub did not answer, and the local cache lacks files")
     return None

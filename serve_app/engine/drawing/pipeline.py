@@ -20,7 +20,8 @@ from torch import Tensor
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.engine.base.loading import HubAccess, LoadedBase, ResolvedSource, default_device, load_base
+from serve_app.engine.base.fetching import HubAccess, ResolvedSource
+from serve_app.engine.base.loading import LoadedBase, default_device, load_base
 from serve_app.engine.base.manifest import BaseManifest, adaptable_components, manifest_of
 from serve_app.engine.base.schedulers import NoiseSchedulers
 from serve_app.engine.base.task_pipelines import parameters_of, variants_of

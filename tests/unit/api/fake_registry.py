@@ -19,9 +19,14 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, HubToken, Scales
 from serve_app.errors import ModelNotFound
 from serve_app.families.abilities import BaseAbilities
-from serve_app.settings import ModelSource
+from serve_app.settings import FusedAdapter, ModelSource
 
-BASE = BaseModelConfig(id="demo/sdxl", aliases=("xl",), source=ModelSource(embedded="demo/sdxl"))
+BASE = BaseModelConfig(
+    id="demo/sdxl",
+    aliases=("xl",),
+    source=ModelSource(embedded="demo/sdxl"),
+    fused=(FusedAdapter(id="me/turbo", scale=0.8),),
+)
 
 ABILITIES = BaseAbilities(
     pipeline="StableDiffusionXLPipeline", family="SDXL", parameters={"text": ("negative_prompt",)},

@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+from safetensors.numpy import save_file
 
 from serve_app.cli.serve_file import ServeFileInvalid, applications_of
 from serve_app.families.config_files import unusable_reason
@@ -37,20 +39,35 @@ def test_a_quantised_part_is_refused_by_how_it_is_quantised(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("place", ["the file", "its folder"])
-def test_a_single_file_is_refused_with_the_way_to_convert_it(tmp_path: Path, place: str) -> None:
+def test_a_folder_of_single_files_is_refused_with_the_way_to_name_one(tmp_path: Path, place: str) -> None:
     file = tmp_path / "checkpoint.safetensors"
     file.touch()
     reason = unusable_reason(file if place == "the file" else tmp_path)
     assert reason is not None
-    assert "from_single_file" in reason
+    assert "`source: {file: PATH}`" in reason
 
 
-def test_loraplex_check_names_the_base_and_the_cause(tmp_path: Path) -> None:
+def test_loraplex_check_names_each_base_and_the_cause(tmp_path: Path) -> None:
     folder = base_folder(tmp_path / "base", {"_class_name": "LTXPipeline"})
+    good = base_folder(tmp_path / "good", SDXL)
+    file = tmp_path / "quantised.safetensors"
+    save_file({"scaled_fp8": numpy.zeros(1)}, file)
+    (tmp_path / "empty.safetensors").touch()
+    sources = [
+        {"folder": str(folder)},
+        {"file": str(file), "config": {"folder": str(good)}},
+        {"file": str(tmp_path / "empty.safetensors"), "config": {"folder": str(folder)}},
+        {"file": str(tmp_path / "only on the nodes.safetensors"), "config": {"hub": "a/b"}},
+    ]
+    bases = [{"id": f"a/{number}", "source": source} for number, source in enumerate(sources)]
+    application = {"import_path": "serve_app.app:build", "args": {"bases": bases}}
     serve_file = tmp_path / "serve.yaml"
-    base = {"id": "a/video", "source": {"folder": str(folder)}}
-    application = {"import_path": "serve_app.app:build", "args": {"bases": [base]}}
     serve_file.write_text(json.dumps({"applications": [application]}))
     with pytest.raises(ServeFileInvalid) as caught:
         applications_of(serve_file)
-    assert caught.value.faults == ["applications.0.args.bases.0: LTXPipeline makes videos, and only images are served"]
+    assert [fault.removeprefix("applications.0.args.bases.") for fault in caught.value.faults] == [
+        "0: LTXPipeline makes videos, and only images are served",
+        "1: its single file is quantised (fp8 with scales), and adapters can be fused into full weights only",
+        "2: LTXPipeline makes videos, and only images are served",
+        "2: its single file is missing, cut off or not in safetensors form",
+    ]

@@ -72,6 +72,7 @@ def test_bases_say_what_a_form_must_know(client: TestClient) -> None:
     assert base["limits"]["side_multiple"] == 16
     assert base["schedulers"] == ["DDIMScheduler", "Euler Karras"]
     assert base["tasks"] == {"text": ["negative_prompt"]}
+    assert base["fused"] == [{"id": "me/turbo", "scale": 0.8}]
     assert (base["family"], base["tokens"], base["has_previews"]) == ("SDXL", 77, True)
 
 

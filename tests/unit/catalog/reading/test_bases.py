@@ -28,6 +28,9 @@ async def test_facts_of_a_folder_and_of_an_embedded_base_come_from_its_configura
     assert replace(await reader.facts(base(folder=folder)), row=None) == KNOWN
     reader = BaseArchitectureReader([FolderSource((tmp_path,), origin="embedded")], Clock(1000.0))
     assert replace(await reader.facts(base(embedded="demo/sd")), row=None) == KNOWN
+    reader = BaseArchitectureReader([], Clock(1000.0))
+    single = base(file=tmp_path / "sd.safetensors", config={"folder": folder})
+    assert replace(await reader.facts(single), row=None) == KNOWN
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from serve_app.config import BaseModelConfig
-from serve_app.engine.base.loading import ResolvedSource
+from serve_app.engine.base.fetching import ResolvedSource
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BaseUnusable
 from serve_app.settings import ModelSource

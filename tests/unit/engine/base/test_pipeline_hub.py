@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.engine_cases import load, one_image, request
 from tests.hub_server import ErrorDetail, HubServer
-from tests.tiny import tiny_folder
+from tests.single_files import original_vae, write_single_file
+from tests.tiny import tiny_folder, tiny_pipeline
 
 WAIT_S = 120.0
 LOADER = """
@@ -26,16 +28,19 @@ import hashlib, json, sys
 from pathlib import Path
 from serve_app.config import BaseModelConfig
 from serve_app.settings import ModelSource
-from serve_app.engine.base.loading import HubAccess, resolve_source
+from serve_app.engine.base.fetching import HubAccess, resolve_source
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import LoraplexError
 from tests.engine_cases import one_image, request
 
 for line in sys.stdin:
-    source = ModelSource(**json.loads(line))
-    config = BaseModelConfig(id="tiny/base", source=source, schedulers=("DDIMScheduler",))
+    source = json.loads(line)
+    vae = source.pop("vae", None)
+    config = BaseModelConfig(id="tiny/base", source=ModelSource(**source), vae=vae, schedulers=("DDIMScheduler",))
+    parts = {name: resolve_source(part, None) for name, part in config.part_sources.items()}
+    hub = HubAccess(cache_dir=Path(sys.argv[1]))
     try:
-        pipeline = BasePipeline.load(config, resolve_source(source, None), hub=HubAccess(cache_dir=Path(sys.argv[1])))
+        pipeline = BasePipeline.load(config, resolve_source(config.source, None), parts=parts, hub=hub)
         answer = {
             "fingerprint": pipeline.manifest.fingerprint,
             "image": hashlib.sha256(one_image(pipeline, request()).pixels).hexdigest(),
@@ -119,3 +124,33 @@ def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServ
     for answer in (failing, down):
         assert answer["error"] == "HubUnavailable"
         assert "127.0.0.1" not in answer["message"]
+
+
+def test_a_single_file_comes_from_the_hub_with_the_configuration_of_another_repository(
+    hub: HubServer, loader: Loader, tmp_path: Path
+) -> None:
+    hub.push(
+        "me/checkpoints", {"sd.safetensors": write_single_file(tmp_path / "sd.safetensors", tiny_pipeline("sd15"))}
+    )
+    hub.push("me/configuration", files_of(tiny_folder("sd15")))
+    expected = hashlib.sha256(one_image(load("sd15"), request()).pixels).hexdigest()
+    source = {"filename": "sd.safetensors", "config": {"hub": "me/configuration"}}
+    assert loader.load("me/checkpoints", **source)["image"] == expected
+    weights = [asked.path for asked in hub.requests if "me/configuration" in asked.path and "safetensors" in asked.path]
+    assert weights == []
+    refused = loader.load("me/checkpoints", filename="other.safetensors", config={"hub": "me/configuration"})
+    assert refused["message"] == "tiny/base cannot be served: its repository has no file other.safetensors"
+    for repository in ("me/checkpoints", "me/configuration"):
+        hub.fail(repository, ErrorDetail(status=503))
+    assert loader.load("me/checkpoints", **source)["image"] == expected
+
+
+def test_a_part_that_a_single_file_replaces_is_not_fetched_with_its_base(
+    hub: HubServer, loader: Loader, tmp_path: Path
+) -> None:
+    hub.push("me/other-base", files_of(tiny_folder("sd15")))
+    vae = {name: tensor.contiguous() for name, tensor in original_vae(tiny_pipeline("sd15").vae).items()}
+    save_file(vae, tmp_path / "vae.safetensors")
+    expected = hashlib.sha256(one_image(load("sd15"), request()).pixels).hexdigest()
+    assert loader.load("me/other-base", vae={"file": str(tmp_path / "vae.safetensors")})["image"] == expected
+    assert not [asked for asked in hub.requests if "me/other-base" in asked.path and "vae/diffusion" in asked.path]

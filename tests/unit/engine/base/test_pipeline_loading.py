@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serve_app.config import BaseModelConfig
-from serve_app.engine.base.loading import ResolvedSource, resolve_dtype, resolve_source
+from serve_app.engine.base.fetching import ResolvedSource, resolve_source
+from serve_app.engine.base.loading import resolve_dtype
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BaseUnusable
 from serve_app.families.schedulers import SCHEDULERS

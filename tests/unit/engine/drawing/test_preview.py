@@ -12,7 +12,7 @@ import torch
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, PixelImage, Preview, Progress
 from serve_app.demo.embedded import embedded_root
-from serve_app.engine.base.loading import resolve_source
+from serve_app.engine.base.fetching import resolve_source
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.preview import estimate_finished, fit_latent_colours, preview_steps
 from serve_app.engine.weights.fused import FusedWeights
