@@ -6,6 +6,7 @@ and which parameters change nothing. `serve_app.families.table` owns the rows.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,11 @@ Task = Literal["text", "image", "inpaint", "edit"]
 that the prompt says how to change."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
-LatentLayout = Literal["picture", "packed", "patched", "patched channels last", "channels last", "none"]
+LatentLayout = Literal["picture", "packed", "patched", "patched channels last", "unpatched", "channels last", "none"]
 """How latents lie between two steps: [n, channels, h, w] or the same of one frame; tokens of 2x2 pixels; tokens of one
-pixel, each 2x2 of the VAE's, with the channels of each of the four together or the four of each channel; one frame
-[n, 1, h, w, channels]; or in a form of which no preview is made."""
+pixel, each 2x2 of the VAE's, with the channels of each of the four together or the four of each channel; a picture of
+the VAE's pixels, normalized in 2x2 patches; one frame [n, 1, h, w, channels]; or in a form of which no preview is
+made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Family:
     `area_parameter` names what must say which size is drawn, where the pipeline otherwise draws its own.
     `takes_references` says that an edit may be given several pictures, each of its own size; the longer side of one is
     at most `max_aspect_ratio` times the other.
+    `prompt_key` is the key of the JSON object that the prompt must be.
     `two_step_arguments` hold for exactly two steps and are None otherwise.
     `structure` is the name that `serve_app.families.structure` has for the layers of its denoiser.
     `reads_guidance` is False where guidance changes nothing.
@@ -58,6 +61,7 @@ class Family:
     min_steps: int = 1
     area_parameter: Literal["max_area", "default_sample_size", "resolutions"] | None = None
     fixed: Mapping[str, object] = field(default_factory=dict[str, object])
+    prompt_key: str | None = None
     two_step_arguments: tuple[str, ...] = ()
     takes_references: bool = False
     max_aspect_ratio: float = math.inf
@@ -73,6 +77,18 @@ class Family:
         if not has_image:
             return "text"
         return "edit" if self.tasks is not None and "image" not in self.tasks and "edit" in self.tasks else "image"
+
+    def worded(self, prompt: str) -> str:
+        """Return a prompt in the form that the pipeline reads: a JSON object as it is, plain words in one."""
+        if self.prompt_key is None:
+            return prompt
+        try:
+            given: object = json.loads(prompt)
+        except (ValueError, RecursionError):
+            given = None
+        if isinstance(given, dict) and self.prompt_key in given:
+            return prompt
+        return json.dumps({self.prompt_key: prompt}, ensure_ascii=False)
 
     def serves(self, task: Task) -> bool:
         """Say whether the family has a pipeline for a task; True where only diffusers knows."""

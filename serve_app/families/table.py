@@ -79,6 +79,29 @@ _KANDINSKY = Family(
     area_parameter="resolutions",
 )
 
+_FIBO = Family(
+    "FIBO",
+    side_multiple=16,
+    tokens=3000,
+    latents="patched",
+    shares_passes=False,
+    sends_levels=("sigmas",),
+    unfit_schedulers=("UniPCMultistepScheduler",),
+    defaults=FamilyDefaults(30, 5.0, 1024),
+    tasks={"text": "BriaFiboPipeline"},
+)
+_Z_IMAGE = Family(
+    "Z-Image",
+    side_multiple=16,
+    tokens=512,
+    guided_above=0.0,
+    sends_levels=("sigmas",),
+    unfit_schedulers=("UniPCMultistepScheduler",),
+    structure="z-image",
+    defaults=FamilyDefaults(50, 5.0, 1024),
+    tasks=_tasks("ZImage"),
+)
+
 FAMILIES: Mapping[str, Family] = {
     "StableDiffusionPipeline": Family("SD", structure="sd1", defaults=_SD, tasks=_tasks("StableDiffusion")),
     "StableDiffusionInpaintPipeline": Family(
@@ -174,16 +197,13 @@ FAMILIES: Mapping[str, Family] = {
         needs_torchvision=True,
         tasks={"edit": "QwenImageEditPlusPipeline"},
     ),
-    "ZImagePipeline": Family(
-        "Z-Image",
-        side_multiple=16,
-        tokens=512,
-        guided_above=0.0,
-        sends_levels=("sigmas",),
-        unfit_schedulers=("UniPCMultistepScheduler",),
-        structure="z-image",
-        defaults=FamilyDefaults(50, 5.0, 1024),
-        tasks=_tasks("ZImage"),
+    "ZImagePipeline": _Z_IMAGE,
+    "ZImageOmniPipeline": replace(
+        _Z_IMAGE,
+        name="Z-Image Omni",
+        takes_references=True,
+        shares_passes=False,
+        tasks={"text": "ZImageOmniPipeline", "edit": "ZImageOmniPipeline"},
     ),
     "HiDreamImagePipeline": Family(
         "HiDream",
@@ -278,17 +298,37 @@ FAMILIES: Mapping[str, Family] = {
         defaults=FamilyDefaults(48, 7.0, 1024),
         tasks={"text": "Ideogram4Pipeline"},
     ),
+    "BriaFiboPipeline": _FIBO,
+    "BriaFiboEditPipeline": replace(
+        _FIBO,
+        name="FIBO Edit",
+        takes_references=True,
+        prompt_key="edit_instruction",
+        tasks={"edit": "BriaFiboEditPipeline"},
+    ),
+    "BriaFibo2Pipeline": replace(
+        _FIBO,
+        name="FIBO 2",
+        tokens=4096,
+        latents="unpatched",
+        takes_references=True,
+        needs_torchvision=True,
+        tasks={"text": "BriaFibo2Pipeline", "edit": "BriaFibo2Pipeline"},
+    ),
 }
 
 # Pipelines of diffusers that make no pictures; each name is the beginning of a class's name.
 _OTHER_MEDIA: Mapping[str, tuple[str, ...]] = {
     "videos": (
         "Allegro", "AnimateDiff", "AnyFlow", "ChronoEdit", "CogVideoX", "ConsisID", "Cosmos", "EasyAnimate", "Helios",
-        "HunyuanSkyreels", "HunyuanVideo", "I2VGenXL", "Kandinsky5I2V", "Kandinsky5T2V", "LTX", "Latte", "LucyEdit",
-        "Mochi", "PIA", "SanaImageToVideo", "SanaVideo", "SkyReels", "StableVideoDiffusion", "TextToVideo",
-        "VideoToVideo", "Wan",
+        "HunyuanSkyreels", "HunyuanVideo", "I2VGenXL", "Kandinsky5I2V", "Kandinsky5T2V", "Kandinsky6", "LTX", "Latte",
+        "LucyEdit", "Mochi", "MotifVideo", "PIA", "SanaImageToVideo", "SanaVideo", "SanaWM", "SkyReels",
+        "StableVideoDiffusion", "TextToVideo", "VideoToVideo", "Wan",
     ),
-    "sound": ("AceStep", "AudioLDM", "DanceDiffusion", "MusicLDM", "StableAudio"),
+    "sound": (
+        "AceStep", "AudioLDM", "DanceDiffusion", "LongCatAudioDiT", "MusicLDM", "SpectrogramDiffusion", "StableAudio",
+    ),
+    "proteins": ("RFD4Proteina",),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from tests.tiny_families import flow, flux, language, newest, noise
 
 BUILDERS: dict[str, Any] = {**noise.BUILDERS, **flow.BUILDERS, **flux.BUILDERS, **language.BUILDERS, **newest.BUILDERS}
 # Their processors need torchvision, which is an extra.
-NEED_TORCHVISION = ("flux2", "kandinsky5", "kandinsky5_edit", "qwen_image_edit", "qwen_image_edit_plus")
+NEED_TORCHVISION = ("bria_fibo2", "flux2", "kandinsky5", "kandinsky5_edit", "qwen_image_edit", "qwen_image_edit_plus")
 MAKE_VIDEOS = ("wan_t2v",)
 IMAGE_FAMILIES = tuple(sorted(set(BUILDERS) - set(MAKE_VIDEOS)))
 

@@ -39,13 +39,12 @@ from tests.tiny_families.parts import (
     gemma2,
     gemma_tokenizer,
     qwen3,
+    qwen3_vl_config,
     qwen25vl,
-    qwen_ids,
     qwen_tokenizer,
     qwen_vae,
     t5,
     vae,
-    vocab,
 )
 
 BUILDERS: dict[str, Any] = {}
@@ -285,25 +284,12 @@ def krea2() -> Any:
         axes_dims_rope=(4, 2, 2),
         rope_theta=1000.0,
     )
-    cfg = transformers.Qwen3VLConfig(
-        text_config={
-            "hidden_size": 16,
-            "intermediate_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "vocab_size": vocab(),
-        },
-        vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
-        **qwen_ids(),
-    )
     return Krea2Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(
             use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=6400
         ),
         vae=qwen_vae(),
-        text_encoder=transformers.Qwen3VLModel(cfg).eval(),
+        text_encoder=transformers.Qwen3VLModel(qwen3_vl_config()).eval(),
         tokenizer=qwen_tokenizer(),
         transformer=tr,
         text_encoder_select_layers=(0, 1, 2),

@@ -84,6 +84,22 @@ def qwen25vl(h=16, mrope=(1, 1, 2)):
     return transformers.Qwen2_5_VLForConditionalGeneration(cfg).eval()
 
 
+def qwen3_vl_config(layers=2):
+    return transformers.Qwen3VLConfig(
+        text_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": vocab(),
+        },
+        vision_config={"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16},
+        **qwen_ids(),
+    )
+
+
 def qwen3(cls, h=16):
     return cls(
         transformers.Qwen3Config(

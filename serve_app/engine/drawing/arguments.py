@@ -85,7 +85,7 @@ def arguments_of(
         **({"prompt_2": [head.options.prompt_2] * len(texts)} if head.options.prompt_2 is not None else {}),
     }
     return {
-        "prompt": [prompt for prompt, _ in texts],
+        "prompt": [family.worded(prompt) for prompt, _ in texts],
         "num_inference_steps": head.steps,
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "output_type": "pt",

@@ -336,4 +336,5 @@ def _widest_tokenizer(pipeline: Any) -> str:
     """Name the tokenizer that reads the longest prompt; the first of those that read alike."""
     components: dict[str, Any] = pipeline.components
     found = [name for name, part in components.items() if name.startswith("tokenizer") and part is not None]
+    found = found or ["processor"]  # some have theirs in it alone
     return max(found, key=lambda name: _tokenizer(components[name]).model_max_length)

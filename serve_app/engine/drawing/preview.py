@@ -103,7 +103,7 @@ def unpacked_latents(latents: Tensor, layout: LatentLayout, width: int, height: 
     """Return latents as pictures [n, channels, h, w]; those of tokens [n, tokens, channels] lie row by row."""
     latents = latents[:, 0].permute(0, 3, 1, 2) if layout == "channels last" else _pictures(latents)
     if latents.ndim != 3:
-        return latents
+        return functional.pixel_unshuffle(latents, 2) if layout == "unpatched" else latents
     rows = round((latents.shape[1] * height / width) ** 0.5)
     grid = latents.transpose(1, 2).unflatten(2, (rows, latents.shape[1] // rows))
     if layout == "packed":
