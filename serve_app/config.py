@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from serve_app.core import PromptSyntax
 from serve_app.families.family import Family
 from serve_app.settings import (
     AdapterLimits,
@@ -51,7 +52,8 @@ class BaseModelConfig(StrictModel):
     `vae_tiling` decodes large images tile by tile, which needs less memory and shows faintly: "auto" does so only for
     sides over twice those that the VAE was trained for. `parts` replaces parts of the base, by the names in its index;
     `vae` is short for the part of that name. `schedulers` None means all that fit the base; `scheduler_options` change
-    the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
+    the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`. `prompt_syntax` is that of requests
+    which name none.
     """
 
     id: str
@@ -67,6 +69,7 @@ class BaseModelConfig(StrictModel):
     scheduler: str | None = None
     schedulers: tuple[str, ...] | None = None
     scheduler_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    prompt_syntax: PromptSyntax = "plain"
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     adapter_limits: AdapterLimits = AdapterLimits()
@@ -251,12 +254,14 @@ def digest_of(key: str) -> str:
 class ApiKey(StrictModel):
     """A key by its name, which appears in logs, and the SHA-256 of the key itself; `admin` may change the registry.
 
-    Where several keys want a device at once, each has a part of its time in proportion to its `weight`.
+    Where several keys want a device at once, each has a part of its time in proportion to its `weight`. `prompt_syntax`
+    is that of its requests which name none, before the base's.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     admin: bool = False
+    prompt_syntax: PromptSyntax | None = None
     weight: float = Field(default=1.0, ge=0.01, le=100)
     limits: KeyLimits = KeyLimits()
 

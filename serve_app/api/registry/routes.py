@@ -254,6 +254,7 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
         defaults=BaseDefaults(**base.defaults.model_dump()),
         limits=limits,
         schedulers=schedulers,
+        prompt_syntax=base.prompt_syntax,
     )
     if known is None:
         return told
@@ -266,5 +267,6 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
             "tasks": {task: list(parameters) for task, parameters in known.parameters.items()},
             "tokens": known.tokens,
             "has_previews": known.previews,
+            "prompt_syntaxes": list(known.prompt_syntaxes),
         }
     )
