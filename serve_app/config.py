@@ -327,6 +327,7 @@ class AppConfig(StrictModel):
 
     `cache_dir` is the folder of each node's files; None means a folder in the user's cache directory. `{node}` in it
     becomes the Ray node's id, for nodes that share a file system. `disk_cache` limits the admitted adapters in it.
+    With `infotext`, PNGs say how they were drawn: prompt, seed, adapters, as A1111 writes it.
     """
 
     renamed = {"cache_size": "disk_cache"}
@@ -338,6 +339,7 @@ class AppConfig(StrictModel):
     auth: AuthSettings = AuthSettings()
     tracing: TracingSettings = TracingSettings()
     metrics: MetricsSettings = MetricsSettings()
+    infotext: bool = True
     cache_dir: Path | None = None
     disk_cache: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

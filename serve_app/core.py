@@ -117,10 +117,11 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class ScaledAdapter:
-    """A resolved adapter with the scale of one request."""
+    """A resolved adapter with the scale of one request, and the name by which that names it, such as an alias."""
 
     spec: AdapterSpec
     scale: Scale
+    name: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,11 @@ class BasePipeline:
         """Return the names of the noise schedulers that a request may choose from."""
         return self._schedulers.supported_names()
 
+    @property
+    def default_scheduler(self) -> str:
+        """The name of the noise scheduler of a request that names none."""
+        return self._config.scheduler or type(self._variants.whole.scheduler).__name__
+
     def parameters(self, task: Task) -> tuple[str, ...]:
         """Return the optional parameters that a request for a task may set."""
         return parameters_taken(self._variants.by_task[task], self.family)
