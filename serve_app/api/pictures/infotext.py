@@ -16,12 +16,17 @@ INFOTEXT = "parameters"
 def infotext(request: GenerationRequest, *, seed: int, scheduler: str, digests: Sequence[str]) -> str:
     """Return the text of one image; `digests` are those of the request's adapters, in its order.
 
-    `Lora hashes` is as A1111 has it. `Adapters` is ours, as a request's `loras`, each with the digest of its file.
+    `Lora hashes` is as A1111 has it. `Adapters` is ours, as a request's `loras`, each with the digest of its file;
+    `Options` are the further fields of the request, such as `shift`.
     """
     adapters = [
         {"id": use.name or use.spec.id, "scale": _scale(use.scale), "digest": digest}
         for use, digest in zip(request.adapters, digests, strict=True)
     ]
+    options = dict(request.scheduler_options) | request.options.given()
+    # A1111 counts the last layer.
+    clip_skip = None if request.options.clip_skip is None else request.options.clip_skip + 1
+    options.pop("clip_skip", None)
     told: Mapping[str, object] = {
         "Steps": request.steps,
         "Sampler": scheduler,
@@ -30,10 +35,10 @@ def infotext(request: GenerationRequest, *, seed: int, scheduler: str, digests: 
         "Size": f"{request.width}x{request.height}",
         "Model": request.base_id,
         "Denoising strength": None if request.strength is None else f"{request.strength:g}",
-        # A1111 counts the last layer.
-        "Clip skip": None if request.options.clip_skip is None else request.options.clip_skip + 1,
+        "Clip skip": clip_skip,
         "Lora hashes": ", ".join(f"{one['id']}: {str(one['digest'])[:12]}" for one in adapters) or None,
         "Adapters": json.dumps(adapters) if adapters else None,
+        "Options": json.dumps(options) if options else None,
         "Prompt syntax": None if request.prompt_syntax == "plain" else request.prompt_syntax,
         "Version": "Loraplex",
     }

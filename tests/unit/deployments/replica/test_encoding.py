@@ -54,7 +54,8 @@ async def test_a_png_says_how_it_was_drawn_and_keeps_its_pixels(form: ImageForma
         prompt='a cat, "red"\n\ud800é\0',
         negative_prompt="a dog",
         adapters=(ScaledAdapter(spec, 0.8, "our style"), ScaledAdapter(spec, Scales(1.0, 0.5), "x/y")),
-        options=PipelineOptions(clip_skip=1),
+        options=PipelineOptions(clip_skip=1, sigmas=(0.5, 0.1)),
+        scheduler_options=(("shift", 3.0),),
         prompt_syntax="a1111",
         encoding=Encoding(form),
         hub_token=HubToken("hf_secret"),
@@ -78,6 +79,10 @@ async def test_a_png_says_how_it_was_drawn_and_keeps_its_pixels(form: ImageForma
             'Lora hashes: "our style: abababababab, x/y: cdcdcdcdcdcd", Adapters: "'
         )
         assert last.endswith(", Prompt syntax: a1111, Version: Loraplex")
-        adapters = json.loads(json.loads(last.partition("Adapters: ")[2].partition(", Prompt")[0]))
+        adapters, options = (
+            json.loads(json.loads(last.partition(before)[2].partition(after)[0]))
+            for before, after in (("Adapters: ", ", Options"), ("Options: ", ", Prompt"))
+        )
+        assert options == {"shift": 3.0, "sigmas": [0.5, 0.1]}
         assert adapters[0] == {"id": "our style", "scale": 0.8, "digest": "ab" * 32}
         assert adapters[1]["scale"] == {"denoiser": 1.0, "text_encoder": 0.5}
