@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from serve_app.core import PromptSyntax
 from serve_app.families.family import Family
 from serve_app.settings import (
     AdapterLimits,
@@ -54,6 +55,7 @@ class BaseModelConfig(StrictModel):
     `vae` is short for the part of that name; a part may be a single file. `schedulers` None means all that fit the
     base; `scheduler_options` change the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
     `fused` adapters, such as a distillation, are fused into the loaded weights once and belong to the base.
+    `prompt_syntax` is that of requests which name none.
     """
 
     id: str
@@ -70,6 +72,7 @@ class BaseModelConfig(StrictModel):
     scheduler: str | None = None
     schedulers: tuple[str, ...] | None = None
     scheduler_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
+    prompt_syntax: PromptSyntax = "plain"
     defaults: Defaults = Defaults()
     limits: Limits = Limits()
     adapter_limits: AdapterLimits = AdapterLimits()
@@ -269,12 +272,14 @@ def digest_of(key: str) -> str:
 class ApiKey(StrictModel):
     """A key by its name, which appears in logs, and the SHA-256 of the key itself; `admin` may change the registry.
 
-    Where several keys want a device at once, each has a part of its time in proportion to its `weight`.
+    Where several keys want a device at once, each has a part of its time in proportion to its `weight`. `prompt_syntax`
+    is that of its requests which name none, before the base's.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     admin: bool = False
+    prompt_syntax: PromptSyntax | None = None
     weight: float = Field(default=1.0, ge=0.01, le=100)
     limits: KeyLimits = KeyLimits()
 
@@ -340,6 +345,7 @@ class AppConfig(StrictModel):
 
     `cache_dir` is the folder of each node's files; None means a folder in the user's cache directory. `{node}` in it
     becomes the Ray node's id, for nodes that share a file system. `disk_cache` limits the admitted adapters in it.
+    With `infotext`, PNGs say how they were drawn: prompt, seed, adapters, as A1111 writes it.
     """
 
     renamed = {"cache_size": "disk_cache"}
@@ -351,6 +357,7 @@ class AppConfig(StrictModel):
     auth: AuthSettings = AuthSettings()
     tracing: TracingSettings = TracingSettings()
     metrics: MetricsSettings = MetricsSettings()
+    infotext: bool = True
     cache_dir: Path | None = None
     disk_cache: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

@@ -15,6 +15,9 @@ from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
 # Seeds are counted modulo this.
 SEEDS = 2**64
 
+# How a prompt is written: as it is read, or with weights and adapters in its text.
+PromptSyntax = Literal["plain", "a1111", "comfyui"]
+
 # A person waits for an interactive request, a program for a batch one.
 Priority = Literal["interactive", "batch"]
 
@@ -114,10 +117,11 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class ScaledAdapter:
-    """A resolved adapter with the scale of one request."""
+    """A resolved adapter with the scale of one request, and the name by which that names it, such as an alias."""
 
     spec: AdapterSpec
     scale: Scale
+    name: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,6 +225,7 @@ class UnresolvedRequest:
     due: WallClockDeadline | None = None
     hub_token: HubToken | None = field(default=None, repr=False)
     key: str | None = None
+    prompt_syntax: PromptSyntax | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +271,7 @@ class GenerationRequest:
     share_weight: float = 1.0
     whole_images: int | None = None
     waited_s: float = 0.0
+    prompt_syntax: PromptSyntax = "plain"
 
     def part(self, first: int, count: int) -> GenerationRequest:
         """Return the request for `count` of its images from number `first` on, each with the seed that it has here."""

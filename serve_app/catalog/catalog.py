@@ -181,7 +181,10 @@ class Catalog:
             for finding, ref in zip(findings, refs, strict=True)
         ]
         check_ti_tokens(specs)
-        uses = [ScaledAdapter(spec, scale_for(spec, ref)) for spec, ref in zip(specs, refs, strict=True)]
+        uses = [
+            ScaledAdapter(spec, scale_for(spec, ref), named.id)
+            for spec, ref, named in zip(specs, refs, asked, strict=True)
+        ]
         return Resolution(
             base,
             tuple(sorted(uses, key=lambda use: use.spec.key)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_app.core import PromptSyntax
 from serve_app.families.family import Task
 
 
@@ -14,7 +15,7 @@ class BaseAbilities:
 
     `parameters` are the optional ones, by task: each task in it was tried. `tokens` is how much of a prompt is read.
     `previews` says whether streams can carry any, `references` whether an edit may be given several
-    pictures. `defaults` are the values of a request that gives none.
+    pictures. `defaults` are the values of a request that gives none. `prompt_syntaxes` are how prompts may be written.
     """
 
     pipeline: str
@@ -27,3 +28,4 @@ class BaseAbilities:
     previews: bool
     references: bool = False
     defaults: Mapping[str, float] = field(default_factory=dict[str, float])
+    prompt_syntaxes: tuple[PromptSyntax, ...] = ("plain",)

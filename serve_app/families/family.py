@@ -100,6 +100,11 @@ class Family:
         return self.tasks is not None and not {"text", "edit"} & set(self.tasks)
 
     @property
+    def weighs_words(self) -> bool:
+        """Whether CLIP alone reads its prompts: they may be long, and words in them may have weights."""
+        return self.structure in ("sd1", "sdxl") and not self.serves("edit")
+
+    @property
     def previews(self) -> bool:
         """Whether previews can be made of its latents."""
         return self.latents != "none"

@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.async_api import expect
 
 from tests.browser.playground import Playground
-from tests.service import Service
+from tests.service import Service, pixels_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 STAR = "a large yellow star on a blue background"
@@ -122,8 +122,7 @@ def png(colour: str, size: tuple[int, int]) -> bytes:
     return content.getvalue()
 
 
-async def test_a_dropped_picture_is_where_the_drawing_starts(playground: Playground) -> None:
-    encoded = base64.b64encode(png("red", (96, 48))).decode()
+async def drop(playground: Playground, content: bytes) -> None:
     await playground.page.evaluate(
         """async text => {
             const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
@@ -131,9 +130,37 @@ async def test_a_dropped_picture_is_where_the_drawing_starts(playground: Playgro
             dataTransfer.items.add(new File([bytes], "red.png", {type: "image/png"}));
             document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true}));
         }""",
-        encoded,
+        base64.b64encode(content).decode(),
     )
     await playground.element("#chosen").wait_for()
+
+
+async def test_a_dropped_picture_that_says_how_it_was_drawn_fills_the_form(
+    playground: Playground, service: Service
+) -> None:
+    reply = service.ask(
+        "a (large:1.2) star – <lora:demo/sd15-sepia:0.7>", model="demo/sd15", negative_prompt="a (circle)",
+        seed=9007199254740993, width=64, height=96, num_inference_steps=5, guidance_scale=3.5,
+        scheduler="Euler Karras", prompt_syntax="a1111",
+    )  # fmt: skip
+    assert reply.status_code == 200, reply.text
+    await drop(playground, reply.content)
+    await playground.page.get_by_role("button", name="Use its settings").click()
+    await expect(playground.element("#prompt")).to_have_value("a (large:1.2) star – ")
+    await expect(playground.element("#prompt")).to_be_focused()
+    await expect(playground.element("#chosen")).to_be_hidden()
+    shown = {"base": "demo/sd15", "negative": "a (circle)", "seed": "9007199254740993", "syntax": "a1111", "steps": "5"}
+    shown |= {"width": "64", "height": "96", "guidance": "3.5", "scheduler": "Euler Karras"}
+    for name, value in shown.items():
+        await expect(playground.element(f"#{name}")).to_have_value(value)
+    assert await playground.element("#adapters .model").all_inner_texts() == ["demo/sd15-sepia"]
+    await playground.generate()
+    assert is_same(await playground.pixels(), pixels_of(reply))
+
+
+async def test_a_dropped_picture_is_where_the_drawing_starts(playground: Playground) -> None:
+    await drop(playground, png("red", (96, 48)))
+    await expect(playground.element("#chosen-settings")).to_be_hidden()
     assert (await playground.page.input_value("#width"), await playground.page.input_value("#height")) == ("96", "48")
     await playground.write("a red background", strength=0.1, steps=10)
     await playground.generate()

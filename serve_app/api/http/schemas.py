@@ -22,7 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.api.http.openapi_responses import refusals
 from serve_app.api.http.validation import refusal
-from serve_app.core import AdapterRef, PipelineOptions, Scale, Scales, SchedulerOption
+from serve_app.core import AdapterRef, PipelineOptions, PromptSyntax, Scale, Scales, SchedulerOption
 
 INT64_MAX = 2**63 - 1
 MAX_NAME_LENGTH = 256
@@ -166,6 +166,11 @@ class PipelineParameters(RequestModel):
     )
     timesteps: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1000)] | None = Field(
         default=None, description="the timesteps of the steps, in place of their number"
+    )
+    prompt_syntax: PromptSyntax | None = Field(
+        default=None,
+        description="how the prompts are written: plain, a1111 or comfyui, with weights such as (word:1.3), longer "
+        "than the base's window, and adapters as <lora:name:0.8>; else as the key or the base has it",
     )
     scheduler_options: dict[Name, bool | int | float | str] | None = Field(
         default=None, description="shift, timestep_spacing, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas"

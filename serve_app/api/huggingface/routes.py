@@ -215,6 +215,7 @@ def _unresolved(
         strength=parameters.strength,
         options=parameters.options(),
         scheduler_options=parameters.sorted_scheduler_options(),
+        prompt_syntax=parameters.prompt_syntax,
     )
 
 

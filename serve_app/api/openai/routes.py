@@ -210,6 +210,7 @@ def _unresolved(asked: ImageGeneration) -> UnresolvedRequest:
         scheduler_options=asked.sorted_scheduler_options(),
         num_previews=asked.partial_images or 0,
         encoding=encoding_of(asked),
+        prompt_syntax=asked.prompt_syntax,
     )
 
 

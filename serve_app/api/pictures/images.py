@@ -18,7 +18,9 @@ from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
+from serve_app.api.pictures.infotext import INFOTEXT
 from serve_app.api.pictures.structure import TooIntricate, check_structure
 from serve_app.core import EncodedImage, Encoding, ImageFormat, PixelImage, PixelMask
 from serve_app.errors import MalformedRequest, TooLarge
@@ -151,8 +153,10 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def encode_image(image: PixelImage | EncodedImage, form: ImageFormat, *, quality: int | None = None) -> bytes:
-    """Return a picture in a file format; `quality` (0 to 100) applies to JPEG and WebP.
+def encode_image(
+    image: PixelImage | EncodedImage, form: ImageFormat, *, quality: int | None = None, text: str | None = None
+) -> bytes:
+    """Return a picture in a file format; `quality` (0 to 100) applies to JPEG and WebP, `text` goes into a PNG.
 
     One that a replica has encoded already is returned as it is.
     """
@@ -162,9 +166,18 @@ def encode_image(image: PixelImage | EncodedImage, form: ImageFormat, *, quality
     picture = Image.frombytes("RGB", (image.width, image.height), image.pixels)
     buffer = io.BytesIO()
     if form == "png":
-        picture.save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL)
+        picture.save(buffer, "PNG", compress_level=PNG_COMPRESS_LEVEL, pnginfo=_with_text(text))
     elif form == "webp":
         picture.save(buffer, "WEBP", quality=WEBP_QUALITY if quality is None else quality)
     else:
         picture.save(buffer, "JPEG", quality=JPEG_QUALITY if quality is None else quality, subsampling=0)
     return buffer.getvalue()
+
+
+def _with_text(text: str | None) -> PngInfo | None:
+    if text is None:
+        return None
+    info = PngInfo()
+    # Neither halves of characters nor an early end: JSON may hold both.
+    info.add_text(INFOTEXT, text.replace("\0", " ").encode("utf-8", "replace").decode())
+    return info

@@ -256,6 +256,7 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
         limits=limits,
         fused=[FusedLora(id=one.id, scale=one.scale) for one in base.fused],
         schedulers=schedulers,
+        prompt_syntax=base.prompt_syntax,
     )
     if known is None:
         return told
@@ -268,5 +269,6 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
             "tasks": {task: list(parameters) for task, parameters in known.parameters.items()},
             "tokens": known.tokens,
             "has_previews": known.previews,
+            "prompt_syntaxes": list(known.prompt_syntaxes),
         }
     )

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.api.http.schemas import Int, Name, RequestModel
+from serve_app.core import PromptSyntax
 
 MAX_TEXT = 10_000
 MAX_REPLICAS_ASKED = 1000
@@ -247,3 +248,5 @@ class Base(BaseModel):
     )
     tokens: int | None = Field(default=None, description="how many tokens of a prompt are read")
     has_previews: bool | None = Field(default=None, description="whether streams can carry previews")
+    prompt_syntax: PromptSyntax = Field(description="what `prompt_syntax` is where neither a request nor its key says")
+    prompt_syntaxes: list[PromptSyntax] | None = Field(default=None, description="what it may be")

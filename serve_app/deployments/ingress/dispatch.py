@@ -13,11 +13,20 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog, Resolution
-from serve_app.core import Accepted, GenerationEvent, GenerationRequest, GenerationResult, ModelInfo, UnresolvedRequest
+from serve_app.core import (
+    Accepted,
+    GenerationEvent,
+    GenerationRequest,
+    GenerationResult,
+    ModelInfo,
+    PromptSyntax,
+    UnresolvedRequest,
+)
 from serve_app.deployments.ingress.adapter_defaults import resolve_with_adapters
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import LoraplexError
 from serve_app.observability.tracing import request_span, span
+from serve_app.prompt_syntax import with_prompt_adapters
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +81,7 @@ class ServiceGateway:
         on_refusal: Callable[[str], None],
         on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
         weight_of: Callable[[str | None], float] = lambda key: 1.0,
+        prompt_syntax_of: Callable[[str | None], PromptSyntax | None] = lambda key: None,
     ) -> None:
         self._catalog = catalog
         self._dispatch = dispatch
@@ -81,6 +91,7 @@ class ServiceGateway:
         self._on_refusal = on_refusal
         self._on_drawn = on_drawn
         self._weight_of = weight_of
+        self._prompt_syntax_of = prompt_syntax_of
 
     async def generate(self, unresolved: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         """Return the images of a request.
@@ -121,9 +132,8 @@ class ServiceGateway:
 
     async def _settled(self, unresolved: UnresolvedRequest, request_id: str, case: _Case) -> GenerationRequest:
         with span("resolve", request_span().context):
-            resolution = case.resolution = await self._catalog.resolve(
-                unresolved.model, unresolved.adapters, token=unresolved.hub_token
-            )
+            unresolved, resolution = await self._resolved(unresolved)
+        case.resolution = resolution
         seed = self._draw_seed()
         family = await self._catalog.family(resolution.base)
         request = resolve_with_adapters(unresolved, resolution, request_id=request_id, seed=seed, family=family)
@@ -132,6 +142,21 @@ class ServiceGateway:
         request = replace(request, share_weight=self._weight_of(unresolved.key), hub_token=token)
         request_span().describe(request)
         return request_span().carried_by(request)
+
+    async def _resolved(self, unresolved: UnresolvedRequest) -> tuple[UnresolvedRequest, Resolution]:
+        """Return the request with its syntax known and the adapters of its prompt among its own, and what they are."""
+        syntax = unresolved.prompt_syntax or self._prompt_syntax_of(unresolved.key)
+        draft = with_prompt_adapters(unresolved, syntax or "plain")
+        resolution = await self._resolve(draft)
+        if syntax is not None or resolution.base.prompt_syntax == "plain":
+            return draft, resolution
+        # The base decides, so that it stays the base whatever its prompt names.
+        named = replace(unresolved, model=unresolved.model or resolution.base.id)
+        draft = with_prompt_adapters(named, resolution.base.prompt_syntax)
+        return draft, resolution if draft.adapters == unresolved.adapters else await self._resolve(draft)
+
+    async def _resolve(self, draft: UnresolvedRequest) -> Resolution:
+        return await self._catalog.resolve(draft.model, draft.adapters, token=draft.hub_token)
 
     @contextmanager
     def _refusals_noted(self, unresolved: UnresolvedRequest, request_id: str) -> Iterator[_Case]:

@@ -340,6 +340,7 @@ class Ingress:
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
             weight_of=keys.weight_of,
+            prompt_syntax_of=keys.prompt_syntax_of,
         )
 
     def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:

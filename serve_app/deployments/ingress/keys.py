@@ -13,6 +13,7 @@ import yaml
 from pydantic import ValidationError
 
 from serve_app.config import ApiKey, AuthSettings
+from serve_app.core import PromptSyntax
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class Keys:
     def weight_of(self, name: str | None) -> float:
         """Return the weight of a key; of no key, or one that has just been taken away, that of any."""
         return next((key.weight for key in self() if key.name == name), 1.0)
+
+    def prompt_syntax_of(self, name: str | None) -> PromptSyntax | None:
+        """Return how the prompts of a key are written, None where the base decides."""
+        return next((key.prompt_syntax for key in self() if key.name == name), None)
 
     def _renew(self) -> None:
         stamp = _stamp(self._settings.keys_file)

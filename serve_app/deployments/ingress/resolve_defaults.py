@@ -13,6 +13,7 @@ from serve_app.core import GenerationRequest, ScaledAdapter, UnresolvedRequest, 
 from serve_app.errors import MalformedRequest, OutOfBounds, UnknownScheduler
 from serve_app.families.family import Family
 from serve_app.families.schedulers import REQUEST_OPTIONS, TIMESTEP_SPACINGS, is_known_name, known_names
+from serve_app.prompt_syntax import check_taken, weighted
 
 MAX_SEED = 2**63 - 1
 
@@ -39,6 +40,7 @@ def resolve_defaults(
     base = base.with_defaults_of(known)
     width, height = _size(draft, base, known.side_multiple)
     _check_numbers(draft, base)
+    _check_prompts(draft, base, family)
     _check_adapters(adapters, base)
     _check_scheduler(draft, base)
     steps = _steps(draft, base, known)
@@ -68,6 +70,7 @@ def resolve_defaults(
         priority=draft.priority,
         due=draft.due,
         share=_share_of(draft.key),
+        prompt_syntax=draft.prompt_syntax or "plain",
     )
 
 
@@ -194,6 +197,17 @@ def _check_numbers(draft: UnresolvedRequest, base: BaseModelConfig) -> None:
             raise OutOfBounds(
                 name, f"{len(text)} characters long", f"at most {limits.max_prompt_characters} characters"
             )
+
+
+def _check_prompts(draft: UnresolvedRequest, base: BaseModelConfig, family: Family | None) -> None:
+    syntax = draft.prompt_syntax
+    if syntax is None or syntax == "plain":
+        return
+    check_taken(syntax, base.id, weighs_words=family is None or family.weighs_words)
+    if draft.options.prompt_2 is not None:
+        raise MalformedRequest("'prompt_2' goes with 'prompt_syntax' 'plain' only; leave it out")
+    weighted(draft.prompt, syntax)
+    weighted(draft.negative_prompt or "", syntax, "negative_prompt")
 
 
 def _check_adapters(adapters: tuple[ScaledAdapter, ...], base: BaseModelConfig) -> None:

@@ -17,15 +17,12 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.api.pictures.images import encode_image, off_loop, pixels_of
 from serve_app.autoscaling import replica_report
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import (
     AdapterSpec,
-    EncodedImage,
-    Encoding,
     GenerationRequest,
     GenerationResult,
     GivenBack,
@@ -34,6 +31,7 @@ from serve_app.core import (
     Progress,
     Timings,
 )
+from serve_app.deployments.replica.encoding import encode_result
 from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
@@ -145,6 +143,7 @@ class BaseModelReplica:
             max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
             typical_units=typical_units(base, pipeline.family),
         )
+        self._writes_infotext, self._default_scheduler = config.infotext, pipeline.default_scheduler
         self._fail_fast = FailFast(self._worker, base.id, stall_timeout_s=stall_timeout_s(base))
         self._watchdog = start_watchdog(base.replica)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)
@@ -239,13 +238,15 @@ class BaseModelReplica:
         fetch_ms = max((lease.fetch_ms for lease in leases), default=0.0)
         log.info(
             "request %s on %s: adapters %s, fetch %.1f ms, queue %.1f ms, swap %.1f ms, suspended %.1f ms, "
-            "denoise %.1f ms, batch %d",
+            "denoise %.1f ms, batch %d, prompts %s",
             request.request_id, self._base.id, [lease.spec.key for lease in leases] or "none", fetch_ms,
             result.timings.queue_ms, result.timings.swap_ms, result.timings.suspended_ms, result.timings.denoise_ms,
-            result.batch_size,
+            result.batch_size, request.prompt_syntax,
         )  # fmt: skip
         self._metrics.shared(request.share, result.compute_s * len(result.images) / result.batch_size)
-        result = await encode_result(result, request.encoding)
+        scheduler = request.scheduler or self._default_scheduler
+        digests = [lease.adapter.digest for lease in leases] if self._writes_infotext else None
+        result = await encode_result(result, request, scheduler=scheduler, digests=digests)
         return self._measured(dataclasses.replace(result.timings, fetch_ms=fetch_ms), leases, result)
 
     def _measured(
@@ -357,22 +358,3 @@ class BaseModelReplica:
         await self._store.close()
         self._admission.close()
         await asyncio.to_thread(close_tracing)
-
-
-async def encode_result(result: GenerationResult, encoding: Encoding | None) -> GenerationResult:
-    """Return a result with its images as files, encoded beside the device; as it is without an encoding."""
-    if encoding is None:
-        return result
-
-    def encode() -> tuple[EncodedImage, ...]:
-        return tuple(
-            EncodedImage(
-                image.width, image.height, encoding, encode_image(image, encoding.form, quality=encoding.quality)
-            )
-            for image in result.images
-        )
-
-    began_s = time.monotonic()
-    images = await off_loop(pixels_of(*result.images), encode)
-    timings = dataclasses.replace(result.timings, encode_ms=(time.monotonic() - began_s) * 1e3)
-    return dataclasses.replace(result, images=images, timings=timings)

@@ -38,9 +38,11 @@ from serve_app.engine.drawing.preview import LatentColours, OnPreview, Previewer
 from serve_app.engine.drawing.steps import BetweenSteps, OnStep, StepCallback
 from serve_app.engine.drawing.texts import encode_individually, text_encoders_of
 from serve_app.engine.drawing.vocabularies import TextualInversion
+from serve_app.engine.drawing.weighted_prompts import ChunkCounter, reads_chunks, with_embeddings
 from serve_app.errors import LoraplexError, OutOfBounds, PipelineRefused
 from serve_app.families.abilities import BaseAbilities
 from serve_app.families.family import Family, Task
+from serve_app.prompt_syntax import SYNTAXES, check_taken
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +80,8 @@ class BasePipeline:
         self._text_encoders = text_encoders_of(loaded.pipeline)
         self._vae_dtype: torch.dtype = loaded.pipeline.vae.dtype
         self._vocabularies = TextualInversion(loaded.pipeline)
+        weighs_words = self.family.weighs_words and reads_chunks(self._text_encoders)
+        self._chunks = ChunkCounter(loaded.pipeline) if weighs_words else None
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
         self._latent_colours: LatentColours | None = None
@@ -146,6 +150,11 @@ class BasePipeline:
         """Return the names of the noise schedulers that a request may choose from."""
         return self._schedulers.supported_names()
 
+    @property
+    def default_scheduler(self) -> str:
+        """The name of the noise scheduler of a request that names none."""
+        return self._config.scheduler or type(self._variants.whole.scheduler).__name__
+
     def parameters(self, task: Task) -> tuple[str, ...]:
         """Return the optional parameters that a request for a task may set."""
         return parameters_taken(self._variants.by_task[task], self.family)
@@ -164,6 +173,7 @@ class BasePipeline:
             previews=family.previews,
             references=family.takes_references and "edit" in self.tasks,
             defaults=self.config.defaults.model_dump(),
+            prompt_syntaxes=SYNTAXES if self._chunks is not None else ("plain",),
         )
 
     def withdraw(self, task: Task) -> None:
@@ -185,11 +195,22 @@ class BasePipeline:
         if not 0 <= request.seed <= MAX_SEED:
             raise OutOfBounds("seed", request.seed, f"from 0 to {MAX_SEED}")
         check_parameters(request, pipeline, self.family)
+        check_taken(request.prompt_syntax, self.base_id, weighs_words=self._chunks is not None)
         if request.image is None or "strength" not in parameters_of(pipeline):
             return
         strength = self._strength(request)
         if int(request.steps * strength) < 1:
             raise OutOfBounds("strength", strength, f"at least 1/{request.steps} with {request.steps} steps")
+
+    def count_chunks(self, request: GenerationRequest) -> int:
+        """Return how many chunks the texts of a request take together, 0 for plain ones; safe in any thread.
+
+        Raises:
+            OutOfBounds: more than are read.
+        """
+        if self._chunks is None or request.prompt_syntax == "plain":
+            return 0
+        return self._chunks.count(request.prompt, request.negative_prompt, request.prompt_syntax)
 
     def with_ti_tokens(self, ti_tokens: Mapping[str, Tensor]) -> AbstractContextManager[None]:
         """Let the prompts of passes begun in it name an adapter's words, rows by component; for the device thread."""
@@ -281,12 +302,21 @@ class BasePipeline:
         return self._config.defaults.strength if request.strength is None else request.strength
 
     def _arguments(self, requests: Sequence[GenerationRequest], pipeline: Any) -> dict[str, Any]:
-        set_area(requests[0], pipeline, self.family)
-        return arguments_of(requests, pipeline, self.family, strength=self._strength(requests[0]))
+        head = requests[0]
+        set_area(head, pipeline, self.family)
+        arguments = arguments_of(requests, pipeline, self.family, strength=self._strength(head))
+        if head.prompt_syntax == "plain":
+            return arguments
+        has_negative = head.negative_prompt is not None
+        is_guided = self.family.is_guided(head.guidance_scale, None, has_negative_prompt=has_negative)
+        return with_embeddings(pipeline, arguments, head.prompt_syntax, is_guided=is_guided)
 
     def _notes(self, request: GenerationRequest) -> list[str | None]:
         """Say what of a request has no effect, while its words are known."""
-        lines = [self.truncation_warning(request.prompt), *self._without_effect(request)]
+        lines: list[str | None] = [*self._without_effect(request)]
+        if request.prompt_syntax != "plain":
+            return lines  # all of a text is read
+        lines.insert(0, self.truncation_warning(request.prompt))
         if request.negative_prompt is not None:
             lines.append(self.truncation_warning(request.negative_prompt, "negative prompt"))
         return lines

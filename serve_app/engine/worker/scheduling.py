@@ -15,6 +15,7 @@ from serve_app.core import (
     GenerationRequest,
     PipelineOptions,
     Priority,
+    PromptSyntax,
     SchedulerOption,
 )
 from serve_app.work import LatencyModel
@@ -28,7 +29,7 @@ class BatchKey:
     """What requests must have in common to share a pass: everything that is one value per pipeline call.
 
     Whether there is a negative prompt is part of it because pipelines tell "none" from "empty" (SDXL feeds
-    zeros for none), and a call has either one text per image or none at all.
+    zeros for none), and a call has either one text per image or none at all. All texts of a call have so many `chunks`.
     """
 
     composition: AdapterSetKey
@@ -43,6 +44,8 @@ class BatchKey:
     has_negative_prompt: bool
     options: PipelineOptions = NO_OPTIONS
     scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
+    prompt_syntax: PromptSyntax = "plain"
+    chunks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Batch:
     num_images: int
 
 
-def batch_key(request: GenerationRequest, composition: AdapterSetKey) -> BatchKey:
+def batch_key(request: GenerationRequest, composition: AdapterSetKey, chunks: int = 0) -> BatchKey:
     """Return what `request` must share with others to run beside them."""
     return BatchKey(
         composition=composition,
@@ -103,6 +106,8 @@ def batch_key(request: GenerationRequest, composition: AdapterSetKey) -> BatchKe
         has_negative_prompt=request.negative_prompt is not None,
         options=request.options,
         scheduler_options=request.scheduler_options,
+        prompt_syntax=request.prompt_syntax,
+        chunks=chunks,
     )
 
 

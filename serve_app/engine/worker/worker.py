@@ -133,7 +133,7 @@ class EngineWorker:
         assert len(adapters) == len(request.adapters)
         self._pipeline.check(request)
         ti_tokens_of(adapter for adapter, _ in adapters)
-        key = batch_key(request, adapter_set_key(adapters))
+        key = batch_key(request, adapter_set_key(adapters), self._pipeline.count_chunks(request))
         with self._changed:
             if self._is_closing:
                 raise ReplicaLost(self._pipeline.base_id, attempts=1)

@@ -24,6 +24,7 @@ export class Composer extends EventTarget {
     this.adapters.addEventListener("change", () => this.#useAdapters());
     this.adapters.addEventListener("words", ({ detail }) => this.#addWords(detail));
     this.picture.addEventListener("change", ({ detail }) => this.#usePicture(detail));
+    this.picture.addEventListener("settings", ({ detail }) => this.#useSettings(detail));
     this.picture.addEventListener("refused", ({ detail }) => this.blame("image", detail));
     this.form.addEventListener("input", (event) => this.#forgive(event.target.closest(".field")));
   }
@@ -74,6 +75,7 @@ export class Composer extends EventTarget {
       // A large one as text: numbers of JavaScript lose its last digits.
       seed: Number.isSafeInteger(Number(seed)) ? Number(seed) : seed,
       scheduler: byId("scheduler").value || null,
+      prompt_syntax: byId("syntax").value || null,
       strength: this.picture.file && takesStrength(this.base) ? number("strength") : null,
       loras: this.adapters.ids.length ? this.adapters.value : null,
     };
@@ -84,7 +86,7 @@ export class Composer extends EventTarget {
   async fill({ fields, picture = null }) {
     this.forgiveAll();
     await this.picture.take(picture);
-    if (fields.model && byId("base").value !== fields.model) {
+    if (this.#bases.some(({ id }) => id === fields.model) && byId("base").value !== fields.model) {
       byId("base").value = fields.model;
       this.#useBase();
     }
@@ -94,7 +96,8 @@ export class Composer extends EventTarget {
     byId("prompt").value = fields.prompt ?? "";
     byId("negative").value = fields.negative_prompt ?? "";
     byId("seed").value = fields.seed ?? "";
-    byId("scheduler").value = fields.scheduler ?? "";
+    choose("scheduler", fields.scheduler);
+    choose("syntax", fields.prompt_syntax);
     byId("count").value = fields.n ?? 1;
     if (fields.num_inference_steps) byId("steps").value = fields.num_inference_steps;
     if (fields.guidance_scale != null) byId("guidance").value = fields.guidance_scale;
@@ -102,8 +105,16 @@ export class Composer extends EventTarget {
     if (fields.strength) byId("strength").value = byId("strength-slider").value = fields.strength;
   }
 
+  // Fills the form with what a picture tells of itself, instead of starting from it.
+  async #useSettings({ options, ...fields }) {
+    await this.fill({ fields });
+    byId("prompt").focus();
+    const left = Object.keys(options).join(", ");
+    this.#say(`The form has the settings of the picture${left && `, except ${left}`}.`);
+  }
+
   #useBase() {
-    const { id, defaults = {}, limits = {}, schedulers = [] } = this.base ?? {};
+    const { id, defaults = {}, limits = {}, schedulers = [], prompt_syntaxes: syntaxes } = this.base ?? {};
     for (const [field, value] of [
       ["width", defaults.width], ["height", defaults.height], ["steps", defaults.steps],
       ["guidance", defaults.guidance_scale], ["strength", defaults.strength], ["strength-slider", defaults.strength],
@@ -117,6 +128,13 @@ export class Composer extends EventTarget {
       h("option", { value: "" }, "default"),
       ...schedulers.map((name) => h("option", { value: name }, name.replace(/Scheduler$/, ""))),
     );
+    const syntax = byId("syntax").value;
+    byId("syntax").replaceChildren(
+      h("option", { value: "" }, "default"),
+      ...(syntaxes ?? []).map((name) => h("option", { value: name }, name)),
+    );
+    choose("syntax", syntax);
+    byId("syntax-field").hidden = (syntaxes ?? []).length < 2;
     const dropped = this.adapters.fit(id);
     this.#showExamples();
     if (dropped.length) this.#say(`Took out ${plural(dropped.length, "adapter")} made for another base.`);
@@ -204,6 +222,12 @@ export class Composer extends EventTarget {
       input.removeAttribute("aria-describedby");
     });
   }
+}
+
+// Chooses an option, or the first where there is none of that value.
+function choose(id, value) {
+  byId(id).value = value ?? "";
+  if (byId(id).selectedIndex < 0) byId(id).selectedIndex = 0;
 }
 
 const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));

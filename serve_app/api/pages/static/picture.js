@@ -1,9 +1,11 @@
 // The picture to start from: chosen, dropped anywhere on the page, or pasted.
 
 import { byId } from "./dom.js";
+import { settingsIn } from "./infotext.js";
 
 export class Picture extends EventTarget {
   #file = null;
+  #settings = null;
 
   constructor() {
     super();
@@ -13,6 +15,9 @@ export class Picture extends EventTarget {
       this.take(null);
       input.focus();
     });
+    byId("chosen-settings").addEventListener("click", () =>
+      this.dispatchEvent(new CustomEvent("settings", { detail: this.#settings })),
+    );
     addEventListener("paste", (event) => this.#offer(event, event.clipboardData));
     addEventListener("drop", (event) => this.#offer(event, event.dataTransfer));
     addEventListener("dragover", (event) => {
@@ -29,15 +34,18 @@ export class Picture extends EventTarget {
     return this.#file;
   }
 
-  // Takes a picture, or none; tells `change` with its size in pixels.
+  // Takes a picture, or none; tells `change` with its size in pixels, and later `settings` if those in it are asked for.
   async take(file) {
     const size = file && (await sizeOf(file));
     if (file && !size) {
       this.dispatchEvent(new CustomEvent("refused", { detail: `${file.name} is not a picture that can be read` }));
       return;
     }
+    const settings = file && (await settingsIn(file));
     this.#file = file;
     this.#show();
+    byId("chosen-settings").hidden = !settings;
+    this.#settings = settings;
     this.dispatchEvent(new CustomEvent("change", { detail: size }));
   }
 
