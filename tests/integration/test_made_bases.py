@@ -11,7 +11,7 @@ from typing import Any
 import numpy
 import psutil
 import pytest
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ray import serve
 from safetensors.numpy import save_file
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from serve_app.catalog.catalog import Catalog, build_sources

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -164,8 +165,8 @@ def test_a_flux_transformer_may_be_a_single_file(tmp_path: Path) -> None:
     settings |= {"attention_head_dim": 128, "num_attention_heads": 24}
     (folder / "transformer" / "config.json").write_text(json.dumps(settings))
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(settings).to(torch.bfloat16)
-    transformer.to_empty(device="cpu")
+        transformer: Any = FluxTransformer2DModel.from_config(settings)
+    transformer.to(torch.bfloat16).to_empty(device="cpu")
     with torch.no_grad():
         for number, parameter in enumerate(transformer.parameters()):  # every row has a value of its own
             rows = (torch.arange(len(parameter)) + number) % 251
