@@ -23,6 +23,8 @@ WeighingSyntax = Literal["a1111", "comfyui"]
 SYNTAXES: tuple[PromptSyntax, ...] = get_args(PromptSyntax)
 MAX_WEIGHT = 10.0
 MAX_DEPTH = 64
+MAX_TAGS = 64
+MAX_NAME_LENGTH = 256
 
 _STEP = 1.1
 _TAG = re.compile(r"<(\w+):([^<>]*)>")
@@ -80,9 +82,12 @@ def adapters_in(prompt: str) -> tuple[str, tuple[AdapterRef, ...]]:
 
     Raises:
         MalformedRequest: a tag that names no adapter, or a scale that is no number.
+        OutOfBounds: more than `MAX_TAGS`.
     """
-    refs = tuple(_adapter(kind, words) for kind, words in _TAG.findall(prompt))
-    return _TAG.sub("", prompt), refs
+    tags = list(itertools.islice(_TAG.finditer(prompt), MAX_TAGS + 1))
+    if len(tags) > MAX_TAGS:
+        raise OutOfBounds("loras", f"over {MAX_TAGS} adapters in the prompt", f"at most {MAX_TAGS}")
+    return _TAG.sub("", prompt), tuple(_adapter(tag[1], tag[2]) for tag in tags)
 
 
 def _adapter(kind: str, words: str) -> AdapterRef:
@@ -94,7 +99,7 @@ def _adapter(kind: str, words: str) -> AdapterRef:
         scales = [float(number) for number in numbers]
     except ValueError:
         scales = [0.0] * 3
-    if not name or len(scales) > 2:
+    if not name or len(name) > MAX_NAME_LENGTH or len(scales) > 2:
         raise MalformedRequest(f"'{tag}' is not of the form <lora:name:0.8> or <lora:name:0.8:0.6>")
     if len(set(scales)) == 2:
         return AdapterRef(name, Scales(denoiser=scales[1], text_encoder=scales[0]))

@@ -122,7 +122,7 @@ async def test_a_bases_own_syntax_finds_adapters_and_keeps_the_base(tmp_path: Pa
         ({"prompt": "<lora:demo/none:1>"}, ModelNotFound, "demo/none"),
         ({"prompt": "<lora:demo/sd15-night:99>"}, OutOfBounds, "scale of demo/sd15-night"),
         ({"prompt": "<lora:demo/sd15-night:nan>"}, OutOfBounds, "scale of demo/sd15-night"),
-        ({"prompt": "<lora:a>" * 900}, OutOfBounds, "900 adapters"),
+        ({"prompt": "<lora:a>" * 900}, OutOfBounds, "over 64 adapters in the prompt"),
         ({"negative_prompt": "(red:99)"}, OutOfBounds, "weight of red"),
         ({"prompt": "(red:1.2.3)"}, MalformedRequest, "'prompt' has the weight '1.2.3'"),
         ({"options": PipelineOptions(prompt_2="a dog")}, MalformedRequest, "'prompt_2' goes with"),
