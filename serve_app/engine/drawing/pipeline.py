@@ -178,7 +178,7 @@ class BasePipeline:
             MalformedRequest: the base has no pipeline for the request, or the pipeline no such parameter.
         """
         pipeline = self._variants.of(request)
-        levels = frozenset(request.options.given()) & {"sigmas", "timesteps"}
+        levels = {name: values for name, values in request.options.given().items() if name in ("sigmas", "timesteps")}
         redraws = self._variants.task_of(request) in ("image", "inpaint")
         self._schedulers.check(request.scheduler, request.steps, request.scheduler_options, levels, redraws=redraws)
         if not 0 <= request.seed <= MAX_SEED:
