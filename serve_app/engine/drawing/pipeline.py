@@ -249,7 +249,7 @@ class BasePipeline:
         except BaseException as error:
             # SDXL decodes in float32 and goes back afterwards, unless decoding fails.
             self.restore_dtypes()
-            if isinstance(error, (ValueError, TypeError)):
+            if isinstance(error, (ValueError, TypeError, RecursionError)):  # the last of a prompt that is read as JSON
                 log.exception("a request passed all checks and was refused by %s: a bug", self.base_id)
                 raise PipelineRefused(self.base_id, _sentence(error)) from error
             raise
