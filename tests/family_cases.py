@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 
 from serve_app.config import BaseModelConfig
@@ -15,11 +16,20 @@ from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.families.family import Task
 from serve_app.settings import ModelSource
 from tests.engine_cases import BASE, photo, request
-from tests.tiny_families.build import tiny_family
+from tests.tiny_families.build import IMAGE_FAMILIES, NEED_TORCHVISION, tiny_family
+from tests.tiny_families.vision import has_torchvision
 
+# One for each kind of latents, of guidance, of scheduler and of task; `make test-faults` tests the others too.
+REPRESENTATIVES = ("flux2_klein", "flux_dev", "qwen_image", "sana_sprint", "sd15", "sd3", "sdxl")
 SIDE = 64
 STEPS = 2
 MASK = PixelMask(SIDE, SIDE, bytes([255] * (SIDE // 2) + [0] * (SIDE // 2)) * SIDE)
+
+
+def every_family() -> list[Any]:
+    """Return the tiny families as parameters; those that need torchvision where it is: see test_vision_families.py."""
+    names = [name for name in IMAGE_FAMILIES if has_torchvision() or name not in NEED_TORCHVISION]
+    return [pytest.param(name, marks=[] if name in REPRESENTATIVES else pytest.mark.slow) for name in names]
 
 
 def served(name: str, **settings: Any) -> BasePipeline:

@@ -41,4 +41,6 @@ def start_families(folder: Path, port: int) -> Service:
     arguments = {"bases": bases, "ingress": {"replicas": 1, "num_cpus": 0.1}, "cache_dir": str(folder / "cache")}
     target = serve.RunTarget(build(AppConfig.model_validate(arguments)), name="families", route_prefix=PREFIX)
     serve.run_many([target], wait_for_applications_running=False)
-    return Service(f"http://127.0.0.1:{port}{PREFIX}")
+    service = Service(f"http://127.0.0.1:{port}{PREFIX}")
+    service.http.timeout = 900  # the first request waits while nine bases start at once
+    return service

@@ -104,19 +104,42 @@ def _master(family: str) -> DiffusionPipeline:
     return pipeline
 
 
+def sd15_unet(**changes: Any) -> UNet2DConditionModel:
+    config = {
+        "sample_size": 16,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
+def sdxl_unet(**changes: Any) -> UNet2DConditionModel:
+    config = {
+        "sample_size": 16,
+        "layers_per_block": 2,
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (4, 8, 8),
+        "transformer_layers_per_block": (1, 1, 2),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+        "cross_attention_dim": 64,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**{**config, **changes})
+
+
 def _sd15() -> DiffusionPipeline:
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
     return StableDiffusionPipeline(
-        unet=unet,
+        unet=sd15_unet(),
         vae=_vae(),
         text_encoder=_clip(CLIPTextModel),
         tokenizer=_clip_tokenizer(),
@@ -128,23 +151,8 @@ def _sd15() -> DiffusionPipeline:
 
 
 def _sdxl() -> DiffusionPipeline:
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=(4, 8, 8),
-        transformer_layers_per_block=(1, 1, 2),
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 32,
-        cross_attention_dim=64,
-        norm_num_groups=8,
-    )
     return StableDiffusionXLPipeline(
-        unet=unet,
+        unet=sdxl_unet(),
         vae=_vae(),
         text_encoder=_clip(CLIPTextModel),
         text_encoder_2=_clip(CLIPTextModelWithProjection),

@@ -64,7 +64,7 @@ class Family:
     prompt_key: str | None = None
     two_step_arguments: tuple[str, ...] = ()
     takes_references: bool = False
-    max_aspect_ratio: float = math.inf
+    max_aspect_ratio: float = 8.0
     needs_torchvision: bool = False
     defaults: FamilyDefaults = FamilyDefaults()
     structure: str | None = None

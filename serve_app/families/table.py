@@ -45,7 +45,6 @@ _FLUX_2 = Family(
     shares_passes=False,
     sends_levels=("sigmas",),
     takes_references=True,
-    max_aspect_ratio=8.0,
 )
 # One step is NaN: the schedule is stretched to end at `shift_terminal`, which one step alone cannot.
 _QWEN = Family(

@@ -14,7 +14,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInpaintPipeline,
-    UNet2DConditionModel,
 )
 
 from tests import tiny
@@ -28,6 +27,13 @@ def fam(build: Any) -> Any:
     return build
 
 
+def _sd15(kind: Any, scheduler: Any = None, **unet: Any) -> Any:
+    """Return an SD1.5 as another class of pipeline, with another UNet and perhaps another scheduler."""
+    parts = {**tiny._sd15().components, "unet": tiny.sd15_unet(**unet)}
+    parts.pop("image_encoder")
+    return kind(**parts | ({"scheduler": scheduler} if scheduler else {}), requires_safety_checker=False)
+
+
 @fam
 def sd15() -> Any:
     return tiny._sd15()
@@ -35,109 +41,26 @@ def sd15() -> Any:
 
 @fam
 def sd21() -> Any:
-    p = tiny._sd15()
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=[4, 8],
-        norm_num_groups=8,
-        use_linear_projection=True,
-    )
-    sch = DDIMScheduler(
+    scheduler = DDIMScheduler(
         clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction", **tiny.DIFFUSION_STEPS
     )
-    return StableDiffusionPipeline(
-        unet=unet,
-        vae=p.vae,
-        text_encoder=p.text_encoder,
-        tokenizer=p.tokenizer,
-        scheduler=sch,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return _sd15(StableDiffusionPipeline, scheduler, attention_head_dim=[4, 8], use_linear_projection=True)
 
 
 @fam
 def sd15_inpaint() -> Any:
-    p = tiny._sd15()
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=9,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    return StableDiffusionInpaintPipeline(
-        unet=unet,
-        vae=p.vae,
-        text_encoder=p.text_encoder,
-        tokenizer=p.tokenizer,
-        scheduler=p.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return _sd15(StableDiffusionInpaintPipeline, in_channels=9)
 
 
 @fam
 def instruct_pix2pix() -> Any:
-    p = tiny._sd15()
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        in_channels=8,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    return StableDiffusionInstructPix2PixPipeline(
-        unet=unet,
-        vae=p.vae,
-        text_encoder=p.text_encoder,
-        tokenizer=p.tokenizer,
-        scheduler=p.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    return _sd15(StableDiffusionInstructPix2PixPipeline, in_channels=8)
 
 
 @fam
 def lcm() -> Any:
-    p = tiny._sd15()
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-        time_cond_proj_dim=32,
-    )
-    return LatentConsistencyModelPipeline(
-        unet=unet,
-        vae=p.vae,
-        text_encoder=p.text_encoder,
-        tokenizer=p.tokenizer,
-        scheduler=LCMScheduler(clip_sample=False, set_alpha_to_one=False, **tiny.DIFFUSION_STEPS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    scheduler = LCMScheduler(clip_sample=False, set_alpha_to_one=False, **tiny.DIFFUSION_STEPS)
+    return _sd15(LatentConsistencyModelPipeline, scheduler, time_cond_proj_dim=32)
 
 
 @fam
@@ -145,54 +68,29 @@ def sdxl() -> Any:
     return tiny._sdxl()
 
 
-def _xl_unet(**kw):
-    a = {
-        "sample_size": 16,
-        "layers_per_block": 2,
-        "block_out_channels": (32, 64, 64),
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        "attention_head_dim": (4, 8, 8),
-        "transformer_layers_per_block": (1, 1, 2),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + 32,
-        "cross_attention_dim": 64,
-        "norm_num_groups": 8,
-    }
-    a.update(kw)
-    return UNet2DConditionModel(**a)
+def _sdxl(kind: Any, parts: dict[str, Any], **unet: Any) -> Any:
+    whole = tiny._sdxl()
+    kept = {name: getattr(whole, name) for name in kind._get_signature_keys(kind)[0] if hasattr(whole, name)}
+    return kind(**{**kept, "unet": tiny.sdxl_unet(**unet), **parts})
 
 
 @fam
 def sdxl_inpaint() -> Any:
-    p = tiny._sdxl()
-    return StableDiffusionXLInpaintPipeline(
-        unet=_xl_unet(in_channels=9),
-        vae=p.vae,
-        text_encoder=p.text_encoder,
-        text_encoder_2=p.text_encoder_2,
-        tokenizer=p.tokenizer,
-        tokenizer_2=p.tokenizer_2,
-        scheduler=p.scheduler,
-    )
+    return _sdxl(StableDiffusionXLInpaintPipeline, {}, in_channels=9)
 
 
 @fam
 def sdxl_refiner() -> Any:
-    p = tiny._sdxl()
-    unet = _xl_unet(projection_class_embeddings_input_dim=5 * 8 + 32, cross_attention_dim=32)
-    return StableDiffusionXLImg2ImgPipeline(
-        unet=unet,
-        vae=p.vae,
-        text_encoder=None,
-        text_encoder_2=p.text_encoder_2,
-        tokenizer=None,
-        tokenizer_2=p.tokenizer_2,
-        scheduler=p.scheduler,
-        requires_aesthetics_score=True,
-        force_zeros_for_empty_prompt=False,
+    return _sdxl(
+        StableDiffusionXLImg2ImgPipeline,
+        {
+            "text_encoder": None,
+            "tokenizer": None,
+            "requires_aesthetics_score": True,
+            "force_zeros_for_empty_prompt": False,
+        },
+        projection_class_embeddings_input_dim=5 * 8 + 32,
+        cross_attention_dim=32,
     )
 
 

@@ -24,6 +24,9 @@ _TRIED_STEPS = range(1, 11)
 _USUAL_STEPS = (12, 30)
 _MAX_TRIED = 256
 _SHIFTED_BY_SIZE = {"mu": 1.0}
+_LARGEST_NOISE = 10.0  # in standard deviations
+_NO_LEVELS: Mapping[str, Any] = {}
+_FAILURES = (AttributeError, ImportError, ValueError, TypeError, RuntimeError)
 SchedulerOptions = tuple[tuple[str, Any], ...]
 
 
@@ -82,18 +85,18 @@ class NoiseSchedulers:
         name: str | None,
         steps: int,
         options: SchedulerOptions = (),
-        levels: frozenset[str] = frozenset(),
+        levels: Mapping[str, Any] = _NO_LEVELS,
         *,
         redraws: bool = False,
     ) -> None:
         """Refuse what this base cannot run; None means its default.
 
-        `redraws` says that the image begins as a noisy picture, `levels` how the caller chooses the steps: by "sigmas",
-        "timesteps" or neither.
+        `redraws` says that the image begins as a noisy picture, `levels` are the "sigmas" or "timesteps" that the
+        caller chooses, if any. They are tried on one pixel.
 
         Raises:
             UnknownScheduler: says which schedulers it does offer.
-            MalformedRequest: the scheduler has no such option, or takes no steps of the caller's.
+            MalformedRequest: the scheduler has no such option, or takes no steps of the caller's, or not these.
             OutOfBounds: the scheduler cannot run that few steps.
         """
         name = self._listed(name or self._default)
@@ -102,7 +105,7 @@ class NoiseSchedulers:
             raise UnknownScheduler(name, self._base_id, ", ".join(self.supported_names()))
         if redraws and not self._can_redraw(tried.template):
             raise MalformedRequest(f"scheduler '{name}' cannot begin with a picture; {self._own_name} can")
-        for level in sorted(levels - _step_parameters(tried.template)):
+        for level in sorted(set(levels) - _step_parameters(tried.template)):
             raise MalformedRequest(f"scheduler '{name}' takes no '{level}' of the caller's")
         for option, _ in options:
             if not set(with_shift({option: 1.0})) & _config_names(tried.template):
@@ -111,6 +114,8 @@ class NoiseSchedulers:
             raise MalformedRequest(f"scheduler '{name}' {changed.reason} and these options")
         if steps < tried.min_steps:
             raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
+        if levels and not _runs_with(self.fresh(name, options), levels):
+            raise MalformedRequest(f"scheduler '{name}' cannot run with these '{min(levels)}'")
 
     def _can_redraw(self, template: Any) -> bool:
         """Say whether a scheduler can add noise to a picture as the pipelines of its kind ask for it."""
@@ -201,28 +206,51 @@ def _step_parameters(scheduler: Any) -> frozenset[str]:
 def _runs_through(template: Any) -> bool:
     """Step through usual numbers of steps: sigmas that fall on one timestep lead some classes past their end."""
     for steps in _USUAL_STEPS:
-        tried, sample = copy.deepcopy(template), torch.ones(1, 4, 1, 1)
         try:
             with numpy.errstate(all="ignore"):
-                tried.set_timesteps(steps)
-                for timestep in tried.timesteps:
-                    output = tried.scale_model_input(sample, timestep)
-                    sample = tried.step(output, timestep, sample, return_dict=False)[0]
+                _stepped(copy.deepcopy(template), num_inference_steps=steps)
         except (IndexError, AssertionError):
             return False
-        except (AttributeError, ImportError, ValueError, TypeError, RuntimeError):
+        except _FAILURES:
             continue
     return True
 
 
+def _runs_with(scheduler: Any, levels: Mapping[str, Any]) -> bool:
+    """Say whether an unused scheduler comes to an end with the steps of a caller."""
+    try:
+        with numpy.errstate(divide="raise", over="raise", invalid="raise"):
+            end = _stepped(scheduler, **levels, **_shifted_by_size(scheduler))
+    except (*_FAILURES, IndexError, AssertionError, FloatingPointError):
+        return False
+    return len(scheduler.timesteps) > 0 and bool(torch.isfinite(end).all())
+
+
+def _stepped(scheduler: Any, **steps: Any) -> torch.Tensor:
+    """Return what a scheduler makes of one pixel, where the denoiser returns what it reads."""
+    scheduler.set_timesteps(**steps)
+    sample = torch.full((1, 4, 1, 1), _LARGEST_NOISE) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for timestep in scheduler.timesteps:
+        scaled = getattr(scheduler, "scale_model_input", _as_it_is)(sample, timestep)
+        sample = scheduler.step(scaled, timestep, sample, return_dict=False)[0]
+    return sample
+
+
+def _as_it_is(sample: torch.Tensor, _timestep: Any) -> torch.Tensor:
+    return sample
+
+
+def _shifted_by_size(scheduler: Any) -> Mapping[str, float]:
+    return _SHIFTED_BY_SIZE if scheduler.config.get("use_dynamic_shifting") else {}
+
+
 def _fewest_steps(template: Any) -> int | None:
     """Return the fewest steps that `template` accepts: multistep methods may need a run-up."""
-    extra = _SHIFTED_BY_SIZE if template.config.get("use_dynamic_shifting") else {}
     for steps in _TRIED_STEPS:
         try:
             tried = copy.deepcopy(template)
             with numpy.errstate(all="ignore"):  # one step alone may be stretched to an end that it has not
-                tried.set_timesteps(steps, **extra)
+                tried.set_timesteps(steps, **_shifted_by_size(template))
         except (ImportError, ValueError, TypeError, RuntimeError, IndexError, AssertionError):
             continue
         if torch.isfinite(torch.as_tensor(tried.timesteps)).all():

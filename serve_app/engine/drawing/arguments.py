@@ -14,6 +14,7 @@ import torch
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.engine.base.task_pipelines import parameters_of
 from serve_app.engine.drawing.pixels import as_reference, fitted, fitted_mask
+from serve_app.engine.drawing.texts import text_encoders_of
 from serve_app.errors import MalformedRequest, OutOfBounds
 from serve_app.families.family import Family
 
@@ -44,7 +45,7 @@ def check_parameters(request: GenerationRequest, pipeline: Any, family: Family) 
 
     Raises:
         MalformedRequest: a parameter that the pipeline does not take.
-        OutOfBounds: sides that are no multiple of the family's, or too few steps.
+        OutOfBounds: sides that are no multiple of the family's, too few steps, or more layers skipped than there are.
     """
     given = set(request.options.given())
     if request.negative_prompt is not None:
@@ -60,8 +61,15 @@ def check_parameters(request: GenerationRequest, pipeline: Any, family: Family) 
         if max(picture.width, picture.height) > family.max_aspect_ratio * min(picture.width, picture.height):
             asked = f"at most {family.max_aspect_ratio:g} times as long as wide for {request.base_id}"
             raise OutOfBounds("image", f"{picture.width}x{picture.height}", asked)
+    clip_skip = request.options.clip_skip
+    if clip_skip is not None and clip_skip >= (depth := _fewest_layers(pipeline)):
+        raise OutOfBounds("clip_skip", clip_skip, f"below the {depth} layers of a text encoder of {request.base_id}")
     if request.steps < family.min_steps:
         raise OutOfBounds("num_inference_steps", request.steps, f"at least {family.min_steps} for {request.base_id}")
+
+
+def _fewest_layers(pipeline: Any) -> int:
+    return min(encoder.config.num_hidden_layers for encoder in text_encoders_of(pipeline))
 
 
 def arguments_of(

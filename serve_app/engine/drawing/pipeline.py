@@ -189,7 +189,7 @@ class BasePipeline:
             MalformedRequest: the base has no pipeline for the request, or the pipeline no such parameter.
         """
         pipeline = self._variants.of(request)
-        levels = frozenset(request.options.given()) & {"sigmas", "timesteps"}
+        levels = {name: values for name, values in request.options.given().items() if name in ("sigmas", "timesteps")}
         redraws = self._variants.task_of(request) in ("image", "inpaint")
         self._schedulers.check(request.scheduler, request.steps, request.scheduler_options, levels, redraws=redraws)
         if not 0 <= request.seed <= MAX_SEED:
@@ -271,7 +271,7 @@ class BasePipeline:
         except BaseException as error:
             # SDXL decodes in float32 and goes back afterwards, unless decoding fails.
             self.restore_dtypes()
-            if isinstance(error, (ValueError, TypeError)):
+            if isinstance(error, (ValueError, TypeError, RecursionError)):  # the last of a prompt that is read as JSON
                 log.exception("a request passed all checks and was refused by %s: a bug", self.base_id)
                 raise PipelineRefused(self.base_id, _sentence(error)) from error
             raise

@@ -22,9 +22,10 @@ def test_each_reference_changes_the_image_and_may_have_any_size(klein: BasePipel
     assert [warnings for _, warnings in outcomes] == [()] * len(sizes)
 
 
-def test_a_reference_that_the_pipeline_finds_too_long_is_refused_before_the_device(klein: BasePipeline) -> None:
+@pytest.mark.parametrize("name", ["flux2_klein", "bria_fibo_edit"])
+def test_a_reference_that_is_too_long_is_refused_before_it_is_enlarged(name: str) -> None:
     with pytest.raises(OutOfBounds, match="100x10, but must be at most 8 times"):
-        klein.check(asked("edit", references=(photo(100, 10),)))
+        served(name).check(asked("edit", references=(photo(100, 10),)))
 
 
 def test_a_family_of_one_picture_takes_the_first_and_says_so(klein: BasePipeline) -> None:

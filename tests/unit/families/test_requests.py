@@ -15,11 +15,8 @@ from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BadRequest, LoraplexError, PipelineRefused
 from serve_app.families.family import TASKS, Task
 from tests.engine_cases import BASE, photo
-from tests.family_cases import MASK, served
-from tests.tiny_families.build import IMAGE_FAMILIES, NEED_TORCHVISION
-from tests.tiny_families.vision import has_torchvision
+from tests.family_cases import MASK, every_family, served
 
-NAMES = [name for name in IMAGE_FAMILIES if has_torchvision() or name not in NEED_TORCHVISION]
 CONFIG = BaseModelConfig.model_validate(
     {
         "id": BASE,
@@ -33,14 +30,16 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "strength": st.floats(0.01, 1),
     "true_cfg_scale": st.floats(0, 8),
     "guidance_rescale": st.floats(0, 1),
-    "clip_skip": st.integers(0, 1),
+    "clip_skip": st.integers(0, 12),
     "max_sequence_length": st.integers(1, 128),
     "prompt_2": st.just("a dog"),
+    "timesteps": st.lists(st.integers(0, 1000), min_size=1, max_size=4).map(tuple),
+    "sigmas": st.lists(st.floats(0, 20), min_size=1, max_size=4).map(tuple),
 }
 OPTIONS = {"shift": st.floats(0.5, 6), "timestep_spacing": st.sampled_from(["leading", "linspace", "trailing"])}
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=every_family())
 def pipeline(request: pytest.FixtureRequest) -> BasePipeline:
     return served(request.param)
 
@@ -90,7 +89,7 @@ def test_what_a_base_says_it_takes_is_drawn_or_refused_by_name(pipeline: BasePip
         task,
         data.draw(st.sampled_from([None, *told.schedulers])),
         tuple(sorted(options)),
-        steps=data.draw(st.sampled_from([None, told.min_steps, 5])),
+        steps=None if chosen & {"sigmas", "timesteps"} else data.draw(st.sampled_from([None, told.min_steps, 5])),
         guidance_scale=data.draw(st.sampled_from([None, 0.0, 1.0, 6.0])),
         width=data.draw(sides),
         height=data.draw(sides),

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import diffusers
@@ -62,11 +63,24 @@ def test_a_class_without_a_row_shares_no_passes_and_says_that_it_is_unknown() ->
     ("pipeline", "medium"),
     [
         ("WanPipeline", "videos"), ("LTXPipeline", "videos"), ("HunyuanVideoPipeline", "videos"),
-        ("StableAudioPipeline", "sound"), ("SanaPipeline", None), ("Kandinsky5T2IPipeline", None),
+        ("Kandinsky6TI2VAPipeline", "videos"), ("MotifVideoPipeline", "videos"), ("LongCatAudioDiTPipeline", "sound"),
+        ("RFD4ProteinaPipeline", "proteins"), ("StableAudioPipeline", "sound"), ("SanaPipeline", None),
+        ("Kandinsky5T2IPipeline", None),
     ],
 )  # fmt: skip
 def test_pipelines_that_make_no_pictures_are_known_by_their_class(pipeline: str, medium: str | None) -> None:
     assert other_medium(pipeline) == medium
+
+
+@pytest.mark.parametrize("prompt", ["make it red", '{"a": 1}', "[1]", "[" * 5000, 'say "edit_instruction"'])
+def test_plain_words_become_the_instruction_where_the_pipeline_reads_an_object(prompt: str) -> None:
+    assert json.loads(family_of("BriaFiboEditPipeline").worded(prompt)) == {"edit_instruction": prompt}
+    assert family_of("BriaFiboPipeline").worded(prompt) == prompt
+
+
+def test_a_prompt_that_is_the_object_goes_to_the_pipeline_as_it_is() -> None:
+    prompt = '{"objects": [], "edit_instruction": "make it red"}'
+    assert family_of("BriaFiboEditPipeline").worded(prompt) == prompt
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tests.tiny_families.build import NEED_TORCHVISION
 from tests.tiny_families.vision import FOLDER, run_with_torchvision
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)  # all their tests in one
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="they are tested with the others")
 def test_families_that_need_torchvision_pass_the_tests_of_every_family() -> None:

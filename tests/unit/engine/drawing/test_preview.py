@@ -23,6 +23,8 @@ from serve_app.settings import ModelSource
 from tests.engine_cases import load, on_steps, one_image, photo, request, wrap
 from tests.tiny import tiny_pipeline
 
+CLASSES = [name for name in SCHEDULERS["noise"] if name.endswith("Scheduler")]
+
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def pipeline(request: pytest.FixtureRequest) -> BasePipeline:
@@ -44,7 +46,7 @@ def test_previews_are_spread_over_the_steps(steps: int, count: int, due: set[int
     assert preview_steps(steps, count) == due
 
 
-@pytest.mark.parametrize("scheduler", [None, *SCHEDULERS["noise"]])
+@pytest.mark.parametrize("scheduler", [None, *CLASSES])
 def test_previews_change_no_image(pipeline: BasePipeline, scheduler: str | None) -> None:
     wanted = request(steps=4, scheduler=scheduler)
     images: list[Any] = []
@@ -87,7 +89,7 @@ def test_families_with_other_latents_draw_as_ever(family: str, completed_rounds:
     assert isinstance(outcome.images[0], tuple)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS["noise"] if name.endswith("Scheduler")])
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_finished_latents_are_told_from_any_step(name: str, kind: str) -> None:
     import diffusers

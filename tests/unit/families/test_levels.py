@@ -1,0 +1,62 @@
+"""Steps of any number, noise levels of any kind: each scheduler draws them, or they are refused before the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from serve_app.core import PipelineOptions
+from serve_app.engine.drawing.pipeline import BasePipeline
+from serve_app.errors import BadRequest
+from tests.family_cases import asked, drawn, served
+
+# A base for each kind of prediction: noise, v, a flow with a fixed shift, a flow shifted by the size.
+KINDS = ("sd15", "sd21", "sd3", "flux_dev")
+FEW, USUAL = (1, 2, 3, 5), (10, 30)
+LEVELS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "timesteps": ((0,), (0, 0), (999,), (999, 999), (10**9, 1), (1, 999), (999, 500, 1)),
+    "sigmas": ((0.0,), (0.0, 0.0), (1.0,), (1e30,), (0.1, 1.0), (14.0, 5.0, 1.0), (1.0, 0.5, 0.1), (3.4e38, 1.0)),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pipeline(request: pytest.FixtureRequest) -> BasePipeline:
+    return served(request.param)
+
+
+def outcome(pipeline: BasePipeline, **given: Any) -> bool:
+    """Draw a request that passes `check`, and say whether it does; what fails after it is a fault."""
+    wanted = asked(pipeline.tasks[0], **{"guidance_scale": 1.0, "width": 32, "height": 32, **given})
+    try:
+        pipeline.check(wanted)
+    except BadRequest:
+        return False
+    return drawn(pipeline, wanted)[0].width == 32
+
+
+@pytest.mark.parametrize("numbers", [FEW, pytest.param(USUAL, marks=pytest.mark.slow)], ids=["few", "usual"])
+def test_a_scheduler_on_offer_draws_any_number_of_steps_or_says_how_many_it_needs(
+    pipeline: BasePipeline, numbers: tuple[int, ...]
+) -> None:
+    for name in pipeline.schedulers():
+        drawn_numbers = [steps for steps in numbers if outcome(pipeline, scheduler=name, steps=steps)]
+        assert numbers[-1] in drawn_numbers, name
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_that_a_scheduler_cannot_run_are_refused_before_the_device(pipeline: BasePipeline, level: str) -> None:
+    takes = level in pipeline.parameters(pipeline.tasks[0])
+    drawn_levels = [
+        values
+        for name in pipeline.schedulers()
+        if name.endswith("Scheduler")  # the others are some of these with options that levels replace
+        for values in LEVELS[level]
+        if outcome(pipeline, scheduler=name, steps=len(values), options=PipelineOptions(**{level: values}))
+    ]
+    assert bool(drawn_levels) == takes
+
+
+def test_more_layers_than_the_text_encoder_has_are_not_skipped() -> None:
+    pipeline = served("sdxl")
+    assert [skipped for skipped in range(5) if outcome(pipeline, options=PipelineOptions(clip_skip=skipped))] == [0, 1]
