@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 from diffusion_prompt_embedder import parse_prompt_attention
 from hypothesis import given
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from serve_app.core import AdapterRef, Scales
 from serve_app.errors import BadRequest, MalformedRequest, OutOfBounds
 from serve_app.prompt_syntax import Fragment, WeighingSyntax, adapters_in, weighted
+
+SYNTAXES: tuple[WeighingSyntax, ...] = get_args(WeighingSyntax)
 
 
 def read(text: str, syntax: WeighingSyntax = "a1111") -> list[list[tuple[str, float]]]:
@@ -48,7 +52,7 @@ def test_a1111s_marks_mean_what_another_reader_of_them_says(text: str) -> None:
 def test_weights_multiply_in_a1111_and_are_absolute_in_comfyui(
     text: str, a1111: list[tuple[str, float]], comfyui: list[tuple[str, float]]
 ) -> None:
-    for syntax, expected in (("a1111", a1111), ("comfyui", comfyui)):
+    for syntax, expected in zip(SYNTAXES, (a1111, comfyui), strict=True):
         assert read(text, syntax) == [[(words, pytest.approx(weight)) for words, weight in expected]]
 
 
@@ -59,9 +63,9 @@ def test_break_begins_a_section_in_a1111_alone_whatever_group_it_is_in() -> None
     assert weighted("a BREAK b", "comfyui") == ((Fragment("a BREAK b"),),)
 
 
-@pytest.mark.parametrize("syntax", ["a1111", "comfyui"])
+@pytest.mark.parametrize("syntax", SYNTAXES)
 @pytest.mark.parametrize("text", ["(" * 10_000, "(" * 5_000 + "a" + ")" * 5_000, "[(" * 5_000, "(a" * 5_000])
-def test_ten_thousand_parentheses_are_refused_at_once(text: str, syntax: str) -> None:
+def test_ten_thousand_parentheses_are_refused_at_once(text: str, syntax: WeighingSyntax) -> None:
     with pytest.raises(OutOfBounds, match="groups deep, but must be at most 64"):
         read(text, syntax)
 
@@ -76,7 +80,7 @@ def test_long_texts_of_any_marks_are_read() -> None:
         "(a:1.0)" * 1_400,
         "<" * 10_000,
     ):
-        for syntax in ("a1111", "comfyui"):
+        for syntax in SYNTAXES:
             read(adapters_in(text)[0], syntax)
 
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from compel.embeddings_provider import EmbeddingsProvider, ReturnedEmbeddingsType, SplitLongTextMode
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusion_prompt_embedder.clip.tokenization import get_prompts_tokens_with_weights
 from diffusion_prompt_embedder.core.embedding import encode_prompt_chunks_batched
 from torch import Tensor
@@ -60,13 +60,13 @@ def by_compel(pipeline: Any, text: str) -> tuple[Tensor, Tensor | None]:
         )
 
     with torch.no_grad():
-        parts = [
+        parts: list[Any] = [
             provider(place, penultimate if is_xl else last).get_embeddings_for_weighted_prompt_fragments(
                 [[one.text for one in fragments]], [[one.weight for one in fragments]]
             )
             for place in (("", "_2") if is_xl else ("",))
         ]
-        whole = (
+        whole: Any = (
             provider("_2", pooled).get_pooled_embeddings(["".join(one.text for one in fragments)]) if is_xl else None
         )
     return torch.cat(parts, dim=-1), whole
