@@ -78,9 +78,11 @@ async def fuse_adapters(
     """
     from serve_app.engine.weights.fused import FusedWeights
 
-    # They belong to the base, and are read with the service's token as it is, whoever may ask for them.
-    hub = config.adapters.hub.model_copy(update={"forward_tokens": False})
-    config = config.model_copy(update={"adapters": config.adapters.model_copy(update={"hub": hub})})
+    # They belong to this base whatever other one their cards name, and are read with the service's own token.
+    adapters = config.adapters.model_copy(
+        update={"hub": config.adapters.hub.model_copy(update={"forward_tokens": False})}
+    )
+    config = config.model_copy(update={"bases": (base,), "default_base": None, "adapters": adapters})
     catalog = Catalog(config, build_sources(config, environment, embedded_root=embedded_root()), clock=time.monotonic)
     refs = tuple(AdapterRef(one.id, one.scale, one.revision, one.filename) for one in base.fused)
     try:

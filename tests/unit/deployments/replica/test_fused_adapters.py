@@ -29,10 +29,11 @@ SEPIA, NIGHT = "demo/sd15-sepia", "demo/sd15-night"
 @asynccontextmanager
 async def replica(cache: Path, *fused: dict[str, Any], folder: Path | None = None) -> AsyncGenerator[Any]:
     """Yield the pipeline and the store that a replica would have, with adapters fused in as it does when it starts."""
-    base = {"id": "demo/sd15", "source": {"embedded": "demo/sd15"}, "fused": fused}
+    base = {"id": "made/base", "source": {"embedded": "demo/sd15"}, "fused": fused}
+    named_by_cards = {"id": "demo/sd15", "source": {"embedded": "demo/sd15"}}
     folders = [] if folder is None else [folder]
     sources = {"embedded": True, "folders": folders, "hub": {"enabled": False}}
-    config = AppConfig.model_validate({"bases": [base], "adapters": sources})
+    config = AppConfig.model_validate({"bases": [base, named_by_cards], "adapters": sources})
     environment = Environment(cache_dir=cache)
     pipeline = load_pipeline(config.bases[0], environment)
     admission = AdmissionProcess(pipeline.manifest, config.bases[0].adapter_limits)
