@@ -69,7 +69,8 @@ def check_parameters(request: GenerationRequest, pipeline: Any, family: Family) 
 
 
 def _fewest_layers(pipeline: Any) -> int:
-    return min(encoder.config.num_hidden_layers for encoder in text_encoders_of(pipeline))
+    encoders: tuple[Any, ...] = text_encoders_of(pipeline)
+    return min(encoder.config.num_hidden_layers for encoder in encoders)
 
 
 def arguments_of(
