@@ -105,27 +105,6 @@ def test_a_base_comes_from_the_hub_and_then_from_its_cache(hub: HubServer, loade
     assert loader.load("me/base") == first
 
 
-def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServer, loader: Loader) -> None:
-    missing = loader.load("me/nothing")
-    assert missing["error"] == "BaseUnusable"
-    assert "does not exist" in missing["message"]
-    files = files_of(tiny_folder("sd15"))
-    hub.push("me/pickled", {name: data for name, data in files.items() if not name.endswith(".safetensors")})
-    assert loader.load("me/pickled")["error"] == "BaseUnusable"
-    own = {**files, "model_index.json": b'{"_class_name": ["pipeline", "Mine"]}', "pipeline.py": b"raise SystemExit"}
-    hub.push("me/own", own)
-    refused = loader.load("me/own")
-    assert (refused["error"], "no code of a base is ever run" in refused["message"]) == ("BaseUnusable", True)
-    assert not [asked for asked in hub.requests if asked.path.endswith(".py")]
-    hub.fail("me/later", ErrorDetail(status=503))
-    failing = loader.load("me/later")
-    hub.down()
-    down = loader.load("me/later")
-    for answer in (failing, down):
-        assert answer["error"] == "HubUnavailable"
-        assert "127.0.0.1" not in answer["message"]
-
-
 def test_a_single_file_comes_from_the_hub_with_the_configuration_of_another_repository(
     hub: HubServer, loader: Loader, tmp_path: Path
 ) -> None:
@@ -154,3 +133,24 @@ def test_a_part_that_a_single_file_replaces_is_not_fetched_with_its_base(
     expected = hashlib.sha256(one_image(load("sd15"), request()).pixels).hexdigest()
     assert loader.load("me/other-base", vae={"file": str(tmp_path / "vae.safetensors")})["image"] == expected
     assert not [asked for asked in hub.requests if "me/other-base" in asked.path and "vae/diffusion" in asked.path]
+
+
+def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServer, loader: Loader) -> None:
+    missing = loader.load("me/nothing")
+    assert missing["error"] == "BaseUnusable"
+    assert "does not exist" in missing["message"]
+    files = files_of(tiny_folder("sd15"))
+    hub.push("me/pickled", {name: data for name, data in files.items() if not name.endswith(".safetensors")})
+    assert loader.load("me/pickled")["error"] == "BaseUnusable"
+    own = {**files, "model_index.json": b'{"_class_name": ["pipeline", "Mine"]}', "pipeline.py": b"raise SystemExit"}
+    hub.push("me/own", own)
+    refused = loader.load("me/own")
+    assert (refused["error"], "no code of a base is ever run" in refused["message"]) == ("BaseUnusable", True)
+    assert not [asked for asked in hub.requests if asked.path.endswith(".py")]
+    hub.fail("me/later", ErrorDetail(status=503))
+    failing = loader.load("me/later")
+    hub.down()  # for good
+    down = loader.load("me/later")
+    for answer in (failing, down):
+        assert answer["error"] == "HubUnavailable"
+        assert "127.0.0.1" not in answer["message"]
