@@ -39,12 +39,16 @@ _ENDS = ("context_embedder", "norm_out.linear", "proj_out")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A family of transformers: its layers in diffusers' names, and the widths of its published models' blocks."""
+    """A family of transformers: its layers in diffusers' names, and the widths of its published models' blocks.
+
+    `depths` are the most blocks of a kind that they have, where that tells the family from others of the same names.
+    """
 
     name: str
     layers: tuple[str, ...]
     widths: frozenset[int]
     rows: tuple[Row, ...] = ()
+    depths: tuple[tuple[str, int], ...] = ()
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -67,6 +71,27 @@ FAMILIES: tuple[Family, ...] = (
         ),
         frozenset((3072,)),
         BFL,
+    ),  # fmt: skip
+    # FLUX.1's blocks, but eight that are double: 8 of its 12 billion parameters.
+    Family(
+        "fibo",
+        (
+            *_ATTENTION,
+            *_FEED_FORWARD,
+            *_MODULATION,
+            *_SINGLES,
+            f"{_SINGLE}.norm.linear",
+            *(
+                f"{embedder}.timestep_embedder.linear_{n}"
+                for embedder in ("time_embed", "guidance_embed")
+                for n in (1, 2)
+            ),
+            "caption_projection.0.linear",
+            "x_embedder",
+            *_ENDS,
+        ),
+        frozenset((3072,)),
+        depths=(("double", 8),),
     ),  # fmt: skip
     Family(
         "flux2",
@@ -205,10 +230,15 @@ def families_of(widths: Mapping[str, int]) -> frozenset[str]:
 
     None is left out for its width: the widths of a base that is served are in its configuration.
     """
+    depths = depths_of(widths)
     shapes = [_shape(split_prefix(stem)[1]) for stem in widths if component_of(stem) == "transformer"]
     if not shapes:
         return frozenset()
-    shares = {family.name: sum(shape in _names_of(family) for shape in shapes) / len(shapes) for family in FAMILIES}
+    shares = {
+        family.name: sum(shape in _names_of(family) for shape in shapes) / len(shapes)
+        for family in FAMILIES
+        if all(depths.get(kind, 0) <= most for kind, most in family.depths)
+    }
     best = max(shares.values())
     return frozenset(name for name, share in shares.items() if share == best and share >= LEAST_SHARE)
 

@@ -86,6 +86,7 @@ _FIBO = Family(
     shares_passes=False,
     sends_levels=("sigmas",),
     unfit_schedulers=("UniPCMultistepScheduler",),
+    structure="fibo",
     defaults=FamilyDefaults(30, 5.0, 1024),
     tasks={"text": "BriaFiboPipeline"},
 )
@@ -310,6 +311,7 @@ FAMILIES: Mapping[str, Family] = {
         name="FIBO 2",
         tokens=4096,
         latents="unpatched",
+        structure=None,
         takes_references=True,
         needs_torchvision=True,
         tasks={"text": "BriaFibo2Pipeline", "edit": "BriaFibo2Pipeline"},

@@ -53,4 +53,4 @@ def test_the_table_of_the_docs_has_every_spelling_method_and_family() -> None:
         assert f"| {name} |" in table, name
     named = set(re.findall(r"`([a-z0-9-]+)`", text.split("Families:", 1)[1].split("\n", 1)[0]))
     assert named == set(FAMILIES)
-    assert {family.name for family in TRANSFORMERS} <= named | {"lumina2"}
+    assert {family.name for family in TRANSFORMERS} <= named | {"lumina2", "fibo"}
