@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import heapq
+import statistics
 from collections.abc import Iterable, Sequence
 
 from serve_app.core import GenerationRequest
-from serve_app.routing.cost import ReplicaView, RequestLoad, load_of, waits_s
+from serve_app.routing.cost import STALLED_S, ReplicaView, RequestLoad, load_of, waits_s
 from serve_app.work import LatencyModel
 
 # Images drawn alone instead of in a batch are taken to need so much more of a device.
@@ -48,3 +49,12 @@ def spread_images(
     if spread_s - least_s > (1 - LEAST_GAIN) * (whole_s - least_s):
         return (num_images,)
     return tuple(sorted(filter(None, counts), reverse=True))
+
+
+def work_to_keep_s(views: Sequence[ReplicaView]) -> float | None:
+    """Return the seconds of work that each replica keeps when another has joined; None where none could take more.
+
+    That is the mean of those whose device gets on: what waits for a stalled one is better off anywhere else.
+    """
+    ahead_s = [view.ahead_s for view in views if view.ahead_s < STALLED_S]
+    return statistics.fmean(ahead_s) if ahead_s and len(views) > 1 else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import statistics
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
@@ -51,9 +50,8 @@ from serve_app.deployments.shared.watchdog import start_watchdog
 from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
-from serve_app.routing.cost import STALLED_S
 from serve_app.routing.known import known_replicas, on_joined, replicas_known
-from serve_app.routing.spread import parts_of
+from serve_app.routing.spread import parts_of, work_to_keep_s
 from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
 
@@ -130,11 +128,11 @@ class Dispatcher:
         await self._level(base_id)
 
     async def _level(self, base_id: str) -> None:
-        ahead_s = [view.ahead_s for view in await known_replicas(base_id) if view.ahead_s < STALLED_S]
-        if len(ahead_s) < 2:
+        keep_s = work_to_keep_s(await known_replicas(base_id))
+        if keep_s is None:
             return
         try:
-            given = await self._handles[base_id].broadcast("give_back", statistics.fmean(ahead_s)).results_async()
+            given = await self._handles[base_id].broadcast("give_back", keep_s).results_async()
         except RayError as error:
             log.warning("not all replicas of %s could be asked to give back: %s", base_id, type(error).__name__)
         else:

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from serve_app.routing.cost import STALLED_S, RequestLoad
-from serve_app.routing.spread import parts_of, spread_images
+from serve_app.routing.spread import parts_of, spread_images, work_to_keep_s
 from serve_app.work import LatencyModel
 from tests.routing_cases import generation, view
 
@@ -51,3 +51,10 @@ def test_no_image_is_lost_and_no_request_ends_later_for_being_spread(
     for part in counts:  # the largest where it is free first
         ends_s.append(ends_s.pop(0) + pace.seconds(units * part))
     assert max(ends_s[-len(counts) :]) <= min(waits_s) + pace.seconds(units * count) + 1e-6
+
+
+def test_when_a_replica_joins_each_keeps_the_mean_work_of_those_that_get_on() -> None:
+    assert work_to_keep_s([view("r0", 9.0), view("r1", 3.0), view("r2", 0.0)]) == 4.0
+    assert work_to_keep_s([view("r0", STALLED_S), view("r1", 0.0)]) == 0.0, "the stalled one gives back all"
+    assert work_to_keep_s([view("r0", STALLED_S), view("r1", STALLED_S)]) is None
+    assert work_to_keep_s([view("r0", 9.0)]) is None
