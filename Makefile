@@ -18,7 +18,7 @@ test: $(VENV)/.dev  ## every promise but those that take long by nature
 	@$(TESTS) -m "not slow" --ignore tests/faults $(PYTEST)
 
 test-faults: $(VENV)/.dev  ## those: training, soaks, whole benchmarks; then nodes lost, overload, chaos
-	@$(TESTS) -m slow --ignore tests/faults
+	@$(TESTS) -m "slow and not soak" --ignore tests/faults
 	@$(BIN)/python -m pytest tests/faults
 
 check: $(VENV)/.dev  ## format, lint, types, layers, configuration, known vulnerabilities

@@ -103,7 +103,7 @@ def url(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     serve.delete(APP)
 
 
-@pytest.mark.parametrize("count", [28, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [28, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.soak])])
 def test_whatever_a_device_turns_to_between_two_steps_each_image_is_the_one_diffusers_draws_alone(
     url: str, count: int
 ) -> None:

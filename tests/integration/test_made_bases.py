@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import psutil
 import pytest
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ray import serve
@@ -72,7 +72,8 @@ def test_callers_of_a_single_file_that_cannot_be_served_are_told_why(made: Servi
 
 
 # In float32, since a CPU takes minutes for a VAE's convolutions in bfloat16.
-@pytest.mark.skipif("LORAPLEX_FULL_SIZE" not in os.environ, reason="LORAPLEX_FULL_SIZE=1 runs it, in 20 GiB of memory")
+@pytest.mark.soak
+@pytest.mark.skipif(psutil.virtual_memory().available < 20 << 30, reason="it takes 20 GiB of memory")
 def test_a_full_size_sdxl_checkpoint_is_served_with_an_adapter(cluster: int, tmp_path: Path) -> None:
     config, pipeline = full_size_sdxl(tmp_path / "config")
     file = write_single_file(tmp_path / "sdxl.safetensors", pipeline)
