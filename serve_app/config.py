@@ -95,7 +95,9 @@ class BaseModelConfig(StrictModel):
             raise ValueError(f"{self.id}: name the VAE once, in 'vae' or in 'parts'")
         if len({adapter.id for adapter in self.fused}) < len(self.fused):
             raise ValueError(f"{self.id}: 'fused' names an adapter twice")
-        self._check_single_files()
+        self.source.check_as_base(self.id, variant=self.variant)
+        if any(part.config is not None for part in self.part_sources.values()):
+            raise ValueError(f"{self.id}: the single file of a part takes no 'config': it has that of its base")
         if defaults.width * defaults.height > limits.max_pixels:
             raise ValueError(f"{self.id}: the default size is over max_pixels {limits.max_pixels}")
         if self.replica.max_ongoing_requests < self.autoscaling.target_ongoing_requests:
@@ -104,18 +106,6 @@ class BaseModelConfig(StrictModel):
                 f"target_ongoing_requests {self.autoscaling.target_ongoing_requests:g}: it would never scale up"
             )
         return self
-
-    def _check_single_files(self) -> None:
-        if self.source.is_single_file and self.source.config is None:
-            raise ValueError(
-                f"{self.id}: a single file holds weights alone; add 'config' to its source, {{hub: ID}} or {{folder: "
-                "PATH}} of a base of its structure, such as stabilityai/stable-diffusion-xl-base-1.0 for SDXL and what "
-                "was trained from it, or stable-diffusion-v1-5/stable-diffusion-v1-5"
-            )
-        if self.source.is_single_file and self.variant is not None:
-            raise ValueError(f"{self.id}: 'variant' chooses among the files of a base, and a single file has none")
-        if any(part.config is not None for part in self.part_sources.values()):
-            raise ValueError(f"{self.id}: the single file of a part takes no 'config': it has that of its base")
 
     def with_defaults_of(self, family: Family) -> BaseModelConfig:
         """Return the base with the defaults of its family where the configuration says nothing, within its limits."""

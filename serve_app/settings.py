@@ -98,6 +98,21 @@ class ModelSource(StrictModel):
         """Where the configuration files of the model are."""
         return self.config or self
 
+    def check_as_base(self, base_id: str, *, variant: str | None) -> None:
+        """Refuse what a whole base cannot be read from.
+
+        Raises:
+            ValueError: a single file has no configuration beside it, or is to have a variant.
+        """
+        if self.is_single_file and self.config is None:
+            raise ValueError(
+                f"{base_id}: a single file holds weights alone; add 'config' to its source, {{hub: ID}} or {{folder: "
+                "PATH}} of a base of its structure, such as stabilityai/stable-diffusion-xl-base-1.0 for SDXL and what "
+                "was trained from it, or stable-diffusion-v1-5/stable-diffusion-v1-5"
+            )
+        if self.is_single_file and variant is not None:
+            raise ValueError(f"{base_id}: 'variant' chooses among the files of a base, and a single file has none")
+
 
 class FusedAdapter(StrictModel):
     """An adapter that is part of a base: fused into the weights that are loaded, before any request."""
