@@ -23,7 +23,8 @@ from serve_app.app import assemble
 from serve_app.config import AppConfig, digest_of
 from serve_app.deployments.ingress.ingress import deployment_name
 from tests.faults.breaking import until
-from tests.replicas.stepping import HOLD, SteppingReplica, colour_of
+from tests.replicas.stepping import SteppingReplica, colour_of
+from tests.replicas.wrapped import HOLD
 from tests.service import base_settings
 
 BASE = "demo/sd15"

@@ -6,7 +6,6 @@ What is held takes as long as the test likes, however fast the machine is and wh
 from __future__ import annotations
 
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from serve_app.core import GenerationRequest
 from serve_app.deployments.ingress.ingress import deployment_name
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
-from tests.replicas.wrapped import WrappedPipeline
+from tests.replicas.wrapped import HOLD, WrappedPipeline
 from tests.service import Service, base_settings, connect, posted
 
 LOOKS_EVERY_S = 0.02
@@ -31,30 +30,15 @@ PATIENCE_S = 120
 NO_LIMIT_S = 36_000.0
 
 
-class Gate:
-    """Stands open until it is closed."""
-
-    def __init__(self) -> None:
-        self._is_open = threading.Event()
-        self.open()
-
-    def close(self) -> None:
-        self._is_open.clear()
-
-    def open(self) -> None:
-        self._is_open.set()
-
-    def wait_until_open(self, *, unless: Callable[[], bool]) -> None:
-        while not (self._is_open.wait(LOOKS_EVERY_S) or unless()):
-            pass
-
-
 class Held(WrappedPipeline):
-    """A base's pipeline whose passes stop at a gate after each step; a pass that nobody wants any more goes on."""
+    """A base's pipeline whose passes stand after each step while a file exists; a pass nobody wants any more goes on.
 
-    def __init__(self, pipeline: Any, gate: Gate) -> None:
+    A file needs no slot of the replica: one that is full can be released.
+    """
+
+    def __init__(self, pipeline: Any, hold: Path) -> None:
         super().__init__(pipeline)
-        self._gate = gate
+        self._hold = hold
 
     def generate(
         self,
@@ -66,32 +50,27 @@ class Held(WrappedPipeline):
     ) -> PassOutcome:
         def held(step: int, steps: int) -> None:
             on_step(step, steps)
-            self._gate.wait_until_open(unless=is_cancelled)
+            while self._hold.exists() and not is_cancelled():
+                time.sleep(LOOKS_EVERY_S)
 
         return self._pipeline.generate(requests, on_step=held, is_cancelled=is_cancelled, **more)
 
 
 @serve.deployment
 class HeldReplica(BaseModelReplica.func_or_class):
-    """`BaseModelReplica` with a gate. While it is closed, a pass stands where its first step has been counted."""
+    """`BaseModelReplica` whose passes can be held where their first step has been counted."""
 
     async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
         await super().__init__(base, config, environment, keeper)
-        self._gate = Gate()
-        self._worker._pipeline = Held(self._worker._pipeline, self._gate)
-
-    async def hold(self) -> None:
-        self._gate.close()
-
-    async def release(self) -> None:
-        self._gate.open()
+        self._worker._pipeline = Held(self._worker._pipeline, environment.cache_dir / HOLD)
 
 
 class Device:
-    """What the one replica of a base says of itself, and the hold on it where it is a held one."""
+    """What the one replica of a base says of itself, and the hold on it where it is a held one with this cache."""
 
-    def __init__(self, base: str, app: str) -> None:
+    def __init__(self, base: str, app: str, cache_dir: Path | None = None) -> None:
         self._handle = serve.get_deployment_handle(deployment_name(base), app)
+        self._cache_dir = cache_dir
 
     def state(self) -> Any:
         return self._handle.state.remote().result(timeout_s=PATIENCE_S)
@@ -110,12 +89,12 @@ class Device:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold every pass at its next step, until the end of the block."""
-        # A broadcast needs no slot: a replica that is full can be released.
-        self._handle.broadcast("hold").results(timeout_s=PATIENCE_S)
+        assert self._cache_dir, "no held replica"
+        (self._cache_dir / HOLD).touch()
         try:
             yield
         finally:
-            self._handle.broadcast("release").results(timeout_s=PATIENCE_S)
+            (self._cache_dir / HOLD).unlink()
 
 
 @contextmanager
@@ -132,7 +111,7 @@ def held_service(port: int, base: str, cache_dir: Path, **replica: Any) -> Itera
     )
     serve.run(assemble(config, HeldReplica), name="held", route_prefix="/held")
     try:
-        yield Service(f"http://127.0.0.1:{port}/held"), Device(base, "held")
+        yield Service(f"http://127.0.0.1:{port}/held"), Device(base, "held", cache_dir)
     finally:
         serve.delete("held")
 

@@ -17,11 +17,9 @@ from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
-from tests.replicas.wrapped import WrappedPipeline
+from tests.replicas.wrapped import HOLD, WrappedPipeline
 
 IMAGE_STEP_S = 0.05
-# While a file of this name lies in the service's cache folder, no device makes a step.
-HOLD = "hold"
 
 
 def colour_of(seed: int) -> tuple[int, int, int]:

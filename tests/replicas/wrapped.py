@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+# While a file of this name lies in the service's cache folder, doubles that can be held make no step.
+HOLD = "hold"
+
 
 class WrappedPipeline:
     """Everything of a pipeline; a double of it defines what is to be another."""
