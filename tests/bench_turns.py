@@ -132,8 +132,9 @@ def configured(folder: str, *, has_turns: bool) -> dict[str, Any]:
 
     replica = {"num_cpus": 0.1, "torch_threads": 1, "step_sharing": has_turns, "max_queued_requests": 300}
     scaling = {"min_replicas": REPLICAS, "max_replicas": REPLICAS}
+    base = base_settings(BASE, autoscaling=scaling, replica=replica)
     return {
-        "bases": [base_settings(BASE, autoscaling=scaling, replica=replica)],
+        "bases": [base | {"limits": base["limits"] | {"max_images": max(IMAGES)}}],
         "adapters": {"embedded": True, "hub": {"enabled": False}},
         "auth": {"keys": [{"name": key, "sha256": digest_of(key)} for key in KEYS]},
         "ingress": {"num_cpus": 0.1},

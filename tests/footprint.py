@@ -28,7 +28,7 @@ KINDS = (
     (r"autoscaler/_private/monitor|monitor\.py", "autoscaler monitor"),
     (r"ray::IDLE", "idle worker"),
     (r"api\.pictures\.child", "pictures"),
-    (r"multiprocessing|forkserver|spawn_main", "admission"),
+    (r"engine\.admission\.child", "admission"),
 )
 
 

@@ -166,7 +166,7 @@ async def _verdict(
     sources: Sources, parts: Sequence[FilePart], spec: AdapterSpec, base: BaseModelConfig, beside: Path | None
 ) -> Verdict:
     from serve_app.engine.adapters.parser import parse_adapter
-    from serve_app.engine.base.manifest import structure_of
+    from serve_app.engine.base.structure import structure_of
 
     try:
         async with sources.base_configurations(base) as folder:

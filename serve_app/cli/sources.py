@@ -70,7 +70,7 @@ class Sources:
             BaseUnusable: they are missing.
             HubUnavailable, AccessDenied: the Hub does not give them.
         """
-        from serve_app.engine.base.manifest import INDEX, adaptable_parts
+        from serve_app.engine.base.structure import INDEX, adaptable_parts
 
         source = base.source.described_by
         if source.hub is None:

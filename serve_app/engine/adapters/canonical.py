@@ -15,11 +15,11 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ def reader_version() -> str:
 
     Files that another reader admitted are admitted again.
     """
-    digest = hashlib.sha256(diffusers.__version__.encode())
+    digest = hashlib.sha256(version("diffusers").encode())
     for folder in (Path(__file__).parent, Path(spellings.__file__).parent):
         for path in sorted(folder.glob("*.py")):
             digest.update(path.read_bytes())

@@ -41,8 +41,6 @@ def main() -> None:
     replies = _private_output()
     setup = json.loads(sys.stdin.readline())
     _settle(setup["parent"])
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    logging.getLogger("diffusers").setLevel(logging.ERROR)
     manifest = BaseManifest.from_json(setup["manifest"])
     limits = AdapterLimits.model_validate(setup["limits"])
     _reply(replies, {})

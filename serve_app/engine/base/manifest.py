@@ -1,7 +1,7 @@
 """What an adapter may touch in a base model: names, kinds and shapes, without the weights.
 
 Owns `BaseManifest`, which lets a file be checked against a base in another process. Must not know adapter files, and
-must stay free of torch at import: the admission process reads it before anything heavy.
+must import neither diffusers nor transformers, which cost the admission process several seconds of its start.
 """
 
 from __future__ import annotations
@@ -13,16 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import nn
+
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-    from torch import nn
-from pathlib import Path
-
-import diffusers
-import torch
-import transformers
-
-from serve_app.errors import BaseUnusable
 
 LayerKind = Literal["linear", "conv", "norm"]
 
@@ -98,8 +93,6 @@ class BaseManifest:
 
 def adaptable_components(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """Return the components that this pipeline's LoRA loader can adapt and that are loaded, in the loader's order."""
-    from torch import nn
-
     names: list[str] = getattr(type(pipeline), "_lora_loadable_modules", [])
     found = {name: getattr(pipeline, name, None) for name in names}
     return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
@@ -136,8 +129,6 @@ def adaptable_layers(component: nn.Module) -> dict[str, nn.Module]:
 
 
 def _kind_of(module: nn.Module) -> LayerKind | None:
-    from torch import nn
-
     if isinstance(module, nn.Linear):
         return "linear"
     if isinstance(module, nn.Conv2d):
@@ -164,10 +155,8 @@ def _layers_of(component: nn.Module) -> dict[str, Layer]:
 
 def _vocabularies_of(pipeline: DiffusionPipeline) -> dict[str, Vocabulary]:
     """Describe the text encoders that can be taught words as diffusers does it."""
-    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
-
     found: dict[str, Vocabulary] = {}
-    for component in TEXT_ENCODERS if isinstance(pipeline, TextualInversionLoaderMixin) else ():
+    for component in TEXT_ENCODERS if hasattr(pipeline, "load_textual_inversion") else ():
         encoder, tokenizer = getattr(pipeline, component, None), getattr(pipeline, component.replace(*TOKENIZER), None)
         kind: Any = next((kind for kind in ("clip", "t5") if _model_type(encoder).startswith(kind)), None)
         # A base whose own vocabulary has the names of learned words cannot be taught them.
@@ -183,55 +172,3 @@ def _model_type(encoder: Any) -> str:
 
 def _dtype_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-INDEX = "model_index.json"
-_LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
-
-
-def adaptable_parts(index: str) -> tuple[str, ...]:
-    """Return the components of a `model_index.json` that adapters can change, in the loader's order.
-
-    Raises:
-        ValueError: it names no pipeline that adapters can change.
-    """
-    entries: dict[str, Any] = json.loads(index)
-    names: list[str] = getattr(_pipeline_class(entries), "_lora_loadable_modules", [])
-    return tuple(name for name in names if entries.get(name, (None, None))[0] is not None)
-
-
-def structure_of(folder: Path, base_id: str) -> BaseManifest:
-    """Return the manifest of a base whose `model_index.json` and components' `config.json` lie in a folder.
-
-    Raises:
-        BaseUnusable: a file is missing, or says nothing that can be built.
-    """
-    # Optional packages that only other pipelines would use are no news to anybody.
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        index = (folder / INDEX).read_text(encoding="utf-8")
-        entries: dict[str, Any] = json.loads(index)
-        pipeline_class = _pipeline_class(entries)
-        # Never initialised: the manifest asks for its class and for these components, nothing else.
-        pipeline: Any = object.__new__(pipeline_class)
-        with torch.device("meta"):
-            for name in adaptable_parts(index):
-                pipeline.__dict__[name] = _component(folder / name, *entries[name])
-        return manifest_of(pipeline)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise BaseUnusable(base_id, "its configuration files are missing or describe no base that is served") from error
-
-
-def _pipeline_class(entries: dict[str, Any]) -> type:
-    name = entries["_class_name"]
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    if not isinstance(found, type):
-        raise ValueError("it is a pipeline of its own code, or of another version of diffusers")
-    return found
-
-
-def _component(folder: Path, library: str, class_name: str) -> torch.nn.Module:
-    kind: Any = getattr(_LIBRARIES[library], class_name)
-    if library == "diffusers":
-        return kind.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    return kind(kind.config_class.from_json_file(folder / "config.json"))

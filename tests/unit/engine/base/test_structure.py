@@ -8,7 +8,8 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from serve_app.demo.embedded import BASES, embedded_root
-from serve_app.engine.base.manifest import manifest_of, structure_of
+from serve_app.engine.base.manifest import manifest_of
+from serve_app.engine.base.structure import structure_of
 from serve_app.errors import BaseUnusable
 from tests.tiny import FAMILIES, tiny_pipeline
 
