@@ -205,8 +205,12 @@ def others(url: str, is_over: Callable[[], bool]) -> tuple[float, float]:
     return statistics.median(health_ms), statistics.median(image_ms)
 
 
-def memory_mb() -> float:
-    return sum(footprint.memory_bytes for footprint in footprints().values()) / 1e6
+def memory_mb() -> Counter[str]:
+    """Return what each kind of process takes."""
+    taken: Counter[str] = Counter()
+    for process, footprint in footprints().items():
+        taken[process.partition("/")[0]] += round(footprint.memory_bytes / 1e6)
+    return taken
 
 
 def measured(name: str, url: str, seconds: float) -> dict[str, Any]:
@@ -231,12 +235,14 @@ def measured(name: str, url: str, seconds: float) -> dict[str, Any]:
 
 def row(name: str, found: dict[str, Any]) -> str:
     (health_before, health), (image_before, image) = found["health_ms"], found["image_ms"]
-    memory_before, memory_after = found["memory_mb"]
+    before, after = found["memory_mb"]
+    memory_before, memory_after = before.total(), after.total()
+    ((kind, grown_mb),) = (after - before or Counter({"none": 0})).most_common(1)
     is_met = health < HEALTH_BAR_MS and image < IMAGE_BAR * image_before and memory_after < MEMORY_BAR * memory_before
     answers = "; ".join(f"{count} x {outcome}" for outcome, count in found["outcomes"].items())
     return (
         f"| {name} | {answers} | {health_before:.0f} | {health:.0f} | {image_before:.0f} | {image / image_before:.2f} "
-        f"| {memory_after / memory_before - 1:+.1%} | {'' if is_met else 'MISSED'} |\n"
+        f"| {memory_after / memory_before - 1:+.1%}, most by {kind}: {grown_mb} MB | {'' if is_met else 'MISSED'} |\n"
     )
 
 

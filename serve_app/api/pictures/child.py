@@ -30,10 +30,14 @@ def main() -> None:
     os.nice(NICENESS)
     _limit_memory(int(sys.argv[2]))
     while line := sys.stdin.buffer.readline():
-        order = json.loads(line)
-        content = sys.stdin.buffer.read(order["size_bytes"])
-        _limit_time(order["limit_s"])
-        _answer(answers, *_decoded(order, content))
+        _serve(json.loads(line), answers)
+
+
+def _serve(order: dict[str, Any], answers: BinaryIO) -> None:
+    """Answer one order; afterwards nothing of its picture is left."""
+    content = sys.stdin.buffer.read(order["size_bytes"])
+    _limit_time(order["limit_s"])
+    _answer(answers, *_decoded(order, content))
 
 
 def _limit_memory(max_pixels: int) -> None:

@@ -20,6 +20,9 @@ from serve_app.core import PixelImage, PixelMask
 from serve_app.errors import MalformedRequest, TooLarge
 
 PROCESSES = 2
+# Allocations from this size on are returned to the system when they are freed (glibc's M_MMAP_THRESHOLD, which else
+# grows with what was freed).
+RETURNED_FROM_BYTES = 1024**2
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from serve_app.api.pictures.child import main; main()"
 
 
@@ -131,8 +134,9 @@ class _Child:
 
     def __init__(self, max_pixels: int) -> None:
         command = [sys.executable, "-W", "ignore", "-c", _BOOT, json.dumps(sys.path), str(max_pixels)]
-        # Nothing of our environment: it holds the Hub's token.
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={})
+        # Nothing of our environment: it holds the Hub's token. What one picture took goes back to the system.
+        environment = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_FROM_BYTES)}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def ask(self, order: dict[str, Any], content: bytes) -> tuple[dict[str, Any], bytes]:
         """Return its answer.

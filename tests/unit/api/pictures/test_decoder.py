@@ -7,6 +7,7 @@ import base64
 import io
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import psutil
@@ -112,3 +113,19 @@ async def test_a_picture_has_no_more_memory_than_its_pixels_ask_for() -> None:
             await narrow.image(EncodedPicture("body", buffer.getvalue()))
     finally:
         narrow.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library of Linux is told what to return")
+@pytest.mark.timeout(30)
+async def test_what_a_large_picture_took_goes_back_to_the_system(decoder: PictureDecoder) -> None:
+    before = children()
+    await decoder.image(EncodedPicture("body", PNG))
+    (child,) = children() - before
+    small = child.memory_info().rss
+    text = base64.b64encode(bytes(16 * 1024**2)).decode()
+    for _ in range(3):
+        with pytest.raises(MalformedRequest, match="not a readable"):
+            await decoder.image(EncodedPicture("body", text))
+    # It answers first, and then lets go.
+    while child.memory_info().rss - small > 8 * 1024**2:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0.01)
