@@ -112,8 +112,8 @@ def _long_string(body: bytes) -> slice | None:
     return None
 
 
-def parse_json(body: bytes) -> JsonValue:
-    """Return the JSON value of a body: UTF-8, finite numbers, at most `MAX_DEPTH` levels deep.
+def parse_json(body: bytes, name: str = "the body") -> JsonValue:
+    """Return the JSON value of a body, or of the text in a field: UTF-8, finite numbers, `MAX_DEPTH` levels at most.
 
     Raises:
         MalformedRequest: it is none of that, or an object has a name twice.
@@ -124,8 +124,8 @@ def parse_json(body: bytes) -> JsonValue:
     try:
         value: JsonValue = from_json(body.removeprefix(b"\xef\xbb\xbf"), allow_inf_nan=False)
     except ValueError as error:
-        raise MalformedRequest(f"the body is not JSON: {error}") from None
-    _check_shape(value)
+        raise MalformedRequest(f"{name} is not JSON: {error}") from None
+    _check_shape(value, name)
     # That parser takes the last of each name and says nothing.
     json.loads(body, object_pairs_hook=_check_names, parse_int=str, parse_float=str)
     return value
@@ -139,7 +139,7 @@ def _check_names(pairs: list[tuple[str, JsonValue]]) -> None:
         names.add(name)
 
 
-def _check_shape(value: JsonValue) -> None:
+def _check_shape(value: JsonValue, name: str) -> None:
     """Refuse what would take long to look through, as soon as that is seen."""
     level, count = [value], 1
     for _ in range(MAX_DEPTH + 1):
@@ -153,7 +153,7 @@ def _check_shape(value: JsonValue) -> None:
         if not below:
             return
         level = below
-    raise MalformedRequest(f"the body is nested more than {MAX_DEPTH} levels deep")
+    raise MalformedRequest(f"{name} is nested more than {MAX_DEPTH} levels deep")
 
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")

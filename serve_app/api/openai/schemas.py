@@ -9,8 +9,9 @@ import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, JsonValue
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
+from serve_app.api.http.body import parse_json
 from serve_app.api.http.schemas import (
     MAX_ADAPTERS_NAMED,
     MAX_NAME_LENGTH,
@@ -23,6 +24,7 @@ from serve_app.api.http.schemas import (
     Seed,
 )
 from serve_app.core import ImageFormat
+from serve_app.errors import LoraplexError
 
 MAX_PARTIAL_IMAGES = 3
 # JSON text of as many adapters as are read, each with all that can be said of it.
@@ -41,9 +43,9 @@ def _entries(value: Any) -> Any:
         if len(text) > MAX_ADAPTERS_TEXT:
             raise PydanticCustomError("unfit", "is text of over {limit} characters", {"limit": MAX_ADAPTERS_TEXT})
         try:
-            value = from_json(text, allow_inf_nan=False)
-        except ValueError as error:
-            raise PydanticCustomError("unfit", "is not JSON: {error}", {"error": str(error)}) from None
+            value = parse_json(text.encode(errors="surrogatepass"), "its text")
+        except LoraplexError as error:
+            raise PydanticCustomError("unfit", "cannot be read: {error}", {"error": str(error)}) from None
     return [value] if isinstance(value, dict) else value
 
 
