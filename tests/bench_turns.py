@@ -27,7 +27,7 @@ from tests.service import STYLES, base_settings, ray_cluster
 BASE, REPLICAS, STEPS, LOAD = "demo/sd15", 2, 8, 0.8
 IMAGES, PARTS = (1, 2, 4, 8), (58, 8, 19, 15)
 KEYS = ("one", "many")
-FLOOD, TIMED = 150, 20
+FLOOD, TIMED = 150, 40
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ async def play(client: httpx.AsyncClient, urls: dict[str, str], asked: list[Aske
     async def send(url: str, one: Asked) -> float:
         await asyncio.sleep(max(0.0, began + one.at_s - time.monotonic()))
         status, seconds = await ask(client, url, one)
-        assert status == 200, status
+        assert status == 200, f"{one} was answered {status}"
         return seconds
 
     calls = {name: [asyncio.create_task(send(url, one)) for one in asked] for name, url in urls.items()}

@@ -125,6 +125,9 @@ class JobQueue:
         )
         job = Job(request, tuple(adapters), waiting, arrived_s, on_event)
         self._check_deadline(job)
+        others = {other.request.share for other in (*self.running, *self._waiting)}
+        work_s = self._books.pace.seconds(waiting.units) / request.share_weight
+        self.device_books.arrived(request.share, work_s, others)
         self._tickets += 1
         self._waiting.append(job)
         self._books.arrived(waiting.units, now_s)
@@ -260,8 +263,7 @@ class JobQueue:
         """Note that a run has had the device until now, and which part of its work is left."""
         now_s = self._clock()
         run.left = left
-        shares = {job.request.share: job.request.share_weight for job in run.jobs}
-        self.device_books.worked(shares, now_s - self._worked_until_s, now_s)
+        self.device_books.worked(_parts_of(run.jobs), now_s - self._worked_until_s, now_s)
         self._worked_until_s = now_s
 
     def changed(self, run: Run, seconds: float, *, kept: Set[AdapterSetKey]) -> None:
@@ -361,6 +363,15 @@ class JobQueue:
         claims = self._ranked([*self._claims(), self._claim_of(job)], self._sharing)
         places = [claim.ticket for claim in claims]
         return sum(claim.remaining_s for claim in claims[: places.index(job.waiting.job_id)])
+
+
+def _parts_of(jobs: Sequence[Job]) -> dict[str, float]:
+    """Return each caller's part of a pass, by images, over its weight."""
+    images = sum(job.waiting.num_images for job in jobs)
+    parts = {job.request.share: 0.0 for job in jobs}
+    for job in jobs:
+        parts[job.request.share] += job.waiting.num_images / images / job.request.share_weight
+    return parts
 
 
 def _times_part(job: Job) -> float:

@@ -8,7 +8,7 @@ simulator. Must not know pipelines or weights; every time is handed in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,13 +94,23 @@ class DeviceBooks:
         self._had_s: dict[str, float] = {}
         self._decayed_at = -math.inf
 
-    def worked(self, shares: Mapping[str, float], seconds: float, now_s: float) -> None:
-        """Note device time that ended at `now_s`, in equal parts for the callers who shared it, each with a weight."""
+    def arrived(self, share: str, work_s: float, others: Collection[str]) -> None:
+        """Note a request of a caller, whose work is over its weight; `others` are those who have requests here.
+
+        A caller who comes back starts level with those who had least, but for this request's work: what it had while
+        nobody else asked does not count against it, and what it did not ask for gives it no more than that.
+        """
+        if share not in others:
+            level_s = min(map(self.had_s, others)) - work_s if others else max(self._had_s.values(), default=0.0)
+            self._had_s[share] = max(self.had_s(share), level_s)
+
+    def worked(self, parts: Mapping[str, float], seconds: float, now_s: float) -> None:
+        """Note device time that ended at `now_s`, and which part of it each caller had, over its weight."""
         self.working_s += seconds
         self._gain(MAX_CHANGE_SHARE * seconds)
         self._decay(now_s)
-        for share, weight in shares.items():
-            self._had_s[share] = self._had_s.get(share, 0.0) + seconds / len(shares) / weight
+        for share, part in parts.items():
+            self._had_s[share] = self._had_s.get(share, 0.0) + seconds * part
 
     def changed(self, seconds: float, *, was_kept: bool = False) -> None:
         """Note a change of adapters; `was_kept` says that nothing had to be computed for it."""

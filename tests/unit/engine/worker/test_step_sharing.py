@@ -38,9 +38,9 @@ class Bench:
         self.adapters = [parsed_adapter(self.pipeline.manifest, seed=seed) for seed in range(3)]
         self.later_s = 0.0
         self.worker = EngineWorker(
-            self.pipeline, self.weights, max_batch_images=2, torch_threads=1,
+            self.pipeline, self.weights, torch_threads=1,
             clock=lambda: time.perf_counter() + self.later_s, wall_clock=lambda: YEAR_2030,
-            **{"sharing": SharingPolicy(), **settings},
+            **{"max_batch_images": 2, "sharing": SharingPolicy(), **settings},
         )  # fmt: skip
 
     def submit(self, wanted: GenerationRequest, on_event: Any = None) -> Job:
@@ -189,6 +189,19 @@ def test_a_caller_with_many_requests_leaves_another_half_of_the_device() -> None
     # Without shares the longest goes last; with them it has every other step.
     assert ended.index("other") <= 2
     worker.close()
+
+
+def test_a_pass_that_callers_share_is_charged_by_images() -> None:
+    bench = Bench(max_batch_images=3)
+    books = bench.worker._queue.device_books
+    held, opened = bench.hold()
+    jobs = [bench.submit(request(share="one")), bench.submit(request(share="many", num_images=2, seed=5))]
+    before = {share: books.had_s(share) for share in ("one", "many")}
+    opened.set()
+    assert {job.future.result(WAIT_S).batch_size for job in (*jobs, held)} == {3, 1}
+    bench.worker.close()
+    one, many = (books.had_s(share) - before[share] for share in ("one", "many"))
+    assert many == pytest.approx(2 * one, rel=0.1)
 
 
 def suspended(bench: Bench, **changes: Any) -> tuple[Job, threading.Event]:

@@ -66,7 +66,7 @@ class Device:
             self.books.changed(took_s, was_kept=was_kept)
         took_s = min(STEP_S, chosen.remaining_s)
         self.now_s += took_s
-        self.books.worked({chosen.share: self.weights.get(chosen.share, 1.0)}, took_s, self.now_s)
+        self.books.worked({chosen.share: 1 / self.weights.get(chosen.share, 1.0)}, took_s, self.now_s)
         self.turns.append(chosen.ticket)
         self.holder = chosen.ticket
         self.claims[chosen.ticket] = dataclasses.replace(chosen, remaining_s=chosen.remaining_s - took_s, is_begun=True)
@@ -82,6 +82,8 @@ class Device:
             while self.claims and self.now_s < one.arrived_s:
                 self.step()
             self.now_s = max(self.now_s, one.arrived_s)
+            work_s = one.whole_s / self.weights.get(one.share, 1.0)
+            self.books.arrived(one.share, work_s, {other.share for other in self.claims.values()})
             self.claims[one.ticket] = one
         while self.claims:
             self.step()
@@ -114,6 +116,15 @@ def test_callers_share_the_device_however_many_requests_each_has() -> None:
     slowdowns = sorted((device.ended_s[one.ticket] - one.arrived_s) / 4.0 for one in few)
     assert slowdowns[-1] <= 2.0
     assert slowdowns[len(slowdowns) // 2] <= 1.2
+
+
+def test_what_a_caller_had_while_nobody_else_asked_does_not_count_against_it() -> None:
+    device = Device()
+    alone = [claim(2000 + index, 4.0, share="few", at_s=4.0 * index) for index in range(10)]
+    many = [claim(ticket, 4.0, share="many", at_s=40.0) for ticket in range(50)]
+    few = [claim(1000 + index, 4.0, share="few", at_s=42.0 + 12.0 * index) for index in range(10)]
+    device.play([*alone, *many, *few])
+    assert max((device.ended_s[one.ticket] - one.arrived_s) / 4.0 for one in few) <= 2.0
 
 
 def test_a_change_to_what_is_kept_has_a_price_of_its_own() -> None:
