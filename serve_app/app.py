@@ -10,6 +10,7 @@ from typing import Any
 from ray.serve import Application
 
 from serve_app.autoscaling import ray_settings
+from serve_app.catalog.sources.bucket import check_stores
 from serve_app.config import AppConfig, BaseModelConfig, Environment, IngressSettings
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.deployments.ingress.backpressure import most_held
@@ -36,6 +37,7 @@ def build(config: AppConfig) -> Application:
 def assemble(config: AppConfig, replica: Any) -> Application:
     """Return the application with `BaseModelReplica`, or a deployment like it, for each base."""
     check_tracing(config.tracing)
+    check_stores(config.adapters.stores)
     environment = read_environment(config)
     keeper = _keeper_deployment(config, environment)
     handles = {base.id: _base_deployment(replica, base, config, environment, keeper) for base in config.bases}

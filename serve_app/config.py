@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from math import isqrt
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -38,6 +38,7 @@ from serve_app.settings import (
     StrictModel,
     nearest,
 )
+from serve_app.source_settings import AdapterSources
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -130,65 +131,6 @@ class BaseModelConfig(StrictModel):
     def names(self) -> tuple[str, ...]:
         """Every id that means this base."""
         return (self.id, *self.aliases)
-
-
-class HubSettings(StrictModel):
-    """How adapters are found on the Hugging Face Hub; `endpoint` None means the environment's, else the public one.
-
-    With `forward_tokens`, adapters are looked up without a token, and those that are not public with the caller's own;
-    a check of a caller's access is valid for `access_ttl_s`. The service's token is then used for bases only.
-    `cache_size` limits the downloaded files on a node's disk, apart from the admitted ones made from them.
-    """
-
-    enabled: bool = True
-    endpoint: str | None = None
-    timeout_s: PositiveFloat = 10.0
-    download_timeout_s: PositiveFloat = 600.0
-    forward_tokens: bool = False
-    access_ttl_s: PositiveFloat = 60.0
-    cache_size: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
-
-
-class SharingSettings(StrictModel):
-    """Whether adapter files travel between nodes, so that the cluster fetches each from the Hub once.
-
-    `memory` is the limit of shared files in Ray's object store, which spills to disk, over the whole cluster; `disk`
-    is the limit of copies from peers on each node's disk. A node waits for another node's download for at most
-    `wait_timeout_s`, then downloads the file itself.
-    """
-
-    renamed = {"patience_s": "wait_timeout_s"}
-    enabled: bool = False
-    wait_timeout_s: PositiveFloat = 60.0
-    memory: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
-    disk: ByteSize = Field(default=ByteSize(10 * 1024**3), validate_default=True)
-
-
-class AdapterFolder(StrictModel):
-    """A folder of adapters on every node; a path alone is short for one of layout "hub".
-
-    With "hub", its folders `<owner>/<name>/` are repositories, and files above them are adapters by their path without
-    the ending `.safetensors`. With "flat", every file below it is one, as A1111 and ComfyUI keep them.
-    """
-
-    path: Path
-    layout: Literal["hub", "flat"] = "hub"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _path_alone(cls, data: Any) -> Any:
-        return {"path": data} if isinstance(data, str | Path) else data
-
-
-class AdapterSources(StrictModel):
-    """Where adapters come from. The order of look-up is: embedded, folders, the Hub."""
-
-    embedded: bool = False
-    folders: tuple[AdapterFolder, ...] = ()
-    hub: HubSettings = HubSettings()
-    sharing: SharingSettings = SharingSettings()
-    resolution_ttl_s: PositiveFloat = 300.0
-    failure_ttl_s: PositiveFloat = 15.0
 
 
 class IngressSettings(StrictModel):

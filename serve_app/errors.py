@@ -135,6 +135,13 @@ class AccessDenied(LoraplexError):
     template = "access to {model} is restricted; {whose} must be granted access to it"
 
 
+class StoreAccessDenied(AccessDenied):
+    """An object of a configured store that the service's credentials do not open; no token of a caller would."""
+
+    whose: str = "the service's credentials for its object store"
+    code = "store_access_denied"
+
+
 class AdminRequired(LoraplexError):
     """A valid key that may not change the registry."""
 
@@ -316,6 +323,12 @@ class HubUnavailable(Unavailable):
     retry_after_s: int = 10
     code = "hub_unavailable"
     template = "{model} could not be fetched: {reason}; try again in {retry_after_s} s"
+
+
+class StoreUnavailable(HubUnavailable):
+    """A configured object store did not answer in time, or answered with an error."""
+
+    code = "store_unavailable"
 
 
 class HostMemoryFull(Unavailable):

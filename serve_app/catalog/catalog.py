@@ -30,12 +30,14 @@ from serve_app.catalog.sources.file_digests import FileDigests
 from serve_app.catalog.sources.flat_folder import FlatFolderSource, FlatRoot
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
-from serve_app.config import AdapterFolder, AppConfig, BaseModelConfig, Environment
+from serve_app.catalog.sources.object_stores import ObjectStoreSource
+from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
-from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound
+from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound, StoreAccessDenied
 from serve_app.families.family import Family
 from serve_app.refusals import NotAnAdapter
 from serve_app.settings import nearest
+from serve_app.source_settings import AdapterFolder
 
 # Folders are cheap to read again, and people edit them in place.
 LOCAL_TTL_S = 2.0
@@ -277,7 +279,7 @@ class Catalog:
         try:
             return _ResolvedAdapter(await self._infos.get(key, lambda: self._inspect(key)))
         except (ModelNotFound, AccessDenied) as error:
-            if self._access is None:
+            if self._access is None or isinstance(error, StoreAccessDenied):
                 raise
             refusal = error
         try:
@@ -335,6 +337,8 @@ def build_sources(
         sources.append(FolderSource(roots, origin=FOLDER))
         digests = FileDigests(environment.cache_dir / "digests.sqlite3")
         sources.append(FlatFolderSource([_flat_root(folder) for folder in settings.folders], digests=digests))
+    if settings.stores:
+        sources.append(ObjectStoreSource(settings, cache_dir=environment.cache_dir))
     if settings.hub.enabled:
         endpoint = settings.hub.endpoint or environment.hub_endpoint
         token, cache_dir = environment.token, environment.cache_dir

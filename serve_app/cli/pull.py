@@ -78,7 +78,7 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
         size_bytes = sum(path.stat().st_size for path in paths)
         pulled.append(Pulled(spec.id, spec.base_id, spec.revision, paths[0], size_bytes))
         if not is_quiet:
-            _say(pulled[-1], "" if spec.origin == "hub" else f", already here: {spec.origin}")
+            _say(pulled[-1], "" if spec.origin in REMOTE else f", already here: {spec.origin}")
     return pulled
 
 
@@ -108,7 +108,7 @@ def _say(model: Pulled, more: str) -> None:
 @contextlib.contextmanager
 def _bar(spec: AdapterSpec, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
     """Show the progress of a file on a terminal; yields a function that takes the bytes so far."""
-    if is_quiet or not err.is_terminal or spec.origin != "hub":
+    if is_quiet or not err.is_terminal or spec.origin not in REMOTE:
         yield lambda fetched_bytes: None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn

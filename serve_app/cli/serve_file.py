@@ -13,6 +13,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
 from serve_app.config import AppConfig
 from serve_app.families.config_files import unusable_reason
 from serve_app.families.single_file import unusable_file_reason
@@ -126,10 +127,11 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
         try:
             applications.append(AppConfig.model_validate(args))
             check_tracing(applications[-1].tracing)
+            check_stores(applications[-1].adapters.stores)
             faults += _unusable_bases(applications[-1], f"applications.{index}.args.bases.")
         except ValidationError as error:
             faults += _readable(error, f"applications.{index}.args.")
-        except TracingUnavailable as error:
+        except (TracingUnavailable, StorePackageMissing) as error:
             faults.append(f"applications.{index}.args: {error}")
     if not applications and not faults:
         faults.append(f"no application has import_path {IMPORT_PATH}")

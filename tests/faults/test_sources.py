@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 from serve_app.catalog.catalog import Catalog, build_sources
-from serve_app.config import AdapterSources, AppConfig, Environment, HubSettings
+from serve_app.config import AppConfig, Environment
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.deployments.replica.parts import make_store
 from serve_app.engine.adapters.deltas import ParsedAdapter
@@ -27,6 +27,7 @@ from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import DiskFull, HubUnavailable, LoraplexError
 from serve_app.refusals import RefusedAdapter
 from serve_app.settings import AdapterLimits
+from serve_app.source_settings import AdapterSources, HubSettings
 from serve_app.store.store import AdapterStore, Tier
 from tests.engine_cases import BASE, base_config, wrap
 from tests.hub_server import CDN, FILE, ErrorDetail, HubServer

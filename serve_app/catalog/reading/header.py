@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,6 +28,8 @@ from serve_app.families.structure import (
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 16 * 1024 * 1024
+# The header of nearly every adapter fits, so that one request is enough.
+FIRST_RANGE_BYTES = 128 * 1024
 MAX_NAME_CHARACTERS = 512
 # More than any limit of a base lets in; as many take a second to look through.
 MAX_TENSORS = 100_000
@@ -104,6 +106,18 @@ def header_length(head: bytes) -> int:
     if not 2 <= length <= MAX_HEADER_BYTES:
         raise MalformedHeader(f"its header claims {length} bytes; at most {MAX_HEADER_BYTES} are read")
     return length
+
+
+def read_head(read_prefix: Callable[[int], bytes]) -> bytes:
+    """Return a remote file's bytes up to the end of its header; `read_prefix` returns so many first bytes of it."""
+    head = read_prefix(FIRST_RANGE_BYTES)
+    try:
+        wanted = LENGTH_BYTES + header_length(head)
+    except MalformedHeader:
+        return head
+    if len(head) < wanted and len(head) == FIRST_RANGE_BYTES:
+        head = read_prefix(wanted)
+    return head[:wanted]
 
 
 def parse_header(head: bytes, *, file_bytes: int | None = None) -> SafetensorsHeader:

@@ -16,7 +16,10 @@ from serve_app.core import AdapterSpec
 HUB = "hub"
 FOLDER = "folder"
 FLAT = "flat"
+STORE = "store"
 EMBEDDED = "embedded"
+# The kinds of source whose files are downloaded.
+REMOTE = (HUB, STORE)
 # As much of a SHA-256 as names the bytes of an adapter; a commit has as many.
 DIGEST_CHARACTERS = 40
 MAX_NAME_CHARACTERS = 256

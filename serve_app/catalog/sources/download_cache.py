@@ -99,6 +99,11 @@ class PartialDownload:
         """Return the digest of the bytes so far, in hex."""
         return self._digest.hexdigest()
 
+    def md5(self) -> str:
+        """Return the MD5 of the bytes so far, in hex, which object stores name."""
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
     def git_id(self) -> str:
         """Return the git blob id of these bytes, which the Hub uses for files outside LFS."""
         digest = hashlib.sha1(b"blob %d\0" % self.size_bytes, usedforsecurity=False)

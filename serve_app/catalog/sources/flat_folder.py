@@ -20,6 +20,8 @@ from serve_app.catalog.sources.file_digests import FileDigests, mark_of
 from serve_app.catalog.sources.folder import FolderSource
 
 _TOKEN_ENDINGS = ("_emb.safetensors", "_embeddings.safetensors")
+# An adapter file, its tokens and its sidecars.
+ENDINGS = (SAFE_SUFFIX, *_TOKEN_ENDINGS, WEBUI_SUFFIX, CIVITAI_SUFFIX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +76,18 @@ class FlatFolderSource(FolderSource):
                 depth = len(Path(parent).relative_to(root).parts)
                 is_deepest = max_folders is not None and depth >= max_folders
                 folders[:] = [] if is_deepest else [name for name in folders if not name.startswith(".")]
-                stems = [name.removesuffix(SAFE_SUFFIX) for name in names if _is_adapter(name)]
+                stems = [name.removesuffix(SAFE_SUFFIX) for name in names if is_adapter(name)]
                 beside = frozenset(names)
                 for stem in stems:
                     with suppress(FileNotFoundError):  # gone, or a link to nothing
                         yield Path(parent, stem).relative_to(root).as_posix(), _mark(Path(parent), stem, beside)
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
+    """Say whether a file is an adapter by its name alone."""
     return name.endswith(SAFE_SUFFIX) and not name.endswith(EMBEDDING_SUFFIXES)
 
 
 def _mark(folder: Path, stem: str, names: frozenset[str]) -> str:
     """Return what changes with an adapter file, its tokens or its sidecars."""
-    endings = (SAFE_SUFFIX, *_TOKEN_ENDINGS, WEBUI_SUFFIX, CIVITAI_SUFFIX)
-    return " ".join(mark_of(folder / name) for ending in endings if (name := stem + ending) in names)
+    return " ".join(mark_of(folder / name) for ending in ENDINGS if (name := stem + ending) in names)

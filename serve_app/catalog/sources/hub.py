@@ -19,13 +19,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import card_from
-from serve_app.catalog.reading.header import (
-    LENGTH_BYTES,
-    MalformedHeader,
-    SafetensorsHeader,
-    header_length,
-    parse_header,
-)
+from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, parse_header, read_head
 from serve_app.catalog.reading.repository import (
     HUB,
     AdapterSource,
@@ -36,20 +30,18 @@ from serve_app.catalog.reading.repository import (
 )
 from serve_app.catalog.sources.download import Download
 from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles
-from serve_app.catalog.sources.hub_calls import DOWNLOAD, HubCalls
 from serve_app.catalog.sources.hub_errors import MissingRevision
 from serve_app.catalog.sources.metadata_cache import MetadataCache, NullMetadataCache
+from serve_app.catalog.sources.remote_calls import DOWNLOAD, RemoteCalls
 from serve_app.catalog.sources.token_context import current_hub_token
-from serve_app.config import HubSettings
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.errors import HubUnavailable, ModelNotFound
 from serve_app.redaction import contains_secret
 from serve_app.refusals import MalformedFile
+from serve_app.source_settings import HubSettings
 
 log = logging.getLogger(__name__)
 
-# The header of nearly every adapter fits, so that one request is enough.
-FIRST_RANGE_BYTES = 128 * 1024
 MAX_SMALL_FILE_BYTES = 1024 * 1024
 # The limit for a file of unknown size; bases have their own limits for what they read.
 MAX_UNLISTED_BYTES = 4 * 1024**3
@@ -70,7 +62,7 @@ class HubSource(AdapterSource):
         token: str | None,
         cache_dir: Path,
         endpoint: str | None = None,
-        calls: HubCalls | None = None,
+        calls: RemoteCalls | None = None,
         metadata: MetadataCache | NullMetadataCache | None = None,
     ) -> None:
         self._settings = settings
@@ -80,7 +72,7 @@ class HubSource(AdapterSource):
         self._api = HfApi(endpoint=endpoint or settings.endpoint, token=self._token, library_name="loraplex")
         self._timeout_s = settings.timeout_s
         self._download_timeout_s = settings.download_timeout_s
-        self._calls = calls or HubCalls()
+        self._calls = calls or RemoteCalls()
         self._downloads = DownloadCache(cache_dir / "hub", settings.cache_size, clock=time.time)
         self._locked = LockedFiles()
         self._metadata = metadata or MetadataCache(cache_dir / "hub-memory")
@@ -189,15 +181,9 @@ class HubSource(AdapterSource):
 
     def _head(self, listing: RepositoryListing, filename: str) -> bytes:
         commit = str(listing.revision)
-        head = self._read_prefix(listing.location, commit, filename, FIRST_RANGE_BYTES)
-        try:
-            wanted = LENGTH_BYTES + header_length(head)
-        except MalformedHeader:
-            return head
-        if len(head) < wanted and len(head) == FIRST_RANGE_BYTES:
-            head = self._read_prefix(listing.location, commit, filename, wanted)
-        self._metadata.put_header(listing.location, commit, filename, head[:wanted])
-        return head[:wanted]
+        head = read_head(lambda size_bytes: self._read_prefix(listing.location, commit, filename, size_bytes))
+        self._metadata.put_header(listing.location, commit, filename, head)
+        return head
 
     def _read_prefix(self, location: str, revision: str | None, filename: str, size_bytes: int) -> bytes:
         """Return the first bytes of a file, at most `size_bytes` even if the server sends more."""

@@ -27,12 +27,13 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.catalog.files import AdapterFiles
-from serve_app.catalog.reading.repository import HUB
+from serve_app.catalog.reading.repository import HUB, STORE
 from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles, PartialDownload
-from serve_app.config import Environment, SharingSettings
+from serve_app.config import Environment
 from serve_app.core import AdapterSpec
 from serve_app.deployments.shared.file_index import SharedFile
 from serve_app.file_locks import is_disk_full
+from serve_app.source_settings import SharingSettings
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ class SharedFiles:
         return freed + (self._files.free_space(needed_bytes - freed) if freed < needed_bytes else 0)
 
     async def _shared(self, spec: AdapterSpec, filename: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
-        if spec.origin != HUB:
+        if spec.origin not in (HUB, STORE):
             return await fetch()
         key = f"{spec.location}@{spec.revision}/{filename}"
         if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:

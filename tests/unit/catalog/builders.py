@@ -14,9 +14,10 @@ from pydantic import SecretStr
 from safetensors.numpy import save
 
 from serve_app.catalog.catalog import Catalog, build_sources
-from serve_app.config import AdapterSources, AppConfig, BaseModelConfig, Environment, HubSettings
+from serve_app.config import AppConfig, BaseModelConfig, Environment
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.settings import ModelSource
+from serve_app.source_settings import AdapterSources, HubSettings
 from tests.clock import Clock
 from tests.hub_server import HubServer
 

@@ -305,7 +305,7 @@ async def test_a_known_adapter_resolves_at_once_in_a_few_turns_of_the_loop(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("left the event loop's thread")
 
-    for module in ("sources.hub", "sources.hub_calls", "reading.bases", "sources.folder"):
+    for module in ("sources.hub", "sources.remote_calls", "reading.bases", "sources.folder"):
         monkeypatch.setattr(f"serve_app.catalog.{module}.run_blocking", forbidden)
     monkeypatch.setattr(threading.Thread, "start", forbidden)
     monkeypatch.setattr(asyncio.get_running_loop(), "run_in_executor", forbidden)

@@ -8,8 +8,9 @@ import pytest
 from serve_app.catalog.reading.bases import BaseArchitecture, BaseArchitectureReader, BaseNames, facts_from
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
-from serve_app.config import BaseModelConfig, HubSettings
+from serve_app.config import BaseModelConfig
 from serve_app.settings import ModelSource
+from serve_app.source_settings import HubSettings
 from tests.clock import Clock
 from tests.hub_server import ErrorDetail, HubServer
 from tests.unit.catalog.builders import SD_TEXT, SD_WIDTHS, base_files, write_files

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.catalog.reading.header import FIRST_RANGE_BYTES
 from serve_app.catalog.reading.repository import RepositoryListing
-from serve_app.catalog.sources.hub import FIRST_RANGE_BYTES, HubSource
-from serve_app.catalog.sources.hub_calls import DOWNLOAD, LOOK_UP, HubCalls
-from serve_app.config import HubSettings
+from serve_app.catalog.sources.hub import HubSource
+from serve_app.catalog.sources.remote_calls import DOWNLOAD, LOOK_UP, RemoteCalls
 from serve_app.core import AdapterSpec
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound
 from serve_app.refusals import MalformedFile
+from serve_app.source_settings import HubSettings
 from tests.hub_server import CDN, FILE, INFO, ErrorDetail, HubServer
 from tests.unit.catalog.builders import WEIGHTS, adapter_files, lora
 
@@ -23,7 +24,7 @@ TOKEN = "hf_secret"
 
 
 def client(
-    hub: HubServer, cache: Path, *, token: str | None = None, calls: HubCalls | None = None, **settings: float
+    hub: HubServer, cache: Path, *, token: str | None = None, calls: RemoteCalls | None = None, **settings: float
 ) -> HubSource:
     return HubSource(
         HubSettings.model_validate({"endpoint": hub.endpoint, "timeout_s": 60} | settings),
@@ -199,7 +200,7 @@ async def test_a_hub_that_limits_requests_is_asked_once_and_then_left_alone_for_
 ):
     hub.push(ID, adapter_files("demo/sd"))
     hub.fail(ID, ErrorDetail(status=429, headers=headers))
-    places = client(hub, tmp_path, calls=HubCalls(clock=lambda: 0.0))
+    places = client(hub, tmp_path, calls=RemoteCalls(clock=lambda: 0.0))
     for _ in range(3):
         with pytest.raises(HubUnavailable, match=f"limiting requests; try again in {wait_s} s"):
             await places.find(ID, None)

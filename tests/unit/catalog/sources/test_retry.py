@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from serve_app.catalog.sources.hub_calls import HubCalls
 from serve_app.catalog.sources.hub_errors import HubRetryAfter, NonRetryableHubError
+from serve_app.catalog.sources.remote_calls import RemoteCalls
 from serve_app.catalog.sources.retry import RetryPolicy
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError
 from tests.clock import Clock
@@ -29,7 +29,7 @@ class Questions:
     def __init__(self) -> None:
         self.clock = Clock(now=0.0)
         self.pauses: list[float] = []
-        self.calls = HubCalls(clock=self.clock, sleep=self._sleep, chance=lambda: 1.0)
+        self.calls = RemoteCalls(clock=self.clock, sleep=self._sleep, chance=lambda: 1.0)
 
     def _sleep(self, pause_s: float) -> None:
         self.pauses.append(pause_s)

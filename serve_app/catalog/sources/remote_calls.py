@@ -1,6 +1,6 @@
-"""Calls to the Hub: in a thread, with a timeout, and with retries.
+"""Calls to the Hub or to an object store: in a thread, with a timeout, and with retries.
 
-Owns the threads, timeouts and retries, and the translation of failures. Must not know what is called.
+Owns the threads, timeouts and retries. Must not know what is called.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 from serve_app.catalog.reading.blocking import run_blocking
@@ -26,17 +27,35 @@ LOOK_UP = RetryPolicy(tries=3)
 DOWNLOAD = RetryPolicy(tries=4)
 
 
-class HubCalls:
-    """The calls of one source; all of them respect the Hub's rate limit."""
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """What is called: its name in messages, the exceptions that it can raise, and what they mean to a caller.
+
+    `translate` takes an exception, the model and the revision.
+    """
+
+    name: str
+    failures: tuple[type[Exception], ...]
+    translate: Callable[[Exception, str, str | None], LoraplexError]
+    unavailable: type[HubUnavailable]
+
+
+THE_HUB = Remote("the Hub", HUB_FAILURES, translate, HubUnavailable)
+
+
+class RemoteCalls:
+    """The calls of one source; all of them respect the remote's rate limit."""
 
     def __init__(
         self,
+        remote: Remote = THE_HUB,
         *,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         chance: Callable[[], float] = random.random,
     ) -> None:
         """`clock` returns monotonic seconds, `chance` a number from 0 to 1."""
+        self._remote = remote
         self.clock = clock
         self._sleep = sleep
         self._chance = chance
@@ -62,10 +81,10 @@ class HubCalls:
         try:
             return await run_blocking(call, timeout_s=timeout_s)
         except TimeoutError:
-            raise HubUnavailable(model, f"the Hub took longer than {timeout_s:g} s") from None
+            raise self._remote.unavailable(model, f"{self._remote.name} took longer than {timeout_s:g} s") from None
         except LoraplexError:
             raise
-        except HUB_FAILURES as error:
+        except self._remote.failures as error:
             raise self._translate(error, model, revision) from None
 
     def retry(
@@ -92,7 +111,7 @@ class HubCalls:
                 return call()
             except TimeoutError:
                 raise
-            except (LoraplexError, *HUB_FAILURES) as error:
+            except (LoraplexError, *self._remote.failures) as error:
                 failure = self._translate(error, model, revision)
             self._cooldown.note(failure)
             if (came := progress()) > reached:
@@ -102,11 +121,11 @@ class HubCalls:
             )
             if delay_s is None:
                 raise failure
-            log.info("the Hub is called again for %s in %.1f s: %s", model, delay_s, failure)
+            log.info("%s is called again for %s in %.1f s: %s", self._remote.name, model, delay_s, failure)
             self._sleep(delay_s)
         raise AssertionError("the loop above ends by itself")
 
     def _translate(self, error: Exception, model: str, revision: str | None) -> LoraplexError:
         if not isinstance(error, LoraplexError):
-            log.info("the Hub failed for %s: %s", model, type(error).__name__)
-        return translate(error, model, revision)
+            log.info("%s failed for %s: %s", self._remote.name, model, type(error).__name__)
+        return self._remote.translate(error, model, revision)
