@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
@@ -14,6 +14,9 @@ from tests.collector import Collector
 from tests.hub_server import HubServer
 from tests.service import BASES, EMBEDDED, Service, base_settings, ray_cluster
 from tests.small_disk import small_disk
+
+if TYPE_CHECKING:
+    from tests.s3_server import S3Server
 
 # Speed lives in benchmarks: a machine that is busy for a moment fails no property.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -56,6 +59,24 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 4 MiB."""
     with small_disk(tmp_path / "disk") as folder:
         yield folder
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    from tests.s3_server import S3Server  # moto, which takes a second
+
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """An S3 of our own on loopback, of which the environment knows as S3's clients look for it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3_server.fault = None
+    s3_server.requests.clear()
+    return s3_server
 
 
 @pytest.fixture(scope="session")

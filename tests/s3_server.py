@@ -17,13 +17,6 @@ from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "testing",
-    "AWS_SECRET_ACCESS_KEY": "testing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
 # moto keeps one set of buckets for all servers of a process.
 _NUMBERS = count()
 
@@ -66,6 +59,17 @@ class S3Server:
         self._answer, server.app = server.app, self._spoiled
         self.endpoint = f"http://127.0.0.1:{self._moto.get_host_and_port()[1]}"
         return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What has S3's clients call this server."""
+        return {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_ENDPOINT_URL": self.endpoint,
+        }
 
     def __exit__(self, *_: object) -> None:
         self._moto.stop()

@@ -131,7 +131,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             ),
             Panel(
                 "Files brought to a node",
-                "From a peer's disk through Ray's object store, or from the Hub.",
+                "From a peer's disk through Ray's object store, from the Hub, or from a bucket.",
                 "reqps",
                 (("{{source}}", _rate("ray_loraplex_file_fetches_total", "source")),),
                 is_stacked=True,

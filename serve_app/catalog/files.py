@@ -41,4 +41,7 @@ class AdapterFiles:
 
     def free_space(self, needed_bytes: int) -> int:
         """Remove unused copies until so many bytes are free; return how many bytes became free. Blocks."""
-        return sum(source.free_space(needed_bytes) for source in self._sources.values())
+        freed = 0
+        for source in self._sources.values():
+            freed += source.free_space(needed_bytes - freed) if freed < needed_bytes else 0
+        return freed

@@ -63,6 +63,7 @@ async def _pull_adapters(sources: Sources, refs: list[AdapterRef], *, is_quiet: 
 
     from serve_app.catalog.catalog import Catalog
     from serve_app.catalog.files import AdapterFiles
+    from serve_app.catalog.reading.repository import REMOTE
 
     catalog = Catalog(sources.config, sources.adapter_sources, clock=time.monotonic)
     files = AdapterFiles(sources.adapter_sources)
@@ -108,6 +109,8 @@ def _say(model: Pulled, more: str) -> None:
 @contextlib.contextmanager
 def _bar(spec: AdapterSpec, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
     """Show the progress of a file on a terminal; yields a function that takes the bytes so far."""
+    from serve_app.catalog.reading.repository import REMOTE
+
     if is_quiet or not err.is_terminal or spec.origin not in REMOTE:
         yield lambda fetched_bytes: None
         return

@@ -336,7 +336,7 @@ class ReplicaMetrics:
         self._lookups.inc(1, {**self._base, "tier": tier})
 
     def file_fetched(self, source: str) -> None:
-        """Count one file that was copied to this node, from the "hub" or a "peer"."""
+        """Count one file that was copied to this node, from the "hub", a "store" or a "peer"."""
         self._files.inc(1, {**self._base, "source": source})
 
     def host_tier(self, *, used_bytes: int, evictions: int) -> None:

@@ -74,6 +74,22 @@ def test_a_base_that_cannot_work_is_refused(fields: dict[str, object], reason: s
         BaseModelConfig.model_validate(base(**fields))
 
 
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("ftp://bucket/adapters", "such as s3://bucket/adapters"),
+        ("/srv/adapters", "such as s3://bucket/adapters"),
+        ("s3:///adapters", "such as s3://bucket/adapters"),
+        ("s3://key:secret@bucket/adapters", "credentials go into the environment"),
+        ("s3://bucket/adapters?endpoint=http://127.0.0.1", "credentials go into the environment"),
+        ("s3://bucket/../other", "must not hold empty parts"),
+        ("s3://bucket//adapters", "must not hold empty parts"),
+    ],
+)
+def test_an_object_store_is_a_bucket_and_a_prefix_and_nothing_else(url: str, reason: str) -> None:
+    assert reason in refusal(adapters={"stores": [{"url": url}]})
+
+
 def test_sizes_may_be_written_with_units() -> None:
     config = BaseModelConfig.model_validate(base(replica={"host_cache": "1GiB"}))
     assert config.replica.host_cache == 1024**3

@@ -1,4 +1,4 @@
-"""Adapter files between nodes: fetched from the Hub once for the whole cluster, then copied from a peer.
+"""Adapter files between nodes: fetched from the Hub or an object store once for the cluster, then copied from a peer.
 
     replica -> Keeper.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
                                -> a peer has it: copy the bytes from Ray's object store, check their digest
@@ -27,7 +27,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.catalog.files import AdapterFiles
-from serve_app.catalog.reading.repository import HUB, STORE
+from serve_app.catalog.reading.repository import REMOTE
 from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles, PartialDownload
 from serve_app.config import Environment
 from serve_app.core import AdapterSpec
@@ -66,9 +66,10 @@ INDEX_FAILURES = (RayError, RayServeException, OSError, TimeoutError)
 
 
 class SharedFiles:
-    """The files of adapters, from this node, a peer or the Hub, in this order.
+    """The files of adapters, from this node, a peer or their source, in this order.
 
-    `on_brought` is told "peer" or "hub" for each file that came to this node; `copies` keeps what came from peers.
+    `on_brought` is told "peer", "hub" or "store" for each file that came to this node; `copies` keeps what came from
+    peers.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class SharedFiles:
         return freed + (self._files.free_space(needed_bytes - freed) if freed < needed_bytes else 0)
 
     async def _shared(self, spec: AdapterSpec, filename: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
-        if spec.origin not in (HUB, STORE):
+        if spec.origin not in REMOTE:
             return await fetch()
         key = f"{spec.location}@{spec.revision}/{filename}"
         if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:
@@ -126,22 +127,22 @@ class SharedFiles:
                 log.warning("the index of shared files does not answer (%s): %s is fetched", silence, spec.id)
                 break
             if known is None:
-                return await self._announced(key, fetch)
+                return await self._announced(key, spec, fetch)
             if known.node == self._node:
                 break
             if (copy := await self._copied(key, known)) is not None:
                 return self._held.add(spec.key, copy)
-        return await self._fetched(fetch)
+        return await self._fetched(spec, fetch)
 
-    async def _fetched(self, fetch: Callable[[], Awaitable[Path]]) -> Path:
+    async def _fetched(self, spec: AdapterSpec, fetch: Callable[[], Awaitable[Path]]) -> Path:
         path = await fetch()
-        self._on_brought("hub")
+        self._on_brought(spec.origin)
         return path
 
-    async def _announced(self, key: str, fetch: Callable[[], Awaitable[Path]]) -> Path:
+    async def _announced(self, key: str, spec: AdapterSpec, fetch: Callable[[], Awaitable[Path]]) -> Path:
         """Fetch what all others wait for, and have them told how it ended."""
         try:
-            path = await self._fetched(fetch)
+            path = await self._fetched(spec, fetch)
         except BaseException:
             with suppress(*INDEX_FAILURES):
                 await self._keeper.release_claim.remote(key)

@@ -76,6 +76,14 @@ def test_times_that_do_not_go_together_are_found(tmp_path: Path, change: dict[st
     assert told in faults(tmp_path, yaml.safe_dump(data))
 
 
+def test_a_store_whose_client_is_not_installed_is_told_with_the_extra(tmp_path: Path) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    data["applications"][0]["args"]["adapters"] = {"stores": [{"url": "s3://bucket"}, {"url": "gs://bucket/adapters"}]}
+    assert "gs://bucket/adapters, but gcsfs is not installed: pip install 'loraplex[gs]'" in faults(
+        tmp_path, yaml.safe_dump(data)
+    )
+
+
 def test_the_default_times_go_together() -> None:
     config = AppConfig.model_validate({"bases": [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}}]})
     assert timeout_disagreements(config, 330.0) == []
