@@ -88,11 +88,11 @@ class Bucket:
     @cached_property
     def _filesystem(self) -> Any:
         timeout_s = self.settings.timeout_s
-        times = {"connect_timeout": timeout_s, "read_timeout": timeout_s, "retries": {"total_max_attempts": 1}}
+        times = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
         options: Mapping[str, Mapping[str, Any]] = {
-            "s3": {"config_kwargs": times},
+            "s3": {"config_kwargs": {**times, "retries": {"total_max_attempts": 1}}},
             "gs": {"requests_timeout": timeout_s},
-            "az": {"anon": False, "timeout": timeout_s},
+            "az": {"anon": False, "connection_timeout": math.ceil(timeout_s), "read_timeout": math.ceil(timeout_s)},
         }
         scheme = self.settings.scheme
         made = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options[scheme])

@@ -21,18 +21,22 @@ from serve_app.engine.admission.process import AdmissionProcess
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.errors import BaseUnusable
+from tests.s3_server import S3Server
 from tests.tiny_forms import unequal, weights_of
 
 SEPIA, NIGHT = "demo/sd15-sepia", "demo/sd15-night"
 
 
 @asynccontextmanager
-async def replica(cache: Path, *fused: dict[str, Any], folder: Path | None = None) -> AsyncGenerator[Any]:
+async def replica(
+    cache: Path, *fused: dict[str, Any], folder: Path | None = None, store_url: str | None = None
+) -> AsyncGenerator[Any]:
     """Yield the pipeline and the store that a replica would have, with adapters fused in as it does when it starts."""
     base = {"id": "made/base", "source": {"embedded": "demo/sd15"}, "fused": fused}
     named_by_cards = {"id": "demo/sd15", "source": {"embedded": "demo/sd15"}}
     folders = [] if folder is None else [folder]
-    sources = {"embedded": True, "folders": folders, "hub": {"enabled": False}}
+    stores = [] if store_url is None else [{"url": store_url, "timeout_s": 60}]
+    sources = {"embedded": True, "folders": folders, "stores": stores, "hub": {"enabled": False}}
     config = AppConfig.model_validate({"bases": [base, named_by_cards], "adapters": sources})
     environment = Environment(cache_dir=cache)
     pipeline = load_pipeline(config.bases[0], environment)
@@ -56,16 +60,21 @@ def fuse_with_diffusers(pipeline: Any, name: str, scale: float) -> None:
     pipeline.unload_lora_weights()
 
 
-async def test_a_fused_adapter_is_part_of_the_base_to_the_bit_and_others_come_on_top(tmp_path: Path) -> None:
+async def test_a_fused_adapter_is_part_of_the_base_to_the_bit_and_one_of_a_bucket_comes_on_top(
+    tmp_path: Path, s3: S3Server
+) -> None:
+    files = {f"loras/acme/night/{file.name}": file.read_bytes() for file in (embedded_root() / NIGHT).iterdir()}
+    url = f"s3://{s3.bucket(files)}/loras"
     expected: Any = DiffusionPipeline.from_pretrained(embedded_root() / "demo" / "sd15")
-    async with replica(tmp_path, {"id": SEPIA, "scale": 0.7}) as (config, environment, pipeline, store):
+    fused = {"id": SEPIA, "scale": 0.7}
+    async with replica(tmp_path, fused, store_url=url) as (config, environment, pipeline, store):
         weights = FusedWeights(pipeline.components)
         loaded = {name: tensor.clone() for name, tensor in weights.base_tensors.items()}
         fuse_with_diffusers(expected, SEPIA, 0.7)
         assert unequal(weights_of(pipeline._variants.whole), weights_of(expected)) == []
         sources = build_sources(config, environment, embedded_root=embedded_root())
         catalog = Catalog(config, sources, clock=lambda: 0.0)
-        async with store.lease(await catalog.adapter(AdapterRef(NIGHT))) as lease:
+        async with store.lease(await catalog.adapter(AdapterRef("acme/night"))) as lease:
             weights.apply([(lease.adapter, 0.5)])
         fuse_with_diffusers(expected, NIGHT, 0.5)
         assert unequal(weights_of(pipeline._variants.whole), weights_of(expected)) == []
