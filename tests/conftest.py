@@ -72,8 +72,7 @@ def s3_server() -> Iterator[S3Server]:
 @pytest.fixture
 def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """An S3 of our own on loopback, of which the environment knows as S3's clients look for it."""
-    for name, value in s3_server.environment.items():
-        monkeypatch.setenv(name, value)
+    s3_server.set_up(monkeypatch)
     s3_server.fault = None
     s3_server.requests.clear()
     return s3_server

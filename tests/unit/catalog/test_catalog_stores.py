@@ -72,8 +72,7 @@ async def test_a_callers_token_opens_nothing_that_the_store_denies_to_the_servic
     world.hub_settings["forward_tokens"] = True
     catalog = catalog_over(world, bucket)
     with s3.only_letting({"Action": "s3:ListBucket", "Resource": f"arn:aws:s3:::{bucket}"}) as keys:
-        for name, value in keys.items():
-            monkeypatch.setenv(name, value)
+        s3.set_up(monkeypatch, **keys)
         with pytest.raises(StoreAccessDenied, match="the service's credentials"):
             await catalog.lookup_adapter(ref("acme/mine"), token=HubToken("hf_" + "a" * 20))
 

@@ -231,13 +231,12 @@ async def test_what_the_services_credentials_do_not_open_is_denied(
     listing = {"Action": "s3:ListBucket", "Resource": f"arn:aws:s3:::{bucket}"}
     reading = {"Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{bucket}/open*"}
     with s3.only_letting(listing, reading) as keys:
-        for name, value in keys.items():
-            monkeypatch.setenv(name, value)
+        s3.set_up(monkeypatch, **keys)
         source = stores.source(bucket)
         assert (await source.download(await spec_of(source, "open"))).read_bytes() == lora()
         with pytest.raises(StoreAccessDenied, match="the service's credentials"):
             await source.download(await spec_of(source, "shut"))
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+        s3.set_up(monkeypatch, AWS_ACCESS_KEY_ID=keys["AWS_ACCESS_KEY_ID"], AWS_SECRET_ACCESS_KEY="wrong")
         with pytest.raises(StoreUnavailable, match="does not let the service list") as refusal:
             await stores.source(s3.bucket({})).find("open", None)
         assert keys["AWS_ACCESS_KEY_ID"] not in str(refusal.value)
@@ -299,8 +298,7 @@ async def test_what_keeps_a_bucket_from_being_listed_is_said(
     bucket: str | None,
     said: str,
 ) -> None:
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    s3.set_up(monkeypatch, **environment)
     with pytest.raises(StoreUnavailable, match=said):
         await stores.source(bucket or s3.bucket({})).find("a", None)
 
