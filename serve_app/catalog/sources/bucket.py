@@ -102,19 +102,20 @@ class Bucket:
     def objects(self) -> list[StoredObject]:
         """Return every object."""
         found: Mapping[str, Mapping[str, Any]] = self._filesystem.find(self.root, detail=True)
-        return [_described(name, about) for name, about in found.items() if name.startswith(f"{self.root}/")]
+        below = f"{self.root}/"
+        return [_described(name, about) for name, about in found.items() if name.startswith(below) and name[-1] != "/"]
 
     def describe(self, path: str) -> StoredObject:
         """Return what is now at a path."""
         return _described(path, self._filesystem.info(path))
 
-    def read(self, stored: StoredObject, size_bytes: int) -> bytes:
-        """Return the first bytes of an object, at most `size_bytes`."""
+    def read(self, stored: StoredObject, size_bytes: int, *, model: str) -> bytes:
+        """Return the first bytes of an object, at most `size_bytes`; raises as `fetch` does."""
         wanted = min(size_bytes, stored.size_bytes)
-        with self._open(stored) as file:
+        with self._open(stored, model) as file:
             content = file.read(wanted) if wanted else b""
         if len(content) < wanted:
-            raise StoreUnavailable(stored.path.rpartition("/")[2], "the object store broke off")
+            raise StoreUnavailable(model, "the object store broke off")
         return content
 
     def fetch(self, stored: StoredObject, draft: PartialDownload, *, model: str, is_over: Callable[[], bool]) -> None:
@@ -126,7 +127,7 @@ class Bucket:
             TimeoutError: the download is abandoned.
             Exception: raised by the store's client.
         """
-        with self._open(stored) as file:
+        with self._open(stored, model) as file:
             file.seek(draft.size_bytes)
             while draft.size_bytes < stored.size_bytes and (piece := file.read(READ_BYTES)):
                 if is_over():
@@ -139,15 +140,15 @@ class Bucket:
             raise StoreUnavailable(model, "what arrived is not the object that the store names")
 
     @contextmanager
-    def _open(self, stored: StoredObject) -> Iterator[BinaryIO]:
+    def _open(self, stored: StoredObject, model: str) -> Iterator[BinaryIO]:
         """Open an object; each byte that is read is of its revision, or the block ends with ObjectChanged."""
         # s3fs has the store compare the ETag at each read.
         with self._filesystem.open(stored.path, "rb", block_size=READ_BYTES, cache_type="none") as file:
             if _described(stored.path, file.details).revision != stored.revision:
-                raise self.changed(stored.path.rpartition("/")[2])
+                raise self.changed(model)
             yield file
         if self.settings.scheme != "s3" and self.describe(stored.path).revision != stored.revision:
-            raise self.changed(stored.path.rpartition("/")[2])
+            raise self.changed(model)
 
     def _is_encrypted(self, path: str) -> bool:
         """Say whether the ETag of an S3 object is no digest, because of a key of its own."""

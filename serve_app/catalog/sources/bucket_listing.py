@@ -104,9 +104,10 @@ class BucketListing:
 
     def _recalled(self) -> Mapping[str, StoredAdapter] | None:
         content = self._memory.get_header(self.bucket.settings.url, "listing", "objects")
-        if content is None:
+        try:
+            return adapters_among(self.bucket, [StoredObject(*fields) for fields in json.loads(content or b"")])
+        except (ValueError, TypeError):  # there is none, or that of another version
             return None
-        return adapters_among(self.bucket, [StoredObject(*fields) for fields in json.loads(content)])
 
 
 def adapters_among(bucket: Bucket, objects: Iterable[StoredObject]) -> dict[str, StoredAdapter]:

@@ -71,13 +71,13 @@ class ObjectStoreSource(AdapterSource):
         """Return the adapter of that name as it was last listed, or None."""
         if not is_valid_name(model):
             return None
-        for listing in self._listings:
-            found = (await listing.adapters(model)).get(model)
+        for place in self._listings:
+            found = (await place.adapters(model)).get(model)
             if found is not None:
                 files = (
                     RepositoryFile(name, stored.size_bytes, stored.revision) for name, stored in found.files.items()
                 )
-                card = await self._card(listing, found)
+                card = await self._card(place, found)
                 return RepositoryListing(model, STORE, found.location, revision, tuple(files), card)
         return None
 
@@ -90,7 +90,7 @@ class ObjectStoreSource(AdapterSource):
         place = self._place(listing.location, listing.id)
 
         def read() -> bytes:
-            return read_head(lambda size_bytes: place.bucket.read(stored, size_bytes))
+            return read_head(lambda size_bytes: place.bucket.read(stored, size_bytes, model=listing.id))
 
         head = await self._call(place, lambda: self._kept(stored, read), listing.id)
         try:
@@ -128,8 +128,8 @@ class ObjectStoreSource(AdapterSource):
     async def marks(self) -> Mapping[str, str]:
         """Return the name of every adapter, with a mark that changes with any of its objects."""
         found: dict[str, str] = {}
-        for listing in reversed(self._listings):
-            adapters = await listing.adapters("the list of adapters")
+        for place in reversed(self._listings):
+            adapters = await place.adapters("the list of adapters")
             found |= {model: adapter.mark for model, adapter in adapters.items()}
         return found
 
@@ -165,7 +165,7 @@ class ObjectStoreSource(AdapterSource):
         stored = found.files.get(name)
         if stored is None:
             return None
-        read = functools.partial(place.bucket.read, stored, limit_bytes)
+        read = functools.partial(place.bucket.read, stored, limit_bytes, model=found.model)
         return await self._call(place, lambda: self._kept(stored, read), found.model)
 
     def _kept(self, stored: StoredObject, read: Callable[[], bytes]) -> bytes:

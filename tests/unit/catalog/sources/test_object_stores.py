@@ -164,7 +164,7 @@ async def test_an_object_that_was_replaced_after_its_look_up_is_refused_until_it
     assert listing is not None
     s3.put(bucket, {"a.safetensors": lora(rank=2)})
     for call in (source.download(spec), source.header(listing, "a.safetensors")):
-        with pytest.raises(ObjectChanged, match="try again in 30 s"):
+        with pytest.raises(ObjectChanged, match=r"^a could not be fetched.*try again in 30 s"):
             await call
     stores.clock.now += 30
     assert (await source.download(await spec_of(source, "a"))).read_bytes() == lora(rank=2)
@@ -251,6 +251,10 @@ async def test_a_store_that_is_down_is_listed_as_last_seen_also_after_a_restart(
     for known in (source, stores.source(bucket)):
         assert await known.find("a", None) == listing
         assert await known.find("b", None) is None
+    for kept in stores.cache.glob("store-memory/headers/*/objects"):
+        kept.write_bytes(b"[[1]]")
+    with pytest.raises(StoreUnavailable):
+        await stores.source(bucket).find("a", None)
 
 
 async def test_a_store_that_was_never_listed_hides_no_name_and_is_asked_again_after_a_while(
