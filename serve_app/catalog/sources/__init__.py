@@ -1,1 +1,1 @@
-"""Where adapters lie: folders, object stores and the Hub, with the copies of their files. Must not know served bases."""
+"""Where adapters lie: folders, object stores and the Hub, with copies of their files. Must not know served bases."""
