@@ -15,7 +15,7 @@ from tests.service import Service, pixels_of
 
 PROMPT = "a red circle on a blue background"
 # Enough to tell one adapter from another.
-QUICK = {"num_inference_steps": 3}
+QUICK = {"num_inference_steps": 4}
 
 
 def shown(style: str, pixels: np.ndarray) -> float:

@@ -32,8 +32,9 @@ PATIENCE_S = 120
 # No hold is taken for a slow device: predictions learn from how long passes took.
 NO_LIMIT_S = 36_000.0
 APP, BASE = "controlled", "demo/sd15"
-# Its state can be asked for while fewer are with the replica; two that lose theirs can wait for the next.
-MAX_ONGOING, MAX_QUEUED = 5, 2
+# A replica's state can be asked for while fewer requests are with it. As many as it takes at once find room to wait
+# until they are with it, or with the next.
+MAX_ONGOING, MAX_QUEUED = 5, 8
 # Longer than a step, the first one on a busy machine too: else a replica that draws is replaced.
 STALL_AFTER_S = 20.0
 
