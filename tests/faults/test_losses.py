@@ -177,7 +177,15 @@ def generated(service: Service, **body: Any) -> str:
     return image
 
 
-def test_what_runs_or_waits_or_fetches_its_adapter_on_a_killed_replica_gets_its_images_elsewhere(
+def test_requests_that_run_or_wait_on_a_killed_replica_get_their_images_elsewhere(
+    service: Service, references: list[Picture]
+) -> None:
+    with in_flight(service) as asked:
+        kill(next(iter(replica_pids(BASE))))
+    assert_answered(asked, references)
+
+
+def test_a_request_and_a_stream_whose_adapter_is_fetched_by_a_killed_replica_get_their_images(
     service: Service, hub: HubServer, references: list[Picture]
 ) -> None:
     hub.hold("acme/held", is_downloads_only=True)
@@ -188,16 +196,15 @@ def test_what_runs_or_waits_or_fetches_its_adapter_on_a_killed_replica_gets_its_
 
     cdn = int(hub.cdn.rpartition(":")[2])
     with ThreadPoolExecutor(2) as pool:
-        fetching = pool.submit(service.ask, PROMPT, lora="acme/held", seed=0, **SLOW)
+        asked = pool.submit(service.ask, PROMPT, lora="acme/held", seed=0, **SLOW)
         stream = pool.submit(ask_for_stream)
         try:
             until(lambda: bool(talking_to(cdn, replica_pids(BASE))), "a fetch")
-            with in_flight(service) as asked:
-                for pid in talking_to(cdn, replica_pids(BASE)):
-                    kill(pid)
+            for pid in talking_to(cdn, replica_pids(BASE)):
+                kill(pid)
         finally:
             hub.release("acme/held")
-        assert_answered([*asked, fetching], [*references, references[0]])
+        assert_answered([asked], references[:1])
         assert "event: image_generation.completed" in stream.result()
 
 
@@ -209,28 +216,36 @@ def test_requests_through_a_killed_ingress_get_their_images_through_another(
     assert_answered(asked, references)
 
 
-def test_without_any_ingress_what_has_shown_no_picture_waits_for_the_next_and_what_has_says_to_try_again(
+def test_without_any_ingress_requests_and_streams_without_a_picture_wait_for_the_next(
     service: Service, references: list[Picture]
 ) -> None:
-    with streamed(service, num_inference_steps=LONG, size="128x128", partial_images=3) as shown:
-        seen = shown.iter_lines()
-        assert "event: image_generation.partial_image" in seen
-        # It names no seed: the image has the one that the dead ingress drew and told.
-        with in_flight(service) as asked, streamed(service, num_inference_steps=LONG) as reply:
-            lines = reply.iter_lines()
-            assert any('"step":1,' in line for line in lines)
-            for victim in replica_pids(INGRESS):
-                kill(victim)
-            *progress, name, data, _ = lines
-        *_, last, fault, _ = seen
+    victims = replica_pids(INGRESS)
+    # It names no seed: the image has the one that the dead ingress drew and told.
+    with in_flight(service) as asked, streamed(service, num_inference_steps=LONG) as reply:
+        lines = reply.iter_lines()
+        assert any('"step":1,' in line for line in lines)
+        for victim in victims:
+            kill(victim)
+        *progress, name, data, _ = lines
     assert any('"step":1,' in line for line in progress), "it tells how far it is from the start"
     assert name == "event: image_generation.completed"
     drawn = generated(service, num_inference_steps=LONG, seed=int(reply.headers["x-seed"]))
     assert json.loads(data.removeprefix("data: "))["b64_json"] == drawn
     assert_answered(asked, references)
-    error = json.loads(fault.removeprefix("data: "))["error"]
-    assert (last, error["code"]) == ("event: error", "ingress_lost")
-    assert "try again" in error["message"]
+
+
+def test_a_stream_that_had_shown_a_picture_when_its_ingress_was_killed_says_to_try_again(service: Service) -> None:
+    victims = replica_pids(INGRESS)
+    with streamed(service, num_inference_steps=LONG, size="128x128", partial_images=3) as reply:
+        lines = reply.iter_lines()
+        assert "event: image_generation.partial_image" in lines
+        for victim in victims:
+            kill(victim)
+        *_, name, data, _ = lines
+    fault = json.loads(data.removeprefix("data: "))["error"]
+    assert name == "event: error"
+    assert fault["code"] == "ingress_lost"
+    assert "try again" in fault["message"]
 
 
 @pytest.mark.parametrize("deployment", [BASE, INGRESS])
