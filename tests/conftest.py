@@ -124,7 +124,7 @@ def service(
                 "folders": [str(broken_root)],
                 "hub": {"endpoint": hub.endpoint, "timeout_s": 60.0},
             },
-            "ingress": {"replicas": 2, "num_cpus": 0.1, "body_timeout_s": 15.0},
+            "ingress": {"replicas": 2, "num_cpus": 0.1},
             "tracing": {"endpoint": collector.endpoint, "sample": 0.0},
             "cache_dir": str(tmp_path_factory.mktemp("cache")),
         }

@@ -1,4 +1,4 @@
-"""Two minutes of chaos; `python -m tests.chaos` is the same for longer, and docs/reliability.md keeps what it says."""
+"""A minute of chaos; `python -m tests.chaos` is the same for longer, and docs/reliability.md keeps what it says."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.chaos.blows import BASE, INGRESS, NODE
 from tests.chaos.report import Report
 from tests.chaos.run import Least, chaos
 
-MINUTES = 2.0
+MINUTES = 1.0
 # A machine that does other things too needs longer for the same.
 CHAOS = Least(requests=100, blows=5, kinds=frozenset((BASE, INGRESS, NODE)), troubles=20, within_minutes=15.0)
 

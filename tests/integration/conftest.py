@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import pytest
 from ray import serve
 
+from tests.replicas.controlled import Device, controlled_service
+from tests.service import Service
+
 
 @pytest.fixture
 def app(cluster: int) -> Iterator[str]:
@@ -15,3 +18,10 @@ def app(cluster: int) -> Iterator[str]:
     name = f"sleeping-{secrets.token_hex(4)}"
     yield name
     serve.delete(name)
+
+
+@pytest.fixture(scope="session")
+def controlled(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Device]]:
+    """A service whose one replica does what a test says, and that replica's device."""
+    with controlled_service(cluster, tmp_path_factory.mktemp("cache")) as running:
+        yield running

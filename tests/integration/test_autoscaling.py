@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
+import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -16,6 +17,9 @@ from tests.replicas.sleeper import Sleeper, sleeping_request
 
 # Replicas are processes, which take a while to start where the machine is busy.
 WAIT_S = 120.0
+
+# Replicas come after a while and go after a while.
+pytestmark = pytest.mark.slow
 
 
 def deploy(app: str, **autoscaling: float) -> DeploymentHandle:

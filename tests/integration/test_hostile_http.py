@@ -15,6 +15,7 @@ import pytest
 
 from tests.hostile_http import CORPUS, SECRETS, HostileRequest, message
 from tests.hub_server import HubServer
+from tests.replicas.controlled import Device
 from tests.service import Service
 
 PATIENCE_S = 60
@@ -95,8 +96,11 @@ def test_hostile_requests_get_refusals_of_the_contract(service: Service, kind: s
     assert not found, "\n".join(found)
 
 
-def test_a_caller_who_sends_its_body_too_slowly_is_told_so(service: Service) -> None:
-    head = message("POST", "/", length="1000").replace(b"connection: close", b"connection: keep-alive")
+def test_a_caller_who_sends_its_body_too_slowly_is_told_so(controlled: tuple[Service, Device]) -> None:
+    service, _ = controlled
+    head = message("POST", f"{urlsplit(service.url).path}/", length="1000").replace(
+        b"connection: close", b"connection: keep-alive"
+    )
     reply = answer(service, head + b'{"inputs": "ele')
     assert reply is not None
     assert (reply.status, json.loads(reply.body)["code"]) == (408, "body_timeout")

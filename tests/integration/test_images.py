@@ -14,6 +14,8 @@ from tests.hub_server import HubServer
 from tests.service import Service, pixels_of
 
 PROMPT = "a red circle on a blue background"
+# Enough to tell one adapter from another.
+QUICK = {"num_inference_steps": 4}
 
 
 def shown(style: str, pixels: np.ndarray) -> float:
@@ -23,33 +25,32 @@ def shown(style: str, pixels: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd15"])
-@pytest.mark.parametrize("style", STYLES)
-def test_the_adapter_shows_in_the_picture(service: Service, kind: str, style: str) -> None:
+def test_the_adapter_shows_in_the_picture(service: Service, kind: str) -> None:
     plain = service.draw(PROMPT, model=f"demo/{kind}", seed=3)
-    styled = service.draw(PROMPT, model=f"demo/{kind}-{style}", seed=3)
-    assert shown(style, styled) > shown(style, plain)
+    for style in STYLES:
+        assert shown(style, service.draw(PROMPT, model=f"demo/{kind}-{style}", seed=3)) > shown(style, plain), style
 
 
 def test_the_base_after_an_adapter_is_the_base_before_it(service: Service) -> None:
-    before = service.draw(PROMPT, model="demo/sdxl", seed=5)
-    service.draw(PROMPT, model="demo/sdxl-night", seed=5)
-    assert np.array_equal(service.draw(PROMPT, model="demo/sdxl", seed=5), before)
+    before = service.draw(PROMPT, model="demo/sdxl", seed=5, **QUICK)
+    service.draw(PROMPT, model="demo/sdxl-night", seed=5, **QUICK)
+    assert np.array_equal(service.draw(PROMPT, model="demo/sdxl", seed=5, **QUICK), before)
 
 
 def test_path_header_and_parameters_name_the_same_adapter(service: Service) -> None:
-    by_path = service.draw(PROMPT, model="demo/sdxl-sepia", seed=1)
-    by_header = service.draw(PROMPT, lora="demo/sdxl-sepia", seed=1)
-    by_parameter = service.draw(PROMPT, lora_adapter="demo/sdxl-sepia", seed=1)
-    by_list = service.draw(PROMPT, loras=[{"name": "demo/sdxl-sepia", "weight": 1.0}], seed=1)
+    by_path = service.draw(PROMPT, model="demo/sdxl-sepia", seed=1, **QUICK)
+    by_header = service.draw(PROMPT, lora="demo/sdxl-sepia", seed=1, **QUICK)
+    by_parameter = service.draw(PROMPT, lora_adapter="demo/sdxl-sepia", seed=1, **QUICK)
+    by_list = service.draw(PROMPT, loras=[{"name": "demo/sdxl-sepia", "weight": 1.0}], seed=1, **QUICK)
     assert np.array_equal(by_path, by_header)
     assert np.array_equal(by_path, by_parameter)
     assert np.array_equal(by_path, by_list)
 
 
 def test_with_no_base_named_the_adapter_s_own_base_draws(service: Service) -> None:
-    reply = service.ask(PROMPT, lora="demo/sd15-night", seed=1)
+    reply = service.ask(PROMPT, lora="demo/sd15-night", seed=1, **QUICK)
     assert reply.headers["x-base-model"] == "demo/sd15"
-    assert np.array_equal(pixels_of(reply), service.draw(PROMPT, model="demo/sd15-night", seed=1))
+    assert np.array_equal(pixels_of(reply), service.draw(PROMPT, model="demo/sd15-night", seed=1, **QUICK))
 
 
 def test_scale_says_how_much_of_the_style(service: Service) -> None:
@@ -61,8 +62,8 @@ def test_scale_says_how_much_of_the_style(service: Service) -> None:
 
 
 def test_scale_zero_is_the_base(service: Service) -> None:
-    faint = service.draw(PROMPT, seed=2, loras=[{"id": "demo/sdxl-night", "scale": 0}])
-    assert np.array_equal(faint, service.draw(PROMPT, model="demo/sdxl", seed=2))
+    faint = service.draw(PROMPT, seed=2, loras=[{"id": "demo/sdxl-night", "scale": 0}], **QUICK)
+    assert np.array_equal(faint, service.draw(PROMPT, model="demo/sdxl", seed=2, **QUICK))
 
 
 def test_several_adapters_show_at_once_in_whatever_order_they_are_named(service: Service) -> None:
@@ -75,12 +76,12 @@ def test_several_adapters_show_at_once_in_whatever_order_they_are_named(service:
 
 
 def test_an_adapter_from_the_hub_is_fetched_and_applied(service: Service, hub: HubServer) -> None:
-    fetched = service.draw(PROMPT, model="acme/sdxl-sepia", seed=6)
-    assert np.array_equal(fetched, service.draw(PROMPT, model="demo/sdxl-sepia", seed=6))
+    fetched = service.draw(PROMPT, model="acme/sdxl-sepia", seed=6, **QUICK)
+    assert np.array_equal(fetched, service.draw(PROMPT, model="demo/sdxl-sepia", seed=6, **QUICK))
 
 
 def test_the_reply_says_what_was_used(service: Service) -> None:
-    reply = service.ask(PROMPT, lora="demo/sdxl-sepia", seed=12)
+    reply = service.ask(PROMPT, lora="demo/sdxl-sepia", seed=12, **QUICK)
     headers = reply.headers
     assert headers["content-type"] == "image/png"
     assert headers["x-seed"] == "12"
@@ -95,16 +96,16 @@ def test_the_reply_says_what_was_used(service: Service) -> None:
 
 
 def test_a_request_without_a_seed_tells_the_seed_that_repeats_it(service: Service) -> None:
-    reply = service.ask(PROMPT)
-    again = service.draw(PROMPT, seed=int(reply.headers["x-seed"]))
+    reply = service.ask(PROMPT, **QUICK)
+    again = service.draw(PROMPT, seed=int(reply.headers["x-seed"]), **QUICK)
     assert np.array_equal(pixels_of(reply), again)
 
 
 def test_a_scheduler_is_for_its_request_alone(service: Service) -> None:
-    before = service.draw(PROMPT, seed=8)
-    other = service.draw(PROMPT, seed=8, scheduler="EulerAncestralDiscreteScheduler")
+    before = service.draw(PROMPT, seed=8, **QUICK)
+    other = service.draw(PROMPT, seed=8, scheduler="EulerAncestralDiscreteScheduler", **QUICK)
     assert not np.array_equal(before, other)
-    assert np.array_equal(service.draw(PROMPT, seed=8), before)
+    assert np.array_equal(service.draw(PROMPT, seed=8, **QUICK), before)
 
 
 def test_image_to_image_keeps_the_picture_and_takes_the_style(service: Service) -> None:
@@ -120,6 +121,6 @@ def test_image_to_image_keeps_the_picture_and_takes_the_style(service: Service) 
 
 
 def test_a_long_prompt_is_cut_and_the_reply_says_so(service: Service) -> None:
-    reply = service.ask("a red circle " * 60, seed=1)
+    reply = service.ask("a red circle " * 60, seed=1, **QUICK)
     assert reply.status_code == 200
     assert "truncated to 77 tokens" in reply.headers["x-warning"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
@@ -11,20 +10,13 @@ import numpy as np
 import pytest
 
 from tests.hub_server import CDN, HubServer
-from tests.replicas.held import Device, caller, held_service
+from tests.replicas.controlled import BASE, MAX_ONGOING, Device, caller
 from tests.service import Service
 
 PROMPT = "a yellow triangle on a purple background"
-BASE = "demo/sd15"
 
 # Of the first test this is also the time in which cluster and service start.
 pytestmark = pytest.mark.timeout(1200)
-
-
-@pytest.fixture(scope="module")
-def holding(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Device]]:
-    with held_service(cluster, BASE, tmp_path_factory.mktemp("cache")) as holding:
-        yield holding
 
 
 def test_other_adapters_are_served_while_one_is_still_downloading(service: Service, hub: HubServer) -> None:
@@ -34,8 +26,8 @@ def test_other_adapters_are_served_while_one_is_still_downloading(service: Servi
         try:
             hub.wait_for(is_downloading, timeout_s=60)
             for style in ("night", "sepia", "sketch"):
-                service.draw(PROMPT, model=f"demo/sdxl-{style}", seed=1)
-            service.draw(PROMPT, model="demo/sdxl", seed=1)
+                service.draw(PROMPT, model=f"demo/sdxl-{style}", seed=1, num_inference_steps=2)
+            service.draw(PROMPT, model="demo/sdxl", seed=1, num_inference_steps=2)
             assert not slow.done()
         finally:
             hub.release("acme/slow-inverted")
@@ -51,8 +43,8 @@ def is_downloading(hub: HubServer) -> bool:
     )
 
 
-def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(holding: tuple[Service, Device]) -> None:
-    service, device = holding
+def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(controlled: tuple[Service, Device]) -> None:
+    service, device = controlled
     before = device.wait_until_idle().steps
     with ThreadPoolExecutor(1) as pool, device.held():
         running = pool.submit(service.draw, PROMPT, model=BASE)
@@ -63,15 +55,15 @@ def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(holding:
     assert set(answers) == {b'{"ok":"ok"}'}
 
 
-def test_callers_who_leave_free_their_places_and_change_no_other_image(holding: tuple[Service, Device]) -> None:
-    service, device = holding
+def test_callers_who_leave_free_their_places_and_change_no_other_image(controlled: tuple[Service, Device]) -> None:
+    service, device = controlled
     reference = service.draw(PROMPT, model="demo/sd15-night", seed=30)
     before = device.wait_until_idle().steps
     parameters = {"num_inference_steps": 50, "width": 128, "height": 128}
     with device.held():
         with ExitStack() as leaving:
-            for _ in range(6):
+            for _ in range(MAX_ONGOING - 1):
                 leaving.enter_context(caller(service, f"/models/{BASE}", {"inputs": PROMPT, "parameters": parameters}))
-            device.wait_until(lambda state: state.running + state.waiting == 6 and state.steps > before)
+            device.wait_until(lambda state: state.running + state.waiting == MAX_ONGOING - 1 and state.steps > before)
         assert device.wait_until_idle().steps - before == 1
     assert np.array_equal(service.draw(PROMPT, model="demo/sd15-night", seed=30), reference)

@@ -17,8 +17,7 @@ from serve_app.core import GenerationRequest
 from serve_app.deployments.ingress.ingress import Dispatcher
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.errors import LoraplexError
-from tests.engine_cases import use_of
-from tests.replicas.sleeper import BASE, sleeping_request
+from tests.replicas.sleeper import BASE, sleeping_request, sleeping_use
 
 POISON = 666
 pytestmark = pytest.mark.timeout(600)
@@ -53,7 +52,7 @@ class Sender:
         self._dispatcher = Dispatcher(config, {BASE: handle}, on_retry=lambda base, why: None)
 
     async def send(self, number: int, style: str) -> str:
-        call: Any = self._dispatcher(sleeping_request(number, *([use_of(f"me/{style}")] if style else [])))
+        call: Any = self._dispatcher(sleeping_request(number, *([sleeping_use(f"me/{style}")] if style else [])))
         try:
             return await asyncio.wait_for(call, 120)
         except LoraplexError as error:

@@ -21,8 +21,7 @@ from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.errors import QueueFull
 from serve_app.routing.router import router_config
 from serve_app.work import LatencyModel
-from tests.engine_cases import use_of
-from tests.replicas.sleeper import BASE, Sleeper, sleeping_request
+from tests.replicas.sleeper import BASE, Sleeper, sleeping_request, sleeping_use
 from tests.replicas.sleeping import Sleeps
 from tests.replicas.watched import Pass, WatchedReplica
 from tests.service import Service
@@ -95,7 +94,7 @@ async def test_whoever_is_refused_by_a_full_queue_is_told_when_to_ask_again(app:
 @pytest.fixture(scope="module")
 def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeploymentHandle]:
     folder = tmp_path_factory.mktemp("adapters")
-    (folder / use_of("me/hot").spec.filename).write_bytes(b"0" * 100)
+    (folder / sleeping_use("me/hot").spec.filename).write_bytes(b"0" * 100)
     sleeps = Sleeps(
         LatencyModel(PASS_S, 0.0), swap_s=0.005, fetch_s=0.0, host_adapters=16, file_bytes=100, max_batch_images=1,
         policy=QueuePolicy(),
@@ -119,7 +118,7 @@ async def stream(handle: DeploymentHandle, policy: QueuePolicy) -> list[list[Pas
     """
 
     async def send(number: int) -> None:
-        use = use_of("me/hot" if number % 10 != 4 else f"me/cold-{number % 3}")
+        use = sleeping_use("me/hot" if number % 10 != 4 else f"me/cold-{number % 3}")
         await handle.options(multiplexed_model_id=use.spec.key).generate.remote(sleeping_request(number, use))
 
     await all_of(handle, REPLICAS, "hold", policy)

@@ -23,10 +23,20 @@ REFUSALS = {
 }
 
 
+@pytest.fixture(scope="module")
+def before(service: Service) -> np.ndarray:
+    return drawn(service)
+
+
+def drawn(service: Service) -> np.ndarray:
+    return service.draw(PROMPT, model="demo/sdxl", seed=21, num_inference_steps=3)
+
+
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_refusal_names_its_reason_and_the_next_image_is_as_before(service: Service, case: str) -> None:
+def test_a_refusal_names_its_reason_and_the_next_image_is_as_before(
+    service: Service, before: np.ndarray, case: str
+) -> None:
     asked, status, words = REFUSALS[case]
-    before = service.draw(PROMPT, model="demo/sdxl", seed=21)
     reply = service.ask(PROMPT, **asked)  # type: ignore[arg-type]
     assert reply.status_code == status, reply.text
     body = reply.json()
@@ -35,4 +45,4 @@ def test_a_refusal_names_its_reason_and_the_next_image_is_as_before(service: Ser
         assert word in body["error"]
     assert "/tmp" not in reply.text
     assert "Traceback" not in reply.text
-    assert np.array_equal(service.draw(PROMPT, model="demo/sdxl", seed=21), before)
+    assert np.array_equal(drawn(service), before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -19,53 +18,23 @@ from serve_app.config import AppConfig
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.routing.router import router_config
 from serve_app.work import LatencyModel
-from tests.engine_cases import use_of
 from tests.faults.breaking import until
-from tests.replicas.sleeper import BASE as ASLEEP_BASE
-from tests.replicas.sleeper import sleeping_request
+from tests.replicas.sleeper import BASE, sleeping_request, sleeping_use
 from tests.replicas.sleeping import SleepingReplica, Sleeps, Slept
-from tests.service import Service, base_settings
 
-APPLICATION, ASLEEP = "routing", "asleep"
-BASE = "demo/sd15"
 STYLES = ("night", "sepia", "sketch", "stripes")
 WAIT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def two_replicas(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    from serve_app.app import build
-
-    config = AppConfig.model_validate(
-        {
-            "bases": [base_settings(BASE, autoscaling={"min_replicas": 2, "max_replicas": 2})],
-            "adapters": {"embedded": True, "hub": {"enabled": False}},
-            "ingress": {"replicas": 2, "num_cpus": 0.1},
-            "cache_dir": str(tmp_path_factory.mktemp("cache")),
-        }
-    )
-    serve.run(build(config), name=APPLICATION, route_prefix=f"/{APPLICATION}")
-    yield Service(f"http://127.0.0.1:{cluster}/{APPLICATION}")
-    serve.delete(APPLICATION)
-
-
-def residents() -> list[frozenset[str]]:
-    """The adapters in host memory, replica by replica."""
-    handle = serve.get_deployment_handle("base-demo--sd15", APPLICATION)
-    reports = handle.broadcast("report").results()
-    assert len(reports) == 2
-    return [frozenset(held.id for held in report.holdings) for report in reports]
 
 
 @ray.remote(num_cpus=0)
 class Caller:
     """A process with a router of its own, as every ingress replica is."""
 
-    def __init__(self) -> None:
-        self._handle = serve.get_deployment_handle("SleepingReplica", ASLEEP)
+    def __init__(self, app: str) -> None:
+        self._handle = serve.get_deployment_handle("SleepingReplica", app)
 
     async def ask(self, style: str, number: int, steps: int = 5) -> Slept:
-        use = use_of(f"me/{style}")
+        use = sleeping_use(f"me/{style}")
         handle = self._handle.options(multiplexed_model_id=use.spec.key)
         return await handle.generate.remote(replace(sleeping_request(number, use), steps=steps))
 
@@ -89,18 +58,18 @@ class Caller:
         return [view.id for view in views if view.ahead_s > 1.0]
 
     async def forget(self, style: str) -> None:
-        await self._handle.broadcast("forget", use_of(f"me/{style}").spec.key).results_async()
+        await self._handle.broadcast("forget", sleeping_use(f"me/{style}").spec.key).results_async()
 
 
-def deploy(folder: Path, replicas: int, sleeps: Sleeps) -> None:
-    (folder / use_of("me/any").spec.filename).write_bytes(b"0" * sleeps.file_bytes)
-    config = AppConfig.model_validate({"bases": [{"id": ASLEEP_BASE, "source": {"embedded": BASE}}], "disk_cache": 0})
+def deploy(app: str, folder: Path, replicas: int, sleeps: Sleeps) -> None:
+    (folder / sleeping_use("me/any").spec.filename).write_bytes(b"0" * sleeps.file_bytes)
+    config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": "demo/sd15"}}], "disk_cache": 0})
     deployment = SleepingReplica.options(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": 0.1},
         request_router_config=router_config(config.bases[0], config),
     )
-    serve.run(deployment.bind(sleeps, folder), name=ASLEEP, route_prefix=None)
+    serve.run(deployment.bind(sleeps, folder), name=app, route_prefix=None)
 
 
 def sleeps(*, image_s: float, fetch_s: float, host_adapters: int) -> Sleeps:
@@ -110,14 +79,14 @@ def sleeps(*, image_s: float, fetch_s: float, host_adapters: int) -> Sleeps:
     )  # fmt: skip
 
 
-@pytest.fixture
-def caller(cluster: int, tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def caller(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One, of a base with three replicas that hold four adapters each."""
-    deploy(tmp_path, 3, sleeps(image_s=0.0, fetch_s=0.01, host_adapters=4))
-    made = Caller.remote()
+    deploy("three", tmp_path_factory.mktemp("files"), 3, sleeps(image_s=0.0, fetch_s=0.01, host_adapters=4))
+    made = Caller.remote("three")
     yield made
     ray.kill(made)
-    serve.delete(ASLEEP)
+    serve.delete("three")
 
 
 @pytest.fixture
@@ -126,19 +95,19 @@ def callers(cluster: int, tmp_path: Path) -> Iterator[list[Any]]:
 
     So it does than an image for which the machine took its time, by which a replica measures its pace.
     """
-    deploy(tmp_path, 2, sleeps(image_s=0.05, fetch_s=8.0, host_adapters=16))
-    made = [Caller.remote() for _ in range(2)]
+    deploy("two", tmp_path, 2, sleeps(image_s=0.05, fetch_s=8.0, host_adapters=16))
+    made = [Caller.remote("two") for _ in range(2)]
     yield made
     for caller in made:
         ray.kill(caller)
-    serve.delete(ASLEEP)
+    serve.delete("two")
 
 
 def test_adapters_stay_on_their_replica_whichever_ingress_sends_to_them(callers: list[Any]) -> None:
     first = [callers[number % 2].ask.remote(style, 0) for number, style in enumerate(STYLES)]
     answers = list(zip(STYLES, ray.get(first, timeout=WAIT_S), strict=True))
     # What one of them has had fetched, the other learns from Serve, which takes its time.
-    keys = {use_of(f"me/{style}").spec.key for style in STYLES}
+    keys = {sleeping_use(f"me/{style}").spec.key for style in STYLES}
     until(
         lambda: all(
             frozenset().union(*seen.values()) == keys
@@ -181,21 +150,3 @@ def test_of_three_idle_replicas_the_holder_gets_all_requests_until_it_has_more_w
     until(lambda: ray.get(caller.busy.remote(), timeout=WAIT_S) == [holder], "word of the long request")
     assert ray.get(caller.ask.remote("mine", 102), timeout=WAIT_S).replica != holder
     ray.get(busy, timeout=WAIT_S)
-
-
-def test_a_burst_for_one_adapter_spills_over_to_replicas_without_it(two_replicas: Service) -> None:
-    for style in STYLES:
-        two_replicas.draw("a red circle", model=f"demo/sd15-{style}", seed=0, num_inference_steps=2)
-    assert len(frozenset.union(*residents())) == len(STYLES)
-
-    # Serve's own multiplexed router would wait for the one replica that holds it: it takes 16 requests at once.
-    with ThreadPoolExecutor(10) as callers:
-        burst = [
-            callers.submit(
-                two_replicas.draw, "a red circle", model="demo/sd15-night", seed=seed, num_inference_steps=40
-            )
-            for seed in range(10)
-        ]
-        for call in burst:
-            call.result()
-    assert len(frozenset.intersection(*residents())) >= 1

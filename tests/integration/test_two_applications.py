@@ -14,12 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from serve_app.deployments.front.load_shedding import SLACK_REQUESTS
-from tests.replicas.held import Device, held_service
+from tests.replicas.controlled import MAX_ONGOING, MAX_QUEUED, Device
 from tests.service import Service
 
 APP = "billing"
-# More than our layers let in beside the three that our application holds.
-CALLERS = 2 * SLACK_REQUESTS
+# More than our layers let in beside those that our application holds.
+CALLERS = MAX_ONGOING + MAX_QUEUED + SLACK_REQUESTS + 1
 PATIENCE_S = 120.0
 BODY = {"inputs": "a house", "parameters": {"num_inference_steps": 2}}
 
@@ -48,27 +48,24 @@ class Billing:
         await asyncio.wait_for(self._is_complete.wait(), PATIENCE_S)
 
 
-@pytest.fixture
-def calls(cluster: int, tmp_path: Path) -> Iterator[Path]:
-    """The file in which the other application writes down its calls."""
-    path = tmp_path / "calls"
-    path.touch()
+@pytest.fixture(scope="module")
+def billing(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("billing") / "calls"
     serve.run(Billing.bind(path), name=APP, route_prefix=f"/{APP}")
     yield path
     serve.delete(APP)
 
 
-@pytest.fixture(scope="module")
-def ours(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, Device]]:
-    """Our application, which takes two requests and lets one wait."""
-    limits = {"max_ongoing_requests": 2, "max_queued_requests": 1}
-    with held_service(cluster, "demo/sd15", tmp_path_factory.mktemp("cache"), **limits) as held:
-        yield held
+@pytest.fixture
+def calls(billing: Path) -> Path:
+    """The file in which the other application writes down its calls, empty."""
+    billing.write_text("")
+    return billing
 
 
 @pytest.mark.parametrize("status", [404, 429, 500, 502, 503])
 def test_a_failing_post_of_another_application_runs_once_and_its_reply_is_its_own(
-    ours: tuple[Service, Device], cluster: int, calls: Path, status: int
+    controlled: tuple[Service, Device], cluster: int, calls: Path, status: int
 ) -> None:
     url = f"http://127.0.0.1:{cluster}/{APP}/charge?status={status}"
     reply = httpx.post(url, content=b"10 EUR", headers={"x-session-id": "s1"}, timeout=PATIENCE_S)
@@ -76,14 +73,14 @@ def test_a_failing_post_of_another_application_runs_once_and_its_reply_is_its_ow
     assert calls.read_text() == "s1\n"
 
 
-def test_requests_of_ours_come_through_the_layers(ours: tuple[Service, Device]) -> None:
-    assert ours[0].http.get("/health?verbose").json() == {"ok": "ok", "notices": []}
+def test_requests_of_ours_come_through_the_layers(controlled: tuple[Service, Device]) -> None:
+    assert controlled[0].http.get("/health?verbose").json() == {"ok": "ok", "notices": []}
 
 
 def test_callers_of_another_application_are_refused_nothing_while_ours_is_full(
-    ours: tuple[Service, Device], cluster: int, calls: Path
+    controlled: tuple[Service, Device], cluster: int, calls: Path
 ) -> None:
-    service, device = ours
+    service, device = controlled
 
     def draw(_: int) -> int:
         return service.http.post("/", json=BODY).status_code

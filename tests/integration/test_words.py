@@ -12,6 +12,7 @@ from tests.hub_server import HubServer
 from tests.service import EMBEDDED, Service
 
 PROMPT = "a <s0> square on a <s1> background"
+QUICK = {"num_inference_steps": 3}
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +34,17 @@ def taught(hub: HubServer) -> str:
 
 
 def test_an_adapters_words_are_known_to_its_own_requests_alone(service: Service, taught: str) -> None:
-    base = service.draw(PROMPT, model="demo/sdxl", seed=3)
-    plain = service.draw(PROMPT, model="acme/sdxl-sepia", seed=3)
-    first = service.draw(PROMPT, model=taught, seed=3)
+    base = service.draw(PROMPT, model="demo/sdxl", seed=3, **QUICK)
+    plain = service.draw(PROMPT, model="acme/sdxl-sepia", seed=3, **QUICK)
+    first = service.draw(PROMPT, model=taught, seed=3, **QUICK)
     assert not np.array_equal(first, plain)
     assert np.array_equal(
-        service.draw("a red square", model=taught, seed=3),
-        service.draw("a red square", model="acme/sdxl-sepia", seed=3),
+        service.draw("a red square", model=taught, seed=3, **QUICK),
+        service.draw("a red square", model="acme/sdxl-sepia", seed=3, **QUICK),
     )
-    assert np.array_equal(service.draw(PROMPT, model="acme/sdxl-sepia", seed=3), plain)
-    assert np.array_equal(service.draw(PROMPT, model="demo/sdxl", seed=3), base)
-    assert np.array_equal(service.draw(PROMPT, model=taught, seed=3), first)
+    assert np.array_equal(service.draw(PROMPT, model="acme/sdxl-sepia", seed=3, **QUICK), plain)
+    assert np.array_equal(service.draw(PROMPT, model="demo/sdxl", seed=3, **QUICK), base)
+    assert np.array_equal(service.draw(PROMPT, model=taught, seed=3, **QUICK), first)
 
 
 def test_two_adapters_with_words_in_one_request_are_refused(service: Service, taught: str) -> None:
@@ -55,7 +56,7 @@ def test_two_adapters_with_words_in_one_request_are_refused(service: Service, ta
 def test_separate_scales_reach_the_weights(service: Service) -> None:
     def drawn(scale: object) -> tuple[str, bytes]:
         reply = service.ask(
-            "a red square", model="demo/sdxl", seed=1, loras=[{"id": "acme/sdxl-sepia", "scale": scale}]
+            "a red square", model="demo/sdxl", seed=1, **QUICK, loras=[{"id": "acme/sdxl-sepia", "scale": scale}]
         )
         assert reply.status_code == 200, reply.text
         return reply.headers["x-adapters"].split(";")[1], reply.content

@@ -8,7 +8,7 @@ import time
 from ray import serve
 
 from serve_app.autoscaling import replica_report
-from serve_app.core import GenerationRequest, GenerationResult, ScaledAdapter, Timings
+from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, ScaledAdapter, Timings
 from serve_app.engine.worker.pace import LoadTracker
 from serve_app.work import LatencyModel, work_units
 
@@ -22,6 +22,13 @@ def sleeping_request(number: int, *adapters: ScaledAdapter) -> GenerationRequest
         request_id=f"request-{number}", base_id=BASE, prompt="", negative_prompt=None, adapters=adapters,
         width=1000, height=1000, steps=5, guidance_scale=1.0, scheduler=None, seed=number,
     )  # fmt: skip
+
+
+def sleeping_use(name: str) -> ScaledAdapter:
+    """Return a resolved adapter as a request carries it."""
+    return ScaledAdapter(
+        AdapterSpec(name, BASE, "0123456789abcdef", "weights.safetensors", "folder", "nowhere", 1), 1.0
+    )
 
 
 @serve.deployment
