@@ -20,7 +20,6 @@ from serve_app.engine.drawing.arguments import MAX_SEED, seeds_of
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.steps import GenerationCancelled
 from serve_app.errors import InternalError, OutOfBounds, UnknownScheduler
-from serve_app.families.schedulers import SCHEDULERS
 from serve_app.refusals import NonFinite
 from tests.engine_cases import largest_difference, load, one_image, photo, picture, request, use_of, wrap
 from tests.tiny import tiny_folder, tiny_pipeline
@@ -148,12 +147,12 @@ def test_an_input_image_is_resized_to_the_size_asked_for(pipeline: BasePipeline)
 
 def test_strength_decides_how_much_of_the_input_is_left(pipeline: BasePipeline) -> None:
     def distance(strength: float) -> float:
-        image = one_image(pipeline, request(image=photo(), strength=strength, steps=10))
+        image = one_image(pipeline, request(image=photo(), strength=strength, steps=4))
         drawn, given = (numpy.asarray(picture(each), dtype=float) for each in (image, reference))
         return float(abs(drawn - given).mean())
 
-    reference = one_image(pipeline, request(image=photo(), strength=0.1, steps=10))
-    assert distance(0.2) < distance(0.5) < distance(1.0)
+    reference = one_image(pipeline, request(image=photo(), strength=0.25, steps=4))
+    assert distance(0.5) < distance(0.75) < distance(1.0)
 
 
 def test_strength_unsaid_is_the_default_of_the_base(pipeline: BasePipeline) -> None:
@@ -174,14 +173,6 @@ def test_what_a_request_gets_does_not_depend_on_what_ran_before(pipeline: BasePi
     ):
         pipeline.generate([other])
         assert one_image(pipeline, wanted) == alone
-
-
-def test_every_scheduler_on_offer_draws_and_none_sticks(pipeline: BasePipeline) -> None:
-    own = one_image(pipeline, request(steps=4))
-    drawn = {name: one_image(pipeline, request(steps=4, scheduler=name)) for name in pipeline.schedulers()}
-    assert set(drawn) == set(SCHEDULERS["noise"])
-    assert len({image.pixels for image in drawn.values()}) > 6
-    assert one_image(pipeline, request(steps=4)) == own
 
 
 def test_images_of_one_request_are_drawn_with_successive_seeds(pipeline: BasePipeline) -> None:
@@ -294,7 +285,8 @@ def test_a_prompt_one_token_over_the_window_has_a_warning(pipeline: BasePipeline
     assert pipeline.truncation_warning("cat " * 76) is not None
 
 
-def test_an_unknown_scheduler_is_refused_with_the_choices(pipeline: BasePipeline) -> None:
+def test_an_unknown_scheduler_is_refused_with_the_choices() -> None:
+    pipeline = wrap(tiny_pipeline("sd15"), schedulers=("DDIMScheduler", "DDIM Trailing"))
     with pytest.raises(UnknownScheduler, match="choose one of: DDIM Trailing, DDIMScheduler"):
         pipeline.check(request(scheduler="EulerScheduler"))
 
