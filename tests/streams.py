@@ -100,8 +100,8 @@ class RaceChecker(TorchDispatchMode):
             if argument.name in kwargs:
                 (written if _is_written(argument) else read).extend(_tensors(kwargs[argument.name]))
         outcome = func(*args, **kwargs)
-        self._find_freed()
         if name not in VIEWS:
+            self._find_freed()
             self._ran(name, read, [*written, *_tensors(outcome)])
         return outcome
 
@@ -134,9 +134,9 @@ class RaceChecker(TorchDispatchMode):
         return self._storages.setdefault(storage._cdata, _Storage(storage, stream))
 
     def _find_freed(self) -> None:
-        for key, storage in list(self._storages.items()):
-            if storage.reference.expired():
-                self._freed.append(self._storages.pop(key))
+        is_expired = torch.UntypedStorage._expired  # what `StorageWeakRef.expired` asks, three calls later
+        found = [key for key, storage in self._storages.items() if is_expired(storage.reference.cdata)]
+        self._freed += [self._storages.pop(key) for key in found]
 
 
 def _is_written(argument: Any) -> bool:

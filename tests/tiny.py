@@ -1,11 +1,10 @@
-"""Tiny pipelines of every family, with random weights, made on the spot in a second or two; no downloads.
+"""Tiny pipelines of the oldest families, with random weights, made on the spot in a second or two; no downloads.
 
 `tiny_pipeline("sdxl")` gives a fresh one at each call; the first call of a family builds it, later ones copy it.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import logging
@@ -39,6 +38,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from tests.copies import Original
+
 FAMILIES = ("sd15", "sdxl", "sd3", "flux")
 WORDS = ("the", "a", "cat", "dog", "photo", "of", "painting", "red", "pixel", "art", "in", "style")
 DIFFUSION_STEPS = {
@@ -54,9 +55,7 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 
 def tiny_pipeline(family: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
     """Return a fresh pipeline: the same weights at every call, no parameter that needs a gradient."""
-    pipeline = copy.deepcopy(_master(family)).to(dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _original(family, dtype).copy()
 
 
 @functools.cache
@@ -86,6 +85,13 @@ def latents(
 @functools.cache
 def _scratch() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="loraplex-tiny-")
+
+
+@functools.cache
+def _original(family: str, dtype: torch.dtype) -> Original:
+    pipeline = _master(family) if dtype == torch.float32 else tiny_pipeline(family).to(dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return Original(pipeline)
 
 
 @functools.cache

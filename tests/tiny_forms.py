@@ -38,6 +38,11 @@ def output_projection(name: str, module: torch.nn.Module) -> bool:
     return name.endswith("to_out.0")
 
 
+def outside_the_sides(name: str, module: torch.nn.Module) -> bool:
+    """Choose a U-Net's middle and ends, which have layers of every kind, and all of a transformer."""
+    return not name.startswith(("down_blocks", "up_blocks"))
+
+
 def with_text(pipeline: DiffusionPipeline, *, seed: int) -> dict[str, Tensor]:
     """Return peft keys over the denoiser and every text encoder that can be adapted."""
     tensors = lora(pipeline, seed=seed)
@@ -121,7 +126,7 @@ FORMS: dict[str, Callable[[DiffusionPipeline], Form]] = {
     "peft, mixed rank": lambda pipe: Form(lora(pipe, rank=mixed_rank, seed=4)),
     "peft, bias": lambda pipe: Form(lora(pipe, chooses=output_projection, bias=True, seed=5)),
     "peft, text encoders": lambda pipe: Form(with_text(pipe, seed=6)),
-    "peft, DoRA": lambda pipe: Form(lora(pipe, chooses=everything, dora=True, seed=7)),
+    "peft, DoRA": lambda pipe: Form(lora(pipe, chooses=outside_the_sides, dora=True, seed=7)),
     "metadata, alpha": lambda pipe: _with_metadata(pipe, lora_alpha=8),
     "metadata, rank-stabilised": lambda pipe: _with_metadata(pipe, lora_alpha=8, use_rslora=True),
     "metadata, alpha by layer": lambda pipe: _with_metadata(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
 import torch
 
+from tests.copies import Original
 from tests.tiny_families import flow, flux, language, newest, noise
 
 BUILDERS: dict[str, Any] = {**noise.BUILDERS, **flow.BUILDERS, **flux.BUILDERS, **language.BUILDERS, **newest.BUILDERS}
@@ -19,13 +19,11 @@ IMAGE_FAMILIES = tuple(sorted(set(BUILDERS) - set(MAKE_VIDEOS)))
 
 def tiny_family(name: str) -> Any:
     """Return a fresh pipeline."""
-    pipeline = copy.deepcopy(_master(name))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return _original(name).copy()
 
 
 @functools.cache
-def _master(name: str) -> Any:
+def _original(name: str) -> Original:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         pipeline = BUILDERS[name]()
@@ -36,7 +34,8 @@ def _master(name: str) -> Any:
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()
-    return pipeline
+    pipeline.set_progress_bar_config(disable=True)
+    return Original(pipeline)
 
 
 def _enliven(parameter: torch.nn.Parameter) -> None:

@@ -144,8 +144,9 @@ def test_an_image_does_not_depend_on_who_shares_its_pass(subject: Subject) -> No
     assert [largest_difference(*images) <= 1 for images in zip(alone, together, strict=True)] == [True, True]
 
 
-def test_every_scheduler_on_offer_draws_each_task_or_is_refused_for_it(subject: Subject) -> None:
+def test_every_scheduler_on_offer_draws_each_task_or_is_refused_for_it_and_none_sticks(subject: Subject) -> None:
     pipeline, failed = subject.pipeline, list[tuple[str, str]]()
+    own, _ = drawn(pipeline, asked(pipeline.tasks[0]))
     names, side = pipeline.schedulers(), 64 if pipeline.family.takes_references else 32
     for name in names:
         drawn_tasks = 0
@@ -162,6 +163,7 @@ def test_every_scheduler_on_offer_draws_each_task_or_is_refused_for_it(subject: 
                 failed.append((f"{name} for {task}", str(error)))
         assert drawn_tasks, name
     assert failed == []
+    assert drawn(pipeline, asked(pipeline.tasks[0]))[0] == own
     subject.proved["schedulers"] = str(len(names))
 
 

@@ -216,7 +216,7 @@ NAMES = st.sampled_from(
 NEARLY = st.dictionaries(NAMES, JSON | st.dictionaries(NAMES, JSON, max_size=4), max_size=5)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(body=NEARLY | JSON)
 def test_any_json_is_an_image_or_a_refusal(body: Any) -> None:
     response = FUZZ_CLIENT.post("/", content=json.dumps(body))
@@ -227,7 +227,7 @@ def test_any_json_is_an_image_or_a_refusal(body: Any) -> None:
         assert_refused(response, FUZZ_GATEWAY, ".")
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(body=st.binary(max_size=80) | st.text(max_size=80).map(lambda text: text.encode("utf-8", "replace")))
 def test_any_bytes_are_a_refusal(body: bytes) -> None:
     assert_refused(FUZZ_CLIENT.post("/", content=body), FUZZ_GATEWAY, ".")

@@ -73,8 +73,14 @@ def test_a_weight_that_differs_or_that_only_one_changed_is_named(
     assert differing(first, first) == []
 
 
-def test_without_a_baseline_nothing_is_compared_and_no_ratio_to_it_is_given() -> None:
-    report = run_swap(replace(OPTIONS, baseline=Baseline.NONE, repeats=1))
+def test_without_a_baseline_nothing_is_compared_and_no_ratio_to_it_is_given_and_torch_keeps_its_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        report = run_swap(replace(OPTIONS, baseline=Baseline.NONE, repeats=1, threads=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert not DIFFUSERS_STEPS & {row.step for row in report.rows}
     assert report.exactness.fused_equal is None
     assert report.four_calls is None
@@ -119,16 +125,6 @@ def test_the_report_as_json_says_what_was_run_on_what() -> None:
         "swap_over_floor_wall",
         "swap_over_floor_cpu",
     }
-
-
-def test_torch_keeps_the_threads_it_had() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        run_swap(replace(OPTIONS, baseline=Baseline.NONE, repeats=1, threads=1))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_it_needs() -> None:

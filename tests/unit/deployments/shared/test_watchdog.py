@@ -13,7 +13,7 @@ from tests.faults.breaking import has_ended, until
 
 SILENCE_S = 3.0
 # So much longer than a busy machine keeps a process waiting.
-LONG_SILENCE_S = 10.0
+LONG_SILENCE_S = 6.0
 WAIT_S = 120.0
 GUARDED = """
 import asyncio, os, signal, sys, time

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -32,21 +33,16 @@ from tests.tiny_adapters import lora, write
 from tests.tiny_forms import Form, put
 from tests.tiny_words import embeddings
 
+# The parent starts the child as `AdmissionProcess` does, and imports no torch itself.
 PARENT = """
-import asyncio, sys, time
-from pathlib import Path
-from serve_app.settings import AdapterLimits
-from serve_app.engine.admission.process import AdmissionProcess
-from serve_app.engine.base.manifest import BaseManifest
+import json, os, sys, time
+from serve_app.engine.admission.lane import ChildWorker
 
-async def main():
-    manifest = BaseManifest.from_json(Path(sys.argv[1]).read_text())
-    process = AdmissionProcess(manifest, AdapterLimits())
-    await process.admit(Path(sys.argv[2]), "a/b", Path(sys.argv[3]))
-    print(process.pid, flush=True)
-    await asyncio.sleep(600)
-
-asyncio.run(main())
+setup = json.loads(sys.stdin.readline())
+child = ChildWorker({**setup, "parent": os.getpid()}, patience_s=1e9, is_lasting=True)
+child.ask({"sources": [[sys.argv[1], None]], "name": "a/b", "target": sys.argv[2]}, 1e9).result()
+print(child.pid, flush=True)
+time.sleep(600)
 """
 
 
@@ -277,10 +273,13 @@ async def test_a_child_that_dies_over_a_file_is_replaced(
 
 
 def test_the_child_dies_with_a_parent_that_is_killed(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
-    (tmp_path / "manifest").write_text(manifest.to_json())
-    command = [sys.executable, "-c", PARENT, str(tmp_path / "manifest"), str(source), str(tmp_path / "canonical")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+    setup = {"manifest": manifest.to_json(), "limits": AdapterLimits().model_dump(mode="json")}
+    command = [sys.executable, "-c", PARENT, str(source), str(tmp_path / "canonical")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdin is not None
         assert parent.stdout is not None
+        parent.stdin.write(json.dumps(setup) + "\n")
+        parent.stdin.flush()
         child = int(parent.stdout.readline())
         assert psutil.pid_exists(child)
         parent.kill()

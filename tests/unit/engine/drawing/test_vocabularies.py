@@ -39,7 +39,7 @@ def adapter_with_ti_tokens(
 
 
 def drawn(pipeline: Any, prompt: str = PROMPT) -> Tensor:
-    return latents(pipeline, prompt=prompt)
+    return latents(pipeline, prompt=prompt, steps=1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -119,7 +119,7 @@ class Served:
     def draw(self, *adapters: ParsedAdapter, prompt: str = PROMPT, **changes: Any) -> PixelImage:
         uses = tuple(use_of(f"a/{place}") for place in range(len(adapters)))
         job = self.worker.submit(
-            request(prompt=prompt, adapters=uses, **changes), [(adapter, 1.0) for adapter in adapters]
+            request(prompt=prompt, steps=2, adapters=uses, **changes), [(adapter, 1.0) for adapter in adapters]
         )
         return job.future.result(60).images[0]
 

@@ -28,6 +28,7 @@ LONG = "a large red circle above a small blue square on a green ground " * 8
 COLOURED = "a (red:{}) circle and a blue square"
 SKIP = PipelineOptions(clip_skip=1)
 SYNTAXES: tuple[WeighingSyntax, ...] = ("a1111", "comfyui")
+loaded = functools.cache(load)
 
 
 @functools.cache
@@ -141,7 +142,7 @@ def test_comfyui_moves_a_short_group_into_the_next_chunk_as_a_whole() -> None:
 def test_with_every_weight_1_a_picture_is_the_plain_one_to_the_bit(
     family: str, negative: str | None, syntax: WeighingSyntax
 ) -> None:
-    base = load(family)
+    base = loaded(family)
     plain = one_image(base, request(negative_prompt=negative, options=SKIP))
     weighed = request(prompt="a (photo:1.0) (of:1) a cat", negative_prompt=negative, options=SKIP, prompt_syntax=syntax)
     assert one_image(base, weighed).pixels == plain.pixels
@@ -150,7 +151,7 @@ def test_with_every_weight_1_a_picture_is_the_plain_one_to_the_bit(
 
 
 def test_requests_of_as_many_chunks_share_a_pass_and_others_do_not() -> None:
-    base = load("sdxl")
+    base = loaded("sdxl")
     asked = [
         request(prompt=prompt, negative_prompt="a dog", prompt_syntax="a1111", seed=seed)
         for seed, prompt in enumerate(["a (cat:1.3) BREAK a dog", "[red] BREAK cat", "a cat", "a (dog:1.1)"])
@@ -165,7 +166,7 @@ def test_requests_of_as_many_chunks_share_a_pass_and_others_do_not() -> None:
 
 
 def test_all_of_a_long_prompt_is_read_and_no_warning_says_otherwise() -> None:
-    base = load("sd15")
+    base = loaded("sd15")
     texts = {end: "a cat " * 40 + end for end in ("red", "painting")}
     plain = [base.generate([request(prompt=text)]) for text in texts.values()]
     assert plain[0].images == plain[1].images
@@ -176,14 +177,14 @@ def test_all_of_a_long_prompt_is_read_and_no_warning_says_otherwise() -> None:
 
 
 def test_a_text_of_too_many_chunks_is_refused_before_the_device() -> None:
-    base = load("sd15")
+    base = loaded("sd15")
     with pytest.raises(OutOfBounds, match="'negative_prompt' is 12 chunks long, but must be at most 8 chunks"):
         base.count_chunks(request(negative_prompt="cat BREAK " * 12, prompt_syntax="a1111"))
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 def test_a_base_that_does_not_read_by_clip_alone_takes_plain_prompts_only(family: str) -> None:
-    base = load(family)
+    base = loaded(family)
     assert base.abilities().prompt_syntaxes == ("plain",)
     with pytest.raises(MalformedRequest, match="tiny/base takes no 'prompt_syntax' but 'plain'"):
         base.check(request(prompt_syntax="a1111"))

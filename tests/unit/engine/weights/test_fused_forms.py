@@ -21,19 +21,19 @@ SDXL_FORMS = ("peft, attention", "peft, text encoders", "peft, DoRA", "kohya, co
 
 
 def _matrix() -> list[object]:
-    """Every form in every dtype for SD1.5, and in one dtype in turn for the other families."""
+    """Every form in bfloat16 for SD1.5, and in one dtype in turn for each family."""
     cases: list[object] = []
     for family in FAMILIES:
         forms = [form for form in forms_of(family) if family != "sdxl" or form in SDXL_FORMS]
         for place, form in enumerate(forms):
-            dtypes = DTYPES if family == "sd15" else (DTYPES[place % 3],)
+            dtypes = {DTYPES[place % 3], torch.bfloat16 if family == "sd15" else DTYPES[place % 3]}
             cases.append(pytest.param(family, form, dtypes, id=f"{family}: {form}"))
     return cases
 
 
 @pytest.mark.parametrize(("family", "form", "dtypes"), _matrix())
 def test_fused_weights_equal_a_fresh_load_and_fuse_by_diffusers(
-    family: str, form: str, dtypes: tuple[torch.dtype, ...], tmp_path: Path
+    family: str, form: str, dtypes: set[torch.dtype], tmp_path: Path
 ) -> None:
     path = put(tmp_path, form, forms_of(family)[form](tiny_pipeline(family)))
     for dtype in dtypes:

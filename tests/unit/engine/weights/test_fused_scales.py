@@ -16,8 +16,18 @@ from tests.tiny import tiny_pipeline
 from tests.tiny_forms import Form, fused_by_diffusers, put, unequal, weights_of, with_text
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("sd15", torch.float32),
+        ("sd15", torch.bfloat16),
+        ("sd15", torch.float16),
+        ("sdxl", torch.bfloat16),
+        ("sd3", torch.float16),
+        ("flux", torch.float32),
+    ],
+    ids=str,
+)
 def test_separate_scales_equal_set_adapters_with_a_weight_for_each_component(
     family: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:

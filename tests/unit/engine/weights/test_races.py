@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -121,22 +121,20 @@ class History:
         return prepared
 
 
-def races(monkeypatch: pytest.MonkeyPatch, histories: int, break_it: Callable[[Any], None]) -> list[str]:
-    found: list[str] = []
-    for seed in range(histories):
+def races(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[Any], None]) -> Iterator[str]:
+    for seed in range(HISTORIES):
         checker = RaceChecker()
         monkeypatch.setattr(torch.cuda, "stream", checker.on)
         monkeypatch.setattr(torch.cuda, "current_stream", checker.current_stream)
         History(seed, checker, break_it).play()
-        found += checker.races
-    return found
+        yield from checker.races
 
 
 def test_nothing_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert races(monkeypatch, HISTORIES, lambda side: None) == []
+    assert list(races(monkeypatch, lambda side: None)) == []
 
 
 @pytest.mark.parametrize("missing", ["record_read_done", "wait_stream"])
 def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     """The checker's own control."""
-    assert races(monkeypatch, 10, lambda side: setattr(side, missing, lambda: None))
+    assert next(races(monkeypatch, lambda side: setattr(side, missing, lambda: None)), None)

@@ -64,35 +64,35 @@ def shared() -> Iterator[Counted]:
     counted.worker.close()
 
 
-def test_half_of_a_hundred_leave_and_the_other_half_get_their_images(alone: Counted) -> None:
+def test_half_of_forty_leave_and_the_other_half_get_their_images(alone: Counted) -> None:
     adapter = parsed_adapter(alone.pipeline.manifest, seed=1)
 
     def wanted(index: int) -> GenerationRequest:
         uses = (use_of("me/it", 0.5),) if index % 3 == 0 else ()
         return request(steps=STEPS, seed=index % 7, adapters=uses)
 
-    leaving = set(random.Random(0).sample(range(100), 50))
-    queued = set(random.Random(1).sample(sorted(leaving), 25))
+    leaving = set(random.Random(0).sample(range(40), 20))
+    queued = set(random.Random(1).sample(sorted(leaving), 10))
     _, is_open = alone.hold()
     jobs: list[Job] = []
 
     def leave_at_first_step(index: int) -> Any:
         return lambda step, _: jobs[index].cancel() if step == 1 else None
 
-    for index in range(100):
+    for index in range(40):
         adapters = [(adapter, 0.5)] if index % 3 == 0 else []
         listener = leave_at_first_step(index) if index in leaving - queued else lambda *_: None
         jobs.append(alone.worker.submit(wanted(index), adapters, on_event=on_steps(listener)))
     for index in queued:
         assert jobs[index].cancel()
-    assert alone.worker.snapshot().waiting == 75
+    assert alone.worker.snapshot().waiting == 30
     is_open.set()
-    survivors = sorted(set(range(100)) - leaving)
+    survivors = sorted(set(range(40)) - leaving)
     images = {index: jobs[index].future.result(WAIT_S).images[0] for index in survivors}
     while (state := alone.worker.snapshot()).running or state.waiting:
         pass
     # Those who leave while they run cost the step in which they leave and the one that notices.
-    assert alone.passes == 50 * STEPS + 25 * 2
+    assert alone.passes == 20 * STEPS + 10 * 2
     for index in leaving:
         with pytest.raises(CancelledError):
             jobs[index].future.result(0)

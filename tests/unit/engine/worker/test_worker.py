@@ -59,23 +59,23 @@ class Gate:
         self._opened.set()
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
-def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    made = make_bench(request.param)
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    made = make_bench()
     yield made
     made.worker.close()
 
 
 @pytest.fixture
 def own_bench() -> Iterator[Bench]:
-    made = make_bench("sd15")
+    made = make_bench()
     yield made
     made.worker.close()
 
 
-def make_bench(family: str) -> Bench:
-    live = tiny_pipeline(family)
-    pipeline = wrap(live, family, schedulers=ONE_SCHEDULER)
+def make_bench() -> Bench:
+    live = tiny_pipeline("sd15")
+    pipeline = wrap(live, schedulers=ONE_SCHEDULER)
     weights = FusedWeights(pipeline.components)
     return Bench(live, pipeline, weights, EngineWorker(pipeline, weights, max_batch_images=4, torch_threads=1))
 
@@ -88,9 +88,9 @@ def hold(bench: Bench) -> tuple[Job, Gate]:
     return job, gate
 
 
-def fused(bench: Bench, adapter: ParsedAdapter, scale: float, wanted: GenerationRequest) -> PixelImage:
+def fused(adapter: ParsedAdapter, scale: float, wanted: GenerationRequest) -> PixelImage:
     """Return what the request gives on a base of its own with the adapter in its weights."""
-    live = tiny_pipeline("sdxl" if hasattr(bench.live, "text_encoder_2") else "sd15")
+    live = tiny_pipeline("sd15")
     with torch.no_grad():
         for _, name, delta in adapter.layers():
             assert isinstance(delta, LowRank)
@@ -131,7 +131,7 @@ def test_the_adapter_of_a_request_is_in_its_image_alone(bench: Bench) -> None:
     for seed, scale in ((1, 1.0), (2, 0.5), (1, 0.25)):
         adapter = parsed_adapter(bench.pipeline.manifest, seed=seed)
         adapted = bench.image(request(adapters=(use_of("me/it", scale),)), (adapter, scale))
-        assert adapted == fused(bench, adapter, scale, request())
+        assert adapted == fused(adapter, scale, request())
         assert adapted != base
         assert bench.image(request()) == base
 
@@ -141,7 +141,7 @@ def test_an_adapter_is_in_images_made_from_images_too(bench: Bench) -> None:
     wanted = request(image=photo(), strength=0.8)
     plain = bench.image(wanted)
     adapted = bench.image(request(image=photo(), strength=0.8, adapters=(use_of("me/it"),)), (adapter, 1.0))
-    assert adapted == fused(bench, adapter, 1.0, wanted) != plain
+    assert adapted == fused(adapter, 1.0, wanted) != plain
 
 
 def test_requests_that_wait_together_run_together(bench: Bench) -> None:
