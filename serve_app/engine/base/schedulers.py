@@ -6,7 +6,7 @@ Owns which of the listed schedulers fit the base, and gives every call a schedul
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -71,6 +71,7 @@ class NoiseSchedulers:
         listed = tuple(map(self._listed, config.schedulers or ()))
         self._known = frozenset((self._own_name, self._default, *(listed or SCHEDULERS[self._kind])))
         self._tried: dict[tuple[str, SchedulerOptions], _Offer | _Unfit] = {}
+        self._finite: dict[tuple[str, int, SchedulerOptions], bool] = {}
         for name in sorted({self._default, *listed}):
             tried = self._try(name)
             if isinstance(tried, _Unfit):
@@ -97,7 +98,7 @@ class NoiseSchedulers:
         Raises:
             UnknownScheduler: says which schedulers it does offer.
             MalformedRequest: the scheduler has no such option, or takes no steps of the caller's, or not these.
-            OutOfBounds: the scheduler cannot run that few steps.
+            OutOfBounds: the scheduler cannot run that few steps, or makes no finite image with exactly so many.
         """
         name = self._listed(name or self._default)
         tried = self._try(name) if name in self._known else None
@@ -116,6 +117,26 @@ class NoiseSchedulers:
             raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
         if levels and not _runs_with(self.fresh(name, options), levels):
             raise MalformedRequest(f"scheduler '{name}' cannot run with these '{min(levels)}'")
+        if not levels and not self._is_finite(name, steps, options):
+            where = f"{name} stays finite on {self._base_id}"
+            raise OutOfBounds("num_inference_steps", steps, f"another number, with which {where}")
+
+    def _is_finite(self, name: str, steps: int, options: SchedulerOptions) -> bool:
+        """Say whether rounding leaves a scheduler's arithmetic finite: ancestral ones fail at some numbers of steps."""
+        found = self._finite.get((name, steps, options))
+        if found is None:
+            scheduler = self.fresh(name, options)
+            try:
+                with numpy.errstate(all="ignore"):
+                    end = _stepped(
+                        scheduler, torch.zeros_like, num_inference_steps=steps, **_shifted_by_size(scheduler)
+                    )
+                found = bool(torch.isfinite(end).all())
+            except (*_FAILURES, IndexError, AssertionError):
+                found = True  # its pipeline sets its steps in another way
+            if len(self._finite) < _MAX_TRIED:
+                self._finite[name, steps, options] = found
+        return found
 
     def _can_redraw(self, template: Any) -> bool:
         """Say whether a scheduler can add noise to a picture as the pipelines of its kind ask for it."""
@@ -204,15 +225,21 @@ def _step_parameters(scheduler: Any) -> frozenset[str]:
 
 
 def _runs_through(template: Any) -> bool:
-    """Step through usual numbers of steps: sigmas that fall on one timestep lead some classes past their end."""
+    """Step through usual numbers of steps.
+
+    Sigmas that fall on one timestep lead some classes past their end, sigmas as large as a training to pure noise has
+    leave others without finite numbers.
+    """
     for steps in _USUAL_STEPS:
         try:
             with numpy.errstate(all="ignore"):
-                _stepped(copy.deepcopy(template), num_inference_steps=steps)
+                end = _stepped(copy.deepcopy(template), torch.zeros_like, num_inference_steps=steps)
         except (IndexError, AssertionError):
             return False
         except _FAILURES:
             continue
+        if not torch.isfinite(end).all():
+            return False
     return True
 
 
@@ -220,23 +247,23 @@ def _runs_with(scheduler: Any, levels: Mapping[str, Any]) -> bool:
     """Say whether an unused scheduler comes to an end with the steps of a caller."""
     try:
         with numpy.errstate(divide="raise", over="raise", invalid="raise"):
-            end = _stepped(scheduler, **levels, **_shifted_by_size(scheduler))
+            end = _stepped(scheduler, _as_it_is, **levels, **_shifted_by_size(scheduler))
     except (*_FAILURES, IndexError, AssertionError, FloatingPointError):
         return False
     return len(scheduler.timesteps) > 0 and bool(torch.isfinite(end).all())
 
 
-def _stepped(scheduler: Any, **steps: Any) -> torch.Tensor:
-    """Return what a scheduler makes of one pixel, where the denoiser returns what it reads."""
+def _stepped(scheduler: Any, denoise: Callable[[torch.Tensor], torch.Tensor], **steps: Any) -> torch.Tensor:
+    """Return what a scheduler makes of one pixel with what a denoiser returns for what it reads."""
     scheduler.set_timesteps(**steps)
     sample = torch.full((1, 4, 1, 1), _LARGEST_NOISE) * getattr(scheduler, "init_noise_sigma", 1.0)
     for timestep in scheduler.timesteps:
-        scaled = getattr(scheduler, "scale_model_input", _as_it_is)(sample, timestep)
-        sample = scheduler.step(scaled, timestep, sample, return_dict=False)[0]
+        scaled = scheduler.scale_model_input(sample, timestep) if hasattr(scheduler, "scale_model_input") else sample
+        sample = scheduler.step(denoise(scaled), timestep, sample, return_dict=False)[0]
     return sample
 
 
-def _as_it_is(sample: torch.Tensor, _timestep: Any) -> torch.Tensor:
+def _as_it_is(sample: torch.Tensor) -> torch.Tensor:
     return sample
 
 

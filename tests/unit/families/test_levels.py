@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from diffusers import DDIMScheduler
 
 from serve_app.core import PipelineOptions
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BadRequest
-from tests.family_cases import asked, drawn, served
+from tests.family_cases import asked, drawn, served, served_as
+from tests.service import EMBEDDED
+from tests.tiny_families.build import tiny_family
 
 # A base for each kind of prediction: noise, v, a flow with a fixed shift, a flow shifted by the size.
 KINDS = ("sd15", pytest.param("sd21", marks=pytest.mark.slow), "sd3", "flux_dev")
@@ -60,3 +63,17 @@ def test_levels_that_a_scheduler_cannot_run_are_refused_before_the_device(pipeli
 def test_more_layers_than_the_text_encoder_has_are_not_skipped() -> None:
     pipeline = served("sdxl")
     assert [skipped for skipped in range(5) if outcome(pipeline, options=PipelineOptions(clip_skip=skipped))] == [0, 1]
+
+
+def test_a_base_trained_to_pure_noise_offers_and_draws_only_what_stays_finite() -> None:
+    live: Any = tiny_family("sd15")
+    live.scheduler = DDIMScheduler.from_pretrained(EMBEDDED / "demo" / "sd15" / "scheduler")
+    pipeline = served_as(live)
+    assert "DPM2 Karras" in served("sd15").schedulers()
+    assert "DPM2 Karras" not in pipeline.schedulers()
+    numbers = (3, 4, 7, 12)
+    refused = {
+        name: [steps for steps in numbers if not outcome(pipeline, scheduler=name, steps=steps)]
+        for name in ("EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+    }
+    assert refused == {"EulerAncestralDiscreteScheduler": [3], "KDPM2AncestralDiscreteScheduler": [3, 4, 7]}
