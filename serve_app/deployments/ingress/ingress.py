@@ -62,6 +62,8 @@ SEED_BITS = 32
 MAX_DEATHS = 2
 # Of the places that a base has for the requests of an ingress replica, what one key may have.
 MOST_OF_PLACES = 0.75
+# An accepted request that lost its place to others asks for one so often.
+RESEND_AFTER_S = 0.5
 # So long after a replica has joined, the others give back once more.
 LEVEL_AGAIN_S = 3.0
 # A new ingress waits this long for the aliases before it serves without them.
@@ -157,6 +159,11 @@ class Dispatcher:
                         return await self._starts.unless_unusable(request.base_id, response)
                 except GivenBack as given:
                     request = replace(request, waited_s=given.waited_s)
+                except QueueFull:
+                    if not losses and not request.waited_s:
+                        raise
+                    # It was accepted before: others have taken its place, and it waits for one.
+                    await asyncio.sleep(RESEND_AFTER_S)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)
@@ -191,6 +198,11 @@ class Dispatcher:
                     return
                 except GivenBack as given:
                     request = replace(request, waited_s=given.waited_s)
+                except QueueFull:
+                    if not losses and not request.waited_s:
+                        raise
+                    # It was accepted before: others have taken its place, and it waits for one.
+                    await asyncio.sleep(RESEND_AFTER_S)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)

@@ -9,9 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.serve.exceptions import BackPressureError
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, GivenBack
+from serve_app.deployments.ingress import ingress
 from serve_app.deployments.ingress.ingress import MOST_OF_PLACES, Dispatcher
 from serve_app.deployments.registry.fleet import ReplicaCount
 from serve_app.errors import QueueFull, ReplicaLost
@@ -60,6 +62,10 @@ class Handle:
         return len(self.sent) == count
 
 
+def full() -> BackPressureError:
+    return BackPressureError(num_queued_requests=PLACES, max_queued_requests=PLACES)
+
+
 def dispatcher(handle: Any) -> Dispatcher:
     settings = {"max_ongoing_requests": PLACES / 2, "max_queued_requests": PLACES / 2}
     base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": settings}
@@ -81,6 +87,30 @@ async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has
     handle.calls[-1].outcome.set_result("images")
     assert await call == "images"
     assert handle.sent == [replace(request(), waited_s=waited_s) for waited_s in (0.0, 7.0, 9.0)]
+
+
+@pytest.mark.parametrize("end", [GivenBack(7.0), ReplicaLost(BASE, attempts=1)], ids=["given back", "lost"])
+async def test_what_was_accepted_waits_for_a_place_where_others_have_taken_its_own(
+    end: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ingress, "RESEND_AFTER_S", 0)
+    handle = Handle()
+    call = asyncio.create_task(dispatcher(handle)(request()))
+    for number, outcome in enumerate((end, full(), full()), start=1):
+        assert await handle.has_sent(number)
+        handle.calls[-1].outcome.set_exception(outcome)
+    assert await handle.has_sent(4)
+    handle.calls[-1].outcome.set_result("images")
+    assert await call == "images"
+
+
+async def test_what_finds_no_place_at_first_is_refused() -> None:
+    handle = Handle()
+    call = asyncio.create_task(dispatcher(handle)(request()))
+    assert await handle.has_sent(1)
+    handle.calls[-1].outcome.set_exception(full())
+    with pytest.raises(QueueFull):
+        await call
 
 
 async def test_of_a_request_s_parts_that_lost_their_replicas_one_at_a_time_is_sent_again() -> None:
