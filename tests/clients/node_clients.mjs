@@ -4,6 +4,7 @@ import { readFileSync } from "node:fs";
 import { generateImage } from "ai";
 import { createOpenAI } from "@ai-sdk/openai";
 import { InferenceClient } from "@huggingface/inference";
+import { DallEAPIWrapper } from "@langchain/openai";
 import OpenAI, { toFile } from "openai";
 
 const [url, adapter, path, everything] = process.argv.slice(2);
@@ -32,3 +33,7 @@ say("ai", "generate", made.image.base64);
 const whole = { text: prompt, images: [picture], mask };
 const remade = await generateImage({ model: sdk.image(adapter), prompt: whole });
 say("ai", "edit", remade.image.base64);
+
+// Asks for a style, a quality and an address, whatever its user says.
+const tool = new DallEAPIWrapper({ baseUrl: `${url}/v1`, apiKey: "none", model: adapter, size: "64x64" });
+say("langchain", "generate", (await tool.invoke(prompt)).replace("data:image/png;base64,", ""));
