@@ -32,7 +32,7 @@ from serve_app.cli.terminal import (
     print_line,
     reporting,
 )
-from serve_app.core import AdapterRef, AppliedAdapter, Scales, UnresolvedRequest, scale_of
+from serve_app.core import AdapterRef, AppliedAdapter, PromptSyntax, Scales, UnresolvedRequest, scale_of
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
@@ -90,6 +90,9 @@ def generate(
     size: Size = None,
     guidance: Annotated[float | None, typer.Option(help="How closely to follow the prompt.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="A noise scheduler that the base offers.")] = None,
+    prompt_syntax: Annotated[
+        PromptSyntax | None, typer.Option(help="How the prompts are written; without it the service's default.")
+    ] = None,
     image: Image = None,
     strength: Annotated[float | None, typer.Option(help="With --image: over 0 (keep it) to 1 (ignore it).")] = None,
     mask: Annotated[
@@ -116,7 +119,7 @@ def generate(
     draft = UnresolvedRequest(
         prompt=prompt, model=model, adapters=tuple(_adapter(text) for text in lora or []), negative_prompt=negative,
         width=width, height=height, steps=steps, guidance_scale=guidance, scheduler=scheduler, seed=seed,
-        num_images=count, strength=strength,
+        num_images=count, strength=strength, prompt_syntax=prompt_syntax,
     )  # fmt: skip
     with reporting(as_json=as_json), ServiceClient(url, key, timeout_s=timeout_s) as service:
         pictures = Pictures(_read(image), _read(mask) if mask else None) if image is not None else None

@@ -208,6 +208,7 @@ def _asked(draft: UnresolvedRequest, form: str) -> dict[str, Any]:
         "num_inference_steps": draft.steps,
         "guidance_scale": draft.guidance_scale,
         "scheduler": draft.scheduler,
+        "prompt_syntax": draft.prompt_syntax,
         "seed": draft.seed,
         "strength": draft.strength,
         "loras": [_entry(ref) for ref in draft.adapters] or None,

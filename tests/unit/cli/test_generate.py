@@ -18,13 +18,14 @@ def test_every_option_reaches_the_service(run: Run, url: str, gateway: FakeGatew
         "generate", "a red circle", "-o", tmp_path / "out.png", "--url", url, "-m", "demo/sdxl",
         "--lora", "demo/sdxl-sepia:0.5", "-l", "acme/x@v1:-0.25", "-l", "acme/y@v2", "-l", "acme/z:0.75/0.5",
         "--negative", "blue", "--seed", 11, "--steps", 9, "--size", "96x64", "--guidance", 2.5,
-        "--scheduler", "DDIMScheduler",
+        "--scheduler", "DDIMScheduler", "--prompt-syntax", "comfyui",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     draft = gateway.draft
     assert (draft.prompt, draft.model, draft.negative_prompt) == ("a red circle", "demo/sdxl", "blue")
     assert (draft.width, draft.height, draft.steps, draft.seed) == (96, 64, 9, 11)
     assert (draft.guidance_scale, draft.scheduler, draft.num_images) == (2.5, "DDIMScheduler", 1)
+    assert draft.prompt_syntax == "comfyui"
     assert draft.adapters == (
         AdapterRef("demo/sdxl-sepia", 0.5),
         AdapterRef("acme/x", -0.25, "v1"),
