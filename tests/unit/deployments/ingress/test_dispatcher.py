@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
 from serve_app.config import AppConfig
-from serve_app.core import GenerationRequest, GivenBack
+from serve_app.core import GenerationRequest, GivenBack, PixelImage, Preview, Progress
 from serve_app.deployments.ingress import ingress
 from serve_app.deployments.ingress.ingress import MOST_OF_PLACES, Dispatcher
 from serve_app.deployments.registry.fleet import ReplicaCount
@@ -21,6 +22,7 @@ from tests.engine_cases import request
 
 BASE = request().base_id
 PLACES = 8
+PROGRESS, PREVIEW = Progress(0, 1, 2), Preview(0, 0, PixelImage(1, 1, b"rgb"))
 
 
 class Response:
@@ -144,3 +146,47 @@ async def test_no_key_has_all_places_of_a_base() -> None:
         call.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await call
+
+
+class Stream:
+    """The events of a call: some, and then the loss of its replica."""
+
+    def __init__(self, *events: Any) -> None:
+        self._events = iter(events)
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return next(self._events)
+        except StopIteration:
+            raise RayActorError from None
+
+    def cancel(self) -> None:
+        pass
+
+
+class StreamingHandle(Handle):
+    """A handle whose calls bring what the test says, one after the other."""
+
+    def __init__(self, *streams: Stream) -> None:
+        super().__init__()
+        self._streams = iter(streams)
+
+    @property
+    def generate_stream(self) -> StreamingHandle:
+        return self
+
+    def remote(self, asked: GenerationRequest) -> Any:
+        self.sent.append(asked)
+        return next(self._streams)
+
+
+@pytest.mark.parametrize(("shown", "sent"), [(PROGRESS, 2), (PREVIEW, 1)], ids=["progress", "a picture"])
+async def test_a_stream_that_lost_its_replica_is_begun_again_unless_a_picture_was_shown(shown: Any, sent: int) -> None:
+    handle = StreamingHandle(Stream(shown), Stream(PREVIEW))
+    with pytest.raises(ReplicaLost):
+        async for _ in dispatcher(handle).stream(request()):
+            pass
+    assert len(handle.sent) == sent
