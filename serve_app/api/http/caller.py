@@ -37,7 +37,7 @@ class ImageQuota(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request; `key` is the name of its key, None where none are configured."""
+    """The sender of a request; `key` is the name of its key, None if none are configured."""
 
     key: str | None = None
     allowance: ImageQuota | None = None

@@ -42,7 +42,7 @@ class Registry(Protocol):
         """Return one adapter or alias.
 
         Raises:
-            LoraplexError: whatever resolving the name raises.
+            LoraplexError: the name cannot be resolved.
         """
         ...
 
@@ -56,7 +56,7 @@ class Registry(Protocol):
 
         Raises:
             NameTaken: the name means something else.
-            LoraplexError: whatever resolving the target raises.
+            LoraplexError: the target cannot be resolved.
         """
         ...
 
@@ -64,7 +64,7 @@ class Registry(Protocol):
         """Remove an alias, and have every replica forget the adapter once it is not in use.
 
         Raises:
-            LoraplexError: whatever resolving the name raises.
+            LoraplexError: the name cannot be resolved.
         """
         ...
 
@@ -72,13 +72,13 @@ class Registry(Protocol):
         """Have so many replicas hold an adapter in memory.
 
         Raises:
-            LoraplexError: whatever resolving or fetching it raises.
+            LoraplexError: it cannot be resolved or fetched.
         """
         ...
 
 
 class Gateway(Protocol):
-    """The service behind the HTTP layer; a call that is cancelled, or closed early, must free whatever it held."""
+    """The service behind the HTTP layer; a call that is cancelled, or closed early, must free all that it held."""
 
     async def generate(self, unresolved: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         """Return the images of a request.

@@ -166,7 +166,7 @@ class KeyQuotas:
     def of(self, key: str, limits: KeyLimits) -> KeyQuota:
         """Return what a key may still do; limits that have changed start again."""
         if (key, limits) not in self._known:
-            # Keys come and go; whatever has nothing to remember can be forgotten.
+            # Keys come and go; forget those with nothing counted.
             self._known = {one: known for one, known in self._known.items() if not known.is_untouched}
             self._known[key, limits] = KeyQuota(key, limits, clock=self._clock, share=self._share)
         return self._known[key, limits]
@@ -255,5 +255,5 @@ class _LocalGrant:
 
 
 def _part(limit: int, share: float) -> int:
-    # A hair more: a third of three is one, whatever rounding says.
+    # A hair more, so that rounding leaves a third of three at one.
     return max(1, math.floor(limit * share + 1e-9))

@@ -84,7 +84,7 @@ Seed = Annotated[
 class ScalesEntry(RequestModel):
     """Scales of their own for denoiser and text encoders; `unet` and `transformer` are other names for the denoiser.
 
-    Whichever is absent is 1.
+    A scale that is absent is 1.
     """
 
     denoiser: float | None = None

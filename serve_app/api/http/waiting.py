@@ -32,7 +32,7 @@ TIMEOUT_PARAMETER = header_parameter(
 
 
 class ClientDisconnected(Exception):
-    """The caller hung up: nobody will read a reply."""
+    """The caller hung up and will read no reply."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,7 +64,7 @@ Size = Annotated[str, AfterValidator(_known_size)]
 
 
 class ImageGeneration(PipelineParameters):
-    """A request for images; whatever is absent or null is the base's default."""
+    """A request for images; a field that is absent or null takes the base's default."""
 
     prompt: str
     model: Name | None = Field(default=None, description="a base, an adapter, or '<base>:<adapter>'")

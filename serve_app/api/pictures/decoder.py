@@ -37,8 +37,8 @@ class EncodedPicture:
 class PictureDecoder:
     """Decodes pictures, `PROCESSES` at a time, each for at most `limit_s` of a processor's time.
 
-    A process starts with the first picture that needs it, and again after one that ended it. Whoever stops waiting ends
-    the process that works for it.
+    A process starts with the first picture that needs it, and again after one that ended it. A caller that stops
+    waiting ends the process that works for it.
     """
 
     def __init__(self, *, max_pixels: int, limit_s: float) -> None:
@@ -165,7 +165,7 @@ class _Child:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
+        """End it at once, even in the middle of a picture."""
         self._process.kill()
         self._process.wait()
 

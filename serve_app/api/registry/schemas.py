@@ -226,7 +226,7 @@ class BaseLimits(BaseModel):
 
 
 class FusedLora(BaseModel):
-    """An adapter that is part of a base, whatever a request names."""
+    """An adapter that is part of a base in every request."""
 
     id: str
     scale: float
