@@ -38,7 +38,7 @@ def stack_layers(components: Mapping[str, Mapping[str, Delta]]) -> StackedLayers
 
 
 def layer_order(module: str) -> tuple[list[str], list[int]]:
-    """Return the place of a module in its stack: what is called alike lies together, whichever block it is in.
+    """Return the place of a module in its stack: modules of one name lie together, across blocks.
 
     Trainers choose layers by the ends of their names, so that their choices lie in few pieces.
     """

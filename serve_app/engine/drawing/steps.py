@@ -17,7 +17,7 @@ BetweenSteps = Callable[[], None]
 
 
 class GenerationCancelled(Exception):
-    """Nobody wants the pass any more; it stopped between two steps."""
+    """No caller waits for the pass any more; it stopped between two steps."""
 
 
 class StepCallback:

@@ -21,7 +21,7 @@ _SCRATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 # On a CPU a layer with a larger product is fused in blocks of rows, each from product to sum while it is in the
 # cache next to the core. Rows of a product do not depend on each other, so that the bits are those of the whole.
 _BLOCK_ELEMENTS = 1 << 19
-_ROWS_TOGETHER = 16  # blocks begin where a matrix of their own might, whatever the rank
+_ROWS_TOGETHER = 16  # blocks begin where a matrix of their own might, for any rank
 
 
 class BatchedProducts:

@@ -24,7 +24,7 @@ from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, la
 from serve_app.engine.weights.side_stream import SideStream
 
 AdapterSet = Sequence[tuple[ParsedAdapter, Scale]]
-# What weights that are being written hold: no composition, so that whatever comes next is applied.
+# The key of weights that are being written: equal to no composition, so that the next one is applied.
 _NONE: AdapterSetKey = (("", 0.0),)
 
 
@@ -175,7 +175,7 @@ class FusedWeights:
 
     @property
     def base_tensors(self) -> dict[str, Tensor]:
-        """The loaded tensors, parameters and buffers, whatever is bound now, by component and name.
+        """The loaded tensors, parameters and buffers, by component and name, regardless of what is bound now.
 
         They are never written: with the pristine weights on the host, the copies of what adapters may change.
         """
@@ -192,9 +192,9 @@ class FusedWeights:
         return slot is not None and self._is_written(slot)
 
     def prepare(self, composition: AdapterSet) -> PreparedSwap:
-        """Fuse a composition into buffers that are not bound, whatever is bound meanwhile; for `bind`.
+        """Fuse a composition into buffers that are not bound, for `bind`; others may be bound meanwhile.
 
-        Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is. With the
+        An earlier preparation is written over. A failure is raised and leaves what is bound as it is. With the
         pristine weights on the host it only looks the layers up, and binding fuses.
         """
         self._version += 1
@@ -235,7 +235,7 @@ class FusedWeights:
         self._fuser.reserve(2 if ahead else 1)
 
     def drop_spare_buffers(self) -> None:
-        """Give back the memory of buffers that are not bound; whatever was prepared is lost."""
+        """Give back the memory of buffers that are not bound; a prepared swap is lost."""
         self._version += 1
         self._fuser.drop_spares()
 
@@ -246,7 +246,7 @@ class FusedWeights:
             self._cache.clear()
 
     def checksum(self) -> str:
-        """Return the sha256 of the loaded tensors, parameters and buffers, whatever is bound now; hex.
+        """Return the sha256 of the loaded tensors, parameters and buffers, in hex, regardless of what is bound now.
 
         The same base gives the same value in any process: names, dtypes, shapes and bytes go in, by sorted name.
         """

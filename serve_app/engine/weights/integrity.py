@@ -39,7 +39,7 @@ class IntegrityChecker:
     """Whether tensors still have the bits that they had at construction.
 
     A checksum is the sum of a part's 64-bit words, each multiplied by an odd weight of its place, modulo 2**64:
-    whatever happens to one word changes it. The tensors must not be moved, nor written but where it is told.
+    any change of one word changes it. The tensors must not be moved, nor written but where it is told.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class OomCounts:
 class OomRecovery:
     """The device's memory, as far as it can be made to suffice.
 
-    Invariant: after `free_memory` the base is whole, whatever failed where: its own weights or a complete composition
+    Invariant: after `free_memory` the base is whole, even after failures: its own weights or a complete composition
     bound, each module in its dtype.
     """
 

@@ -169,7 +169,7 @@ class RequestSlice:
     def of(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request for these images alone, each with the seed that it has in the whole.
 
-        A part of a request asks for no previews, as nobody could tell of which images they are.
+        A part of a request asks for no previews, as a caller could not tell which images they show.
         """
         part = request.part(self.first, self.count)
         return part if part is request else replace(part, num_previews=0)

@@ -97,8 +97,8 @@ class DeviceBooks:
     def arrived(self, share: str, work_s: float, others: Collection[str]) -> None:
         """Note a request of a caller, whose work is over its weight; `others` are those who have requests here.
 
-        A caller who comes back starts level with those who had least, but for this request's work: what it had while
-        nobody else asked does not count against it, and what it did not ask for gives it no more than that.
+        A caller who comes back starts level with those who had least, but for this request's work: the time it
+        had while no other asked does not count against it, and the time it did not ask for gives it no more than that.
         """
         if share not in others:
             level_s = min(map(self.had_s, others)) - work_s if others else max(self._had_s.values(), default=0.0)

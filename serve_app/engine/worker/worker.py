@@ -376,7 +376,7 @@ class EngineWorker:
         """Set a run aside where another's turn has come, until its own comes again.
 
         Raises:
-            GenerationCancelled: nobody wants it any more.
+            GenerationCancelled: no caller waits for it any more.
         """
         with self._changed:
             if not self._queue.is_to_suspend(run, self._applied):
@@ -392,7 +392,7 @@ class EngineWorker:
         self._bind(run)
 
     def _abandon(self, reason: str | None = None) -> None:
-        """Fail all remaining jobs when the thread ends, for whatever reason."""
+        """Fail all remaining jobs when the thread ends, for any reason."""
         with self._changed:
             self._is_closing = True
             left = self._queue.clear()
