@@ -15,8 +15,8 @@ from random import Random
 from serve_app.core import GenerationRequest
 from serve_app.work import LatencyModel, work_units
 
-# What a missing adapter counts, as work does: about what it takes from its source to memory. Nobody waits for a replica
-# that holds it longer than that.
+# What a missing adapter counts, as work does: about what it takes from its source to memory. No request
+# waits longer than that for a replica that holds it.
 FETCH_S = 0.5
 FETCH_BYTE_S = 1 / 100e6
 # What a swap counts. It decides between replicas that are otherwise alike.

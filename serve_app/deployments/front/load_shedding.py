@@ -43,7 +43,7 @@ _ALWAYS_LET_IN = ("/v1/loras", "/-/")
 class InFlightLimit:
     """How many requests may be in flight through one proxy. Pure but for the clock.
 
-    Invariant: whatever is reported, `SLACK_REQUESTS` requests may always be in flight.
+    Invariant: `SLACK_REQUESTS` requests may always be in flight, no matter what is reported.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -145,7 +145,7 @@ class LoadSheddingMiddleware:
 
 
 class _Arriving:
-    """A request's body on its way in: while its caller is waited for, the request keeps nobody else out."""
+    """A request's body on its way in: while it waits for its caller, it does not count against the limit."""
 
     def __init__(self, receive: Receive, limit: InFlightLimit) -> None:
         self._receive = receive

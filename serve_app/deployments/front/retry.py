@@ -1,7 +1,7 @@
 """A request whose ingress replica is lost: sent again to another, or refused as the contract says.
 
-Owns what Serve's proxy leaves open: where the replica that it chose dies, it answers with a bare 500, whatever may be
-left of the request's time and the service. Runs inside the proxy, so it knows no configuration and no Ray.
+Owns what Serve's proxy leaves open: where the replica that it chose dies, it answers with a bare 500, even if the
+request has time left and other replicas run. Runs inside the proxy, so it knows no configuration and no Ray.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PIECE_BYTES = 1024**2
 GATHER_S = 5.0
 # Serve's own paths, which no application answers.
 _SERVE_S_OWN = "/-/"
-# What it changes is not to be done twice: who removes what is gone is told that it was never there.
+# Not DELETE: a removal that is sent a second time is told that nothing was there.
 _RESENT = frozenset(("GET", "HEAD", "POST"))
 _REQUEST_ID = "x-request-id"
 _SEED = "x-seed"
@@ -215,7 +215,7 @@ class _AttemptResponse:
 class ClientResponse:
     """What a caller gets, over all attempts.
 
-    An answer that Serve itself gives, because it found nobody to ask, is not passed on. A stream goes on with the
+    An answer of Serve's own, given because it found no replica, is not passed on. A stream goes on with the
     events of the next attempt, or ends with what that is refused with.
     """
 

@@ -150,7 +150,7 @@ class ServiceGateway:
         resolution = await self._resolve(draft)
         if syntax is not None or resolution.base.prompt_syntax == "plain":
             return draft, resolution
-        # The base decides, so that it stays the base whatever its prompt names.
+        # The base decides the syntax, so the adapters in its prompt must not change the base.
         named = replace(unresolved, model=unresolved.model or resolution.base.id)
         draft = with_prompt_adapters(named, resolution.base.prompt_syntax)
         return draft, resolution if draft.adapters == unresolved.adapters else await self._resolve(draft)

@@ -29,7 +29,7 @@ def resolve_defaults(
 ) -> GenerationRequest:
     """Fill in what the draft leaves open and check every bound of the base; `seed` is used where the draft has none.
 
-    `family` None means that nobody knows it yet; the replica then refuses what is refused here otherwise.
+    `family` None means that it is not known yet; then the replica makes the refusals that are made here otherwise.
 
     Raises:
         MalformedRequest: the family draws from no such inputs, or takes no such parameter.

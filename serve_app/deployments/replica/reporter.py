@@ -102,7 +102,7 @@ class ReplicaReporter:
         )
 
     def forget(self, model: str) -> bool:
-        """Drop all revisions and files of an adapter from memory once nobody uses them; say whether one was there."""
+        """Drop all revisions and files of an adapter from memory once unused; say whether one was there."""
         entries = {key: entry for key, entry in self._entries.items() if entry.id == model}
         was_held = any(map(self._store.is_resident, entries))
         for key, entry in entries.items():

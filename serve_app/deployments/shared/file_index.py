@@ -28,7 +28,7 @@ class SharedFile:
 class DownloadCoordinator:
     """Who fetches what, and what was fetched.
 
-    Invariants: while somebody fetches a key, for at most `patience_s`, nobody else is told to. Files that were asked
+    Invariants: while one replica fetches a key, for at most `patience_s`, no other is told to. Files that were asked
     for least recently are forgotten, so that those known never exceed the budget.
     """
 

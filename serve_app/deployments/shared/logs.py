@@ -21,7 +21,7 @@ _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class SafeLines(logging.Filter):
-    """Makes each record safe to read, whatever callers put into paths and names.
+    """Makes each record safe to read, no matter what callers put into paths and names.
 
     Tokens and keys are cut down. Line ends, escapes and other control characters are written as their codes, so that a
     record is one line; the lines of a traceback are indented, as its message may quote a caller.

@@ -1,11 +1,11 @@
 """Adapter files between nodes: fetched from the Hub or an object store once for the cluster, then copied from a peer.
 
-    replica -> Keeper.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
+    replica -> Keeper.claim -> no node has it: fetch from the Hub, put the bytes into Ray's object store, announce
                                -> a peer has it: copy the bytes from Ray's object store, check their digest
                                -> somebody is fetching it: wait for that, for a while
 
-Owns the way of a file from a peer's memory to this node's disk. Whatever goes wrong on that way costs a fetch from the
-Hub and nothing else. Only replicas come here, and only for adapters whose access the ingress has checked. Must not know
+Owns the way of a file from a peer's memory to this node's disk. A failure on that way costs a fetch from the Hub and
+nothing else. Only replicas come here, and only for adapters whose access the ingress has checked. Must not know
 how the Hub is asked, nor what a file holds.
 """
 
@@ -97,7 +97,7 @@ class SharedFiles:
         It stays there at least until `release`.
 
         Raises:
-            LoraplexError: whatever the Hub's own way raises.
+            LoraplexError: no peer has it and the Hub's download fails.
         """
         return await self._shared(spec, filename or spec.filename, lambda: self._files.path(spec, filename))
 
