@@ -224,7 +224,7 @@ def _with_background(head: str, background: str | None, rng: random.Random) -> s
 
 
 def gibberish(rng: random.Random) -> str:
-    """Words that nobody knows."""
+    """Words without a meaning."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     return " ".join("".join(rng.choices(letters, k=rng.randint(2, 8))) for _ in range(rng.randint(1, 4)))
 

@@ -64,7 +64,7 @@ class Job:
 
 
 class Jobs:
-    """Makes jobs of arrivals; whatever arrivals share is made once."""
+    """Makes jobs of arrivals; parts that arrivals share are made once."""
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         self._sizes = workload.sizes

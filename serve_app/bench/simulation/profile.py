@@ -44,7 +44,7 @@ class LinearCost:
 class TierCosts:
     """What the steps between the tiers take.
 
-    `swap` changes the weights once, whatever is applied then; `to_device`, `to_host` and `fetch` bring an adapter
+    `swap` changes the weights once, to any composition; `to_device`, `to_host` and `fetch` bring an adapter
     from host memory, from the node's disk, and from its source through admission.
     """
 
@@ -64,7 +64,7 @@ class BaseTimings:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One kind of machine. `blog_swap_s` is a change of adapters the old way; `unproved` names what nobody measured."""
+    """One kind of machine. `blog_swap_s` is a change of adapters the old way; `unproved` names what is unmeasured."""
 
     name: str
     about: str
