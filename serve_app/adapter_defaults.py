@@ -1,4 +1,4 @@
-"""What an adapter says of how it wants to be drawn with, for requests that say nothing. Pure."""
+"""The settings that an adapter recommends, for requests that set none. Pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class AdapterDefaults:
 
     @property
     def sampling_steps(self) -> object:
-        """Whatever says how many steps there are, or None."""
+        """The field that sets the number of steps, or None."""
         return next((one for one in (self.steps, self.sigmas, self.timesteps) if one is not None), None)
 
 

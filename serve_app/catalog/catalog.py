@@ -45,7 +45,7 @@ LISTED_AT_ONCE = 8
 INDEX_WAIT_S = 0.5
 # Comparing takes half a millisecond for ten names.
 MAX_COMPARED = 300
-# How the names begin that clients of OpenAI's shape ask for where nobody tells them otherwise.
+# How the model names begin that OpenAI clients ask for by default.
 CLIENTS_OWN_MODELS = ("gpt-image-", "dall-e-")
 
 

@@ -124,4 +124,4 @@ class Family:
 NEVER = math.inf
 """As `guided_above`: guidance goes into the denoiser as a number, and never runs it twice."""
 ALWAYS = -math.inf
-"""As `guided_above`: the unguided half is computed whatever the guidance."""
+"""As `guided_above`: the unguided half is computed at any guidance."""

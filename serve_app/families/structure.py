@@ -212,7 +212,7 @@ _HIDDEN = re.compile(r"(?:^|_)(?:to_q|to_k|to_v|attn_qkv|attention_qkv|qkv[12]?|
 
 
 def component_of(stem: str) -> str | None:
-    """Return "unet", "transformer" or "text_encoder", whichever a layer's name is of, or None."""
+    """Return "unet", "transformer" or "text_encoder", to which a layer belongs by its name, or None."""
     prefix, rest = split_prefix(stem)
     if prefix.component not in (DENOISER, "unet", "transformer"):
         return "text_encoder"

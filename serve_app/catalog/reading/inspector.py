@@ -38,7 +38,7 @@ MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What is known of one adapter file, whichever base a request names."""
+    """The facts of one adapter file that hold for any base."""
 
     id: str
     origin: str

@@ -36,7 +36,7 @@ def card_from_sidecars(*, webui: bytes | None, civitai: bytes | None) -> Card:
     """Return what both files together say, as a card would; either may be missing."""
     own, published = _table(webui), _table(civitai)
     typed = {
-        "scale": own.get("preferred weight") or None,  # 0 is the field that nobody has filled in
+        "scale": own.get("preferred weight") or None,  # 0 is a field that was not filled in
         "trigger_words": own.get("activation text"),
         "negative_prompt": own.get("negative text"),
     }

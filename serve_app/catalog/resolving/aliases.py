@@ -86,7 +86,7 @@ class AliasTable:
 
 @contextmanager
 def told_as(name: str, target: str) -> Generator[None]:
-    """Refuse what an alias stands for under the alias's name: it tells nobody without access what that is."""
+    """Refuse an alias's target under the alias's name, so that callers without access do not learn the target."""
     try:
         yield
     except UNREADABLE as error:
