@@ -34,7 +34,7 @@ P = ParamSpec("P")
 
 Tier = Literal["host", "disk", "remote"]
 
-# What `load` may raise for a damaged file, which is then made again.
+# Errors of `load` for a damaged file, which is then made again.
 _DAMAGED = (OSError, ValueError, LookupError, LoraplexError)
 
 _THREADS = 4

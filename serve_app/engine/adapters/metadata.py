@@ -86,7 +86,7 @@ class Scaling:
 def read_scalings(
     metadata: Mapping[str, str], components: Iterable[str], unnamed: str, name: str
 ) -> dict[str, Scaling]:
-    """Return the scaling of each component that the metadata speaks of; what names none is that of `unnamed`.
+    """Return the scaling of each component that the metadata names; values without a component are those of `unnamed`.
 
     Raises:
         MalformedFile: the metadata is not what diffusers writes.

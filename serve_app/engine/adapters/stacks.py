@@ -1,4 +1,4 @@
-"""Changes of layers that are alike, stacked: what one call of torch can multiply, and one copy can move.
+"""Changes of layers that are alike, stacked, so that one call of torch multiplies and one copy moves them.
 
 Owns which changes are stacked, and the order and place of layers in a stack, which are those of their weights in a
 slab too. Must not know files or live models.

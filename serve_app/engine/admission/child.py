@@ -83,7 +83,7 @@ def _settle(parent: int) -> None:
 
 
 def _private_output() -> int:
-    """Keep standard output for the replies alone; what libraries print goes to standard error."""
+    """Keep standard output for the replies alone; output of libraries goes to standard error."""
     replies = os.dup(1)
     os.dup2(2, 1)
     return replies

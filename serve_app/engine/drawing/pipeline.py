@@ -1,7 +1,7 @@
 """One base model as a function: requests in, pixels out.
 
 Owns the loaded pipelines, what a request may ask of them, and one pass over the device. Must not know
-adapters' weights, queues or threads: anyone who calls sees to it that one thread at a time does.
+adapters' weights, queues or threads: callers must use it from one thread at a time.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class BasePipeline:
 
     @property
     def family(self) -> Family:
-        """What is known of bases of this kind, as this base's own configuration has it."""
+        """The facts of this kind of base, as this base's own configuration has them."""
         return self._variants.family
 
     @property

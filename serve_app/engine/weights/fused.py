@@ -29,7 +29,7 @@ _NONE: AdapterSetKey = (("", 0.0),)
 
 
 class StalePreparation(Exception):
-    """What was prepared has been written over since, and must not be bound."""
+    """The prepared swap has been written over since, and must not be bound."""
 
 
 class Fuser(Protocol):
@@ -84,8 +84,8 @@ class PreparedSwap:
 class FusedWeights:
     """The weights of a base's components, as loaded or with adapters fused in.
 
-    Invariants: the tensors that were loaded are never written; what is bound depends on the composition alone, never
-    on what was bound before; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
+    Invariants: the tensors that were loaded are never written; the bound weights depend on the composition alone, never
+    on earlier ones; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
     bound; after a failure to apply, the base is bound. Fused buffers exist only for slabs and parameters that some
     adapter touched, unless `reserve` made them; all are kept for the next. Compositions that were fused stay in up to
     `fused_sets` sets of them, and changing to one of these binds it and computes nothing.
@@ -150,7 +150,7 @@ class FusedWeights:
 
     @property
     def applied(self) -> AdapterSetKey:
-        """What is bound: (digest, scale) of each adapter, in order; empty for the base."""
+        """The bound composition: (digest, scale) of each adapter, in order; empty for the base."""
         return self._applied
 
     @property
@@ -183,7 +183,7 @@ class FusedWeights:
 
     @property
     def checksummed_tensors(self) -> dict[str, Tensor]:
-        """What must keep the bits that it was loaded with, except while `is_modified`: base and live weights."""
+        """Tensors that must keep their loaded bits, except while `is_modified`: base and live weights."""
         return self.base_tensors | {name: slot.parameter.data for name, slot in self._live.items()}
 
     def is_modified(self, name: str) -> bool:
@@ -205,7 +205,7 @@ class FusedWeights:
         """Bind a prepared composition: an assignment per parameter, and no arithmetic.
 
         Raises:
-            StalePreparation: something else was prepared or applied since; what is bound stays.
+            StalePreparation: something else was prepared or applied since; the bound weights stay.
         """
         if prepared.version != self._version:
             raise StalePreparation

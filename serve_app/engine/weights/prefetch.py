@@ -92,7 +92,7 @@ class SwapPrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _finished(self) -> PreparedSwap | None:
-        """Wait for the work under way; what fails here fails again, and is reported, when it is applied."""
+        """Wait for the work under way; a failure here is repeated, and reported, when the swap is applied."""
         if self._work is None:
             return None
         try:

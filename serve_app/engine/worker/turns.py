@@ -15,11 +15,11 @@ from typing import Protocol
 from serve_app.core import Priority
 from serve_app.engine.worker.scheduling import AdapterSetKey
 
-# What changes of adapters may take of the device's time, for the sake of taking turns.
+# The share of the device's time that changes of adapters may take for the sake of turns.
 MAX_CHANGE_SHARE = 0.03
 # Time without changes counts for later ones as far back as this.
 CREDIT_WINDOW_S = 60.0
-# What changes may take before anything has run.
+# The time that changes may take before anything has run.
 FIRST_CREDIT_S = 0.1
 # The device time that a caller has had is forgotten with this time constant.
 FAIRNESS_WINDOW_S = 20.0
@@ -151,7 +151,7 @@ class DeviceBooks:
 
 
 class ChooseTurn(Protocol):
-    """What decides whose turn it is: `next_claim`, but for tests."""
+    """Decides whose turn it is: `next_claim`, but for tests."""
 
     def __call__(
         self,
