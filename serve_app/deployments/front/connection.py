@@ -62,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        """Begin a head; what is raised here ends the connection."""
+        """Begin a head; an exception here ends the connection."""
         if len(self.pipeline) >= MAX_REQUESTS_AHEAD:
             raise ValueError(f"over {MAX_REQUESTS_AHEAD} requests were sent ahead of their answers")
         if self._head_timer is None:

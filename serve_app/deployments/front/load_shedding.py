@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HELD_HEADER = "x-loraplex-held"
 # For so long after a full queue was reported, the count is limited by what was reported.
 REPORT_TTL_S = 5.0
-# What may be on its way beyond what is held, and a share of that: it is looked at, and taken or refused, in a moment.
+# Requests allowed on their way beyond those held, and a share of those: they are accepted or refused in a moment.
 SLACK_REQUESTS = 8
 SLACK_SHARE = 1 / 16
 # Before the first reply.

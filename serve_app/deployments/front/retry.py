@@ -54,8 +54,8 @@ class RetryMiddleware:
     anything but progress was.
 
     At most `MAX_RESENDS` times, with the same id, the seed that a stream has told, and only what was kept of its body:
-    the application draws no image twice that anybody sees. What cannot be repeated is answered with the contract's 503,
-    a stream that had begun with an error event.
+    no caller sees an image drawn twice. A request that cannot be repeated is answered with the contract's 503, a stream
+    that had begun with an error event.
     """
 
     def __init__(self, app: ASGIApp, on_loss: Callable[[Outcome], None], *, backoff_s: float = BACKOFF_S) -> None:
@@ -216,7 +216,7 @@ class ClientResponse:
     """What a caller gets, over all attempts.
 
     An answer of Serve's own, given because it found no replica, is not passed on. A stream goes on with the
-    events of the next attempt, or ends with what that is refused with.
+    events of the next attempt, or ends with its error.
     """
 
     forward: Send

@@ -140,7 +140,7 @@ def _strength(draft: UnresolvedRequest, base: BaseModelConfig, family: Family) -
         return None
     if draft.strength is not None:
         return draft.strength
-    # What is masked is to be redrawn, not to be touched up.
+    # A masked area is to be redrawn, not touched up.
     return base.defaults.strength if draft.mask is None else 1.0
 
 

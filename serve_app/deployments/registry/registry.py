@@ -187,7 +187,7 @@ class ServiceRegistry:
 
 
 class _AdapterUsage:
-    """What all replicas together say of each adapter."""
+    """The state of each adapter over all replicas."""
 
     def __init__(self, reports: Sequence[ReplicaReport]) -> None:
         self._resident: defaultdict[str, list[tuple[str, HeldIn]]] = defaultdict(list)

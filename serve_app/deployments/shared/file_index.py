@@ -40,7 +40,7 @@ class DownloadCoordinator:
         self._fetching: dict[str, tuple[float, asyncio.Event]] = {}
 
     async def claim(self, key: str) -> SharedFile | None:
-        """Return the file, waiting for anyone who fetches it; None means that the caller is to fetch it."""
+        """Return the file, waiting for a replica that fetches it; None means that the caller is to fetch it."""
         while True:
             if (file := self._known.get(key)) is not None:
                 self._forget(self._budget.add(key, file.size_bytes).evict)

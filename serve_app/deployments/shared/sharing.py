@@ -118,7 +118,7 @@ class SharedFiles:
         key = f"{spec.location}@{spec.revision}/{filename}"
         if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:
             return self._held.add(spec.key, copy)
-        # A copy that fails is forgotten, and anyone who asks first from then on fetches for all.
+        # A copy that fails is forgotten, and the next replica to ask fetches for all.
         for _ in range(2):
             try:
                 known = await self._keeper.claim.remote(key)
