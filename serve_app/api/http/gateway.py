@@ -1,4 +1,4 @@
-"""What the HTTP layer asks of the service behind it, and how a route comes by it.
+"""The interface of the service behind the HTTP layer, and how a route gets it.
 
 Owns the interface alone; `serve_app.deployments` implements it, tests give it a fake.
 """
@@ -20,9 +20,9 @@ from serve_app.core import GenerationEvent, GenerationResult, HubToken, ModelInf
 
 
 class Registry(Protocol):
-    """What is known of adapters, aliases, replicas and bases, and how the first two are changed.
+    """Reads adapters, aliases, replicas and bases, and changes the first two.
 
-    `token` is the caller's own for the Hub; what it alone may read is told to its owner alone.
+    `token` is the caller's own for the Hub; an adapter that only it may read is shown to its owner alone.
     """
 
     def bases(self) -> tuple[BaseModelConfig, ...]:

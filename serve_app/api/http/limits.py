@@ -67,10 +67,10 @@ class TokenBucket:
         self._filled_at = clock()
 
     def wait_s(self, count: float) -> float:
-        """Return in how many seconds `count` can be taken, 0 where they can be now; what is more than the bucket ever
-        holds can be taken when it is full."""
+        """Return in how many seconds `count` can be taken, 0 where they can be now; a count above the bucket's
+        size can be taken when it is full."""
         self._fill()
-        # A hair less: anyone who waits as long as was said must not be turned away by rounding.
+        # A hair less: rounding must not refuse a caller who waited as long as told.
         return max(0.0, min(count, self._capacity) - 1e-9 - self._level) / self._rate_s
 
     def take(self, count: float) -> None:
@@ -173,9 +173,9 @@ class KeyQuotas:
 
 
 class UnknownIdLimit:
-    """Counts look-ups of ids that nothing is known of, by key and by address; one that turns out to exist is free.
+    """Counts look-ups of unknown ids, by key and by address; one that turns out to exist is free.
 
-    Each ingress replica counts for itself: what is bounded is the work it does and the questions it asks the Hub.
+    Each ingress replica counts for itself: the limit bounds its own work and its requests to the Hub.
     """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float]) -> None:

@@ -49,7 +49,7 @@ class Deadline:
 
 
 def deadline_of(request: Request, max_s: float) -> Deadline:
-    """Return a request's deadline: what it asks for itself, else the most that it may have.
+    """Return a request's deadline: its own, else the longest allowed.
 
     Raises:
         MalformedRequest: the header is no number.

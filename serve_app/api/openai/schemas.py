@@ -262,7 +262,7 @@ class ModelList(BaseModel):
 
 
 EVENTS = (ProgressEvent, PartialImageEvent, CompletedEvent)
-"""What the data of a stream's events may be, beside a `ErrorEnvelope`, which is the last of a stream that failed."""
+"""The data of a stream's events, beside an `ErrorEnvelope`, which ends a stream that failed."""
 
 
 def _event_schema(names: JsonValue, data: type[BaseModel]) -> dict[str, Any]:

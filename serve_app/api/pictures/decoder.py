@@ -45,7 +45,7 @@ class PictureDecoder:
         self._max_pixels = max_pixels
         self._limit_s = limit_s
         self._idle: list[_Child] = []
-        # Not asyncio's own pool: what waits for a picture must not stand before anything else.
+        # Not asyncio's own pool: waiting for a picture must not block other work.
         self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="pictures")
         self.close = finalize(self, _close, self._idle, self._threads)
 
@@ -134,7 +134,7 @@ class _Child:
 
     def __init__(self, max_pixels: int) -> None:
         command = [sys.executable, "-W", "ignore", "-c", _BOOT, json.dumps(sys.path), str(max_pixels)]
-        # Nothing of our environment: it holds the Hub's token. What one picture took goes back to the system.
+        # Nothing of our environment: it holds the Hub's token. The memory of a picture goes back to the system.
         environment = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_FROM_BYTES)}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 

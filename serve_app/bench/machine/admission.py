@@ -106,7 +106,7 @@ async def _measure(
 
 
 async def _admit(path: Path, child: AdmissionProcess, times: _Times) -> None:
-    """Take one file to host memory; what was written goes, so that the next is new again."""
+    """Take one file to host memory; remove what was written, so that the next file is new again."""
     canonical = path.with_suffix(".canonical")
     child_before, began = _child_ms(child), time.perf_counter()
     await child.admit(path, "benchmark", canonical)

@@ -211,7 +211,7 @@ def _swap_figures(report: SwapReport) -> Figures:
 
 
 def run_kit(chosen: Sequence[str], *, limit_s: float, device: Device) -> GpuReport:
-    """Run the parts, or the chosen ones, until the limit; what is left then is not run."""
+    """Run the parts, or the chosen ones, until the limit; the rest is not run."""
     kit, began, parts = Kit(device), time.monotonic(), list[Part]()
     machine = describe_machine(torch.device(device), 1)
     for name, act in kit.parts().items():

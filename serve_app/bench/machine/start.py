@@ -1,7 +1,7 @@
 """The start benchmark: loading a denoiser against reading its file's bytes, in one run.
 
 Owns the folder that is loaded, shaped like a Hub repository, and the order of the measurements. The file is in the
-page cache throughout: what is measured is what loading adds to a disk that is as fast as memory.
+page cache throughout, so that this measures the cost of loading over a disk as fast as memory.
 """
 
 from __future__ import annotations

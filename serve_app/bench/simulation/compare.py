@@ -21,7 +21,7 @@ from serve_app.bench.traffic.workload import Workload
 from serve_app.bench.traffic.workload_statistics import quantile
 
 SCHEMA = 1
-# Further than so many times the work offered no search goes: what is slow there is slow alone.
+# No search goes beyond so many times the work offered: a request slow there is slow alone.
 MOST_OVER_OFFERED = 16
 
 
@@ -188,7 +188,7 @@ def plan(
 
 
 class _Search:
-    """The fewest replicas for one base; what was tried is kept for the curve."""
+    """The fewest replicas for one base; the counts tried are kept for the curve."""
 
     def __init__(self, parts: Sequence[Workload], profile: Profile, policy: Policy, p95_s: float, noise: float) -> None:
         self._parts, self._profile, self._policy = parts, profile, policy

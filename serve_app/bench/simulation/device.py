@@ -1,6 +1,6 @@
 """The device of a simulated replica: whole passes one after the other, or passes that take turns between steps.
 
-Owns when which pass has the device. What runs next is decided by the engine's own functions; this file lets time pass
+Owns when which pass has the device. The engine's own functions decide what runs next; this file lets time pass
 between their decisions. Must not know where requests come from or what is fetched.
 """
 
@@ -86,7 +86,7 @@ class WholePasses:
             self._begin(now_s)
 
     def give_back(self, keep_s: float, now_s: float) -> list[Job]:
-        """Give nothing back: what is here stays."""
+        """Give nothing back."""
         return []
 
     def _begin(self, now_s: float) -> None:
