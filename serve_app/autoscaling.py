@@ -177,7 +177,7 @@ class PredictedWorkPolicy:
         start_s = max(reported.get(START, {}).values(), default=ctx.policy_state.get(START, 0.0))
         request_s = _mean(reported.get(REQUEST, {})) or ctx.policy_state.get(REQUEST, 0.0)
         requests = ctx.total_num_requests
-        # What no replica has reported is in a handle's queue, or on its way.
+        # Requests that no replica has reported are in a handle's queue, or on their way.
         elsewhere = max(0.0, requests - sum(reported.get(REQUESTS, {}).values()))
         load = Load(
             running=ctx.current_num_replicas,

@@ -122,7 +122,7 @@ class BaseModelConfig(StrictModel):
 
     @property
     def part_sources(self) -> dict[str, ModelSource]:
-        """What replaces parts of the base: what is configured, and in float16 the VAE that is known to be needed."""
+        """The replacements for parts of the base: those configured, and in float16 the VAE known to be needed."""
         known = HALF_PRECISION_VAES.get(self.source.hub or "") if self.dtype == "float16" else None
         vae = self.vae or (ModelSource(hub=known) if known else None)
         return ({"vae": vae} if vae else {}) | self.parts

@@ -1,4 +1,4 @@
-"""What one loaded base can do: what its replicas found out, and what `/v1/bases` says of it."""
+"""The abilities of one loaded base, as its replicas found them and `/v1/bases` shows them."""
 
 from __future__ import annotations
 

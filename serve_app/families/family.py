@@ -28,7 +28,7 @@ made."""
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row: what holds for every base of a pipeline class.
+    """One row: the facts of every base of a pipeline class.
 
     `tasks` names the pipeline class for each task; None means that diffusers is asked. `tokens` None means the window
     of the base's own tokenizer. `guidance` are the parameters that a request's guidance sets. The denoiser runs

@@ -98,7 +98,7 @@ BARE = Prefix("", DENOISER)
 
 @dataclass(frozen=True, slots=True)
 class LayerName:
-    """What a name in a file means in a base.
+    """The meaning of a name of a file in a base.
 
     Several `modules` are the parts of a fused projection, in the order of its outputs. `swaps_halves` says that the
     other implementation keeps shift and scale the other way round; `is_dotted` that the name is diffusers' own.

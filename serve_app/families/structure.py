@@ -1,7 +1,7 @@
 """Which families an adapter's layers can belong to: by the layers' names, in any spelling, and by their widths.
 
 Pure: names and numbers in, family names out. Names alone fit several families at times, and then all of them are
-told; what a served base's own configuration says decides between them.
+returned; the configuration of a served base decides between them.
 """
 
 from __future__ import annotations

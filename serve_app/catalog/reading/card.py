@@ -1,7 +1,7 @@
 """What a model card says about an adapter: which bases, which trigger words.
 
-Pure: text or a mapping in, `Card` out. A card is written by strangers, so nothing in it can raise: what
-cannot be read counts as not said.
+Pure: text or a mapping in, `Card` out. A card is written by strangers, so nothing in it can raise: an
+unreadable value counts as absent.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The files that A1111 and Civitai's tools write beside an adapter: `<name>.json` and `<name>.civitai.info`.
 
-Pure, and never raises, as for cards. What a user has typed into A1111 goes before what was published.
+Pure, and never raises, as for cards. Values that a user typed into A1111 go before published ones.
 """
 
 from __future__ import annotations

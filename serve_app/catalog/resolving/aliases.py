@@ -24,7 +24,7 @@ from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound, NameTa
 
 log = logging.getLogger(__name__)
 
-# What somebody may be told who may not know the adapter.
+# Errors that a caller without access to the adapter may get.
 UNREADABLE = (ModelNotFound, AccessDenied, HubUnavailable)
 MAX_ALIASES = 10_000
 _DEFAULTS = TypeAdapter(AdapterDefaults)
