@@ -1,4 +1,4 @@
-"""Who may do what: keys, checked before any route.
+"""Access by keys, checked before any route.
 
 Access is decided by the route that will answer, never by the path: routes of `OpenRoute` need no key, those of
 `DrawingRoute` any key. Every other route needs a key to read and an admin key for the rest. Never logs or repeats what

@@ -99,7 +99,7 @@ class Gateway(Protocol):
 
     @property
     def registry(self) -> Registry:
-        """What is known of adapters, replicas and bases."""
+        """Information on adapters, replicas and bases."""
         ...
 
     async def is_ready(self) -> bool:
@@ -113,7 +113,7 @@ class Gateway(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every route works with; `now` is in seconds since 1970."""
+    """The dependencies of every route; `now` is in seconds since 1970."""
 
     gateway: Gateway
     settings: IngressSettings

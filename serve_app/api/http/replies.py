@@ -1,4 +1,4 @@
-"""What a reply says about how its image came about.
+"""The headers that say how a reply's image was made.
 
 Owns the response headers of a generation.
 """

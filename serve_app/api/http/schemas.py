@@ -1,4 +1,4 @@
-"""What the wire shapes share: the strict model, the entry that names one adapter, and the bodies of errors.
+"""Models shared by the wire shapes: the strict model, the entry that names one adapter, and the bodies of errors.
 
 Bounds that depend on the base are checked elsewhere.
 """
@@ -194,14 +194,14 @@ class PipelineParameters(RequestModel):
 
 
 class ErrorBody(BaseModel):
-    """What every error of this family says."""
+    """The fields of every error of this family."""
 
     error: str = Field(description="one sentence that names the thing, the limit and what to do")
     code: str = Field(description="the stable name of the error")
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The error."""
 
     message: str
     type: str
@@ -210,7 +210,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
-    """What every error of this family says."""
+    """The fields of every error of this family."""
 
     error: ErrorDetail
 

@@ -1,4 +1,4 @@
-"""What a Hugging Face request may say, field by field.
+"""The fields of a Hugging Face request.
 
 Owns the wire models of that family. Bounds that depend on the base are checked elsewhere.
 """

@@ -1,4 +1,4 @@
-"""What a request and a reply of the OpenAI shape may say, field by field.
+"""The fields of requests and replies of the OpenAI shape.
 
 Owns the wire models of that family. Bounds that depend on the base are checked elsewhere.
 """
@@ -146,7 +146,7 @@ class ImageEditForm(ImageEdit):
 
 
 class AdapterReport(BaseModel):
-    """What was applied for one adapter."""
+    """One adapter as it was applied."""
 
     id: str
     revision: str
@@ -214,7 +214,7 @@ class ProgressEvent(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """What every event with an image says."""
+    """The fields of every event with an image."""
 
     b64_json: str
     created_at: int
