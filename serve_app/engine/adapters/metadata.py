@@ -1,4 +1,4 @@
-"""What a file's own metadata may say about scaling, read strictly.
+"""Reads a file's own metadata on scaling, strictly.
 
 Owns the whitelist of `lora_adapter_metadata`, the table that diffusers writes beside an adapter's tensors. Nothing
 from it reaches an import or a peft configuration, and settings that would change more than scaling are refused.

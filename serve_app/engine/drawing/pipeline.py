@@ -51,7 +51,7 @@ _UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say so
 
 @dataclass(frozen=True, slots=True)
 class PassOutcome:
-    """What one pass made: for each request in order its images, or the error that befell it alone; and warnings."""
+    """The result of one pass: for each request in order its images, or the error that befell it alone; and warnings."""
 
     images: tuple[tuple[PixelImage, ...] | LoraplexError, ...]
     warnings: tuple[tuple[str, ...], ...]
@@ -128,7 +128,7 @@ class BasePipeline:
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What the base draws from."""
+        """The tasks of the base."""
         return tuple(self._variants.by_task)
 
     @property
@@ -143,7 +143,7 @@ class BasePipeline:
 
     @property
     def device_name(self) -> str:
-        """What the images are computed on: "cpu", or the GPU's name."""
+        """The device of the images: "cpu", or the GPU's name."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def schedulers(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What happens between two steps of denoising: progress and previews out, cancellation and suspension in."""
+"""The work between two steps of denoising: progress and previews out, cancellation and suspension in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the first request would pay, paid before it comes: compiling, and what devices set up at first use."""
+"""Warm-up before the first request: compiling, and the set-up of devices at first use."""
 
 from __future__ import annotations
 

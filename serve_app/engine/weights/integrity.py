@@ -16,7 +16,7 @@ from torch import Tensor
 # One slice: about half a millisecond of a CPU's memory, and less of a GPU's.
 _SLICE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
 _WORD_BYTES = 8
-# What share of an idle device's time checking takes.
+# The share of an idle device's time that checking takes.
 _SHARE = 0.05
 _SHORTEST_PAUSE_S = 0.01
 

@@ -26,7 +26,7 @@ FASTEST_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """What requests must have in common to share a pass: everything that is one value per pipeline call.
+    """The key of requests that may share a pass: everything that is one value per pipeline call.
 
     Whether there is a negative prompt is part of it because pipelines tell "none" from "empty" (SDXL feeds
     zeros for none), and a call has either one text per image or none at all. All texts of a call have so many `chunks`.

@@ -1,4 +1,4 @@
-"""What a worker says of itself."""
+"""The state of a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NO_WORK = LoadStats(0.0, guess_of("cpu"), 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """What a worker is doing: requests waiting and running, the adapters in the weights, and whether it can go on.
+    """The state of a worker: requests waiting and running, the adapters in the weights, and whether it can go on.
 
     `steps` counts the denoising steps run since the start, for all requests.
 

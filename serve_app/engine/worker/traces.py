@@ -1,4 +1,4 @@
-"""What the device thread tells of its passes: a line and spans for each request.
+"""Logs and traces of the device thread's passes: a line and spans for each request.
 
 Owns how a pass is divided among the requests that shared it: each has the whole of it in its own trace. Must not know
 whether traces are on.

@@ -1,4 +1,4 @@
-"""Who has the device for the next step: pure decisions, no thread, no tensor.
+"""Decides which request has the device for the next step: pure, no thread, no tensor.
 
 Owns the order of passes that may be suspended between two steps and of requests that have not begun, the books of
 device time that the order goes by, and what a change of adapters may cost. Used by the device thread and by the
@@ -48,7 +48,7 @@ class SharingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What may have the device next: a pass that has begun, or a request that waits.
+    """A claim to the device: a pass that has begun, or a request that waits.
 
     `ticket` names it, `share` is whose it is. `remaining_s` is the device time that it still needs, `whole_s` what it
     needs in all. A part of a request is as urgent as the whole, which has `times_part` its work.
