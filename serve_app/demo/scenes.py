@@ -65,7 +65,7 @@ FILLERS = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a caption says of a picture; None where it says nothing."""
+    """The scene in a caption; None where it says nothing."""
 
     shape: str | None = None
     foreground: str | None = None

@@ -158,7 +158,7 @@ def _beside(options: AdmissionOptions, path: Path, child: AdmissionProcess) -> I
 
 @contextmanager
 def _counting(child: AdmissionProcess) -> Iterator[None]:
-    """Keep a process busy that touches no memory, as nice as the child: what any second busy core costs here."""
+    """Keep a process busy that touches no memory, as nice as the child: the cost of any second busy core here."""
     niceness = psutil.Process(child.pid).nice() if child.pid is not None else 0
     program = f"import os; os.nice({niceness} - os.nice(0)); print(flush=True)\nwhile True: pass"
     process = subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE)

@@ -52,7 +52,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one part found, or why it found nothing."""
+    """The result of one part, or why it has none."""
 
     name: str
     seconds: float

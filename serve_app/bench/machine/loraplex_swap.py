@@ -50,7 +50,7 @@ class LoraplexSwap:
 
     @property
     def adapter_bytes(self) -> int:
-        """What one adapter takes in host memory."""
+        """The bytes of one adapter in host memory."""
         return self._second.size_bytes
 
     def admit(self) -> ParsedAdapter:

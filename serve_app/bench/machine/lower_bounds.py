@@ -1,4 +1,4 @@
-"""What this machine could do at best: the floor that a swap is held against.
+"""The best this machine could do: the floor for a swap.
 
 Owns the three rates: copying memory, multiplying factors, and crossing the bus. Each is the best of several tries.
 """

@@ -27,7 +27,7 @@ MOST_OVER_OFFERED = 16
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one seed's requests came to over all bases.
+    """The results of one seed's requests over all bases.
 
     `fewest_*` are of the requests for the fewest images that were asked for, `most_*` of those for the most.
     `slowdown` is the largest of a request's time over what it would take alone. `fetches` and `swaps` are for each

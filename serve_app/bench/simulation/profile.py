@@ -42,7 +42,7 @@ class LinearCost:
 
 @dataclass(frozen=True, slots=True)
 class TierCosts:
-    """What the steps between the tiers take.
+    """The times of the steps between the tiers.
 
     `swap` changes the weights once, to any composition; `to_device`, `to_host` and `fetch` bring an adapter
     from host memory, from the node's disk, and from its source through admission.

@@ -46,7 +46,7 @@ class Policy:
 
 
 class _Over:
-    """What all routers have: the tables, who takes requests, and chance."""
+    """The parts of all routers: the tables, which replicas take requests, and chance."""
 
     def __init__(self, pool: Pool, setting: Setting, rng: random.Random) -> None:
         self._pool = pool
