@@ -52,7 +52,7 @@ class RequiredAdapter:
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """What a request asks of its replica: its adapters, none for the base alone, its work in units, and the tag of the
+    """The demand of a request: its adapters, none for the base alone, its work in units, and the tag of the
     adapters and scales that must be in the weights."""
 
     adapters: tuple[RequiredAdapter, ...]

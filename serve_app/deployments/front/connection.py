@@ -1,4 +1,4 @@
-"""What one connection may take of the proxy: bounds on a request's head and on requests ahead of their turn, and on how
+"""Limits of one connection to the proxy: bounds on a request's head and on requests ahead of their turn, and on how
 long a sender or a reader may stall.
 
 Owns what Serve's HTTP server leaves open: it gathers a header line whole, however long it is, in time that grows with

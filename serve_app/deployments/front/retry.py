@@ -135,14 +135,14 @@ class BufferBudget:
 
 @dataclass
 class BufferedRequest:
-    """What a caller sends, kept so that it can be sent again; past its budget it is passed on and not kept."""
+    """A caller's request, kept so that it can be sent again; past its budget it is passed on and not kept."""
 
     receive: Receive
     budget: BufferBudget
     is_gone: bool = False
     is_kept: bool = True
     _messages: list[Message] = field(default_factory=list[Message])
-    # What has come of the next message.
+    # The part of the next message that has arrived.
     _pieces: list[bytes] = field(default_factory=list[bytes])
     _kept_bytes: int = 0
 
@@ -199,7 +199,7 @@ class BufferedRequest:
 
 @dataclass
 class _AttemptResponse:
-    """What one attempt is answered with."""
+    """The answer of one attempt."""
 
     # This proxy has passed on no answer yet: a 404 of Serve's means that it does not know the way so far.
     is_new: bool
@@ -207,13 +207,13 @@ class _AttemptResponse:
     is_serve_s: bool = False
     # Held back until something of the body follows.
     head: Message | None = None
-    # What a stream that had begun is refused with.
+    # The refusal of a stream that had begun.
     refusal: bytes | None = None
 
 
 @dataclass
 class ClientResponse:
-    """What a caller gets, over all attempts.
+    """The answer to a caller, over all attempts.
 
     An answer of Serve's own, given because it found no replica, is not passed on. A stream goes on with the
     events of the next attempt, or ends with its error.
@@ -223,7 +223,7 @@ class ClientResponse:
     has_begun: bool = False
     is_complete: bool = False
     is_stream: bool = False
-    # What a stream said that it would draw with; empty where there is none.
+    # The seed that a stream's head gave; empty where there is none.
     seed: str = ""
     _has_shown: bool = False
     _reply: _AttemptResponse = field(default_factory=lambda: _AttemptResponse(is_new=True))

@@ -49,7 +49,7 @@ class Dispatch(Protocol):
 
 @dataclass(slots=True)
 class _Case:
-    """What is known of a request, for the line that says how it failed; never its prompt."""
+    """The facts of a request for the log line on its failure; never its prompt."""
 
     unresolved: UnresolvedRequest
     resolution: Resolution | None = None
@@ -68,7 +68,7 @@ class _Case:
 
 
 class ServiceGateway:
-    """What the HTTP layer talks to; every draw of a seed happens here, so that a retry gives the same image."""
+    """The gateway of the HTTP layer; every draw of a seed happens here, so that a retry gives the same image."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class ServiceGateway:
 
     @property
     def registry(self) -> ServiceRegistry:
-        """What is known of adapters, replicas and bases."""
+        """Information on adapters, replicas and bases."""
         return self._registry
 
     async def is_ready(self) -> bool:

@@ -1,4 +1,4 @@
-"""What one replica holds and how often each adapter was asked for: the replica's side of the registry.
+"""The adapters of one replica and how often each was requested: the replica's side of the registry.
 
 Owns the log of use, bounded, the turn from digests, by which the device knows adapters, to ids, and forgetting. Must
 not know Ray, torch or the other replicas.
@@ -41,7 +41,7 @@ class _Entry:
 
 
 class ReplicaReporter:
-    """What one replica tells of itself and its adapters; it knows those that were noted.
+    """Reports of one replica on itself and its adapters; it knows those that were noted.
 
     The least recently used are forgotten beyond `max_remembered`.
     """

@@ -26,7 +26,7 @@ class SharedFile:
 
 
 class DownloadCoordinator:
-    """Who fetches what, and what was fetched.
+    """Which replica fetches which file, and which files were fetched.
 
     Invariants: while one replica fetches a key, for at most `patience_s`, no other is told to. Files that were asked
     for least recently are forgotten, so that those known never exceed the budget.

@@ -1,4 +1,4 @@
-"""What a replica's log holds.
+"""The contents of a replica's log.
 
 Owns the levels, that no line holds a credential, and that nothing a caller sends starts a line. Serve itself adds the
 request id, the replica and the time to every line.
