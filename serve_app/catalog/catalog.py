@@ -51,7 +51,7 @@ CLIENTS_OWN_MODELS = ("gpt-image-", "dall-e-")
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What a request means: one served base, and its adapters in their fixed order of application.
+    """A resolved request: one served base, and its adapters in their fixed order of application.
 
     `defaults` are those of the adapters together. `is_private` says that an adapter could only be read with the
     caller's own token.

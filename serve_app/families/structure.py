@@ -196,7 +196,7 @@ FAMILIES: tuple[Family, ...] = (
     ),  # fmt: skip
 )
 UNET_FAMILIES: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-# What trainers write into a file's metadata about the base, by how it begins.
+# Trainers' names of the base in a file's metadata, by how they begin.
 _STATED = (
     ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("sd3", "sd3"), ("stable-diffusion-3", "sd3"),
     ("sd_v1", "sd1"), ("stable-diffusion-v1", "sd1"), ("sd_v2", "sd2"), ("stable-diffusion-v2", "sd2"),

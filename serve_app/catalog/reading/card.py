@@ -1,4 +1,4 @@
-"""What a model card says about an adapter: which bases, which trigger words.
+"""Model cards: the bases and trigger words of an adapter.
 
 Pure: text or a mapping in, `Card` out. A card is written by strangers, so nothing in it can raise: an
 unreadable value counts as absent.

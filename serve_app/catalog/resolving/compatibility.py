@@ -1,4 +1,4 @@
-"""Who may be combined with whom in one request, and on which base.
+"""Which adapters may be combined in one request, and on which base.
 
 Owns the rules; pure. Finding out what adapters are is `serve_app.catalog.reading.inspector`'s.
 """
