@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class AdapterDefaults:
-    """What holds for a request with an adapter where the request itself says nothing; None for not said.
+    """Values for requests with an adapter that set none themselves; None where the adapter sets none.
 
     The trigger words are for people: they are shown, and no prompt is changed. `timesteps` and `sigmas` stand for the
     number of steps.

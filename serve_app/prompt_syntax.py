@@ -45,7 +45,7 @@ class Fragment:
 
 
 Section = tuple[Fragment, ...]
-"""What no chunk border is asked for in; a prompt has at least one, which may be empty."""
+"""A part of a prompt without a forced chunk border; a prompt has at least one, which may be empty."""
 
 
 def check_taken(syntax: PromptSyntax, base_id: str, *, weighs_words: bool) -> None:
