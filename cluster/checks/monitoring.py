@@ -114,7 +114,7 @@ def names_in(expression: str) -> set[str]:
 
 
 def name_faults(expression: str, recorded: set[str]) -> Iterator[str]:
-    """Yield the metrics of an expression that nobody exports or records."""
+    """Yield the metrics of an expression that are neither exported nor recorded."""
     yield from (f"nothing exports {name}" for name in sorted(names_in(expression) - exported_names() - SERVE_METRICS))
     yield from (f"nothing records {name}" for name in sorted(set(_RECORDED.findall(expression)) - recorded))
 
