@@ -217,7 +217,7 @@ class ApiKey(StrictModel):
 
 
 class AuthSettings(StrictModel):
-    """Who may use the service: the keys given here or in a YAML file on every ingress node; without keys, everybody.
+    """The callers of the service: by keys given here or in a YAML file on every ingress node; without keys, any caller.
 
     The file has `keys:` in the same form, and is read again when it changes. Limits of keys are counted in Redis at
     `limits_redis`, such as `redis://redis:6379/0`; without it each ingress replica grants its share of them.

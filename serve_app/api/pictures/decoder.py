@@ -104,7 +104,7 @@ class PictureDecoder:
 
 
 class _Work:
-    """One picture's turn: which process has it, and whether anybody still waits for it."""
+    """One picture's turn: which process has it, and whether a caller still waits for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

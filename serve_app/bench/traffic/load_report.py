@@ -66,7 +66,7 @@ class LoadReport:
     `offered_per_s` is what was sent over the time of sending, `answered_per_s` images over the whole run. Latencies
     are of answered requests, from sending to the last byte. `swaps` and `fetches` are shares of the answered requests
     that waited for one at least a millisecond. `fairness` is Jain's index over the adapters' mean latencies: 1 where
-    all wait alike, 1/n where one of n bears everything. `late_s` is how far behind its plan the client itself was at
+    all wait alike, 1/n where one of n has all the delay. `late_s` is how far behind its plan the client itself was at
     most: unless it is far below the latencies, it distorts them.
     """
 

@@ -102,7 +102,7 @@ def card_from(data: Mapping[object, object], more_tags: tuple[str, ...] = ()) ->
 
 
 def _defaults(data: Mapping[object, object]) -> AdapterDefaults:
-    """Return the card's own block for this service, over what it has for everybody."""
+    """Return the card's own block for this service, over its general fields."""
     widgets = data.get("widget")
     examples = cast("list[object]", widgets) if isinstance(widgets, list) else []
     example: object = examples[0] if examples else None

@@ -41,7 +41,7 @@ def card_from_sidecars(*, webui: bytes | None, civitai: bytes | None) -> Card:
         "negative_prompt": own.get("negative text"),
     }
     told = {"trigger_words": trigger_words(published.get("trainedWords"))}
-    # A1111 tells a family by the file itself; a name that somebody published says more.
+    # A1111 tells a family by the file itself; a published name says more.
     base = next((name for name in (published.get("baseModel"), own.get("sd version")) if _is_base(name)), None)
     name = text_of(base) or ""
     return Card(

@@ -78,7 +78,7 @@ class HubSource(AdapterSource):
         self._metadata = metadata or MetadataCache(cache_dir / "hub-memory")
 
     def read_as(self, token: HubToken | None) -> HubSource:
-        """Return this Hub as a caller with the token sees it; with None, as anybody does."""
+        """Return this Hub as a caller with the token sees it; with None, without a token."""
         return HubSource(
             self._settings,
             token=None if token is None else token.value,

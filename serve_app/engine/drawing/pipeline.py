@@ -51,7 +51,7 @@ _UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say so
 
 @dataclass(frozen=True, slots=True)
 class PassOutcome:
-    """The result of one pass: for each request in order its images, or the error that befell it alone; and warnings."""
+    """The result of one pass: for each request in order its images, or its own error; and warnings."""
 
     images: tuple[tuple[PixelImage, ...] | LoraplexError, ...]
     warnings: tuple[tuple[str, ...], ...]

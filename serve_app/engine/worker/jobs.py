@@ -61,7 +61,7 @@ class Run:
 
     @property
     def is_wanted(self) -> bool:
-        """Whether anybody waits for one of its jobs."""
+        """Whether a caller waits for one of its jobs."""
         return not all(job.is_cancelled for job in self.jobs)
 
 
