@@ -31,7 +31,7 @@ _TAG = re.compile(r"<(\w+):([^<>]*)>")
 _ADAPTER_TAGS = ("lora", "lyco")
 _MARKS = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\bBREAK\b")
-# What A1111 draws with several prompts, one after the other or together.
+# Syntax that A1111 draws with several prompts, one after the other or together.
 _EDITING = re.compile(r"(?<!\\)\[[^\[\]]*(?:\||:\s*[.\d]+\s*\])")
 _TOGETHER = re.compile(r"\bAND\b")
 

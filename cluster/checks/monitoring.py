@@ -103,7 +103,7 @@ def query_faults(queries: list[str]) -> Iterator[str]:
 
 
 def exported_names() -> set[str]:
-    """Return the names under which the declared metrics are exported, whichever kind each is."""
+    """Return the names under which the declared metrics are exported, for each of their kinds."""
     suffixes = {True: ("_bucket", "_sum", "_count"), False: ("", "_total")}
     return {f"ray_{one.name}{suffix}" for one in DECLARED for suffix in suffixes[bool(one.buckets)]}
 

@@ -43,7 +43,7 @@ PARTS: Mapping[str, str] = {
     ".w_norm": "diff",
     ".b_norm": "diff_b",
 }
-# What the catalog takes for an adapter: a file with one of each, or one with whole differences.
+# The catalog takes for an adapter: a file with one of each, or one with whole differences.
 INPUT_PARTS = frozenset(("down", "hada_w1_b", "lokr_w1", "lokr_w1_b", "diff"))
 OUTPUT_PARTS = frozenset(("up", "hada_w1_a", "lokr_w2", "lokr_w2_a", "diff"))
 # Methods that are known and not served: what a key holds, and the method's name.

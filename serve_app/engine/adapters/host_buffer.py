@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 LARGE_BYTES = 4 * 1024**2
 # Mappings come in sizes eight to an octave, so that adapters of about one size can follow one another.
 STEPS_PER_OCTAVE = 8
-# What may lie idle: the room of an adapter or two that left, for the next that come.
+# The most idle bytes: the room of an adapter or two that left, for the next that come.
 MAX_IDLE_BYTES = 512 * 1024**2
 
 

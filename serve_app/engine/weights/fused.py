@@ -107,7 +107,7 @@ class FusedWeights:
 
         Args:
             components: The modules whose weights adapters may change, by name.
-            device_cache_bytes: What adapters that are used again and again may take of a GPU.
+            device_cache_bytes: The most GPU memory for adapters that are used again and again.
             base_weights: "host" takes host memory for all layers that adapters may change, and none of the device.
             fused_sets: How many sets of fused buffers there may be; preparing ahead takes a second one in any case.
         """
