@@ -143,7 +143,7 @@ def shut_down() -> None:
 
 
 def _wait_until_alive(node_ids: frozenset[str]) -> None:
-    """Return once nodes have joined, whatever Ray has noticed of others that were lost.
+    """Return once nodes have joined, even if Ray has not noticed that others were lost.
 
     Raises:
         TimeoutError: they have not joined within `JOIN_S`.

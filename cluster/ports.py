@@ -10,7 +10,7 @@ RANGE = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on now, and that nobody is given by chance.
+    """Return a port of the loopback interface that is free now and that no other process gets by chance.
 
     Raises:
         OSError: after a hundred tries none was free.

@@ -1,4 +1,4 @@
-"""What an adapter says of how it wants to be drawn with, for requests that say nothing. Pure."""
+"""The settings that an adapter recommends, for requests that set none. Pure."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True, slots=True)
 class AdapterDefaults:
-    """What holds for a request with an adapter where the request itself says nothing; None for not said.
+    """Values for requests with an adapter that set none themselves; None where the adapter sets none.
 
     The trigger words are for people: they are shown, and no prompt is changed. `timesteps` and `sigmas` stand for the
     number of steps.
@@ -35,7 +35,7 @@ class AdapterDefaults:
 
     @property
     def sampling_steps(self) -> object:
-        """Whatever says how many steps there are, or None."""
+        """The field that sets the number of steps, or None."""
         return next((one for one in (self.steps, self.sigmas, self.timesteps) if one is not None), None)
 
 

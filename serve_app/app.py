@@ -47,8 +47,8 @@ def assemble(config: AppConfig, replica: Any) -> Application:
         **_number_of(ingress),
         max_replicas_per_node=ingress.max_replicas_per_node,
         max_ongoing_requests=ingress.max_ongoing_requests + most_held(config),
-        # What waits for the bases must not stand before health checks and refusals. What finds all replicas full
-        # waits in the proxy; requests for images are refused before that.
+        # Requests that wait for bases must not block health checks and refusals. Requests that find all replicas
+        # full wait in the proxy; those for images are refused before that.
         max_queued_requests=MAX_QUEUED_IN_PROXY,
         backpressure_config={"status_code": 429, "retry_after_s": 1.0},
         ray_actor_options={"num_cpus": ingress.num_cpus, "resources": ingress.resources},

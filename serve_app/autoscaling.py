@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # The policy runs in Serve's controller, whose log has handlers for this name alone.
 log = logging.getLogger("ray.serve.loraplex")
 
-# What a replica reports of itself, each a number of seconds but the last two.
+# Fields of a replica's report, each a number of seconds but the last two.
 BACKLOG = "loraplex_backlog_s"
 REQUEST = "loraplex_request_s"
 START = "loraplex_start_s"
@@ -28,7 +28,7 @@ REQUESTS = "loraplex_requests"
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a base has to do, and with how many replicas.
+    """The load of a base, and its replicas.
 
     `running` replicas work, `starting` ones were asked for and do not yet. `work_s` is all predicted work of requests
     that were accepted and not finished, in seconds of one replica; `requests` counts them. `arriving` is the work
@@ -44,7 +44,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class ScalingRule:
-    """What is wanted of a base: `target_wait_s` of work before each replica, at most `max_load` of its time used.
+    """The target of a base: `target_wait_s` of work before each replica, at most `max_load` of its time used.
 
     A replica takes `start_s` to start. Down it goes by `max_drop` of the replicas at a time, and at least by one.
     """
@@ -141,7 +141,7 @@ class Sample(Protocol):
 
 
 class Context(Protocol):
-    """What this policy reads of Ray's `AutoscalingContext`."""
+    """The part of Ray's `AutoscalingContext` that this policy reads."""
 
     current_num_replicas: int
     target_num_replicas: int
@@ -156,7 +156,7 @@ class Context(Protocol):
 
     @property
     def raw_metrics(self) -> Mapping[str, Mapping[Any, Sequence[Sample]]] | None:
-        """What each running replica reported recently, by name."""
+        """The recent report of each running replica, by name."""
         ...
 
 
@@ -177,7 +177,7 @@ class PredictedWorkPolicy:
         start_s = max(reported.get(START, {}).values(), default=ctx.policy_state.get(START, 0.0))
         request_s = _mean(reported.get(REQUEST, {})) or ctx.policy_state.get(REQUEST, 0.0)
         requests = ctx.total_num_requests
-        # What no replica has reported is in a handle's queue, or on its way.
+        # Requests that no replica has reported are in a handle's queue, or on their way.
         elsewhere = max(0.0, requests - sum(reported.get(REQUESTS, {}).values()))
         load = Load(
             running=ctx.current_num_replicas,

@@ -122,7 +122,7 @@ class BaseModelConfig(StrictModel):
 
     @property
     def part_sources(self) -> dict[str, ModelSource]:
-        """What replaces parts of the base: what is configured, and in float16 the VAE that is known to be needed."""
+        """The replacements for parts of the base: those configured, and in float16 the VAE known to be needed."""
         known = HALF_PRECISION_VAES.get(self.source.hub or "") if self.dtype == "float16" else None
         vae = self.vae or (ModelSource(hub=known) if known else None)
         return ({"vae": vae} if vae else {}) | self.parts
@@ -217,7 +217,7 @@ class ApiKey(StrictModel):
 
 
 class AuthSettings(StrictModel):
-    """Who may use the service: the keys given here or in a YAML file on every ingress node; without keys, everybody.
+    """The callers of the service: by keys given here or in a YAML file on every ingress node; without keys, any caller.
 
     The file has `keys:` in the same form, and is read again when it changes. Limits of keys are counted in Redis at
     `limits_redis`, such as `redis://redis:6379/0`; without it each ingress replica grants its share of them.

@@ -235,7 +235,7 @@ class GenerationRequest:
     `adapters` are in their fixed order of application. Image i of `num_images` is drawn with `seed + i`. `scheduler`
     None means the base's own. With `image`, width and height are the output's size; `references` are further pictures
     of an edit, each of its own size. `denoiser_runs` is how often the denoiser runs in each step for one image, None
-    where nobody knows the base's family. `share` names the caller whose part of the devices' time it takes, without
+    if the base's family is unknown. `share` names the caller whose part of the devices' time it takes, without
     telling who that is, and `share_weight` says how large a part. `encoding` None asks for pixels. `whole_images`
     is set in a part of a request: how many images the whole has, by which the part is as urgent. `waited_s` is for
     how long it has waited on replicas that gave it back. These, `num_previews`, `priority`, `due` and `trace`

@@ -1,4 +1,4 @@
-"""The process environment: what the service reads from it, and what it passes to the processes that it starts.
+"""The process environment: the values the service reads, and those it passes to the processes that it starts.
 
 Only this module reads the environment. Must not import Ray: commands that start no service use it too.
 """
@@ -41,7 +41,7 @@ def launch_environment() -> dict[str, str]:
     }
 
 
-# What the loader, Python, temporary files and torch's threads need; nothing that could be a secret.
+# Variables that the loader, Python, temporary files and torch's threads need; none that could be a secret.
 _FOR_CHILDREN = (
     "PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "PYTHONHASHSEED",
     "PYTHONMALLOC", "MALLOC_ARENA_MAX", "OMP_NUM_THREADS", "MKL_NUM_THREADS",

@@ -266,7 +266,7 @@ class KeyLimitReached(LoraplexError):
 
 
 class UnknownIdLimitReached(LoraplexError):
-    """A caller that asks for one id after the other that nobody knows."""
+    """A caller that asks for one unknown id after the other."""
 
     limit: int
     retry_after_s: int = 1

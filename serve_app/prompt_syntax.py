@@ -1,11 +1,11 @@
 """Prompts as A1111 and ComfyUI write them: adapters named in the text, and weights of its words.
 
 Owns what the marks of the two syntaxes mean. Must not know tokenizers, bases or where adapters lie. Time and space are
-linear in the length of a text, whatever is in it.
+linear in the length of any text.
 
 Both: `(word)` weighs 1.1, `(word:1.3)` 1.3, and `\\(` is a parenthesis. In A1111's syntax `[word]` weighs 1/1.1, the
 weights of groups within one another are multiplied, and `BREAK` begins a chunk of its own. In ComfyUI's `(word:1.3)` is
-1.3 whatever is round it, and there are neither `[word]` nor `BREAK`.
+1.3 even inside other groups, and there are neither `[word]` nor `BREAK`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TAG = re.compile(r"<(\w+):([^<>]*)>")
 _ADAPTER_TAGS = ("lora", "lyco")
 _MARKS = re.compile(r"\\[()\[\]\\]|\\|[(\[]|:\s*([+-]?[.\d]+)\s*\)|[)\]]|[^\\()\[\]:]+|:")
 _BREAK = re.compile(r"\bBREAK\b")
-# What A1111 draws with several prompts, one after the other or together.
+# Syntax that A1111 draws with several prompts, one after the other or together.
 _EDITING = re.compile(r"(?<!\\)\[[^\[\]]*(?:\||:\s*[.\d]+\s*\])")
 _TOGETHER = re.compile(r"\bAND\b")
 
@@ -45,7 +45,7 @@ class Fragment:
 
 
 Section = tuple[Fragment, ...]
-"""What no chunk border is asked for in; a prompt has at least one, which may be empty."""
+"""A part of a prompt without a forced chunk border; a prompt has at least one, which may be empty."""
 
 
 def check_taken(syntax: PromptSyntax, base_id: str, *, weighs_words: bool) -> None:

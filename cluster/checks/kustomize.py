@@ -71,7 +71,7 @@ def _patched(objects: list[dict[str, Any]], change: dict[str, Any], where: str) 
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """Merge mappings; whatever else is new replaces what was there, lists too: so it is for custom resources."""
+    """Merge mappings; any other new value replaces the old one, lists too, as Kubernetes does for custom resources."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     kept = {key: value for key, value in old.items() if key not in new}

@@ -103,7 +103,7 @@ def query_faults(queries: list[str]) -> Iterator[str]:
 
 
 def exported_names() -> set[str]:
-    """Return the names under which the declared metrics are exported, whichever kind each is."""
+    """Return the names under which the declared metrics are exported, for each of their kinds."""
     suffixes = {True: ("_bucket", "_sum", "_count"), False: ("", "_total")}
     return {f"ray_{one.name}{suffix}" for one in DECLARED for suffix in suffixes[bool(one.buckets)]}
 
@@ -114,7 +114,7 @@ def names_in(expression: str) -> set[str]:
 
 
 def name_faults(expression: str, recorded: set[str]) -> Iterator[str]:
-    """Yield the metrics of an expression that nobody exports or records."""
+    """Yield the metrics of an expression that are neither exported nor recorded."""
     yield from (f"nothing exports {name}" for name in sorted(names_in(expression) - exported_names() - SERVE_METRICS))
     yield from (f"nothing records {name}" for name in sorted(set(_RECORDED.findall(expression)) - recorded))
 

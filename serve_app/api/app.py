@@ -48,7 +48,7 @@ def create_app(
     now: Callable[[], float] = time.time,
     echo_request_id: bool = True,
 ) -> FastAPI:
-    """Return the ASGI application over a gateway; without `access`, everybody may do everything.
+    """Return the ASGI application over a gateway; without `access`, any caller may do everything.
 
     `echo_request_id` is for the server in front: Ray Serve's proxy adds `x-request-id` to every reply itself.
     """

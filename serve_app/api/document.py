@@ -31,7 +31,7 @@ def build_document(routes: Sequence[BaseRoute]) -> dict[str, Any]:
     """Return the OpenAPI document of the routes, with the models of the bodies that they read themselves."""
     document = get_openapi(title="Loraplex", version="1", summary=_SUMMARY, routes=routes)
     components = document.setdefault("components", {})
-    # Either of them: a service without keys takes everybody.
+    # Either of them: a service without keys takes any caller.
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     document["security"] = [{}, {"key": []}]
     known = components.setdefault("schemas", {})

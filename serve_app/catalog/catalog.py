@@ -45,13 +45,13 @@ LISTED_AT_ONCE = 8
 INDEX_WAIT_S = 0.5
 # Comparing takes half a millisecond for ten names.
 MAX_COMPARED = 300
-# How the names begin that clients of OpenAI's shape ask for where nobody tells them otherwise.
+# How the model names begin that OpenAI clients ask for by default.
 CLIENTS_OWN_MODELS = ("gpt-image-", "dall-e-")
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What a request means: one served base, and its adapters in their fixed order of application.
+    """A resolved request: one served base, and its adapters in their fixed order of application.
 
     `defaults` are those of the adapters together. `is_private` says that an adapter could only be read with the
     caller's own token.
@@ -272,7 +272,7 @@ class Catalog:
             return await self._found(ref, token)
 
     async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
-        """Return an adapter as anybody sees it, or else as the caller does."""
+        """Return an adapter as seen without a token, or else as the caller sees it."""
         if self._config.base(ref.id) is not None:
             raise NotAnAdapter(ref.id, "it is a base model")
         key = _Key(ref.id, ref.revision, ref.filename)
@@ -301,7 +301,7 @@ class Catalog:
             raise ModelNotFound(error.model, error.detail + await self._hint(key.id)) from None
 
     async def _hint(self, name: str) -> str:
-        """Return what may have been meant: the nearest base or adapter that everybody may know of."""
+        """Return what may have been meant: the nearest base or adapter that is public."""
         if name.startswith(CLIENTS_OWN_MODELS):
             return f"; a client that always asks for it needs 'aliases: [{name}]' at a base of the configuration"
         bases = [name for base in self._config.bases for name in base.names]

@@ -44,7 +44,7 @@ def draw_tiles(
     has no seed, the first image's is used for all.
 
     Raises:
-        CommandFailed: the service is away. What it refuses becomes a tile without an image.
+        CommandFailed: the service is away. A refused request becomes a tile without an image.
     """
     adapters = draft.adapters or _all_adapters(service, draft.model)
     base_of: dict[str, list[Tile]] = {}

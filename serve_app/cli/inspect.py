@@ -1,6 +1,6 @@
 """`loraplex inspect`: show what an adapter is, and whether it can be served.
 
-Owns the arguments and how an inspection is shown. What needs torch or Ray is imported by the command alone.
+Owns the arguments and how an inspection is shown. Code that needs torch or Ray is imported inside the command.
 """
 
 from __future__ import annotations

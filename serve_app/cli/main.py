@@ -1,7 +1,7 @@
 """The `loraplex` command.
 
 Owns which commands there are, and those about a Serve file. Must stay light, as must all that it imports at the top:
-whatever needs torch or Ray is imported inside a command.
+code that needs torch or Ray is imported inside a command.
 """
 
 from __future__ import annotations

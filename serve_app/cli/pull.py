@@ -1,6 +1,6 @@
 """`loraplex pull`: download adapters and bases into the caches of replicas before the first request.
 
-Owns the arguments and the progress bar. What needs torch or Ray is imported by the command alone.
+Owns the arguments and the progress bar. Code that needs torch or Ray is imported inside the command.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def simulate(
 
 def load(
     url: Annotated[str, typer.Argument(callback=checked_url, help="Where the service answers.")],
-    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second that are offered, whatever happens.")] = 1.0,
+    rate: Annotated[float, typer.Option(min=0.001, help="Requests a second, offered whether answered or not.")] = 1.0,
     duration: Annotated[float, typer.Option(min=0.1, help="Offer requests for so many seconds.")] = 60.0,
     max_requests: Annotated[int, typer.Option(min=1, help="And at most so many.")] = 1000,
     adapter: Annotated[

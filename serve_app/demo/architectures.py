@@ -120,7 +120,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 def encode_texts(
     encoders: list[TextEncoder], tokenizer: CLIPTokenizer, texts: list[str]
 ) -> tuple[Tensor, Tensor | None]:
-    """What the pipeline's `encode_prompt` hands the UNet: the sequence, and for SDXL the pooled vector."""
+    """The outputs of the pipeline's `encode_prompt` for the UNet: the sequence, and for SDXL the pooled vector."""
     ids = tokenize(tokenizer, texts)
     if len(encoders) == 1:
         return encoders[0](ids)[0], None

@@ -24,7 +24,7 @@ _LEAST_PIXELS = 12
 
 @dataclass(frozen=True, slots=True)
 class DetectedScene:
-    """What a picture shows; None where there is nothing to see."""
+    """The scene in a picture; None where there is nothing to see."""
 
     background: str
     foreground: str | None = None

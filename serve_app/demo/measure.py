@@ -1,4 +1,4 @@
-"""What the trained models reach: prompt adherence, and each adapter's effect against its base."""
+"""Scores of the trained models: prompt adherence, and each adapter's effect against its base."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ FILLERS = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a caption says of a picture; None where it says nothing."""
+    """The scene in a caption; None where it says nothing."""
 
     shape: str | None = None
     foreground: str | None = None
@@ -224,7 +224,7 @@ def _with_background(head: str, background: str | None, rng: random.Random) -> s
 
 
 def gibberish(rng: random.Random) -> str:
-    """Words that nobody knows."""
+    """Words without a meaning."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     return " ".join("".join(rng.choices(letters, k=rng.randint(2, 8))) for _ in range(rng.randint(1, 4)))
 

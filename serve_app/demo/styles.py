@@ -1,4 +1,4 @@
-"""What each demo adapter does to a picture, and the number that shows it.
+"""The effect of each demo adapter on a picture, and the number that shows it.
 
 Owns the training targets and the statistics; knows nothing of models. No style
 has a texture finer than the autoencoder's 8-pixel cell can hold.

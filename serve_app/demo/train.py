@@ -124,7 +124,7 @@ def train_everything(plan: Plan) -> None:
 
 
 def _write_provenance(plan: Plan) -> None:
-    """What ran, on what, for how long and how well, beside the models."""
+    """The record of a training run beside the models: machine, duration, scores."""
     stages = [json.loads(path.read_text()) for path in sorted((plan.work / "records").glob("*.json"))]
     provenance = {
         "date": datetime.now(UTC).date().isoformat(),

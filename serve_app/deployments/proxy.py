@@ -1,4 +1,4 @@
-"""What Serve's HTTP proxy does before it hands a request of our application on.
+"""The layers that Serve's HTTP proxy applies to requests of our application.
 
 Owns the layers around it, and keeping callers from steering Serve itself: its proxy obeys headers that are meant for
 its operators. Imported by the proxy, through `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH`, so it must load quickly and

@@ -1,4 +1,4 @@
-"""What one loaded base can do: what its replicas found out, and what `/v1/bases` says of it."""
+"""The abilities of one loaded base, as its replicas found them and `/v1/bases` shows them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from serve_app.families.family import Task
 
 @dataclass(frozen=True, slots=True)
 class BaseAbilities:
-    """What requests to a base may ask for.
+    """The options of requests to a base.
 
     `parameters` are the optional ones, by task: each task in it was tried. `tokens` is how much of a prompt is read.
     `previews` says whether streams can carry any, `references` whether an edit may be given several

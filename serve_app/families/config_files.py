@@ -1,4 +1,4 @@
-"""What the configuration files of a base say before anything is loaded: whether it can be served at all.
+"""Reads a base's configuration files, before loading, for whether it can be served at all.
 
 Pure but for reading small files, so that `loraplex check` says as much as a replica does when it starts.
 """

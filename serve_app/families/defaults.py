@@ -1,6 +1,6 @@
 """The steps, guidance and size of a request that gives none, where the configuration of the base gives none either.
 
-A family's row has the values of diffusers' pipelines; what a base's own files and the code on its card say goes before.
+A family's row has the values of diffusers' pipelines; values in a base's own files and the code on its card go before.
 Pure: texts and tables in, values out.
 """
 
@@ -19,7 +19,7 @@ _MAX_CARD_STEPS = 200
 
 @dataclass(frozen=True, slots=True)
 class FamilyDefaults:
-    """What is drawn where nothing is said; `side` is that of a square in pixels.
+    """The defaults where a request and the configuration give none; `side` is that of a square in pixels.
 
     `pixels_per_sample` is how many pixels a unit of the denoiser's own `sample_size` is, None where that says no size.
     """

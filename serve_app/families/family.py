@@ -1,4 +1,4 @@
-"""What one base family is: the facts that the signature of its pipeline class does not say.
+"""A base family: the facts that the signature of its pipeline class does not give.
 
 Owns the shape of a row and the rules that follow from it: which pipeline serves a task, how often the denoiser runs,
 and which parameters change nothing. `serve_app.families.table` owns the rows.
@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from serve_app.families.defaults import FamilyDefaults
 
 Task = Literal["text", "image", "inpaint", "edit"]
-"""What an image is drawn from: a prompt; a picture that is redrawn by a strength; a picture and a mask; a picture
+"""The input of an image: a prompt; a picture that is redrawn by a strength; a picture and a mask; a picture
 that the prompt says how to change."""
 TASKS: tuple[Task, ...] = get_args(Task)
 
@@ -28,7 +28,7 @@ made."""
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """One row: what holds for every base of a pipeline class.
+    """One row: the facts of every base of a pipeline class.
 
     `tasks` names the pipeline class for each task; None means that diffusers is asked. `tokens` None means the window
     of the base's own tokenizer. `guidance` are the parameters that a request's guidance sets. The denoiser runs
@@ -124,4 +124,4 @@ class Family:
 NEVER = math.inf
 """As `guided_above`: guidance goes into the denoiser as a number, and never runs it twice."""
 ALWAYS = -math.inf
-"""As `guided_above`: the unguided half is computed whatever the guidance."""
+"""As `guided_above`: the unguided half is computed at any guidance."""

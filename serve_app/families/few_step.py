@@ -1,6 +1,6 @@
 """Published adapters that draw in a few steps, and the sampling that their authors say they need.
 
-Data, by the id of the repository or the name of the file, in whatever folder it lies. Each row names the page of its
+Data, by the id of the repository or the name of the file, in any folder. Each row names the page of its
 author that states the values.
 """
 

@@ -30,7 +30,7 @@ _OWN, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_pro
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _IMAGE, _TEXT = "double_blocks.{i}.img_", "double_blocks.{i}.txt_"
 
-# FLUX.1, FLUX.2 and Chroma as Black Forest Labs name them; what a family lacks drops out by itself.
+# FLUX.1, FLUX.2 and Chroma as Black Forest Labs name them; names that a family lacks drop out.
 BFL: tuple[Row, ...] = (
     _row(f"{_IMAGE}attn.qkv", *_qkv(f"{_DOUBLE}.attn", _OWN)),
     _row(f"{_TEXT}attn.qkv", *_qkv(f"{_DOUBLE}.attn", _ADDED)),

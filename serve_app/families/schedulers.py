@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PredictionKind = Literal["noise", "flow", "own"]
-"""What a denoiser predicts: noise (epsilon, v, the sample), the direction of a flow, or what only one class reads."""
+"""A denoiser's prediction: noise (epsilon, v, the sample), the direction of a flow, or what only one class reads."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What the header of a single-file checkpoint says before a weight is read: how it predicts, whether it can be served.
+"""Reads the header of a single-file checkpoint, before its weights: how it predicts, whether it can be served.
 
 Pure but for reading headers, so that `loraplex check` says as much as a replica does when it starts.
 """

@@ -43,7 +43,7 @@ PARTS: Mapping[str, str] = {
     ".w_norm": "diff",
     ".b_norm": "diff_b",
 }
-# What the catalog takes for an adapter: a file with one of each, or one with whole differences.
+# The catalog takes for an adapter: a file with one of each, or one with whole differences.
 INPUT_PARTS = frozenset(("down", "hada_w1_b", "lokr_w1", "lokr_w1_b", "diff"))
 OUTPUT_PARTS = frozenset(("up", "hada_w1_a", "lokr_w2", "lokr_w2_a", "diff"))
 # Methods that are known and not served: what a key holds, and the method's name.
@@ -98,7 +98,7 @@ BARE = Prefix("", DENOISER)
 
 @dataclass(frozen=True, slots=True)
 class LayerName:
-    """What a name in a file means in a base.
+    """The meaning of a name of a file in a base.
 
     Several `modules` are the parts of a fused projection, in the order of its outputs. `swaps_halves` says that the
     other implementation keeps shift and scale the other way round; `is_dotted` that the name is diffusers' own.

@@ -1,7 +1,7 @@
 """Which families an adapter's layers can belong to: by the layers' names, in any spelling, and by their widths.
 
 Pure: names and numbers in, family names out. Names alone fit several families at times, and then all of them are
-told; what a served base's own configuration says decides between them.
+returned; the configuration of a served base decides between them.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ FAMILIES: tuple[Family, ...] = (
     ),  # fmt: skip
 )
 UNET_FAMILIES: Mapping[int, str] = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
-# What trainers write into a file's metadata about the base, by how it begins.
+# Trainers' names of the base in a file's metadata, by how they begin.
 _STATED = (
     ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"), ("sd3", "sd3"), ("stable-diffusion-3", "sd3"),
     ("sd_v1", "sd1"), ("stable-diffusion-v1", "sd1"), ("sd_v2", "sd2"), ("stable-diffusion-v2", "sd2"),
@@ -212,7 +212,7 @@ _HIDDEN = re.compile(r"(?:^|_)(?:to_q|to_k|to_v|attn_qkv|attention_qkv|qkv[12]?|
 
 
 def component_of(stem: str) -> str | None:
-    """Return "unet", "transformer" or "text_encoder", whichever a layer's name is of, or None."""
+    """Return "unet", "transformer" or "text_encoder", to which a layer belongs by its name, or None."""
     prefix, rest = split_prefix(stem)
     if prefix.component not in (DENOISER, "unet", "transformer"):
         return "text_encoder"

@@ -181,7 +181,7 @@ FAMILIES: Mapping[str, Family] = {
         tasks=_tasks("Chroma", inpaint=False),
     ),
     "QwenImagePipeline": _QWEN,
-    # Its inpainting draws a megapixel, whatever is asked (diffusers 0.42).
+    # Its inpainting draws a megapixel, regardless of the size asked for (diffusers 0.42).
     "QwenImageEditPipeline": replace(
         _QWEN,
         name="Qwen-Image-Edit",

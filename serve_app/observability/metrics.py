@@ -41,7 +41,7 @@ class MetricSpec:
         return (*self.labels, *FORMER_LABELS.get(self.name, {}))
 
 
-# What metrics and their labels were called in the last version. Both names are exported until the next one.
+# Names of metrics and their labels in the last version. Both names are exported until the next one.
 FORMER_NAMES = {"loraplex_adapter_lookups": "loraplex_adapters"}
 FORMER_LABELS = {
     "loraplex_file_fetches": {"tier": "source"},

@@ -15,11 +15,11 @@ from random import Random
 from serve_app.core import GenerationRequest
 from serve_app.work import LatencyModel, work_units
 
-# What a missing adapter counts, as work does: about what it takes from its source to memory. Nobody waits for a replica
-# that holds it longer than that.
+# The cost of a missing adapter, as seconds of work: about its time from source to memory. No request
+# waits longer than that for a replica that holds it.
 FETCH_S = 0.5
 FETCH_BYTE_S = 1 / 100e6
-# What a swap counts. It decides between replicas that are otherwise alike.
+# The cost of a swap, which decides between replicas that are otherwise alike.
 SWAP_S = 0.03
 # Costs that differ by less are a tie.
 TIE_S = 0.01
@@ -46,13 +46,13 @@ class RequiredAdapter:
 
     @property
     def fetch_s(self) -> float:
-        """What it counts where it is missing."""
+        """The seconds it counts where it is missing."""
         return FETCH_S + self.size_bytes * FETCH_BYTE_S
 
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """What a request asks of its replica: its adapters, none for the base alone, its work in units, and the tag of the
+    """The demand of a request: its adapters, none for the base alone, its work in units, and the tag of the
     adapters and scales that must be in the weights."""
 
     adapters: tuple[RequiredAdapter, ...]
@@ -67,7 +67,7 @@ class RequestLoad:
 
 @dataclass(slots=True)  # never changed, but not frozen: a hundred are made for a decision, at twice the price
 class ReplicaView:
-    """What is known of a replica when a request is to be placed.
+    """The state of a replica when a request is to be placed.
 
     `ahead_s` is the predicted time of all that was sent there and is not finished. `held` has the keys of the adapters
     in its memory or on their way there, in one or several sets; `fused` the compositions in its weights now or once

@@ -1,4 +1,4 @@
-"""What one router knows of the replicas: what they reported, and what it has sent there since.
+"""The replicas as one router knows them: their reports, and the requests it has sent there since.
 
 A request counts against a replica as soon as this router sends it there, until a report of that replica includes it.
 Must not know Ray. Time is passed in, in seconds of this process's own clock: no two clocks are compared.

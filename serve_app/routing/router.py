@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 MAX_RANKED = 2
 # Of the requests that wait for a slot, only the first ask for one; the others would only ask the same replicas.
 MAX_ASKING = 8
-# What an adapter weighs of which only the id is known.
+# The assumed size of an adapter of which only the id is known.
 TYPICAL_BYTES = 100_000_000
 
 

@@ -54,7 +54,7 @@ def spread_images(
 def work_to_keep_s(views: Sequence[ReplicaView]) -> float | None:
     """Return the seconds of work that each replica keeps when another has joined; None where none could take more.
 
-    That is the mean of those whose device gets on: what waits for a stalled one is better off anywhere else.
+    That is the mean of those whose device makes progress: work of a stalled one is better off anywhere else.
     """
     ahead_s = [view.ahead_s for view in views if view.ahead_s < STALLED_S]
     return statistics.fmean(ahead_s) if ahead_s and len(views) > 1 else None

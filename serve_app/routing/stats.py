@@ -1,4 +1,4 @@
-"""What a replica tells the routers of its work, and the small form in which it travels.
+"""A replica's report to the routers on its work, and the small form in which it travels.
 
 Owns the notes behind `record_routing_stats`. Each change is sent to every process that routes, so it is small and its
 numbers are rough; which adapters a replica holds is not in it, since Ray's multiplexed ids say that. Must not know Ray,
@@ -29,7 +29,7 @@ def request_tag(request: GenerationRequest) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DeviceLoad:
-    """What the device thread says of itself.
+    """The figures of the device thread.
 
     `backlog_s` is the predicted time of all that runs, waits or still fetches its adapters. `progress` is any number
     that changes while it works, `is_busy` whether it has something to do. One that `has_failed` is to be replaced.

@@ -56,7 +56,7 @@ class AdmittedFiles:
         Args:
             folder: The folder of all bases of this node.
             budget_bytes: For all bases together; drafts do not count.
-            depends_on: What a canonical form depends on besides the adapter's own bytes: the base's structure and
+            depends_on: The inputs of a canonical form besides the adapter's own bytes: the base's structure and
                 dtype, the limits and the reader. Files that were admitted under others are not seen.
             clock: Unix seconds, comparable between the processes of the node.
         """

@@ -19,7 +19,7 @@ _MAX_KNOWN_SIZES = 4096
 class Pins:
     """Pins groups of keys, each group at once: all adapters of one request, which holds none while it waits.
 
-    Invariants: what is pinned fits the budget, or is one group's alone. Groups get their pins in the order in which
+    Invariants: pinned adapters fit the budget, or are one group's alone. Groups get their pins in the order in which
     they ask. Not thread-safe: for one event loop.
     """
 

@@ -124,7 +124,7 @@ class Quarantine:
             return
         left_s = record.held_until - self._clock()
         if left_s > 0:
-            # What fails on the device may be told to others than its caller, and is not in the refusal.
+            # Other callers may see the refusal, so it does not quote the device's error.
             raise Quarantined(_names(request), record.reason.partition(":")[0], math.ceil(left_s))
 
     def _note_failure(self, request: GenerationRequest, error: NonFinite | InternalError) -> None:

@@ -34,7 +34,7 @@ P = ParamSpec("P")
 
 Tier = Literal["host", "disk", "remote"]
 
-# What `load` may raise for a damaged file, which is then made again.
+# Errors of `load` for a damaged file, which is then made again.
 _DAMAGED = (OSError, ValueError, LookupError, LoraplexError)
 
 _THREADS = 4
@@ -153,7 +153,7 @@ class AdapterStore(Generic[T]):
             ReplicaLost: The store was closed meanwhile.
         """
         if not specs:
-            yield []  # a request of the base alone waits for nobody's memory
+            yield []  # a request of the base alone does not wait for memory
             return
         asked_at = self._clock()
         sizes = {spec.key: spec.size_bytes for spec in specs}

@@ -1,1 +1,1 @@
-"""What all wire shapes share: keys, limits, bodies, pictures, errors and streams. Must not know a single shape."""
+"""Parts shared by all wire shapes: keys, limits, bodies, pictures, errors and streams. Must not know a single shape."""

@@ -1,4 +1,4 @@
-"""Who may do what: keys, checked before any route.
+"""Access by keys, checked before any route.
 
 Access is decided by the route that will answer, never by the path: routes of `OpenRoute` need no key, those of
 `DrawingRoute` any key. Every other route needs a key to read and an admin key for the rest. Never logs or repeats what
@@ -31,8 +31,8 @@ Need = Literal["nothing", "key", "admin"]
 
 
 class OpenRoute(APIRoute):
-    """A route that reads, and needs no key: what health checks ask, and what a browser loads before anybody can type
-    in a key."""
+    """A route that reads and needs no key: health checks, and the files a browser loads before a user can type in a
+    key."""
 
 
 class DrawingRoute(APIRoute):
@@ -68,7 +68,7 @@ def route_of(scope: Scope) -> BaseRoute | None:
 
 
 class Authentication:
-    """Lets in anyone who may, and tells the routes who it is."""
+    """Lets in callers with access, and tells the routes who they are."""
 
     def __init__(self, app: ASGIApp, *, access: Access, clock: Callable[[], float]) -> None:
         """Guard an application; `clock` is in monotonic seconds."""

@@ -91,7 +91,7 @@ def _parse_large(body: bytes, max_bytes: int, pictures: Sequence[str]) -> JsonVa
     field = next((name for name in pictures if isinstance(value, dict) and value.get(name) == mark), None)
     if field is None or not isinstance(value, dict):
         raise too_large
-    # What encoders of JSON and of base64 put into such text; whatever else is no base64 is refused with the picture.
+    # Undo what encoders of JSON and base64 add; any other character outside base64 refuses the picture.
     text = body[cut].replace(b"\\/", b"/").replace(b"\\n", b"").replace(b"\\r", b"").decode("ascii", "replace")
     if not is_base64_image(text):
         raise too_large
@@ -158,7 +158,7 @@ def _check_shape(value: JsonValue, name: str) -> None:
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]{1,3})?")
 _OBJECT_FIELD = re.compile(r"(?P<list>\w{1,64})(?:\[(?P<index>[0-9]{0,3})\])?\[(?P<key>[A-Za-z_]\w{0,63})\]", re.ASCII)
-# What is a number in such an object.
+# A number in such an object.
 _NUMBERS = ("scale", "weight")
 
 

@@ -1,4 +1,4 @@
-"""Who asks: the key that a request came with, and the caller's own token for the Hub.
+"""The caller: the key that a request came with, and the caller's own token for the Hub.
 
 Owns what routes may know of the caller. Must not know how keys are checked; `auth` does that, before
 any route.
@@ -23,7 +23,7 @@ _HUB_TOKEN = re.compile(r"hf_[A-Za-z0-9_]{1,250}")
 
 
 class ImageQuota(Protocol):
-    """What a key may still draw."""
+    """The images that a key may still draw."""
 
     async def spend_images(self, count: int) -> None:
         """Take images off what the key may draw now.
@@ -37,7 +37,7 @@ class ImageQuota(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Whoever sent a request; `key` is the name of its key, None where none are configured."""
+    """The sender of a request; `key` is the name of its key, None if none are configured."""
 
     key: str | None = None
     allowance: ImageQuota | None = None
@@ -45,7 +45,7 @@ class Caller:
 
 
 NOBODY = Caller()
-# Whom the work of the request that runs is counted against: a key and an address, as far as there are any.
+# The key and the address, if any, against which the running request's work is counted.
 asked_by: ContextVar[tuple[str, ...]] = ContextVar("asked_by", default=())
 
 

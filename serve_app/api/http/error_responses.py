@@ -21,7 +21,7 @@ from serve_app.errors import InternalError, LoraplexError, OutOfBounds, QueueFul
 
 log = logging.getLogger(__name__)
 
-# Not in any standard: nginx's status for a caller who hung up. Nobody reads it but the access log.
+# Not in any standard: nginx's status for a caller who hung up. Only the access log shows it.
 CLIENT_CLOSED_REQUEST = 499
 
 
@@ -36,7 +36,7 @@ def error_response(scope: Scope, error: LoraplexError) -> Response:
     """Return the reply that tells a caller about an error."""
     headers: dict[str, str] = {}
     if error.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
-        # The rest of the body is still on its way; nobody will read it.
+        # The rest of the body is still on its way and will not be read.
         headers["connection"] = "close"
     retry_after_s = getattr(error, "retry_after_s", None)
     if error.retry_after and retry_after_s is not None:

@@ -44,7 +44,7 @@ class EventStream(Response):
     """Writes events as they come; a failure becomes the last event, as the status is long gone.
 
     Where nothing comes for `keep_alive_s`, a comment is written, again and again. The events are closed however the
-    reply ends, so that whatever makes them lets go.
+    reply ends, so that their producer stops.
     """
 
     media_type = "text/event-stream"

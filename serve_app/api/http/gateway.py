@@ -1,4 +1,4 @@
-"""What the HTTP layer asks of the service behind it, and how a route comes by it.
+"""The interface of the service behind the HTTP layer, and how a route gets it.
 
 Owns the interface alone; `serve_app.deployments` implements it, tests give it a fake.
 """
@@ -20,9 +20,9 @@ from serve_app.core import GenerationEvent, GenerationResult, HubToken, ModelInf
 
 
 class Registry(Protocol):
-    """What is known of adapters, aliases, replicas and bases, and how the first two are changed.
+    """Reads adapters, aliases, replicas and bases, and changes the first two.
 
-    `token` is the caller's own for the Hub; what it alone may read is told to its owner alone.
+    `token` is the caller's own for the Hub; an adapter that only it may read is shown to its owner alone.
     """
 
     def bases(self) -> tuple[BaseModelConfig, ...]:
@@ -42,7 +42,7 @@ class Registry(Protocol):
         """Return one adapter or alias.
 
         Raises:
-            LoraplexError: whatever resolving the name raises.
+            LoraplexError: the name cannot be resolved.
         """
         ...
 
@@ -56,7 +56,7 @@ class Registry(Protocol):
 
         Raises:
             NameTaken: the name means something else.
-            LoraplexError: whatever resolving the target raises.
+            LoraplexError: the target cannot be resolved.
         """
         ...
 
@@ -64,7 +64,7 @@ class Registry(Protocol):
         """Remove an alias, and have every replica forget the adapter once it is not in use.
 
         Raises:
-            LoraplexError: whatever resolving the name raises.
+            LoraplexError: the name cannot be resolved.
         """
         ...
 
@@ -72,13 +72,13 @@ class Registry(Protocol):
         """Have so many replicas hold an adapter in memory.
 
         Raises:
-            LoraplexError: whatever resolving or fetching it raises.
+            LoraplexError: it cannot be resolved or fetched.
         """
         ...
 
 
 class Gateway(Protocol):
-    """The service behind the HTTP layer; a call that is cancelled, or closed early, must free whatever it held."""
+    """The service behind the HTTP layer; a call that is cancelled, or closed early, must free all that it held."""
 
     async def generate(self, unresolved: UnresolvedRequest, *, request_id: str) -> GenerationResult:
         """Return the images of a request.
@@ -99,7 +99,7 @@ class Gateway(Protocol):
 
     @property
     def registry(self) -> Registry:
-        """What is known of adapters, replicas and bases."""
+        """Information on adapters, replicas and bases."""
         ...
 
     async def is_ready(self) -> bool:
@@ -113,7 +113,7 @@ class Gateway(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every route works with; `now` is in seconds since 1970."""
+    """The dependencies of every route; `now` is in seconds since 1970."""
 
     gateway: Gateway
     settings: IngressSettings

@@ -67,10 +67,10 @@ class TokenBucket:
         self._filled_at = clock()
 
     def wait_s(self, count: float) -> float:
-        """Return in how many seconds `count` can be taken, 0 where they can be now; what is more than the bucket ever
-        holds can be taken when it is full."""
+        """Return in how many seconds `count` can be taken, 0 where they can be now; a count above the bucket's
+        size can be taken when it is full."""
         self._fill()
-        # A hair less: anyone who waits as long as was said must not be turned away by rounding.
+        # A hair less: rounding must not refuse a caller who waited as long as told.
         return max(0.0, min(count, self._capacity) - 1e-9 - self._level) / self._rate_s
 
     def take(self, count: float) -> None:
@@ -166,16 +166,16 @@ class KeyQuotas:
     def of(self, key: str, limits: KeyLimits) -> KeyQuota:
         """Return what a key may still do; limits that have changed start again."""
         if (key, limits) not in self._known:
-            # Keys come and go; whatever has nothing to remember can be forgotten.
+            # Keys come and go; forget those with nothing counted.
             self._known = {one: known for one, known in self._known.items() if not known.is_untouched}
             self._known[key, limits] = KeyQuota(key, limits, clock=self._clock, share=self._share)
         return self._known[key, limits]
 
 
 class UnknownIdLimit:
-    """Counts look-ups of ids that nothing is known of, by key and by address; one that turns out to exist is free.
+    """Counts look-ups of unknown ids, by key and by address; one that turns out to exist is free.
 
-    Each ingress replica counts for itself: what is bounded is the work it does and the questions it asks the Hub.
+    Each ingress replica counts for itself: the limit bounds its own work and its requests to the Hub.
     """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float]) -> None:
@@ -255,5 +255,5 @@ class _LocalGrant:
 
 
 def _part(limit: int, share: float) -> int:
-    # A hair more: a third of three is one, whatever rounding says.
+    # A hair more, so that rounding leaves a third of three at one.
     return max(1, math.floor(limit * share + 1e-9))

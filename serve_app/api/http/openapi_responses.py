@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of an operation beside its body: refusals, and the headers of requests and replies.
+"""The parts of an operation in the OpenAPI document beside its body: refusals, and headers of requests and replies.
 
 Owns those descriptions, one for both families. Must not know what the operations do.
 """

@@ -21,7 +21,7 @@ from serve_app.errors import ForeignOrigin, LoraplexError, UnknownHost
 
 log = logging.getLogger(__name__)
 
-# What a browser says of a request that its own address bar, or a page of this very origin, has made.
+# Values a browser sends with a request from its own address bar or from a page of this very origin.
 _OWN_SITES = ("same-origin", "none")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
 

@@ -1,4 +1,4 @@
-"""What a reply says about how its image came about.
+"""The headers that say how a reply's image was made.
 
 Owns the response headers of a generation.
 """
@@ -105,6 +105,6 @@ def header_id(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Make text fit for a header: one line of printable ASCII, whatever else as a visible escape."""
+    """Make text fit for a header: one line of printable ASCII, all else as visible escapes."""
     line = " ".join(text.split())[:1000].encode("ascii", "backslashreplace").decode("ascii")
     return "".join(character for character in line if character.isprintable())

@@ -1,4 +1,4 @@
-"""What the wire shapes share: the strict model, the entry that names one adapter, and the bodies of errors.
+"""Models shared by the wire shapes: the strict model, the entry that names one adapter, and the bodies of errors.
 
 Bounds that depend on the base are checked elsewhere.
 """
@@ -84,7 +84,7 @@ Seed = Annotated[
 class ScalesEntry(RequestModel):
     """Scales of their own for denoiser and text encoders; `unet` and `transformer` are other names for the denoiser.
 
-    Whichever is absent is 1.
+    A scale that is absent is 1.
     """
 
     denoiser: float | None = None
@@ -194,14 +194,14 @@ class PipelineParameters(RequestModel):
 
 
 class ErrorBody(BaseModel):
-    """What every error of this family says."""
+    """The fields of every error of this family."""
 
     error: str = Field(description="one sentence that names the thing, the limit and what to do")
     code: str = Field(description="the stable name of the error")
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """The error."""
 
     message: str
     type: str
@@ -210,7 +210,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
-    """What every error of this family says."""
+    """The fields of every error of this family."""
 
     error: ErrorDetail
 

@@ -1,4 +1,4 @@
-"""Waiting for an answer only as long as somebody wants it.
+"""Waits for an answer only while its caller does.
 
 Owns the race between the service, the caller hanging up and the deadline, which nothing behind the HTTP layer keeps
 a second time.
@@ -32,7 +32,7 @@ TIMEOUT_PARAMETER = header_parameter(
 
 
 class ClientDisconnected(Exception):
-    """The caller hung up: nobody will read a reply."""
+    """The caller hung up and will read no reply."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Deadline:
 
 
 def deadline_of(request: Request, max_s: float) -> Deadline:
-    """Return a request's deadline: what it asks for itself, else the most that it may have.
+    """Return a request's deadline: its own, else the longest allowed.
 
     Raises:
         MalformedRequest: the header is no number.
@@ -68,7 +68,7 @@ def deadline_of(request: Request, max_s: float) -> Deadline:
 
 
 async def run_until_disconnect(request: Request, call: Coroutine[Any, Any, T], *, deadline: Deadline) -> T:
-    """Return what a call returns; cancel it, and wait until it lets go, if the caller leaves or time is out.
+    """Return what a call returns; cancel it, and wait until it has ended, if the caller leaves or time is out.
 
     The request's body must have been read.
 
@@ -84,7 +84,7 @@ async def run_until_disconnect(request: Request, call: Coroutine[Any, Any, T], *
 
 
 async def each_while_connected(request: Request, events: AsyncGenerator[T], *, deadline: Deadline) -> AsyncGenerator[T]:
-    """Yield what a generator yields; close it, and wait until it lets go, if the caller leaves or time is out.
+    """Yield what a generator yields; close it, and wait until it has ended, if the caller leaves or time is out.
 
     The request's body must have been read.
 

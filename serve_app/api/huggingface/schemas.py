@@ -1,4 +1,4 @@
-"""What a Hugging Face request may say, field by field.
+"""The fields of a Hugging Face request.
 
 Owns the wire models of that family. Bounds that depend on the base are checked elsewhere.
 """
@@ -20,7 +20,7 @@ class TargetSize(RequestModel):
 
 
 class Parameters(PipelineParameters):
-    """How to draw; whatever is absent or null is the base's default."""
+    """How to draw; a field that is absent or null takes the base's default."""
 
     prompt: str | None = Field(default=None, description="the prompt, where `inputs` is a picture")
     negative_prompt: str | None = Field(default=None, description="what the picture should not show")

@@ -36,7 +36,7 @@ from serve_app.core import (
 )
 from serve_app.errors import OutOfBounds
 
-# What this family calls the fields of a request.
+# This family's names of a request's fields.
 _OWN_NAMES = {"num_images_per_prompt": "n", "width": "size", "height": "size", "width x height": "size"}
 
 

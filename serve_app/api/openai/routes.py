@@ -117,7 +117,7 @@ async def _stream(
     request_id = request.state.request_id
     accepting = services.gateway.stream(with_retry_seed(unresolved, request), request_id=request_id)
     events = each_while_connected(request, accepting, deadline=deadline)
-    # What is refused before the first event still has a status of its own.
+    # A request refused before the first event still has a status of its own.
     accepted = await anext(events)
     assert isinstance(accepted, Accepted)
     response = EventStream(

@@ -1,4 +1,4 @@
-"""What a request and a reply of the OpenAI shape may say, field by field.
+"""The fields of requests and replies of the OpenAI shape.
 
 Owns the wire models of that family. Bounds that depend on the base are checked elsewhere.
 """
@@ -64,7 +64,7 @@ Size = Annotated[str, AfterValidator(_known_size)]
 
 
 class ImageGeneration(PipelineParameters):
-    """A request for images; whatever is absent or null is the base's default."""
+    """A request for images; a field that is absent or null takes the base's default."""
 
     prompt: str
     model: Name | None = Field(default=None, description="a base, an adapter, or '<base>:<adapter>'")
@@ -146,7 +146,7 @@ class ImageEditForm(ImageEdit):
 
 
 class AdapterReport(BaseModel):
-    """What was applied for one adapter."""
+    """One adapter as it was applied."""
 
     id: str
     revision: str
@@ -214,7 +214,7 @@ class ProgressEvent(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """What every event with an image says."""
+    """The fields of every event with an image."""
 
     b64_json: str
     created_at: int
@@ -262,7 +262,7 @@ class ModelList(BaseModel):
 
 
 EVENTS = (ProgressEvent, PartialImageEvent, CompletedEvent)
-"""What the data of a stream's events may be, beside a `ErrorEnvelope`, which is the last of a stream that failed."""
+"""The data of a stream's events, beside an `ErrorEnvelope`, which ends a stream that failed."""
 
 
 def _event_schema(names: JsonValue, data: type[BaseModel]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ BASE_BYTES, BYTES_PER_PIXEL = 256 * 1024**2, 16
 def main() -> None:
     """Serve orders from standard input until it closes."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # output of a library must not reach the replies
     os.nice(NICENESS)
     _limit_memory(int(sys.argv[2]))
     while line := sys.stdin.buffer.readline():

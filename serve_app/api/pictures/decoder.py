@@ -37,15 +37,15 @@ class EncodedPicture:
 class PictureDecoder:
     """Decodes pictures, `PROCESSES` at a time, each for at most `limit_s` of a processor's time.
 
-    A process starts with the first picture that needs it, and again after one that ended it. Whoever stops waiting ends
-    the process that works for it.
+    A process starts with the first picture that needs it, and again after one that ended it. A caller that stops
+    waiting ends the process that works for it.
     """
 
     def __init__(self, *, max_pixels: int, limit_s: float) -> None:
         self._max_pixels = max_pixels
         self._limit_s = limit_s
         self._idle: list[_Child] = []
-        # Not asyncio's own pool: what waits for a picture must not stand before anything else.
+        # Not asyncio's own pool: waiting for a picture must not block other work.
         self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="pictures")
         self.close = finalize(self, _close, self._idle, self._threads)
 
@@ -104,7 +104,7 @@ class PictureDecoder:
 
 
 class _Work:
-    """One picture's turn: which process has it, and whether anybody still waits for it."""
+    """One picture's turn: which process has it, and whether a caller still waits for it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -134,7 +134,7 @@ class _Child:
 
     def __init__(self, max_pixels: int) -> None:
         command = [sys.executable, "-W", "ignore", "-c", _BOOT, json.dumps(sys.path), str(max_pixels)]
-        # Nothing of our environment: it holds the Hub's token. What one picture took goes back to the system.
+        # Nothing of our environment: it holds the Hub's token. The memory of a picture goes back to the system.
         environment = {"MALLOC_MMAP_THRESHOLD_": str(RETURNED_FROM_BYTES)}
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
@@ -165,7 +165,7 @@ class _Child:
         return self._process.poll() is None
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
+        """End it at once, even in the middle of a picture."""
         self._process.kill()
         self._process.wait()
 

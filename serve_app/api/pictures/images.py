@@ -40,7 +40,7 @@ _READABLE = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _BASE64_SIGNATURES = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD")
 _DATA_URL = re.compile(r"data:[\w/+.-]*;base64,", re.ASCII)
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
-# What Pillow's parsers are seen to raise on damaged files.
+# Errors that Pillow's parsers raise on damaged files.
 _DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, OverflowError,
     NotImplementedError, struct.error, zlib.error,

@@ -1,4 +1,4 @@
-"""What a PNG says of how it was drawn: the text that A1111 writes as `parameters`, and other tools read.
+"""The settings of an image in its PNG: the text that A1111 writes as `parameters`, and other tools read.
 
 Owns its form. It names bases and adapters as the request did, and holds nothing else of who asked or where files lie.
 """

@@ -202,7 +202,7 @@ def _lora(row: LoraReport) -> Lora:
             QuarantinedLora(
                 replica=replica,
                 scale=_scale(held.scales[held.keys.index(spec.key)]),
-                beside=len(held.keys) - 1,  # not which: not everybody may know of them
+                beside=len(held.keys) - 1,  # not which: the caller may not be allowed to see them
                 reason=held.reason,
                 retry_after_s=held.left_s,
             )

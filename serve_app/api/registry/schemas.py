@@ -1,4 +1,4 @@
-"""What the registry's requests and replies say, field by field.
+"""The fields of the registry's requests and replies.
 
 Owns the wire models of `/v1/loras`, `/v1/replicas` and `/v1/bases`.
 """
@@ -34,7 +34,7 @@ class LoraSource(RequestModel):
 
 
 class LoraDefaults(RequestModel):
-    """What holds for requests that name an adapter and say nothing else; null for not said."""
+    """Values for requests that name an adapter and set none themselves; null where it sets none."""
 
     scale: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
@@ -70,7 +70,7 @@ class LoraDefaults(RequestModel):
 
 
 class LoraDefaultsReply(BaseModel):
-    """What holds for requests that name an adapter and say nothing else; null for not said."""
+    """Values for requests that name an adapter and set none themselves; null where it sets none."""
 
     scale: float | None
     num_inference_steps: int | None
@@ -146,7 +146,7 @@ class LoraList(BaseModel):
 
 
 class DeletedLora(BaseModel):
-    """What a removal did."""
+    """The result of a removal."""
 
     id: str
     object: Literal["lora"] = "lora"
@@ -178,7 +178,7 @@ class HeldLora(BaseModel):
 
 
 class Replica(BaseModel):
-    """What a replica is doing and holds."""
+    """The work and the adapters of a replica."""
 
     id: str
     base_model: str
@@ -199,7 +199,7 @@ class ReplicaList(BaseModel):
 
 
 class BaseDefaults(BaseModel):
-    """What a request gets where it says nothing."""
+    """The values of a request that sets none."""
 
     steps: int
     guidance_scale: float
@@ -209,7 +209,7 @@ class BaseDefaults(BaseModel):
 
 
 class BaseLimits(BaseModel):
-    """What one request may ask for."""
+    """The limits of one request."""
 
     max_steps: int
     min_side: int
@@ -226,7 +226,7 @@ class BaseLimits(BaseModel):
 
 
 class FusedLora(BaseModel):
-    """An adapter that is part of a base, whatever a request names."""
+    """An adapter that is part of a base in every request."""
 
     id: str
     scale: float

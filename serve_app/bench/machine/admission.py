@@ -106,7 +106,7 @@ async def _measure(
 
 
 async def _admit(path: Path, child: AdmissionProcess, times: _Times) -> None:
-    """Take one file to host memory; what was written goes, so that the next is new again."""
+    """Take one file to host memory; remove what was written, so that the next file is new again."""
     canonical = path.with_suffix(".canonical")
     child_before, began = _child_ms(child), time.perf_counter()
     await child.admit(path, "benchmark", canonical)
@@ -158,7 +158,7 @@ def _beside(options: AdmissionOptions, path: Path, child: AdmissionProcess) -> I
 
 @contextmanager
 def _counting(child: AdmissionProcess) -> Iterator[None]:
-    """Keep a process busy that touches no memory, as nice as the child: what any second busy core costs here."""
+    """Keep a process busy that touches no memory, as nice as the child: the cost of any second busy core here."""
     niceness = psutil.Process(child.pid).nice() if child.pid is not None else 0
     program = f"import os; os.nice({niceness} - os.nice(0)); print(flush=True)\nwhile True: pass"
     process = subprocess.Popen([sys.executable, "-S", "-c", program], stdout=subprocess.PIPE)

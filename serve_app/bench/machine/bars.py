@@ -1,4 +1,4 @@
-"""What a GPU is held against: one bar for each promise, and where its figure comes from.
+"""The bars for a GPU: one for each promise, and where its figure comes from.
 
 The bars of `make gpu`. Those of time and rate hold on a GPU alone; a CPU's run shows that the kit works.
 """

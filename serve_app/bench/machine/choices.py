@@ -1,4 +1,4 @@
-"""What can be chosen when a pipeline is set up: two ways to do the same work, with the work itself.
+"""Choices in the set-up of a pipeline: two ways to do the same work, with the work itself.
 
 Owns the pairs and their subjects. The first of a pair is what diffusers does by itself.
 """

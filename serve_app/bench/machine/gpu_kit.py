@@ -52,7 +52,7 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one part found, or why it found nothing."""
+    """The result of one part, or why it has none."""
 
     name: str
     seconds: float
@@ -211,7 +211,7 @@ def _swap_figures(report: SwapReport) -> Figures:
 
 
 def run_kit(chosen: Sequence[str], *, limit_s: float, device: Device) -> GpuReport:
-    """Run the parts, or the chosen ones, until the limit; what is left then is not run."""
+    """Run the parts, or the chosen ones, until the limit; the rest is not run."""
     kit, began, parts = Kit(device), time.monotonic(), list[Part]()
     machine = describe_machine(torch.device(device), 1)
     for name, act in kit.parts().items():

@@ -50,7 +50,7 @@ class LoraplexSwap:
 
     @property
     def adapter_bytes(self) -> int:
-        """What one adapter takes in host memory."""
+        """The bytes of one adapter in host memory."""
         return self._second.size_bytes
 
     def admit(self) -> ParsedAdapter:
@@ -123,7 +123,7 @@ class LoraplexSwap:
     def _from_device(self, first: ParsedAdapter, second: ParsedAdapter) -> None:
         """The way to the device alone; and the same swap with both adapters in the device's memory already.
 
-        A CPU has no such way: what is timed there is a copy in host memory, with the calls that a GPU takes.
+        A CPU has no such way: there a copy in host memory is timed, with the calls that a GPU takes.
         """
         with self._stopwatch.timed(Step.TO_DEVICE):
             moved_to(second, self._device)
@@ -134,7 +134,7 @@ class LoraplexSwap:
             self._weights.apply([(second, 1.0)])
 
     def _prepared(self, adapter: ParsedAdapter) -> Fused:
-        """The same swap in its two halves: what can be done while an image runs, and what cannot."""
+        """The same swap in two halves: the work possible while an image runs, and the rest."""
         with self._stopwatch.timed(Step.PREPARE, counts_device=False):
             prepared = self._weights.prepare([(adapter, 1.0)])
         with self._stopwatch.timed(Step.BIND):

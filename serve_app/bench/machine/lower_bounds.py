@@ -1,4 +1,4 @@
-"""What this machine could do at best: the floor that a swap is held against.
+"""The best this machine could do: the floor for a swap.
 
 Owns the three rates: copying memory, multiplying factors, and crossing the bus. Each is the best of several tries.
 """
@@ -89,7 +89,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(end) / 1e3
-    # What else runs on a shared machine must not raise the floor; several threads' time says nothing of their rate.
+    # Other processes of a shared machine must not raise the floor; several threads' time says nothing of their rate.
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     work()

@@ -1,7 +1,7 @@
 """The start benchmark: loading a denoiser against reading its file's bytes, in one run.
 
 Owns the folder that is loaded, shaped like a Hub repository, and the order of the measurements. The file is in the
-page cache throughout: what is measured is what loading adds to a disk that is as fast as memory.
+page cache throughout, so that this measures the cost of loading over a disk as fast as memory.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _StartRun:
         self._dtype = dtype_named(options.dtype)
         self._stopwatch = Stopwatch[StartStep](CPU)
         denoiser = fill_outline(outline, options.as_swap())
-        # What makes the folder a base to `load_base`; it weighs nothing.
+        # The index that makes the folder a base for `load_base`; it weighs nothing.
         vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4)
         denoiser.pipeline.register_modules(vae=vae)
         denoiser.pipeline.save_pretrained(folder, max_shard_size="1TB")

@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""The machine of a measurement."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def free_bytes(device: torch.device) -> int:
 def free_within(cgroup: Path) -> int | None:
     """Return the bytes that are left of a container's limit, None where it has none; `cgroup` is its folder.
 
-    Cached files that nobody used lately count as free, as the kernel drops them first: the working set of Kubernetes.
+    Cached files not used recently count as free, as the kernel drops them first: the working set of Kubernetes.
     """
     limit = cgroup / "memory.max"
     if not limit.exists() or not (most := limit.read_text().strip()).isdigit():

@@ -1,4 +1,4 @@
-"""What a benchmark is asked to do, and why it may be refused.
+"""The options of a benchmark, and why they may be refused.
 
 Owns the choices. Must not import torch: the command line shows them before anything heavy is loaded.
 """
@@ -44,7 +44,7 @@ class Targets(StrEnum):
 
 
 class Baseline(StrEnum):
-    """What is measured beside our own way."""
+    """The baseline measured beside ours."""
 
     DIFFUSERS = "diffusers"
     NONE = "none"

@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the numbers were measured on; `load_average` is the last minute's, of the whole machine, at the start."""
+    """The machine of the measurement; `load_average` is the last minute's, of the whole machine, at the start."""
 
     processor: str
     cores: int
@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What was built: `touched` counts layers that an adapter changes; `factor_bytes` are one adapter's, as held."""
+    """The model built: `touched` counts layers that an adapter changes; `factor_bytes` are one adapter's."""
 
     source: str
     parameters: int
@@ -67,7 +67,7 @@ class Floor:
 
 @dataclass(frozen=True, slots=True)
 class Exactness:
-    """What was compared to the bit; `fused_equal` is None without a baseline.
+    """The comparisons to the bit; `fused_equal` is None without a baseline.
 
     `weights_compared` counts fused weights over all repeats, each against a fresh base with diffusers' load and fuse.
     """
@@ -156,7 +156,7 @@ class SwapReport:
 
 @dataclass(frozen=True, slots=True)
 class StartReport:
-    """What loading a denoiser takes beside reading its file.
+    """The time of loading a denoiser beside that of reading its file.
 
     `ready_over_read` is a load with every page touched over one pass through the file's bytes, by either clock.
     `drawn_by_load` and `drawn_by_constructing` count random values that were drawn into memory: parameters that are
@@ -213,7 +213,7 @@ class InterferenceReport:
 
     `slowdowns` are the rounds' own ratios of median step times on the wall; `slowdown` is their median, and
     `slowdown_cpu` that of the generating thread's processor time, which leaves out waiting for a core. Those of `busy`
-    are the same beside a process that only counts: what any second busy core costs on this machine.
+    are the same beside a process that only counts: the cost of any second busy core on this machine.
     """
 
     steps: int
@@ -229,7 +229,7 @@ class InterferenceReport:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionReport:
-    """What admitting a file that was never seen takes, and what it costs the images that are drawn meanwhile."""
+    """The time of admitting a new file, and its cost to the images that are drawn meanwhile."""
 
     command: str
     date: str
@@ -280,7 +280,7 @@ class WaitRow:
 
 @dataclass(frozen=True, slots=True)
 class PipelineReport:
-    """What each choice in a pipeline's set-up does here."""
+    """The effect of each choice in a pipeline's set-up."""
 
     command: str
     date: str

@@ -1,4 +1,4 @@
-"""What holds around every measurement: torch's threads, and what libraries say."""
+"""The environment of every measurement: torch's threads, and the messages of libraries."""
 
 from __future__ import annotations
 

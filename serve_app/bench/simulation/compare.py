@@ -21,13 +21,13 @@ from serve_app.bench.traffic.workload import Workload
 from serve_app.bench.traffic.workload_statistics import quantile
 
 SCHEMA = 1
-# Further than so many times the work offered no search goes: what is slow there is slow alone.
+# No search goes beyond so many times the work offered: a request slow there is slow alone.
 MOST_OVER_OFFERED = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one seed's requests came to over all bases.
+    """The results of one seed's requests over all bases.
 
     `fewest_*` are of the requests for the fewest images that were asked for, `most_*` of those for the most.
     `slowdown` is the largest of a request's time over what it would take alone. `fetches` and `swaps` are for each
@@ -188,7 +188,7 @@ def plan(
 
 
 class _Search:
-    """The fewest replicas for one base; what was tried is kept for the curve."""
+    """The fewest replicas for one base; the counts tried are kept for the curve."""
 
     def __init__(self, parts: Sequence[Workload], profile: Profile, policy: Policy, p95_s: float, noise: float) -> None:
         self._parts, self._profile, self._policy = parts, profile, policy

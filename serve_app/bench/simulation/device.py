@@ -1,6 +1,6 @@
 """The device of a simulated replica: whole passes one after the other, or passes that take turns between steps.
 
-Owns when which pass has the device. What runs next is decided by the engine's own functions; this file lets time pass
+Owns when which pass has the device. The engine's own functions decide what runs next; this file lets time pass
 between their decisions. Must not know where requests come from or what is fetched.
 """
 
@@ -19,7 +19,7 @@ Schedule = Callable[[float, Callable[..., None], object], None]
 
 
 class Counts:
-    """What all replicas of a run did."""
+    """The counts of all replicas of a run."""
 
     def __init__(self) -> None:
         self.fetches = 0
@@ -31,7 +31,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a device needs of its replica.
+    """The interface that a device needs of its replica.
 
     `on_done` hears the jobs of a pass that has ended, `late_fetch_s` fetches at a job's turn and says how long that
     takes, `set_backlog` is told the work of all passes but the running one, and when that ends. `chance` is a factor
@@ -48,7 +48,7 @@ class Surroundings:
 
 
 class _Swaps:
-    """What is in the weights, and what a change takes."""
+    """The composition in the weights, and the time of a change."""
 
     def __init__(self, around: Surroundings) -> None:
         self.applied: AdapterSetKey = ()
@@ -86,7 +86,7 @@ class WholePasses:
             self._begin(now_s)
 
     def give_back(self, keep_s: float, now_s: float) -> list[Job]:
-        """Give nothing back: what is here stays."""
+        """Give nothing back."""
         return []
 
     def _begin(self, now_s: float) -> None:

@@ -19,7 +19,7 @@ from serve_app.work import work_units
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What one run is about, beside its requests.
+    """The setting of one run, beside its requests.
 
     `noise` spreads the true time of passes and fetches around the predicted one (log-normal deviation).
     `is_fetching_early` says that an adapter is fetched when its request is admitted, not when its turn comes.
@@ -59,12 +59,12 @@ class Job:
 
     @property
     def queued(self) -> QueuedRequest:
-        """What the engine's queue knows of it."""
+        """The job as the engine's queue knows it."""
         return QueuedRequest(self.ticket, self.key, self.images, arrived_s=self.at_s, units=self.demand.units)
 
 
 class Jobs:
-    """Makes jobs of arrivals; whatever arrivals share is made once."""
+    """Makes jobs of arrivals; parts that arrivals share are made once."""
 
     def __init__(self, workload: Workload, setting: Setting) -> None:
         self._sizes = workload.sizes

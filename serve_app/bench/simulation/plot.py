@@ -55,7 +55,7 @@ def check_plotting(path: Path | None) -> None:
 
 
 def plot_simulated(found: Comparison | Plan, path: Path) -> None:
-    """Draw whichever the simulator was asked for."""
+    """Draw the result that the simulator was asked for."""
     if isinstance(found, Plan):
         plot_plan(found, path)
     else:

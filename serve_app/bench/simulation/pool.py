@@ -12,7 +12,7 @@ from serve_app.routing.cost import BASE_ALONE, ReplicaView
 from serve_app.store.budget import ByteBudget
 from serve_app.work import LatencyModel
 
-# What a row says of an adapter and a replica, as bits.
+# The state of an adapter on a replica, as bits.
 ARRIVING, ON_HOST, ON_DISK = 1, 2, 4
 
 

@@ -42,9 +42,9 @@ class LinearCost:
 
 @dataclass(frozen=True, slots=True)
 class TierCosts:
-    """What the steps between the tiers take.
+    """The times of the steps between the tiers.
 
-    `swap` changes the weights once, whatever is applied then; `to_device`, `to_host` and `fetch` bring an adapter
+    `swap` changes the weights once, to any composition; `to_device`, `to_host` and `fetch` bring an adapter
     from host memory, from the node's disk, and from its source through admission.
     """
 
@@ -64,7 +64,7 @@ class BaseTimings:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """One kind of machine. `blog_swap_s` is a change of adapters the old way; `unproved` names what nobody measured."""
+    """One kind of machine. `blog_swap_s` is a change of adapters the old way; `unproved` names what is unmeasured."""
 
     name: str
     about: str

@@ -1,7 +1,7 @@
 """One replica in the simulator: it fetches, and has its device draw, as production's does, in simulated time.
 
-Owns what a replica holds and waits for. What leaves host memory is decided by the store's own budget; this file only
-lets time pass.
+Owns what a replica holds and waits for. The store's own budget decides what leaves host memory; this file only lets
+time pass.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class Policy:
 
 
 class _Over:
-    """What all routers have: the tables, who takes requests, and chance."""
+    """The parts of all routers: the tables, which replicas take requests, and chance."""
 
     def __init__(self, pool: Pool, setting: Setting, rng: random.Random) -> None:
         self._pool = pool
@@ -108,7 +108,7 @@ class LoraplexRouter(_Over):
 
 
 class LeastLoaded(_Over):
-    """The fewest requests, whatever they need."""
+    """The fewest requests, regardless of what they need."""
 
     def __call__(self, job: Job, now_s: float) -> int | None:
         """Return one of those with the fewest requests."""
@@ -126,7 +126,7 @@ class RandomTwo(_Over):
 
 
 class LeastWork(_Over):
-    """The least predicted work ahead, whatever adapters are where."""
+    """The least predicted work ahead, regardless of where adapters are."""
 
     def __call__(self, job: Job, now_s: float) -> int | None:
         """Return one of those with the least work."""
@@ -141,7 +141,7 @@ class LeastWork(_Over):
 class RayMultiplexed(_Over):
     """Ray Serve's default with a multiplexed model id: two by chance among the holders, and the shorter queue.
 
-    Where both are full, or nobody holds it, two among those with the fewest models, at last two among all, again and
+    Where both are full, or none holds it, two among those with the fewest models, at last two among all, again and
     again until one has room. Ray's pauses between attempts are left out, in its favour.
     """
 

@@ -69,7 +69,7 @@ class Scaler:
         )
         wanted = desired_replicas(load, self._rule).replicas
         if not running and load.requests:
-            # Where none runs, Serve asks nobody and starts so many.
+            # With no replica running, Serve does not ask the policy and starts so many.
             wanted = max(self._from_zero, self._starting)
         return self._follow(wanted - running - self._starting, now_s)
 

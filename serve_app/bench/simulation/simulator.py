@@ -52,7 +52,7 @@ class Fleet:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one base's requests came to; `latencies_s`, `images` and `alone_s` in order of arrival.
+    """The results of one base's requests; `latencies_s`, `images` and `alone_s` in order of arrival.
 
     `alone_s` is what each would take on an idle replica that holds its adapters. `replica_s` is the time that all
     replicas were paid for, from the first arrival to the last answer; `most` is how many there were at once.

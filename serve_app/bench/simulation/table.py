@@ -1,4 +1,4 @@
-"""What the simulator and the generator found, as tables for a terminal."""
+"""Results of the simulator and the generator, as tables for a terminal."""
 
 from __future__ import annotations
 

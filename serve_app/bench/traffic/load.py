@@ -37,8 +37,8 @@ class LoadOptions:
     """One run against one service.
 
     `adapters` are by popularity, most popular first; none means all that the service knows. `csv_file` replays
-    instead, `speed` times as fast, and then the rate is the file's own. A run ends with whichever of `duration_s` and
-    `max_requests` comes first, and with the last answer. `key` is in no report.
+    instead, `speed` times as fast, and then the rate is the file's own. Requests are offered until the
+    first of `duration_s` and `max_requests`; the run ends with the last answer. `key` is in no report.
     """
 
     url: str

@@ -1,4 +1,4 @@
-"""What a service made of the traffic that was sent to it.
+"""The report of a load run: how a service answered the traffic sent to it.
 
 Owns the figures, worked out from single answers alone, and their JSON form.
 """
@@ -66,8 +66,8 @@ class LoadReport:
     `offered_per_s` is what was sent over the time of sending, `answered_per_s` images over the whole run. Latencies
     are of answered requests, from sending to the last byte. `swaps` and `fetches` are shares of the answered requests
     that waited for one at least a millisecond. `fairness` is Jain's index over the adapters' mean latencies: 1 where
-    all wait alike, 1/n where one of n bears everything. `late_s` is how far behind its plan the client itself was at
-    most: what is not far under the latencies spoils them.
+    all wait alike, 1/n where one of n has all the delay. `late_s` is how far behind its plan the client itself was at
+    most: unless it is far below the latencies, it distorts them.
     """
 
     command: str
@@ -91,7 +91,7 @@ class LoadReport:
     samples: tuple[Sample, ...] = dataclasses.field(repr=False)
 
     def to_json(self) -> str:
-        """Return everything as indented JSON, single answers included; what is no number becomes null."""
+        """Return everything as indented JSON, single answers included; NaN and infinity become null."""
         fields = {"schema": SCHEMA, **dataclasses.asdict(self)}
         return json.dumps(_finite(fields), indent=2) + "\n"
 

@@ -27,7 +27,7 @@ HOURS = (
 
 @dataclass(frozen=True, slots=True)
 class AdapterAsk:
-    """One adapter as a request asks for it; `key` names its bytes, whatever the scale."""
+    """One adapter as a request asks for it; `key` names its bytes and is the same at any scale."""
 
     key: str
     scale: float = 1.0

@@ -1,4 +1,4 @@
-"""What a workload is like, held against what real traffic was like.
+"""Statistics of a workload, compared with those of real traffic.
 
 Owns the statistics and their published targets. Must not draw anything but the shuffle of one comparison.
 """

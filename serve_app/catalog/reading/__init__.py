@@ -1,1 +1,1 @@
-"""What a card, a header and a repository say about an adapter. Must not know where repositories lie."""
+"""Reads cards, headers and listings for the facts of an adapter. Must not know where repositories lie."""

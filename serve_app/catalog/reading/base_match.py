@@ -83,7 +83,7 @@ def _by_structure(header: HeaderFacts, possible: Sequence[BaseArchitecture]) -> 
 
 
 def contradiction(header: HeaderFacts, base: BaseArchitecture) -> str | None:
-    """Return why a file cannot fit a base, or None; what is unknown contradicts nothing."""
+    """Return why a file cannot fit a base, or None; an unknown fact contradicts nothing."""
     denoisers = header.components & {"unet", "transformer"}
     if base.denoiser is not None and denoisers and base.denoiser not in denoisers:
         (other,) = denoisers

@@ -1,7 +1,7 @@
 """The configured bases as the catalog sees them: their names, and the widths an adapter must fit.
 
 Owns which names mean which base, and the reading of a base's own configuration files, wherever it lies.
-Facts are best effort: what is unknown contradicts nothing, and the engine checks every layer of a file
+Facts are best effort: an unknown fact contradicts nothing, and the engine checks every layer of a file
 against the loaded base.
 """
 
@@ -40,7 +40,7 @@ MOVED = {
 
 @dataclass(frozen=True, slots=True)
 class BaseArchitecture:
-    """What is known of one base's structure: None and empty where it is not known.
+    """The known structure of one base: None and empty where it is not known.
 
     `denoiser` is "unet" or "transformer"; `text_width` the width of the text features that its
     cross-attention takes; `hidden_widths` the widths of its blocks; `depths` how many blocks of each kind a

@@ -37,7 +37,7 @@ async def run_blocking(call: Callable[[], T], *, timeout_s: float | None = None)
             value = call()
         except BaseException as raised:  # noqa: BLE001 - handed to anyone who awaits
             error = raised
-        # The loop may have been closed meanwhile: then nobody waits.
+        # The loop may have been closed meanwhile: then no caller waits.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(deliver, value, error)
 

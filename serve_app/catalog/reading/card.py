@@ -1,7 +1,7 @@
-"""What a model card says about an adapter: which bases, which trigger words.
+"""Model cards: the bases and trigger words of an adapter.
 
-Pure: text or a mapping in, `Card` out. A card is written by strangers, so nothing in it can raise: what
-cannot be read counts as not said.
+Pure: text or a mapping in, `Card` out. A card is written by strangers, so nothing in it can raise: an
+unreadable value counts as absent.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def card_from(data: Mapping[object, object], more_tags: tuple[str, ...] = ()) ->
 
 
 def _defaults(data: Mapping[object, object]) -> AdapterDefaults:
-    """Return the card's own block for this service, over what it has for everybody."""
+    """Return the card's own block for this service, over its general fields."""
     widgets = data.get("widget")
     examples = cast("list[object]", widgets) if isinstance(widgets, list) else []
     example: object = examples[0] if examples else None

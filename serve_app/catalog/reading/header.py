@@ -1,4 +1,4 @@
-"""What a safetensors header tells about an adapter before its weights are read.
+"""Safetensors headers: the facts of an adapter before its weights are read.
 
 Pure: bytes in, values out. Owns the checks of the header against its file (lengths, offsets, limits) and the
 reading of structure: method, rank, which components, which widths. Widths tell families apart where key names

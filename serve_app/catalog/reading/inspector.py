@@ -38,7 +38,7 @@ MAX_EMBEDDINGS_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """What is known of one adapter file, whichever base a request names."""
+    """The facts of one adapter file that hold for any base."""
 
     id: str
     origin: str
@@ -55,7 +55,7 @@ class AdapterInfo:
 
     @property
     def content(self) -> str:
-        """What tells the bytes of these files from others': the same for all names, revisions and sources of them."""
+        """A key of the bytes of these files: the same for all names, revisions and sources of them."""
         digest = self.digest if self.origin == HUB else self.revision  # a folder's revision is such a digest
         return digest or f"{self.location}@{self.revision}/{'+'.join(self.files)}"
 

@@ -23,7 +23,7 @@ EMBEDDING_SUFFIXES = ("embeddings.safetensors", "_emb.safetensors")
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_FILES = 32
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-# What peft and diffusers save by themselves for each model of a pipeline, in a folder of that model's name.
+# Files that peft and diffusers save for each model of a pipeline, in a folder of that model's name.
 _OF_MODELS = re.compile(
     r"(?:.+/)?(?:unet|transformer|text_encoder(?:_[23])?)/(?:adapter_model|pytorch_lora_weights)(?:-\d{5}-of-\d{5})?\.safetensors"
 )

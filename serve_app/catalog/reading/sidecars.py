@@ -1,6 +1,6 @@
 """The files that A1111 and Civitai's tools write beside an adapter: `<name>.json` and `<name>.civitai.info`.
 
-Pure, and never raises, as for cards. What a user has typed into A1111 goes before what was published.
+Pure, and never raises, as for cards. Values that a user typed into A1111 go before published ones.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def card_from_sidecars(*, webui: bytes | None, civitai: bytes | None) -> Card:
     """Return what both files together say, as a card would; either may be missing."""
     own, published = _table(webui), _table(civitai)
     typed = {
-        "scale": own.get("preferred weight") or None,  # 0 is the field that nobody has filled in
+        "scale": own.get("preferred weight") or None,  # 0 is a field that was not filled in
         "trigger_words": own.get("activation text"),
         "negative_prompt": own.get("negative text"),
     }
     told = {"trigger_words": trigger_words(published.get("trainedWords"))}
-    # A1111 tells a family by the file itself; a name that somebody published says more.
+    # A1111 tells a family by the file itself; a published name says more.
     base = next((name for name in (published.get("baseModel"), own.get("sd version")) if _is_base(name)), None)
     name = text_of(base) or ""
     return Card(

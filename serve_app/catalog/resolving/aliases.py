@@ -24,7 +24,7 @@ from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound, NameTa
 
 log = logging.getLogger(__name__)
 
-# What somebody may be told who may not know the adapter.
+# Errors that a caller without access to the adapter may get.
 UNREADABLE = (ModelNotFound, AccessDenied, HubUnavailable)
 MAX_ALIASES = 10_000
 _DEFAULTS = TypeAdapter(AdapterDefaults)
@@ -86,7 +86,7 @@ class AliasTable:
 
 @contextmanager
 def told_as(name: str, target: str) -> Generator[None]:
-    """Refuse what an alias stands for under the alias's name: it tells nobody without access what that is."""
+    """Refuse an alias's target under the alias's name, so that callers without access do not learn the target."""
     try:
         yield
     except UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""What sources have to list that takes long to look up: looked up one by one, while lists show what is known so far.
+"""Slow look-ups of listed entries, made one by one in the background, while lists show the results so far.
 
 Knows nothing of adapters: ids and marks in, look-ups out.
 """

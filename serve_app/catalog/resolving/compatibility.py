@@ -1,4 +1,4 @@
-"""Who may be combined with whom in one request, and on which base.
+"""Which adapters may be combined in one request, and on which base.
 
 Owns the rules; pure. Finding out what adapters are is `serve_app.catalog.reading.inspector`'s.
 """
@@ -14,7 +14,7 @@ from serve_app.errors import MalformedRequest, OutOfBounds
 
 
 def check_named(refs: Sequence[AdapterRef], config: AppConfig) -> None:
-    """Refuse what no base could take, whatever the adapters are.
+    """Refuse more adapters than any base takes.
 
     Raises:
         OutOfBounds: more adapters than any base takes.
@@ -25,7 +25,7 @@ def check_named(refs: Sequence[AdapterRef], config: AppConfig) -> None:
 
 
 def check_distinct(refs: Sequence[AdapterRef], findings: Sequence[AdapterInfo]) -> None:
-    """Refuse an adapter that is named twice, in whatever spellings: its scales would add up past their limit.
+    """Refuse an adapter that is named twice, in any spellings: its scales would add up past their limit.
 
     Raises:
         MalformedRequest: two of the references mean the same bytes.

@@ -89,7 +89,7 @@ class SingleFlightCache(Generic[K, V]):
         raise error
 
     async def refresh(self, key: K, look_up: Callable[[], Awaitable[V]]) -> None:
-        """Look a key up whatever is cached.
+        """Look a key up even if it is cached.
 
         Raises:
             LoraplexError: raised by the look-up.

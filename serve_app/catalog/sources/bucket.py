@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 READ_BYTES = 8 * 1024**2
 _MD5 = re.compile(r"[0-9a-f]{32}")
-# What a part of an exception's name tells a caller; the clients of the stores have no exceptions in common.
+# The message for a part of an exception's name; the clients of the stores have no exceptions in common.
 _REASONS = {
     "Credential": "the service has no credentials for its object store",
     "Timeout": "the object store did not answer in time",

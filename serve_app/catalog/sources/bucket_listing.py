@@ -40,7 +40,7 @@ class StoredAdapter:
 
     @property
     def mark(self) -> str:
-        """What changes with any of the objects."""
+        """A text that changes with any of the objects."""
         return " ".join(f"{name} {stored.revision}" for name, stored in sorted(self.files.items()))
 
 

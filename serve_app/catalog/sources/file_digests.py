@@ -75,7 +75,7 @@ def _opened(path: Path) -> sqlite3.Connection:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
     database.execute("PRAGMA journal_mode = WAL")
-    # What a crash loses is computed again.
+    # A digest lost in a crash is computed again.
     database.execute("PRAGMA synchronous = OFF")
     database.execute("CREATE TABLE IF NOT EXISTS digests (path TEXT PRIMARY KEY, mark TEXT, digest TEXT)")
     return database

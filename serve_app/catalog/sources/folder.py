@@ -195,7 +195,7 @@ LOCAL = "file"
 
 
 class LocalFile(FolderSource):
-    """One file on this disk, with those beside it: the folder is the repository, whatever its name."""
+    """One file on this disk, with those beside it: the folder is the repository, under any name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path.absolute()

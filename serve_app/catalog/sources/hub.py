@@ -78,7 +78,7 @@ class HubSource(AdapterSource):
         self._metadata = metadata or MetadataCache(cache_dir / "hub-memory")
 
     def read_as(self, token: HubToken | None) -> HubSource:
-        """Return this Hub as a caller with the token sees it; with None, as anybody does."""
+        """Return this Hub as a caller with the token sees it; with None, without a token."""
         return HubSource(
             self._settings,
             token=None if token is None else token.value,
@@ -94,7 +94,7 @@ class HubSource(AdapterSource):
 
     async def find(self, model: str, revision: str | None) -> RepositoryListing | None:
         """Return the repository at its present commit, or at the last one seen if the Hub is unavailable."""
-        # What looks like a key or token was pasted there by mistake, and is nobody's to know.
+        # Text that looks like a key or token was pasted by mistake and must not be sent to the Hub.
         if not is_valid_id(model) or contains_secret(f"{model} {revision}"):
             return None
         if revision is not None and not is_valid_revision(revision):

@@ -29,7 +29,7 @@ DEFAULT_RETRY_AFTER_S = 10
 MAX_RETRY_AFTER_S = 120
 _WINDOW = re.compile(r"\bt=(\d{1,6})\b")
 
-# What the client can raise: HTTP errors, its transport, the local disk, a client closed by another thread's failed
+# Errors of the client: HTTP errors, its transport, the local disk, a client closed by another thread's failed
 # connection (RuntimeError), and responses of an unexpected shape.
 HUB_FAILURES = (
     HfHubHTTPError,

@@ -29,7 +29,7 @@ DOWNLOAD = RetryPolicy(tries=4)
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """What is called: its name in messages, the exceptions that it can raise, and what they mean to a caller.
+    """A remote service: its name in messages, the exceptions that it can raise, and what they mean to a caller.
 
     `translate` takes an exception, the model and the revision.
     """

@@ -34,7 +34,7 @@ _HARD_STYLES = ("pixel-art", "stripes")  # their edges take longest to learn, so
 
 @dataclass(frozen=True, slots=True)
 class AutoencoderResult:
-    """What training reached."""
+    """The scores of training."""
 
     psnr_db: float
     scaling_factor: float

@@ -59,7 +59,7 @@ def fill_bank(
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What the UNet is told: the text's sequence and, for SDXL, its added conditions."""
+    """The conditions of the UNet: the text's sequence and, for SDXL, its added conditions."""
 
     sequence: Tensor
     added: dict[str, Tensor] | None

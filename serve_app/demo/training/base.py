@@ -26,7 +26,7 @@ _CHECKPOINT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What is trained before the UNet."""
+    """The parts trained before the UNet."""
 
     autoencoder: AutoencoderKL
     encoders: list[TextEncoder]

@@ -39,7 +39,7 @@ def _halve(weights: Path) -> None:
 
 
 def _forget_where_from(config: Path) -> None:
-    """Drop the folder that a part was loaded from, which is nobody's business."""
+    """Drop the folder that a part was loaded from, which is private to the training machine."""
     values = json.loads(config.read_text())
     values.pop("_name_or_path", None)
     config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

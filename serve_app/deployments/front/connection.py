@@ -1,4 +1,4 @@
-"""What one connection may take of the proxy: bounds on a request's head and on requests ahead of their turn, and on how
+"""Limits of one connection to the proxy: bounds on a request's head and on requests ahead of their turn, and on how
 long a sender or a reader may stall.
 
 Owns what Serve's HTTP server leaves open: it gathers a header line whole, however long it is, in time that grows with
@@ -62,7 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
 
     def on_message_begin(self) -> None:
-        """Begin a head; what is raised here ends the connection."""
+        """Begin a head; an exception here ends the connection."""
         if len(self.pipeline) >= MAX_REQUESTS_AHEAD:
             raise ValueError(f"over {MAX_REQUESTS_AHEAD} requests were sent ahead of their answers")
         if self._head_timer is None:

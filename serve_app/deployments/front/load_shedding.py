@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HELD_HEADER = "x-loraplex-held"
 # For so long after a full queue was reported, the count is limited by what was reported.
 REPORT_TTL_S = 5.0
-# What may be on its way beyond what is held, and a share of that: it is looked at, and taken or refused, in a moment.
+# Requests allowed on their way beyond those held, and a share of those: they are accepted or refused in a moment.
 SLACK_REQUESTS = 8
 SLACK_SHARE = 1 / 16
 # Before the first reply.
@@ -43,7 +43,7 @@ _ALWAYS_LET_IN = ("/v1/loras", "/-/")
 class InFlightLimit:
     """How many requests may be in flight through one proxy. Pure but for the clock.
 
-    Invariant: whatever is reported, `SLACK_REQUESTS` requests may always be in flight.
+    Invariant: `SLACK_REQUESTS` requests may always be in flight, no matter what is reported.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -145,7 +145,7 @@ class LoadSheddingMiddleware:
 
 
 class _Arriving:
-    """A request's body on its way in: while its caller is waited for, the request keeps nobody else out."""
+    """A request's body on its way in: while it waits for its caller, it does not count against the limit."""
 
     def __init__(self, receive: Receive, limit: InFlightLimit) -> None:
         self._receive = receive

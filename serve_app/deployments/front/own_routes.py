@@ -43,7 +43,7 @@ class OwnRoutesOnly:
         if matched is not None:
             route, handle, _ = matched
             return route.rstrip("/") if handle.deployment_name == INGRESS_NAME else None
-        # Nobody answers it. Where we have no route yet, it may be a request that came too early for us.
+        # No route answers it. Where we have no route yet, it may be a request that came too early for us.
         is_known = any(handle.deployment_name == INGRESS_NAME for handle in self._router.handles.values())
         return None if is_known else ""
 

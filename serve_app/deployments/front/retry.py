@@ -1,7 +1,7 @@
 """A request whose ingress replica is lost: sent again to another, or refused as the contract says.
 
-Owns what Serve's proxy leaves open: where the replica that it chose dies, it answers with a bare 500, whatever may be
-left of the request's time and the service. Runs inside the proxy, so it knows no configuration and no Ray.
+Owns what Serve's proxy leaves open: where the replica that it chose dies, it answers with a bare 500, even if the
+request has time left and other replicas run. Runs inside the proxy, so it knows no configuration and no Ray.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PIECE_BYTES = 1024**2
 GATHER_S = 5.0
 # Serve's own paths, which no application answers.
 _SERVE_S_OWN = "/-/"
-# What it changes is not to be done twice: who removes what is gone is told that it was never there.
+# Not DELETE: a removal that is sent a second time is told that nothing was there.
 _RESENT = frozenset(("GET", "HEAD", "POST"))
 _REQUEST_ID = "x-request-id"
 _SEED = "x-seed"
@@ -54,8 +54,8 @@ class RetryMiddleware:
     anything but progress was.
 
     At most `MAX_RESENDS` times, with the same id, the seed that a stream has told, and only what was kept of its body:
-    the application draws no image twice that anybody sees. What cannot be repeated is answered with the contract's 503,
-    a stream that had begun with an error event.
+    no caller sees an image drawn twice. A request that cannot be repeated is answered with the contract's 503, a stream
+    that had begun with an error event.
     """
 
     def __init__(self, app: ASGIApp, on_loss: Callable[[Outcome], None], *, backoff_s: float = BACKOFF_S) -> None:
@@ -135,14 +135,14 @@ class BufferBudget:
 
 @dataclass
 class BufferedRequest:
-    """What a caller sends, kept so that it can be sent again; past its budget it is passed on and not kept."""
+    """A caller's request, kept so that it can be sent again; past its budget it is passed on and not kept."""
 
     receive: Receive
     budget: BufferBudget
     is_gone: bool = False
     is_kept: bool = True
     _messages: list[Message] = field(default_factory=list[Message])
-    # What has come of the next message.
+    # The part of the next message that has arrived.
     _pieces: list[bytes] = field(default_factory=list[bytes])
     _kept_bytes: int = 0
 
@@ -199,7 +199,7 @@ class BufferedRequest:
 
 @dataclass
 class _AttemptResponse:
-    """What one attempt is answered with."""
+    """The answer of one attempt."""
 
     # This proxy has passed on no answer yet: a 404 of Serve's means that it does not know the way so far.
     is_new: bool
@@ -207,23 +207,23 @@ class _AttemptResponse:
     is_serve_s: bool = False
     # Held back until something of the body follows.
     head: Message | None = None
-    # What a stream that had begun is refused with.
+    # The refusal of a stream that had begun.
     refusal: bytes | None = None
 
 
 @dataclass
 class ClientResponse:
-    """What a caller gets, over all attempts.
+    """The answer to a caller, over all attempts.
 
-    An answer that Serve itself gives, because it found nobody to ask, is not passed on. A stream goes on with the
-    events of the next attempt, or ends with what that is refused with.
+    An answer of Serve's own, given because it found no replica, is not passed on. A stream goes on with the
+    events of the next attempt, or ends with its error.
     """
 
     forward: Send
     has_begun: bool = False
     is_complete: bool = False
     is_stream: bool = False
-    # What a stream said that it would draw with; empty where there is none.
+    # The seed that a stream's head gave; empty where there is none.
     seed: str = ""
     _has_shown: bool = False
     _reply: _AttemptResponse = field(default_factory=lambda: _AttemptResponse(is_new=True))

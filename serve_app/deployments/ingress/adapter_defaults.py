@@ -23,7 +23,7 @@ def resolve_with_adapters(
         LoraplexError: as for `resolve_defaults`.
     """
     base, adapters = resolution.base, resolution.adapters
-    # What the request says itself is refused as its own.
+    # A value that the request sets itself is refused as the request's.
     request = resolve_defaults(draft, base, adapters, request_id=request_id, seed=seed, family=family)
     if resolution.defaults == NO_DEFAULTS:
         return request

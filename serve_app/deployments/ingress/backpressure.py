@@ -1,4 +1,4 @@
-"""What one ingress replica has sent to a base: whether it was full lately, and when it will not be.
+"""The requests that one ingress replica has sent to a base: whether it was full lately, and when it will not be.
 
 Owns both estimates, from what went out, came back and was refused here; pure but for the clock. Must not know replicas
 or Ray.

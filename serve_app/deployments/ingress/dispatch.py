@@ -49,7 +49,7 @@ class Dispatch(Protocol):
 
 @dataclass(slots=True)
 class _Case:
-    """What is known of a request, for the line that says how it failed; never its prompt."""
+    """The facts of a request for the log line on its failure; never its prompt."""
 
     unresolved: UnresolvedRequest
     resolution: Resolution | None = None
@@ -68,7 +68,7 @@ class _Case:
 
 
 class ServiceGateway:
-    """What the HTTP layer talks to; every draw of a seed happens here, so that a retry gives the same image."""
+    """The gateway of the HTTP layer; every draw of a seed happens here, so that a retry gives the same image."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class ServiceGateway:
         resolution = await self._resolve(draft)
         if syntax is not None or resolution.base.prompt_syntax == "plain":
             return draft, resolution
-        # The base decides, so that it stays the base whatever its prompt names.
+        # The base decides the syntax, so the adapters in its prompt must not change the base.
         named = replace(unresolved, model=unresolved.model or resolution.base.id)
         draft = with_prompt_adapters(named, resolution.base.prompt_syntax)
         return draft, resolution if draft.adapters == unresolved.adapters else await self._resolve(draft)
@@ -174,7 +174,7 @@ class ServiceGateway:
 
     @property
     def registry(self) -> ServiceRegistry:
-        """What is known of adapters, replicas and bases."""
+        """Information on adapters, replicas and bases."""
         return self._registry
 
     async def is_ready(self) -> bool:

@@ -31,7 +31,7 @@ class FanOut:
         """Return the result of one request.
 
         Raises:
-            LoraplexError: what a part ended in; the other parts are stopped then.
+            LoraplexError: the error of a part; the other parts are stopped then.
         """
         parts = await self._parts(request)
         calls = [asyncio.ensure_future(self._dispatch(part)) for part in parts]
@@ -44,7 +44,7 @@ class FanOut:
         """Yield the events of one request.
 
         Raises:
-            LoraplexError: what a part ended in; the other parts are stopped then.
+            LoraplexError: the error of a part; the other parts are stopped then.
         """
         parts = await self._parts(request)
         told: asyncio.Queue[tuple[int, GenerationEvent] | asyncio.Future[None]] = asyncio.Queue()

@@ -125,7 +125,7 @@ class Dispatcher:
 
     async def _level_twice(self, base_id: str) -> None:
         await self._level(base_id)
-        # What was fetching its adapters could not be given back, and others may have joined.
+        # Requests that were fetching adapters could not be given back, and others may have joined.
         await asyncio.sleep(LEVEL_AGAIN_S)
         await self._level(base_id)
 
@@ -287,7 +287,7 @@ class Dispatcher:
             self._pressures[request.base_id].record_rejection()
             raise self._queue_full(request) from None
         except LoraplexError as error:
-            # What arrives is Ray's double of our error, whose text is a remote traceback.
+            # Ray wraps our error in one whose text is a remote traceback.
             cause = getattr(error, "cause", error)
             raise cause from None
         except RayTaskError as error:

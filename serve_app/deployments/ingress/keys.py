@@ -29,7 +29,7 @@ class Keys:
     """All keys of now.
 
     Invariant: once there were keys, there is never none because of a file that cannot be read: a service must not
-    open by accident. What was read last holds until the file is whole again.
+    open by accident. The keys read last hold until the file is whole again.
     """
 
     def __init__(self, settings: AuthSettings, *, clock: Callable[[], float]) -> None:

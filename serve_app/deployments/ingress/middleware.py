@@ -95,7 +95,7 @@ class FrontCheckMiddleware:
 
 
 def _verbose(send: Send, notices: list[str]) -> Send:
-    """Return a way to send a reply of health with notices in its body; what is no 200 goes as it is."""
+    """Return a way to send a reply of health with notices in its body; a status other than 200 goes unchanged."""
     body = json.dumps({"ok": "ok", "notices": notices}).encode()
     is_ok = False
 

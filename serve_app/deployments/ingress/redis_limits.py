@@ -1,7 +1,7 @@
 """Limits of keys counted in Redis, for a service of several ingress replicas.
 
 Owns what is asked of the `limits` library, and what is granted while Redis does not answer. Requests at once are
-counted here, as this replica's share: nobody could give back those of a replica that died.
+counted here, as this replica's share: those of a replica that died could not be given back.
 """
 
 from __future__ import annotations

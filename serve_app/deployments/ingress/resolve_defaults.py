@@ -29,7 +29,7 @@ def resolve_defaults(
 ) -> GenerationRequest:
     """Fill in what the draft leaves open and check every bound of the base; `seed` is used where the draft has none.
 
-    `family` None means that nobody knows it yet; the replica then refuses what is refused here otherwise.
+    `family` None means that it is not known yet; then the replica makes the refusals that are made here otherwise.
 
     Raises:
         MalformedRequest: the family draws from no such inputs, or takes no such parameter.
@@ -140,7 +140,7 @@ def _strength(draft: UnresolvedRequest, base: BaseModelConfig, family: Family) -
         return None
     if draft.strength is not None:
         return draft.strength
-    # What is masked is to be redrawn, not to be touched up.
+    # A masked area is to be redrawn, not touched up.
     return base.defaults.strength if draft.mask is None else 1.0
 
 

@@ -19,7 +19,7 @@ RUNNING_TTL_S = 10.0
 
 
 class StartFailures:
-    """What Serve says of bases without a running replica, asked for while somebody waits for one."""
+    """Serve's status of bases without a running replica, asked for while a request waits for one."""
 
     def __init__(
         self, counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]], *, clock: Callable[[], float]

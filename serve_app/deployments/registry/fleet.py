@@ -82,7 +82,7 @@ class Fleet:
         """
 
         def is_enough(replies: Sequence[Any]) -> bool:
-            # Those that are not meant reply with None, and one of them that hangs delays nobody.
+            # Replicas that are not addressed reply with None; if one of them hangs, the call does not wait for it.
             return sum(not isinstance(reply, TimeoutError | None) for reply in replies) >= len(replicas)
 
         arguments = (spec, tuple(replicas), token)

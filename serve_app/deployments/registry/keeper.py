@@ -1,4 +1,4 @@
-"""What the processes of one application share: the aliases, who has which adapter file, and which adapters are in use.
+"""State shared by the processes of an application: aliases, which node has which adapter file, adapters in use.
 
 Owns the single-replica deployment around them. It runs on the head node, where the file of aliases lies; the rest is in
 memory alone, and losing it costs a fetch for each file that is still wanted.

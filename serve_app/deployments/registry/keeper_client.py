@@ -117,7 +117,7 @@ class KeeperClient:
         while True:
             try:
                 table = await self._watch(self._table.version)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the aliases known last stay valid
+            except Exception as error:  # noqa: BLE001 - after any failure the aliases known last stay valid
                 if not is_away:
                     log.warning("the registry is away (%s); the aliases known last stay valid", type(error).__name__)
                 is_away = True

@@ -98,7 +98,7 @@ class ServiceRegistry:
         """Return one adapter or alias.
 
         Raises:
-            LoraplexError: whatever resolving the name raises.
+            LoraplexError: the name cannot be resolved.
         """
         adapter = await self._looked_up(name, token)
         is_alias = name in self._aliases.table.aliases
@@ -117,7 +117,7 @@ class ServiceRegistry:
             MalformedRequest: the name can be none, the target is an alias itself, or its base cannot draw with the
                 defaults.
             NameTaken: the name means something else.
-            LoraplexError: whatever resolving the target raises.
+            LoraplexError: the target cannot be resolved.
         """
         if not is_valid_id(alias.name):
             raise MalformedRequest("'lora_name' may hold letters, digits, '.', '_', '-' and one '/' between them")
@@ -141,7 +141,7 @@ class ServiceRegistry:
         """Remove an alias, and have every replica forget the adapter once it is not in use.
 
         Raises:
-            LoraplexError: whatever resolving the name raises, where it is no alias.
+            LoraplexError: the name is no alias and cannot be resolved.
         """
         if name not in self._aliases.table.aliases:
             # It may have been made through another ingress a moment ago.
@@ -160,7 +160,7 @@ class ServiceRegistry:
         """Have so many replicas hold an adapter in memory.
 
         Raises:
-            LoraplexError: whatever resolving or fetching it raises.
+            LoraplexError: it cannot be resolved or fetched.
         """
         adapter = await self._looked_up(name, token)
         return await self._preload(adapter.spec, replicas, token)
@@ -187,7 +187,7 @@ class ServiceRegistry:
 
 
 class _AdapterUsage:
-    """What all replicas together say of each adapter."""
+    """The state of each adapter over all replicas."""
 
     def __init__(self, reports: Sequence[ReplicaReport]) -> None:
         self._resident: defaultdict[str, list[tuple[str, HeldIn]]] = defaultdict(list)

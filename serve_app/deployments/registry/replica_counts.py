@@ -58,7 +58,7 @@ class ReplicaCounts:
         async with self._lock:
             if self._clock() - self._asked_at >= COUNTS_TTL_S:
                 with contextlib.suppress(RayError, RayServeException, TimeoutError):
-                    # A thread of its own: health waits for nobody's work.
+                    # A thread of its own, so that health does not wait for other work.
                     self._counts = await run_blocking(self._ask, timeout_s=self._answer_timeout_s)
                 self._asked_at = self._clock()
         return self._counts

@@ -18,7 +18,7 @@ STALL_AFTER_COMPILING_S = 1200.0
 
 @dataclass(frozen=True, slots=True)
 class HealthProblem:
-    """What is wrong with a replica's worker, so that Serve should replace it.
+    """A fault of a replica's worker, for which Serve should replace it.
 
     `message` is a sentence, `reason` the same in a word for metrics. `can_serve` says that it may still answer while
     it is being replaced; `is_fatal` that the process must end at once.

@@ -78,7 +78,7 @@ async def fuse_adapters(
     """
     from serve_app.engine.weights.fused import FusedWeights
 
-    # They belong to this base whatever other one their cards name, and are read with the service's own token.
+    # They belong to this base even if their cards name another, and are read with the service's own token.
     adapters = config.adapters.model_copy(
         update={"hub": config.adapters.hub.model_copy(update={"forward_tokens": False})}
     )

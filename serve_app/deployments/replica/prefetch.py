@@ -21,7 +21,7 @@ async def prefetch_adapters(
     load: Callable[[AdapterSpec], Awaitable[None]],
     settings: ReplicaSettings,
 ) -> int:
-    """Load the most used adapters and return how many were; what fails or takes too long is left out.
+    """Load the most used adapters and return how many; those that fail or take too long are left out.
 
     A start never fails because of it.
     """

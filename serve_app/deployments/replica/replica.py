@@ -168,7 +168,7 @@ class BaseModelReplica:
         log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
 
     async def generate(self, request: GenerationRequest) -> GenerationResult:
-        """Return the images of one request; anyone who cancels stops it at the next step.
+        """Return the images of one request; cancelling stops it at the next step.
 
         Raises:
             LoraplexError: any refusal or failure.
@@ -178,7 +178,7 @@ class BaseModelReplica:
     async def generate_stream(
         self, request: GenerationRequest
     ) -> AsyncGenerator[Progress | Preview | GenerationResult]:
-        """Yield how far one request is and what it looks like, last its result; anyone who leaves stops it.
+        """Yield how far one request is and what it looks like, last its result; closing the stream stops it.
 
         Raises:
             LoraplexError: any refusal or failure.

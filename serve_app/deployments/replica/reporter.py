@@ -1,4 +1,4 @@
-"""What one replica holds and how often each adapter was asked for: the replica's side of the registry.
+"""The adapters of one replica and how often each was requested: the replica's side of the registry.
 
 Owns the log of use, bounded, the turn from digests, by which the device knows adapters, to ids, and forgetting. Must
 not know Ray, torch or the other replicas.
@@ -41,7 +41,7 @@ class _Entry:
 
 
 class ReplicaReporter:
-    """What one replica tells of itself and its adapters; it knows those that were noted.
+    """Reports of one replica on itself and its adapters; it knows those that were noted.
 
     The least recently used are forgotten beyond `max_remembered`.
     """
@@ -102,7 +102,7 @@ class ReplicaReporter:
         )
 
     def forget(self, model: str) -> bool:
-        """Drop all revisions and files of an adapter from memory once nobody uses them; say whether one was there."""
+        """Drop all revisions and files of an adapter from memory once unused; say whether one was there."""
         entries = {key: entry for key, entry in self._entries.items() if entry.id == model}
         was_held = any(map(self._store.is_resident, entries))
         for key, entry in entries.items():

@@ -1,1 +1,1 @@
-"""What several deployments need: logs, the watchdog process, and adapter files shared between nodes."""
+"""Parts shared by the deployments: logs, the watchdog process, and adapter files shared between nodes."""

@@ -26,9 +26,9 @@ class SharedFile:
 
 
 class DownloadCoordinator:
-    """Who fetches what, and what was fetched.
+    """Which replica fetches which file, and which files were fetched.
 
-    Invariants: while somebody fetches a key, for at most `patience_s`, nobody else is told to. Files that were asked
+    Invariants: while one replica fetches a key, for at most `patience_s`, no other is told to. Files that were asked
     for least recently are forgotten, so that those known never exceed the budget.
     """
 
@@ -40,7 +40,7 @@ class DownloadCoordinator:
         self._fetching: dict[str, tuple[float, asyncio.Event]] = {}
 
     async def claim(self, key: str) -> SharedFile | None:
-        """Return the file, waiting for anyone who fetches it; None means that the caller is to fetch it."""
+        """Return the file, waiting for a replica that fetches it; None means that the caller is to fetch it."""
         while True:
             if (file := self._known.get(key)) is not None:
                 self._forget(self._budget.add(key, file.size_bytes).evict)

@@ -1,4 +1,4 @@
-"""What a replica's log holds.
+"""The contents of a replica's log.
 
 Owns the levels, that no line holds a credential, and that nothing a caller sends starts a line. Serve itself adds the
 request id, the replica and the time to every line.
@@ -12,16 +12,16 @@ import traceback
 
 from serve_app.redaction import redact_secrets
 
-# What Serve adds to each record and callers choose: the path, and the request's id.
+# Fields that Serve adds to each record and callers choose: the path, and the request's id.
 CALLERS_OWN = ("route", "request_id")
 
 
-# What ends a line, moves a terminal's cursor or turns its direction of writing.
+# Characters that end a line, move a terminal's cursor or turn its direction of writing.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class SafeLines(logging.Filter):
-    """Makes each record safe to read, whatever callers put into paths and names.
+    """Makes each record safe to read, no matter what callers put into paths and names.
 
     Tokens and keys are cut down. Line ends, escapes and other control characters are written as their codes, so that a
     record is one line; the lines of a traceback are indented, as its message may quote a caller.

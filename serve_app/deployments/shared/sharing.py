@@ -1,11 +1,11 @@
 """Adapter files between nodes: fetched from the Hub or an object store once for the cluster, then copied from a peer.
 
-    replica -> Keeper.claim -> nobody has it: fetch from the Hub, put the bytes into Ray's object store, announce
+    replica -> Keeper.claim -> no node has it: fetch from the Hub, put the bytes into Ray's object store, announce
                                -> a peer has it: copy the bytes from Ray's object store, check their digest
                                -> somebody is fetching it: wait for that, for a while
 
-Owns the way of a file from a peer's memory to this node's disk. Whatever goes wrong on that way costs a fetch from the
-Hub and nothing else. Only replicas come here, and only for adapters whose access the ingress has checked. Must not know
+Owns the way of a file from a peer's memory to this node's disk. A failure on that way costs a fetch from the Hub and
+nothing else. Only replicas come here, and only for adapters whose access the ingress has checked. Must not know
 how the Hub is asked, nor what a file holds.
 """
 
@@ -97,7 +97,7 @@ class SharedFiles:
         It stays there at least until `release`.
 
         Raises:
-            LoraplexError: whatever the Hub's own way raises.
+            LoraplexError: no peer has it and the Hub's download fails.
         """
         return await self._shared(spec, filename or spec.filename, lambda: self._files.path(spec, filename))
 
@@ -118,7 +118,7 @@ class SharedFiles:
         key = f"{spec.location}@{spec.revision}/{filename}"
         if (copy := await asyncio.to_thread(self._copies.find, key)) is not None:
             return self._held.add(spec.key, copy)
-        # A copy that fails is forgotten, and anyone who asks first from then on fetches for all.
+        # A copy that fails is forgotten, and the next replica to ask fetches for all.
         for _ in range(2):
             try:
                 known = await self._keeper.claim.remote(key)

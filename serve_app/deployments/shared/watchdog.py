@@ -34,7 +34,7 @@ class Watchdog:
             [sys.executable, "-I", "-S", CHILD, str(timeout_s)],
             stdin=subprocess.PIPE,
             env=child_environment(),
-            # What a terminal sends to all of its processes is not for this one.
+            # Signals from a terminal to all of its processes must not reach this one.
             start_new_session=True,
             bufsize=0,
         )

@@ -75,8 +75,8 @@ def reader_version() -> str:
 def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
     """Write an adapter so that it appears under `path` whole or not at all.
 
-    It is not waited for to reach the disk: what a crash of the machine tears, its seal shows, and the source is
-    admitted again.
+    Does not wait for the disk: the seal shows a file torn by a crash of the machine, and the source is admitted
+    again.
     """
     body = _Body()
     table = json.dumps(_table_of(adapter, body), separators=(",", ":")).encode()
@@ -121,7 +121,7 @@ def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | N
             [(component, module, _rebuild(described, body)) for component, module, described in table["singles"]],
         ),
         coverage=Coverage(matched, in_file, tuple(unmatched), (ranks[0], ranks[1])),
-        # Copied, so that anyone who keeps the few words alone does not keep the whole buffer alive.
+        # Copied, so that keeping the few words alone does not keep the whole buffer alive.
         ti_tokens={component: _view(place, body).clone() for component, place in table["words"].items()},
     )
 

@@ -31,7 +31,7 @@ INPUT_LAYERS = frozenset(("conv_in", "x_embedder", "img_in"))
 
 
 class LayerParts(Mapping[str, Tensor]):
-    """The parts of a layer, and which of them were read: what nobody reads must not be in an admitted file."""
+    """The parts of a layer, and which of them were read: an admitted file must hold no part that is not read."""
 
     def __init__(self, parts: Mapping[str, Tensor]) -> None:
         self._parts = dict(parts)

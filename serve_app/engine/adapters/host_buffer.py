@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 LARGE_BYTES = 4 * 1024**2
 # Mappings come in sizes eight to an octave, so that adapters of about one size can follow one another.
 STEPS_PER_OCTAVE = 8
-# What may lie idle: the room of an adapter or two that left, for the next that come.
+# The most idle bytes: the room of an adapter or two that left, for the next that come.
 MAX_IDLE_BYTES = 512 * 1024**2
 
 
@@ -38,7 +38,7 @@ class HostBuffers:
 
     @property
     def idle_bytes(self) -> int:
-        """What is kept and used by nobody."""
+        """The bytes that are kept and not in use."""
         return sum(len(mapping) for mapping in tuple(self._idle))
 
     def take(self, size_bytes: int, *, pinned: bool = False) -> Tensor:
@@ -69,7 +69,7 @@ class HostBuffers:
         self._idle.append(mapping)
         while self.idle_bytes > self._max_idle_bytes:
             try:
-                self._idle.popleft()  # the one that nobody has wanted for longest
+                self._idle.popleft()  # the one idle for longest
             except IndexError:
                 return
 

@@ -1,4 +1,4 @@
-"""What a file's own metadata may say about scaling, read strictly.
+"""Reads a file's own metadata on scaling, strictly.
 
 Owns the whitelist of `lora_adapter_metadata`, the table that diffusers writes beside an adapter's tensors. Nothing
 from it reaches an import or a peft configuration, and settings that would change more than scaling are refused.
@@ -86,7 +86,7 @@ class Scaling:
 def read_scalings(
     metadata: Mapping[str, str], components: Iterable[str], unnamed: str, name: str
 ) -> dict[str, Scaling]:
-    """Return the scaling of each component that the metadata speaks of; what names none is that of `unnamed`.
+    """Return the scaling of each component that the metadata names; values without a component are those of `unnamed`.
 
     Raises:
         MalformedFile: the metadata is not what diffusers writes.

@@ -79,7 +79,7 @@ def _kronecker_rows(parts: Parts, target: TargetLayer) -> Parts:
     alpha = parts.get("alpha")
     if alpha is not None and rank:
         product = product * (float(alpha.float().reshape(-1)[0]) / rank if alpha.numel() == 1 else float("nan"))
-    # What belongs to no LoKr layer is kept, so that it is refused where it is read.
+    # Parts that belong to no LoKr layer are kept, so that their reader refuses them.
     others = {part: tensor for part, tensor in parts.items() if part != "alpha" and not part.startswith("lokr_")}
     return {"diff": product} | others
 

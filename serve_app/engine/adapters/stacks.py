@@ -1,4 +1,4 @@
-"""Changes of layers that are alike, stacked: what one call of torch can multiply, and one copy can move.
+"""Changes of layers that are alike, stacked, so that one call of torch multiplies and one copy moves them.
 
 Owns which changes are stacked, and the order and place of layers in a stack, which are those of their weights in a
 slab too. Must not know files or live models.
@@ -38,7 +38,7 @@ def stack_layers(components: Mapping[str, Mapping[str, Delta]]) -> StackedLayers
 
 
 def layer_order(module: str) -> tuple[list[str], list[int]]:
-    """Return the place of a module in its stack: what is called alike lies together, whichever block it is in.
+    """Return the place of a module in its stack: modules of one name lie together, across blocks.
 
     Trainers choose layers by the ends of their names, so that their choices lie in few pieces.
     """

@@ -39,7 +39,7 @@ class TargetLayer:
 
     @property
     def label(self) -> str:
-        """What errors call the layer."""
+        """The layer's name in errors."""
         return f"layer {self.component}.{self.module}"
 
     def mismatch(self, what: str) -> ShapeMismatch:

@@ -1,1 +1,1 @@
-"""The processes in which files that nobody vouches for are parsed and checked. Must not know live weights."""
+"""The processes in which untrusted files are parsed and checked. Must not know live weights."""

@@ -59,7 +59,7 @@ def _admit(request: dict[str, Any], manifest: BaseManifest, limits: AdapterLimit
     except OSError as error:
         log.warning("admission of %s failed on the disk: %s", request["name"], error.strerror)
         return {"error": DISK_FULL if is_disk_full(error) else "MalformedFile", "reason": "its file could not be read"}
-    except Exception:  # the boundary of this process: whatever a file brought about, the parent gets an answer
+    except Exception:  # the boundary of this process: the parent gets an answer to every file
         log.exception("admission of %s failed", request["name"])
         return {"error": "MalformedFile", "reason": "its file could not be read"}
     return {}
@@ -69,7 +69,7 @@ def _settle(parent: int) -> None:
     """Take one thread and a low priority, leave Ctrl-C to the parent, and die when the parent dies."""
     torch.set_num_threads(1)
     os.nice(NICENESS)
-    if hasattr(os, "SCHED_BATCH"):  # it takes a core when one is free, and interrupts nobody when it wakes
+    if hasattr(os, "SCHED_BATCH"):  # it takes a core when one is free, and preempts no process when it wakes
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -83,7 +83,7 @@ def _settle(parent: int) -> None:
 
 
 def _private_output() -> int:
-    """Keep standard output for the replies alone; what libraries print goes to standard error."""
+    """Keep standard output for the replies alone; output of libraries goes to standard error."""
     replies = os.dup(1)
     os.dup2(2, 1)
     return replies

@@ -81,7 +81,7 @@ class ChildWorker:
         return future
 
     def close(self) -> None:
-        """End the child and whatever it is doing."""
+        """End the child, even while it reads a file."""
         self._is_closed = True
         if self._child is not None:
             self._child.kill()
@@ -198,6 +198,6 @@ class Child:
         return answer
 
     def kill(self) -> None:
-        """End it, whatever it is doing."""
+        """End it at once, even while it reads a file."""
         self._process.kill()
         self._process.wait()

@@ -1,4 +1,4 @@
-"""Admission: adapter files that nobody vouches for are parsed and checked in processes of their own.
+"""Admission: parses and checks untrusted adapter files in processes of their own.
 
 Owns which file goes to which process, and for how long. A file that hangs or kills its process costs that process
 alone, and others wait for it a few seconds at most. Must not parse files itself, nor know how processes are spoken to
@@ -94,7 +94,7 @@ class AdmissionProcess:
         return self._first.reading
 
     def close(self) -> None:
-        """End the children and whatever they are reading."""
+        """End the children, even while they read files."""
         for lane in (self._first, self._second):
             lane.close()
 

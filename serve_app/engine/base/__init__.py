@@ -1,1 +1,1 @@
-"""What a base model is: how it is loaded, set up and described. Must not know adapters, requests or queues."""
+"""Base models: how they are loaded, set up and described. Must not know adapters, requests or queues."""

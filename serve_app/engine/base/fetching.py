@@ -104,7 +104,7 @@ def fetch_base(config: BaseModelConfig, source: ResolvedSource, hub: HubAccess) 
 
     Parts that the configuration replaces stay there, but for what a single file of weights needs to be read.
     """
-    # Before anything else: what fetches the rest looks into the index for code to load.
+    # Before anything else: the download of the rest looks into the index for code to load.
     repository, replaced = _fetch_index(config, source, hub), config.part_sources
     folder = DiffusionPipeline.download(
         repository,

@@ -1,4 +1,4 @@
-"""What an adapter may touch in a base model: names, kinds and shapes, without the weights.
+"""The layers of a base model that adapters may touch: names, kinds and shapes, without the weights.
 
 Owns `BaseManifest`, which lets a file be checked against a base in another process. Must not know adapter files, and
 must import neither diffusers nor transformers, which cost the admission process several seconds of its start.

@@ -1,4 +1,4 @@
-"""What a base's own index may make the loader do: build classes of diffusers and transformers, and nothing else.
+"""Checks that a base's own index makes the loader build classes of diffusers and transformers, and nothing else.
 
 Owns the check before anything of a base is loaded or even fetched. The libraries have refusals of their own, which this
 does not rely on.

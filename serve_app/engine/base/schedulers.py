@@ -50,7 +50,7 @@ class NoiseSchedulers:
 
     The templates are never stepped: every call gets a copy, so that nothing of one request (steps, history, the
     choice itself) reaches the next. A copy costs 0.1 ms; making a template costs ten times that, and for some classes
-    a loop over all training steps. So those that nobody configured are made, and tried, when first asked for.
+    a loop over all training steps. So those that are not configured are made, and tried, when first asked for.
     """
 
     def __init__(self, config: BaseModelConfig, own: Any, family: Family) -> None:

@@ -37,7 +37,7 @@ def structure_of(folder: Path, base_id: str) -> BaseManifest:
     Raises:
         BaseUnusable: a file is missing, or says nothing that can be built.
     """
-    # Optional packages that only other pipelines would use are no news to anybody.
+    # Optional packages that only other pipelines would use are of no interest here.
     transformers.utils.logging.set_verbosity_error()
     try:
         index = (folder / INDEX).read_text(encoding="utf-8")

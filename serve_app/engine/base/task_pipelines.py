@@ -1,4 +1,4 @@
-"""What a base can draw from: text, a picture, a picture and a mask, a picture and an instruction.
+"""The inputs that a base can draw from: text, a picture, a picture and a mask, a picture and an instruction.
 
 Owns the pipelines of one base, which share every module, and which of them a request takes. Must not know how a
 request becomes the arguments of a call.

@@ -19,7 +19,7 @@ from serve_app.errors import MalformedRequest, OutOfBounds
 from serve_app.families.family import Family
 
 MAX_SEED = 2**64 - 1
-# What stands for no negative prompt where guidance needs one: what the cards of these families use.
+# Stands for no negative prompt where guidance needs one, as on the cards of these families.
 _EMPTY_NEGATIVE = " "
 # Parameters of ours that a caller sees, beside those that every base takes.
 _OPTIONAL = (

@@ -1,7 +1,7 @@
 """One base model as a function: requests in, pixels out.
 
 Owns the loaded pipelines, what a request may ask of them, and one pass over the device. Must not know
-adapters' weights, queues or threads: anyone who calls sees to it that one thread at a time does.
+adapters' weights, queues or threads: callers must use it from one thread at a time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _UNBOUNDED_TOKENS = 1_000_000  # tokenizers without a window of their own say so
 
 @dataclass(frozen=True, slots=True)
 class PassOutcome:
-    """What one pass made: for each request in order its images, or the error that befell it alone; and warnings."""
+    """The result of one pass: for each request in order its images, or its own error; and warnings."""
 
     images: tuple[tuple[PixelImage, ...] | LoraplexError, ...]
     warnings: tuple[tuple[str, ...], ...]
@@ -123,12 +123,12 @@ class BasePipeline:
 
     @property
     def family(self) -> Family:
-        """What is known of bases of this kind, as this base's own configuration has it."""
+        """The facts of this kind of base, as this base's own configuration has them."""
         return self._variants.family
 
     @property
     def tasks(self) -> tuple[Task, ...]:
-        """What the base draws from."""
+        """The tasks of the base."""
         return tuple(self._variants.by_task)
 
     @property
@@ -143,7 +143,7 @@ class BasePipeline:
 
     @property
     def device_name(self) -> str:
-        """What the images are computed on: "cpu", or the GPU's name."""
+        """The device of the images: "cpu", or the GPU's name."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def schedulers(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ def fitted_mask(request: GenerationRequest) -> Image.Image:
     size = (request.width, request.height)
     if mask.size != size:
         mask = mask.resize(size, Image.Resampling.BILINEAR)
-    # The pipelines halve it in the same way: what is half drawn over is redrawn.
+    # The pipelines halve it in the same way: a pixel that is half masked is redrawn.
     return mask.point([0] * 128 + [255] * 128)
 
 
@@ -78,7 +78,7 @@ def share_out(
 ) -> tuple[tuple[PixelImage, ...] | LoraplexError, ...]:
     """Give each request its images, or an error where one of them is not finite or came out black.
 
-    What a safety checker blacked out (`are_censored`) stays as it is.
+    Images that a safety checker blacked out (`are_censored`) stay as they are.
     """
     shares: list[tuple[PixelImage, ...] | LoraplexError] = []
     start = 0

@@ -1,4 +1,4 @@
-"""What happens between two steps of denoising: progress and previews out, cancellation and suspension in."""
+"""The work between two steps of denoising: progress and previews out, cancellation and suspension in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BetweenSteps = Callable[[], None]
 
 
 class GenerationCancelled(Exception):
-    """Nobody wants the pass any more; it stopped between two steps."""
+    """No caller waits for the pass any more; it stopped between two steps."""
 
 
 class StepCallback:

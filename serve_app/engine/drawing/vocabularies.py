@@ -24,7 +24,7 @@ class TextualInversion:
     """The text encoders of a base, which can learn words and forget them again.
 
     Invariants: the base's tokenizers and embedding tensors are never written. Words are known inside `loaded` alone;
-    afterwards everything is as it was, whatever happened inside. An embedding's copy, the base's rows and space for
+    afterwards everything is as it was, even after a failure inside. An embedding's copy, the base's rows and space for
     the words, is made when first needed and kept.
     """
 

@@ -1,4 +1,4 @@
-"""What the first request would pay, paid before it comes: compiling, and what devices set up at first use."""
+"""Warm-up before the first request: compiling, and the set-up of devices at first use."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def warm_up(
 
     A batch that finds no room is halved, as requests will be; where not even one image fits, that is logged, since
     smaller ones may. Call it before anything else uses the pipeline. It computes with `torch_threads`, in a thread of
-    its own: their number is part of what compiled code depends on. Whatever else a request may choose that changes
-    shapes (its size, guidance or none) compiles when it first comes.
+    its own: their number is part of what compiled code depends on. Other choices of a request that change
+    shapes (its size, guidance or none) compile when they first come.
     """
     began, device = time.monotonic(), pipeline.device
 

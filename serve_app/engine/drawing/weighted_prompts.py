@@ -83,7 +83,7 @@ def with_embeddings(
         if "pooled" in name:
             found[name] = value[:-1:count]
             continue
-        # What stands for no negative prompt has no weights.
+        # The substitute for no negative prompt has no weights.
         own = rows[0] if "negative" not in name else rows[1] if len(rows) > 1 else [empty] * len(rows[0])
         weighed = _weigh(value, own, _widths_of(pipeline), syntax)
         found[name] = weighed.reshape(-1, count * value.shape[1], value.shape[2])
@@ -118,7 +118,7 @@ def _chunks(sections: Sequence[Section], tokenizer: Any, syntax: WeighingSyntax)
             found += _cut_at_commas(list(itertools.chain(*fragments)), room, comma)
         else:
             found += _cut_between(fragments, room)
-    # What follows the last BREAK may be nothing.
+    # The text after the last BREAK may be empty.
     return found[:-1] if len(found) > 1 and not found[-1] else found
 
 

@@ -26,9 +26,9 @@ Fused = Mapping[ParameterSlot, Tensor]
 class BesideFuser:
     """Sets of fused buffers, each with one composition, of which one at most is bound.
 
-    Invariants: what is fused goes to a set as a whole; `prepare` never writes the set that is bound, and needs two. A
-    composition that is in a set is bound from there; others take the set that was bound least recently. A buffer is
-    made when an adapter first touches its layer, those of a slab together, and kept for the next.
+    Invariants: a composition is fused into one set as a whole; `prepare` never writes the set that is bound, and needs
+    two. A composition that is in a set is bound from there; others take the set that was bound least recently. A buffer
+    is made when an adapter first touches its layer, those of a slab together, and kept for the next.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ def as_they_are(adapters: Sequence[ParsedAdapter]) -> Iterator[Sequence[ParsedAd
 class DeviceCache:
     """Copies of parsed adapters by digest, least recently used out first.
 
-    Invariants: what is held is never dropped. An adapter that the budget has no room for is copied all the same, and
+    Invariants: a held copy is never dropped. An adapter that the budget has no room for is copied all the same, and
     dropped once it is no longer held. Used by one thread at a time, and on a GPU on one stream alone.
     """
 
@@ -41,7 +41,7 @@ class DeviceCache:
 
     @property
     def used_bytes(self) -> int:
-        """What the copies take."""
+        """The bytes of the copies."""
         return self._budget.used_bytes
 
     @property

@@ -16,12 +16,12 @@ from serve_app.engine.adapters.deltas import Delta, Dense, Direction, Dora, Hada
 from serve_app.engine.adapters.stacks import empty_rows
 from serve_app.engine.weights.parameters import LARGE_ELEMENTS
 
-# What products may take while a stack is fused: on a CPU they should stay in its cache.
+# The most memory for products while a stack is fused: on a CPU they should stay in its cache.
 _SCRATCH_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 # On a CPU a layer with a larger product is fused in blocks of rows, each from product to sum while it is in the
 # cache next to the core. Rows of a product do not depend on each other, so that the bits are those of the whole.
 _BLOCK_ELEMENTS = 1 << 19
-_ROWS_TOGETHER = 16  # blocks begin where a matrix of their own might, whatever the rank
+_ROWS_TOGETHER = 16  # blocks begin where a matrix of their own might, for any rank
 
 
 class BatchedProducts:

@@ -24,12 +24,12 @@ from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, la
 from serve_app.engine.weights.side_stream import SideStream
 
 AdapterSet = Sequence[tuple[ParsedAdapter, Scale]]
-# What weights that are being written hold: no composition, so that whatever comes next is applied.
+# The key of weights that are being written: equal to no composition, so that the next one is applied.
 _NONE: AdapterSetKey = (("", 0.0),)
 
 
 class StalePreparation(Exception):
-    """What was prepared has been written over since, and must not be bound."""
+    """The prepared swap has been written over since, and must not be bound."""
 
 
 class Fuser(Protocol):
@@ -84,8 +84,8 @@ class PreparedSwap:
 class FusedWeights:
     """The weights of a base's components, as loaded or with adapters fused in.
 
-    Invariants: the tensors that were loaded are never written; what is bound depends on the composition alone, never
-    on what was bound before; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
+    Invariants: the tensors that were loaded are never written; the bound weights depend on the composition alone, never
+    on earlier ones; every parameter keeps its identity and needs no gradient; `prepare` never writes what is
     bound; after a failure to apply, the base is bound. Fused buffers exist only for slabs and parameters that some
     adapter touched, unless `reserve` made them; all are kept for the next. Compositions that were fused stay in up to
     `fused_sets` sets of them, and changing to one of these binds it and computes nothing.
@@ -107,7 +107,7 @@ class FusedWeights:
 
         Args:
             components: The modules whose weights adapters may change, by name.
-            device_cache_bytes: What adapters that are used again and again may take of a GPU.
+            device_cache_bytes: The most GPU memory for adapters that are used again and again.
             base_weights: "host" takes host memory for all layers that adapters may change, and none of the device.
             fused_sets: How many sets of fused buffers there may be; preparing ahead takes a second one in any case.
         """
@@ -150,7 +150,7 @@ class FusedWeights:
 
     @property
     def applied(self) -> AdapterSetKey:
-        """What is bound: (digest, scale) of each adapter, in order; empty for the base."""
+        """The bound composition: (digest, scale) of each adapter, in order; empty for the base."""
         return self._applied
 
     @property
@@ -175,7 +175,7 @@ class FusedWeights:
 
     @property
     def base_tensors(self) -> dict[str, Tensor]:
-        """The loaded tensors, parameters and buffers, whatever is bound now, by component and name.
+        """The loaded tensors, parameters and buffers, by component and name, regardless of what is bound now.
 
         They are never written: with the pristine weights on the host, the copies of what adapters may change.
         """
@@ -183,7 +183,7 @@ class FusedWeights:
 
     @property
     def checksummed_tensors(self) -> dict[str, Tensor]:
-        """What must keep the bits that it was loaded with, except while `is_modified`: base and live weights."""
+        """Tensors that must keep their loaded bits, except while `is_modified`: base and live weights."""
         return self.base_tensors | {name: slot.parameter.data for name, slot in self._live.items()}
 
     def is_modified(self, name: str) -> bool:
@@ -192,9 +192,9 @@ class FusedWeights:
         return slot is not None and self._is_written(slot)
 
     def prepare(self, composition: AdapterSet) -> PreparedSwap:
-        """Fuse a composition into buffers that are not bound, whatever is bound meanwhile; for `bind`.
+        """Fuse a composition into buffers that are not bound, for `bind`; others may be bound meanwhile.
 
-        Whatever was prepared before is written over. A failure is raised and leaves what is bound as it is. With the
+        An earlier preparation is written over. A failure is raised and leaves what is bound as it is. With the
         pristine weights on the host it only looks the layers up, and binding fuses.
         """
         self._version += 1
@@ -205,7 +205,7 @@ class FusedWeights:
         """Bind a prepared composition: an assignment per parameter, and no arithmetic.
 
         Raises:
-            StalePreparation: something else was prepared or applied since; what is bound stays.
+            StalePreparation: something else was prepared or applied since; the bound weights stay.
         """
         if prepared.version != self._version:
             raise StalePreparation
@@ -235,7 +235,7 @@ class FusedWeights:
         self._fuser.reserve(2 if ahead else 1)
 
     def drop_spare_buffers(self) -> None:
-        """Give back the memory of buffers that are not bound; whatever was prepared is lost."""
+        """Give back the memory of buffers that are not bound; a prepared swap is lost."""
         self._version += 1
         self._fuser.drop_spares()
 
@@ -246,7 +246,7 @@ class FusedWeights:
             self._cache.clear()
 
     def checksum(self) -> str:
-        """Return the sha256 of the loaded tensors, parameters and buffers, whatever is bound now; hex.
+        """Return the sha256 of the loaded tensors, parameters and buffers, in hex, regardless of what is bound now.
 
         The same base gives the same value in any process: names, dtypes, shapes and bytes go in, by sorted name.
         """

@@ -90,7 +90,7 @@ class InPlaceFuser:
             for slot in self._written:
                 if slot.slab is None:
                     slot.parameter.data.copy_(slot.pristine, non_blocking=True)
-        self._written.clear()  # only now: what a failure left undone is done by the next call
+        self._written.clear()  # only now, so that the next call repeats the work of one that failed
 
     def reserve(self, sets: int) -> None:
         """Do nothing: there are no buffers."""

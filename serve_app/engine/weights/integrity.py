@@ -16,7 +16,7 @@ from torch import Tensor
 # One slice: about half a millisecond of a CPU's memory, and less of a GPU's.
 _SLICE_BYTES = {"cpu": 4 << 20, "cuda": 16 << 20}
 _WORD_BYTES = 8
-# What share of an idle device's time checking takes.
+# The share of an idle device's time that checking takes.
 _SHARE = 0.05
 _SHORTEST_PAUSE_S = 0.01
 
@@ -39,7 +39,7 @@ class IntegrityChecker:
     """Whether tensors still have the bits that they had at construction.
 
     A checksum is the sum of a part's 64-bit words, each multiplied by an odd weight of its place, modulo 2**64:
-    whatever happens to one word changes it. The tensors must not be moved, nor written but where it is told.
+    any change of one word changes it. The tensors must not be moved, nor written but where it is told.
     """
 
     def __init__(

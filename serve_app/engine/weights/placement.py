@@ -44,11 +44,11 @@ def choose_placement(
     Args:
         base_weights: Where the base weights should be kept.
         prefetch_swap: Whether the next request's adapters should be fused while a request runs.
-        layer_bytes: What all layers that adapters may change take; their fused buffers may need as much, and as much
+        layer_bytes: The size of all layers that adapters may change; their fused buffers may need as much, and as much
             again where swaps are prefetched.
-        reserved_bytes: What else will be taken of the device.
-        free_bytes: What the GPU has left with the base loaded; None without one.
-        cache_bytes: What fused buffers of compositions that come again may take, as far as it is free.
+        reserved_bytes: Other memory that the device will need.
+        free_bytes: The memory that the GPU has left with the base loaded; None without one.
+        cache_bytes: The most that fused buffers of repeated compositions may take, as far as it is free.
     """
     chosen = _placement(base_weights, prefetch_swap, layer_bytes, reserved_bytes, free_bytes)
     if chosen.base_weights == "host" or layer_bytes == 0:
@@ -88,7 +88,7 @@ def free_bytes_of(device: torch.device, gpu_fraction: float = 1.0) -> int | None
 
 
 def bytes_within_share(total_bytes: int, free_bytes: int, used_bytes: int, gpu_fraction: float) -> int:
-    """Return what one of several replicas on a GPU may still take: what is free, and no more than its share's rest.
+    """Return the bytes that one of several replicas on a GPU may still take: free ones, at most its share's rest.
 
     Others may not have taken theirs yet. A replica of one GPU or more has the whole of it.
     """

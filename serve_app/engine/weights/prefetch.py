@@ -28,7 +28,7 @@ UNTIL_RESUMED = math.inf
 class SwapPrefetcher:
     """Applies compositions, and prepares them beforehand in a thread of its own; used by the device thread.
 
-    Invariants: what is bound is what `apply` was asked for, prepared or not, whatever was prepared meanwhile. While
+    Invariants: the last composition given to `apply` is bound, even if another was prepared meanwhile. While
     the weights change, nothing is being prepared. No adapter is kept for longer than it takes to prepare it. Before
     `retry_at_s`, on the clock, nothing is prepared: memory ran out.
     """
@@ -92,7 +92,7 @@ class SwapPrefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def _finished(self) -> PreparedSwap | None:
-        """Wait for the work under way; what fails here fails again, and is reported, when it is applied."""
+        """Wait for the work under way; a failure here is repeated, and reported, when the swap is applied."""
         if self._work is None:
             return None
         try:

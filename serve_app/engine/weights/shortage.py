@@ -24,7 +24,7 @@ _NO_MEMORY_IF_SHORT = (
     "CUDNN_STATUS_INTERNAL_ERROR",
     "unable to find an engine",
 )
-# What a handle with its workspace takes, generously.
+# The size of a handle with its workspace, generously.
 _SHORT_BYTES = 512 << 20
 
 
@@ -39,7 +39,7 @@ def free_device_bytes() -> int | None:
 
 
 def is_out_of_memory(error: BaseException, *, free_bytes: Callable[[], int | None] = free_device_bytes) -> bool:
-    """Whether memory ran out, the device's or the host's: what was begun failed, and the device works on."""
+    """Whether memory ran out, the device's or the host's: the operation failed, and the device works on."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):

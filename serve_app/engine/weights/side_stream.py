@@ -16,8 +16,8 @@ class SideStream:
     """A second stream of a GPU; on a CPU every method does nothing.
 
     Invariants: work in `stream_scope` starts after all that the device's stream had been given at the last
-    `record_read_done`; what the device's stream is given after `wait_stream` starts after that work. Memory allocated
-    in `stream_scope` belongs to the side stream: what is dropped again must have been used there alone.
+    `record_read_done`; work given to the device's stream after `wait_stream` starts after that. Memory allocated in
+    `stream_scope` belongs to the side stream: it may be dropped only if it was used there alone.
     """
 
     def __init__(self, device: torch.device) -> None:

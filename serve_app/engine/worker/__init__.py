@@ -1,1 +1,1 @@
-"""What runs when on one device: the device thread, its queue, memory and health. Knows all other rooms."""
+"""The order of work on one device: the device thread, its queue, memory and health. Knows all other rooms."""

@@ -100,7 +100,7 @@ def is_fatal(error: BaseException) -> bool:
 
 
 def probe_device(device: torch.device) -> bool:
-    """Whether a device still computes; a broken one fails at whatever it is asked."""
+    """Whether a device still computes; a broken one fails at any operation."""
     try:
         return torch.ones(1, device=device).sum().item() == 1.0
     except RuntimeError as error:

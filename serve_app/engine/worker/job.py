@@ -23,7 +23,7 @@ class Job:
 
     Cancelling the future is cancelling the job, from any thread and at any time: a waiting job leaves the
     queue, a running one stops at the next step unless others share its pass. `on_event` is called on the device
-    thread, and at submission, with whatever a stream tells. `waiting` is the device thread's to replace.
+    thread, and at submission, with each event of a stream. `waiting` is the device thread's to replace.
     """
 
     request: GenerationRequest
@@ -43,11 +43,11 @@ class Job:
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether nobody waits for the result any more."""
+        """Whether no caller waits for the result any more."""
         return self.future.done()
 
     def end(self, ending: GenerationResult | Exception) -> None:
-        """Deliver the result or the error, unless nobody wants it or it has ended; from any thread."""
+        """Deliver the result or the error, unless it was cancelled or has ended; from any thread."""
         # The caller may have left, and a device thread that hung may come back when its jobs have been given up.
         with contextlib.suppress(InvalidStateError):
             if isinstance(ending, Exception):
@@ -56,7 +56,7 @@ class Job:
                 self.future.set_result(ending)
 
     def report(self, step: int, steps: int) -> None:
-        """Tell the submitter how far it is; whatever is wrong with a listener stays with this job."""
+        """Tell the submitter how far it is; a failing listener affects only this job."""
         self._step = step
         self._position = 0
         self._tell(Progress(0, step, steps))

@@ -56,17 +56,17 @@ class Run:
 
     @property
     def composition(self) -> AdapterSetKey:
-        """What tells its adapters and their scales from others."""
+        """The key of its adapters and their scales."""
         return self.jobs[0].waiting.key.composition
 
     @property
     def is_wanted(self) -> bool:
-        """Whether anybody waits for one of its jobs."""
+        """Whether a caller waits for one of its jobs."""
         return not all(job.is_cancelled for job in self.jobs)
 
 
 class JobQueue:
-    """What a worker has to do. Not thread-safe: anyone who calls holds the worker's lock.
+    """The jobs of a worker, waiting and running. Not thread-safe: the caller holds the worker's lock.
 
     A job waits, or is in one of `runs`, or has been handed out by `drop_expired`, `ended` or `clear` to be ended.
     Without `sharing` a run has the device from its beginning to its end.
@@ -166,7 +166,7 @@ class JobQueue:
     def drop_expired(self) -> list[tuple[Job, DeadlineExceeded]]:
         """Return the jobs whose deadline has passed or cannot be met, each with the error that it is to end in.
 
-        Those that wait are taken out; a run ends by itself once none of its jobs is wanted.
+        Waiting jobs are taken out; a run ends by itself once none of its jobs is wanted.
         """
         jobs = self.waiting()
         tickets = set(

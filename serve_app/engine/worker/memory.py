@@ -1,6 +1,6 @@
-"""Memory of the device: what is done when memory runs out, and how much a pass may take afterwards.
+"""Memory of the device: recovers when it runs out, and bounds what a pass may take afterwards.
 
-Owns the second try, what is given back before it, and the count of both. Used by the device thread alone. Must not
+Owns the second try, the memory given back before it, and the count of both. Used by the device thread alone. Must not
 know jobs or the queue.
 """
 
@@ -33,7 +33,7 @@ class OomCounts:
 class OomRecovery:
     """The device's memory, as far as it can be made to suffice.
 
-    Invariant: after `free_memory` the base is whole, whatever failed where: its own weights or a complete composition
+    Invariant: after `free_memory` the base is whole, even after failures: its own weights or a complete composition
     bound, each module in its dtype.
     """
 

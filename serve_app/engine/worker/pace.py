@@ -1,4 +1,4 @@
-"""How much work a worker has before it, in seconds, and how well that was foretold.
+"""How much work a worker has before it, in seconds, and how well that was predicted.
 
 Owns the books: what is coming, what runs, what arrived recently and what passes took. Pure: every time is handed in.
 Must not know the queue's order, threads or tensors.

@@ -25,7 +25,7 @@ OnJobsStep = Callable[[Sequence[Job], int, int], None]
 
 @dataclass(slots=True)
 class JobOutput:
-    """What one job has got so far; `largest_pass` is of how many images the largest of its passes was."""
+    """The images of one job so far; `largest_pass` is the number of images in its largest pass."""
 
     job: Job
     images: list[PixelImage] = field(default_factory=list[PixelImage])
@@ -50,7 +50,7 @@ class JobOutput:
 
 @dataclass(frozen=True, slots=True)
 class BatchOutput:
-    """What became of a batch: a share for each job, and the time on the device in all its passes together."""
+    """The result of a batch: a share for each job, and the time on the device in all its passes together."""
 
     shares: tuple[JobOutput, ...]
     denoise_ms: float
@@ -169,7 +169,7 @@ class RequestSlice:
     def of(self, request: GenerationRequest) -> GenerationRequest:
         """Return the request for these images alone, each with the seed that it has in the whole.
 
-        A part of a request asks for no previews, as nobody could tell of which images they are.
+        A part of a request asks for no previews, as a caller could not tell which images they show.
         """
         part = request.part(self.first, self.count)
         return part if part is request else replace(part, num_previews=0)

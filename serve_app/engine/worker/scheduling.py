@@ -26,7 +26,7 @@ FASTEST_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class BatchKey:
-    """What requests must have in common to share a pass: everything that is one value per pipeline call.
+    """The key of requests that may share a pass: everything that is one value per pipeline call.
 
     Whether there is a negative prompt is part of it because pipelines tell "none" from "empty" (SDXL feeds
     zeros for none), and a call has either one text per image or none at all. All texts of a call have so many `chunks`.
@@ -112,7 +112,7 @@ def batch_key(request: GenerationRequest, composition: AdapterSetKey, chunks: in
 
 
 def in_order(waiting: Iterable[QueuedRequest], policy: QueuePolicy) -> list[QueuedRequest]:
-    """Return those who wait in the order in which they run where nobody overtakes."""
+    """Return those who wait in the order in which they run if none overtakes another."""
 
     def place(item: QueuedRequest) -> tuple[float, int]:
         delay_s = policy.batch_delay_s if item.priority == "batch" else 0.0
@@ -132,9 +132,9 @@ def next_batch(
     """Choose the next batch: the first in order, and those behind it that can share its pass and still fit.
 
     The first is overtaken by the nearest request of the composition `applied` now, which saves a swap, as long as
-    nobody before that one has been overtaken as often or as long as `policy` allows. None only where nobody waits.
-    A request of more than `max_images` images runs alone. Whoever joins a pass overtakes nobody: it costs the others
-    no turn.
+    none before that one has been overtaken as often or as long as `policy` allows. None only where none waits. A
+    request of more than `max_images` images runs alone. Joining a pass is not overtaking: it costs the others no
+    turn.
     """
     order = in_order(waiting, policy)
     return batch_of(_first(order, applied, now_s, policy), order, max_images=max_images) if order else None
@@ -175,7 +175,7 @@ def unmeetable_deadlines(
     """Return the tickets of those whose deadline has passed, or cannot be met even at twice the predicted pace.
 
     `pace` None means that nothing is known yet. If only one request is waiting, it runs even if its deadline looks
-    unreachable: rejecting it helps nobody, and only a real run can correct a wrong estimate.
+    unreachable: rejecting it helps no other request, and only a real run can correct a wrong estimate.
     """
 
     def is_in_vain(item: QueuedRequest) -> bool:

@@ -1,4 +1,4 @@
-"""What a worker says of itself."""
+"""The state of a worker."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NO_WORK = LoadStats(0.0, guess_of("cpu"), 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class WorkerState:
-    """What a worker is doing: requests waiting and running, the adapters in the weights, and whether it can go on.
+    """The state of a worker: requests waiting and running, the adapters in the weights, and whether it can go on.
 
-    `steps` counts the denoising steps run since the start, anyone who they were for.
+    `steps` counts the denoising steps run since the start, for all requests.
 
     `failed_batches` counts the batches since the last good one that failed for reasons of ours: a device that
     is broken for good shows as a number that grows. `is_corrupt` says that the loaded weights have changed, after

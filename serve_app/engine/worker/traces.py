@@ -1,4 +1,4 @@
-"""What the device thread tells of its passes: a line and spans for each request.
+"""Logs and traces of the device thread's passes: a line and spans for each request.
 
 Owns how a pass is divided among the requests that shared it: each has the whole of it in its own trace. Must not know
 whether traces are on.
@@ -52,7 +52,7 @@ def _trace_image(job: Job, result: GenerationResult, *, began_s: float, ended_s:
     request, timings = job.request, result.timings
     swap_s, denoise_s, decode_s = timings.swap_ms / 1e3, timings.denoise_ms / 1e3, timings.decode_ms / 1e3
     pass_s, suspended_s = ended_s - began_s, timings.suspended_ms / 1e3
-    # Decoding comes last and denoising right before it: what else a pass does lies between swap and denoising.
+    # Decoding comes last and denoising right before it: all other work of a pass lies between swap and denoising.
     record("swap", request.trace, began_ago_s=pass_s, lasted_s=swap_s)
     record(
         "denoise", request.trace, began_ago_s=suspended_s + denoise_s + decode_s, lasted_s=suspended_s + denoise_s,

@@ -1,4 +1,4 @@
-"""Who has the device for the next step: pure decisions, no thread, no tensor.
+"""Decides which request has the device for the next step: pure, no thread, no tensor.
 
 Owns the order of passes that may be suspended between two steps and of requests that have not begun, the books of
 device time that the order goes by, and what a change of adapters may cost. Used by the device thread and by the
@@ -15,11 +15,11 @@ from typing import Protocol
 from serve_app.core import Priority
 from serve_app.engine.worker.scheduling import AdapterSetKey
 
-# What changes of adapters may take of the device's time, for the sake of taking turns.
+# The share of the device's time that changes of adapters may take for the sake of turns.
 MAX_CHANGE_SHARE = 0.03
 # Time without changes counts for later ones as far back as this.
 CREDIT_WINDOW_S = 60.0
-# What changes may take before anything has run.
+# The time that changes may take before anything has run.
 FIRST_CREDIT_S = 0.1
 # The device time that a caller has had is forgotten with this time constant.
 FAIRNESS_WINDOW_S = 20.0
@@ -48,7 +48,7 @@ class SharingPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What may have the device next: a pass that has begun, or a request that waits.
+    """A claim to the device: a pass that has begun, or a request that waits.
 
     `ticket` names it, `share` is whose it is. `remaining_s` is the device time that it still needs, `whole_s` what it
     needs in all. A part of a request is as urgent as the whole, which has `times_part` its work.
@@ -97,8 +97,8 @@ class DeviceBooks:
     def arrived(self, share: str, work_s: float, others: Collection[str]) -> None:
         """Note a request of a caller, whose work is over its weight; `others` are those who have requests here.
 
-        A caller who comes back starts level with those who had least, but for this request's work: what it had while
-        nobody else asked does not count against it, and what it did not ask for gives it no more than that.
+        A caller who comes back starts level with those who had least, but for this request's work: the time it
+        had while no other asked does not count against it, and the time it did not ask for gives it no more than that.
         """
         if share not in others:
             level_s = min(map(self.had_s, others)) - work_s if others else max(self._had_s.values(), default=0.0)
@@ -151,7 +151,7 @@ class DeviceBooks:
 
 
 class ChooseTurn(Protocol):
-    """What decides whose turn it is: `next_claim`, but for tests."""
+    """Decides whose turn it is: `next_claim`, but for tests."""
 
     def __call__(
         self,

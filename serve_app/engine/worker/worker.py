@@ -45,8 +45,8 @@ class EngineWorker:
     """Runs requests on one base in a thread of its own, batch after batch or taking turns between their steps.
 
     Nothing but that thread touches the pipeline and the weights, except that a helper may prepare the next swap.
-    Every job that was accepted ends: in its result, an error or its cancellation. What goes wrong in a batch reaches
-    the jobs of that batch alone; where memory runs out, its images are tried once more one by one. Once the loaded
+    Every job that was accepted ends: in its result, an error or its cancellation. A failure in a batch reaches the
+    jobs of that batch alone; where memory runs out, its images are tried once more one by one. Once the loaded
     weights are found damaged, or the device beyond repair, no image comes from them any more.
     """
 
@@ -70,9 +70,9 @@ class EngineWorker:
         """Start the thread.
 
         Args:
-            pipeline: What makes the images.
+            pipeline: Draws the images.
             weights: The weights of the pipeline's components.
-            max_batch_images: What a batch of several requests may hold.
+            max_batch_images: The most images in a batch of several requests.
             torch_threads: How many threads it computes with; None leaves torch's own choice.
             prefetches_swap: Fuse the next batch's adapters while a batch runs; on a CPU the batch pays for it.
             self_check: Checks the loaded weights between batches and while nothing waits.
@@ -376,7 +376,7 @@ class EngineWorker:
         """Set a run aside where another's turn has come, until its own comes again.
 
         Raises:
-            GenerationCancelled: nobody wants it any more.
+            GenerationCancelled: no caller waits for it any more.
         """
         with self._changed:
             if not self._queue.is_to_suspend(run, self._applied):
@@ -392,7 +392,7 @@ class EngineWorker:
         self._bind(run)
 
     def _abandon(self, reason: str | None = None) -> None:
-        """Fail all remaining jobs when the thread ends, for whatever reason."""
+        """Fail all remaining jobs when the thread ends, for any reason."""
         with self._changed:
             self._is_closing = True
             left = self._queue.clear()
