@@ -18,9 +18,10 @@ from tests.small_disk import small_disk
 if TYPE_CHECKING:
     from tests.s3_server import S3Server
 
-# Speed lives in benchmarks: a machine that is busy for a moment fails no property.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+# Speed lives in benchmarks: a machine that is busy for a moment fails no property. A run draws the examples of the run
+# before it, so that a change is what fails it; EXPLORE=1 draws others.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize="EXPLORE" not in os.environ)
+hypothesis.settings.load_profile("steady")
 
 # Torch's threads spin, the tests share the cores, and the bits of a sum depend on how many threads share it. Children
 # inherit this.

@@ -28,7 +28,8 @@ COMMAND_TIMEOUT_S = 600
 # Ray's workers yield to all other processes by default: beside the rest of the suite they would starve.
 RAY_OF_TESTS = {"RAY_AUTH_MODE": "disabled", "RAY_worker_niceness": "0"}
 
-pytestmark = pytest.mark.timeout(1800)
+# A service of its own, started as a newcomer starts it.
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.slow]
 
 
 def blocks(language: str) -> list[str]:

@@ -95,9 +95,11 @@ class Dispatcher:
         *,
         on_retry: Callable[[str, str], None],
         counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]] = _no_counts,
+        resend_after_s: float = RESEND_AFTER_S,
     ) -> None:
         """Send nothing yet; `counts` returns the replicas of each base, by default of none."""
         self._on_retry = on_retry
+        self._resend_after_s = resend_after_s
         self._attempts = config.ingress.max_retries + 1
         self._quarantine = Quarantine(clock=time.monotonic)
         self._replica_settings = {base.id: base.replica for base in config.bases}
@@ -163,7 +165,7 @@ class Dispatcher:
                     if not losses and not request.waited_s:
                         raise
                     # It was accepted before: others have taken its place, and it waits for one.
-                    await asyncio.sleep(RESEND_AFTER_S)
+                    await asyncio.sleep(self._resend_after_s)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)
@@ -202,7 +204,7 @@ class Dispatcher:
                     if not losses and not request.waited_s:
                         raise
                     # It was accepted before: others have taken its place, and it waits for one.
-                    await asyncio.sleep(RESEND_AFTER_S)
+                    await asyncio.sleep(self._resend_after_s)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)

@@ -14,7 +14,6 @@ from ray.serve.exceptions import BackPressureError
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, GivenBack, PixelImage, Preview, Progress
-from serve_app.deployments.ingress import ingress
 from serve_app.deployments.ingress.ingress import MOST_OF_PLACES, Dispatcher
 from serve_app.deployments.registry.fleet import ReplicaCount
 from serve_app.errors import QueueFull, ReplicaLost
@@ -76,7 +75,7 @@ def dispatcher(handle: Any) -> Dispatcher:
     async def counts() -> dict[str, ReplicaCount]:
         return {BASE: ReplicaCount(running=1)}
 
-    return Dispatcher(config, {BASE: handle}, on_retry=lambda _, __: None, counts=counts)
+    return Dispatcher(config, {BASE: handle}, on_retry=lambda _, __: None, counts=counts, resend_after_s=0)
 
 
 async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has_waited() -> None:
@@ -93,9 +92,8 @@ async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has
 
 @pytest.mark.parametrize("end", [GivenBack(7.0), ReplicaLost(BASE, attempts=1)], ids=["given back", "lost"])
 async def test_what_was_accepted_waits_for_a_place_where_others_have_taken_its_own(
-    end: Exception, monkeypatch: pytest.MonkeyPatch
+    end: Exception,
 ) -> None:
-    monkeypatch.setattr(ingress, "RESEND_AFTER_S", 0)
     handle = Handle()
     call = asyncio.create_task(dispatcher(handle)(request()))
     for number, outcome in enumerate((end, full(), full()), start=1):
