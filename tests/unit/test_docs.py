@@ -63,3 +63,18 @@ def test_every_page_of_the_docs_is_in_the_readme_or_linked() -> None:
     linked = (ROOT / "README.md").read_text() + "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
     pages = [page.name for page in (ROOT / "docs").glob("*.md")]
     assert [page for page in pages if f"({page}" not in linked and f"docs/{page}" not in linked] == []
+
+
+TEST_FILES = {str(path.relative_to(ROOT).with_suffix("")) for path in (ROOT / "tests").rglob("test_*.py")}
+TEST_CODE = "".join((ROOT / name).with_suffix(".py").read_text() for name in TEST_FILES)
+PAGES = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    for named in re.findall(r"`([^`\s]*test_\w+[^`\s]*)`", page.read_text()):
+        file, _, test = named.partition("::")
+        if "/" in file or file.endswith(".py"):
+            assert any(f"/{name}".endswith(f"/{file.removesuffix('.py')}") for name in TEST_FILES), named
+        if test.startswith("test_"):
+            assert re.search(rf"^(?:async )?def {test.partition('[')[0].rstrip('…')}", TEST_CODE, re.M), named
