@@ -24,7 +24,7 @@ def settings(name: str, folder: Path) -> dict[str, Any]:
 
 
 def start_families(folder: Path, port: int) -> Service:
-    """Start the service below a prefix of its own; a base that cannot be served keeps no other from being ready."""
+    """Start the service below a prefix of its own, and wait for a picture of each base that can be served."""
     from ray import serve
 
     from serve_app.app import build
@@ -43,4 +43,6 @@ def start_families(folder: Path, port: int) -> Service:
     serve.run_many([target], wait_for_applications_running=False)
     service = Service(f"http://127.0.0.1:{port}{PREFIX}")
     service.http.timeout = 900  # the first request waits while nine bases start at once
+    for name in FAMILIES:
+        service.draw("a cat", model=f"tiny/{name}")
     return service

@@ -9,7 +9,8 @@ from tests.browser.playground import Playground
 from tests.family_service import FAMILIES
 from tests.service import Service
 
-pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
+# Of this test it is also the time in which nine bases start.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
 
 
 async def test_the_page_draws_with_eight_families_and_shows_previews(
