@@ -19,7 +19,7 @@ from serve_app.demo.styles import STYLES
 PAIRS = 12
 
 # What they hold changes with the weights alone.
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.soak]
 
 
 @dataclass(frozen=True, slots=True)

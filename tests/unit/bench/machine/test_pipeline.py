@@ -7,7 +7,7 @@ from serve_app.bench.machine.pipeline import run_pipeline
 from serve_app.bench.measuring.options import PipelineOptions
 from serve_app.bench.measuring.report import PipelineReport
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1200)]
 
 OPTIONS = PipelineOptions(size=64, steps=1, repeats=1, vae_sides=(64,))
 
