@@ -10,7 +10,9 @@ from tests.family_service import FAMILIES
 from tests.service import Service
 
 # Of this test it is also the time in which nine bases start.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")]
+pytestmark = [
+    pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1200), pytest.mark.asyncio(loop_scope="session")
+]  # fmt: skip
 
 
 async def test_the_page_draws_with_eight_families_and_shows_previews(

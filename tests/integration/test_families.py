@@ -15,7 +15,7 @@ from PIL import Image
 from tests.family_service import BROKEN, FAMILIES
 from tests.service import Service
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
+pytestmark = [pytest.mark.slow, pytest.mark.soak, pytest.mark.timeout(1200)]
 SIDE = 64
 
 
