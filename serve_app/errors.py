@@ -92,10 +92,7 @@ class UnknownScheduler(BadRequest):
 
 
 class PipelineRefused(BadRequest):
-    """The base's own pipeline does not take what is asked; a check that should have come before the device is missing.
-
-    `reason` is the pipeline's own sentence.
-    """
+    """The base's own pipeline refuses the request with the sentence `reason`; a check before the device is missing."""
 
     base: str
     reason: str

@@ -7,9 +7,8 @@ Hub is unavailable. The token is passed explicitly and appears in no message.
 
 from __future__ import annotations
 
-import functools
 import logging
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,24 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import card_from
-from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, parse_header, read_head
+from serve_app.catalog.reading.header import SafetensorsHeader, read_head
 from serve_app.catalog.reading.repository import (
     HUB,
-    AdapterSource,
     RepositoryFile,
     RepositoryListing,
     is_valid_id,
     is_valid_revision,
 )
 from serve_app.catalog.sources.download import Download
-from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles
+from serve_app.catalog.sources.download_cache import PartialDownload
+from serve_app.catalog.sources.downloading_source import DownloadingSource, parsed_header
 from serve_app.catalog.sources.hub_errors import MissingRevision
 from serve_app.catalog.sources.metadata_cache import MetadataCache, NullMetadataCache
-from serve_app.catalog.sources.remote_calls import DOWNLOAD, RemoteCalls
+from serve_app.catalog.sources.remote_calls import RemoteCalls
 from serve_app.catalog.sources.token_context import current_hub_token
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.errors import HubUnavailable, ModelNotFound
 from serve_app.redaction import contains_secret
-from serve_app.refusals import MalformedFile
 from serve_app.source_settings import HubSettings
 
 log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_UNLISTED_BYTES = 4 * 1024**3
 
 
-class HubSource(AdapterSource):
+class HubSource(DownloadingSource):
     """The repositories of one Hub endpoint, read with one token.
 
     `cache_dir` gets the downloaded files (`hub/`) and the metadata for when the Hub is unavailable (`hub-memory/`, and
@@ -65,6 +63,7 @@ class HubSource(AdapterSource):
         calls: RemoteCalls | None = None,
         metadata: MetadataCache | NullMetadataCache | None = None,
     ) -> None:
+        super().__init__(cache_dir, settings.cache_size)
         self._settings = settings
         self._root = cache_dir
         # False, not None: None would make the client look for a token on this machine.
@@ -73,8 +72,6 @@ class HubSource(AdapterSource):
         self._timeout_s = settings.timeout_s
         self._download_timeout_s = settings.download_timeout_s
         self._calls = calls or RemoteCalls()
-        self._downloads = DownloadCache(cache_dir / "hub", settings.cache_size, clock=time.time)
-        self._locked = LockedFiles()
         self._metadata = metadata or MetadataCache(cache_dir / "hub-memory")
 
     def read_as(self, token: HubToken | None) -> HubSource:
@@ -127,12 +124,7 @@ class HubSource(AdapterSource):
                 raise
             head = cached
         listed = listing.file(filename)
-        file_bytes = listed.size_bytes if listed else None
-        try:
-            # Away from the loop: a header of many megabytes takes seconds.
-            return await run_blocking(lambda: parse_header(head, file_bytes=file_bytes))
-        except MalformedHeader as error:
-            raise MalformedFile(listing.id, f"{filename}: {error}") from None
+        return await parsed_header(head, listing, filename, listed.size_bytes if listed else None)
 
     async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the commit of the listing."""
@@ -155,21 +147,21 @@ class HubSource(AdapterSource):
         one. It stays there at least until `release`."""
         forwarded = current_hub_token()
         token = self._token if forwarded is None else forwarded.value
-        call = functools.partial(self._download, spec, filename or spec.filename, token)
-        file = await self._calls.run_with_timeout(call, spec.id, spec.revision, self._download_timeout_s)
-        return self._locked.add(spec.key, file)
+        name = filename or spec.filename
 
-    def release(self, spec: AdapterSpec) -> None:
-        """Unlock the files that were downloaded for an adapter."""
-        self._locked.release(spec.key)
+        def prepare(draft: PartialDownload, is_over: Callable[[], bool]) -> Callable[[], None]:
+            return Download(
+                draft,
+                model=spec.id,
+                url=hf_hub_url(spec.location, name, revision=spec.revision, endpoint=self._api.endpoint),
+                headers=build_hf_headers(token=token, library_name="loraplex"),
+                listed_bytes=(spec.size_bytes or None) if (name,) == spec.files else None,
+                limit_bytes=MAX_UNLISTED_BYTES,
+                timeout_s=self._timeout_s,
+                is_over=is_over,
+            ).run
 
-    def free_space(self, needed_bytes: int) -> int:
-        """Remove unlocked files, the least recently used first; return the bytes that became free."""
-        return self._downloads.free_space(needed_bytes)
-
-    def downloaded_bytes(self, spec: AdapterSpec) -> int:
-        """Return how much of an adapter's file has arrived."""
-        return sum(self._downloads.downloaded_bytes(_file_key(spec, name)) for name in spec.files)
+        return await self._downloaded(spec, name, self._calls, self._download_timeout_s, prepare)
 
     def _find(self, model: str, revision: str | None) -> RepositoryListing:
         info = self._api.model_info(
@@ -200,31 +192,6 @@ class HubSource(AdapterSource):
                 if len(read) >= size_bytes:
                     break
         return bytes(read[:size_bytes])
-
-    def _download(self, spec: AdapterSpec, filename: str, token: str | bool) -> LockedFile:
-        key = _file_key(spec, filename)
-        found = self._downloads.find(key)
-        if found is not None:
-            return found
-        until = self._calls.clock() + self._download_timeout_s
-        with self._downloads.draft(key) as draft:
-            download = Download(
-                draft,
-                model=spec.id,
-                url=hf_hub_url(spec.location, filename, revision=spec.revision, endpoint=self._api.endpoint),
-                headers=build_hf_headers(token=token, library_name="loraplex"),
-                listed_bytes=(spec.size_bytes or None) if (filename,) == spec.files else None,
-                limit_bytes=MAX_UNLISTED_BYTES,
-                timeout_s=self._timeout_s,
-                is_over=lambda: self._calls.clock() >= until,
-            )
-            run = functools.partial(self._downloads.with_room, download.run, spec.size_bytes)
-            self._calls.retry(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
-            return self._downloads.commit(key, draft)
-
-
-def _file_key(spec: AdapterSpec, filename: str) -> str:
-    return f"{spec.location}@{spec.revision}/{filename}"
 
 
 def _listing(model: str, info: ModelInfo) -> RepositoryListing:

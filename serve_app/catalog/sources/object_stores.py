@@ -7,17 +7,14 @@ configuration only. Credentials are found by the stores' own clients and appear 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card, parse_card
-from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, parse_header, read_head
+from serve_app.catalog.reading.header import SafetensorsHeader, read_head
 from serve_app.catalog.reading.repository import (
     STORE,
-    AdapterSource,
     RepositoryFile,
     RepositoryListing,
     content_digest,
@@ -26,19 +23,19 @@ from serve_app.catalog.reading.repository import (
 from serve_app.catalog.reading.sidecars import CIVITAI_SUFFIX, WEBUI_SUFFIX, card_from_sidecars
 from serve_app.catalog.sources.bucket import Bucket, StoredObject
 from serve_app.catalog.sources.bucket_listing import BucketListing, StoredAdapter
-from serve_app.catalog.sources.download_cache import DownloadCache, LockedFile, LockedFiles
+from serve_app.catalog.sources.download_cache import PartialDownload
+from serve_app.catalog.sources.downloading_source import DownloadingSource, parsed_header
 from serve_app.catalog.sources.folder import MAX_CARD_BYTES, MAX_SMALL_FILE_BYTES
 from serve_app.catalog.sources.metadata_cache import MetadataCache
-from serve_app.catalog.sources.remote_calls import DOWNLOAD, RemoteCalls
+from serve_app.catalog.sources.remote_calls import RemoteCalls
 from serve_app.core import AdapterSpec
 from serve_app.errors import ModelNotFound
-from serve_app.refusals import MalformedFile
 from serve_app.source_settings import AdapterSources
 
 T = TypeVar("T")
 
 
-class ObjectStoreSource(AdapterSource):
+class ObjectStoreSource(DownloadingSource):
     """The adapters of some buckets; the first bucket that has a name is used.
 
     `cache_dir` gets the downloaded files, in the cache of those of the Hub, and in `store-memory/` lists, cards and
@@ -53,9 +50,8 @@ class ObjectStoreSource(AdapterSource):
         calls_to: Callable[[Bucket], RemoteCalls] = lambda bucket: RemoteCalls(bucket.remote),
     ) -> None:
         """Connect to nothing yet."""
+        super().__init__(cache_dir, settings.hub.cache_size)
         self._memory = MetadataCache(cache_dir / "store-memory")
-        self._downloads = DownloadCache(cache_dir / "hub", settings.hub.cache_size, clock=time.time)
-        self._locked = LockedFiles()
         buckets = [Bucket(store) for store in settings.stores]
         self._listings = [
             BucketListing(bucket, calls_to(bucket), self._memory, failure_ttl_s=settings.failure_ttl_s)
@@ -93,10 +89,7 @@ class ObjectStoreSource(AdapterSource):
             return read_head(lambda size_bytes: place.bucket.read(stored, size_bytes, model=listing.id))
 
         head = await self._call(place, lambda: self._kept(stored, read), listing.id)
-        try:
-            return await run_blocking(lambda: parse_header(head, file_bytes=stored.size_bytes))
-        except MalformedHeader as error:
-            raise MalformedFile(listing.id, f"{filename}: {error}") from None
+        return await parsed_header(head, listing, filename, stored.size_bytes)
 
     async def resolve_revision(self, listing: RepositoryListing, *filenames: str) -> str:
         """Return the ETag or generation of a file; of several, what names theirs together."""
@@ -120,10 +113,15 @@ class ObjectStoreSource(AdapterSource):
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file on this node's disk, downloaded if it is not there; it stays at least until `release`."""
         place = self._place(spec.location, spec.id)
-        call = functools.partial(self._download, place, spec, filename or spec.filename)
-        timeout_s = place.bucket.settings.download_timeout_s
-        file = await place.calls.run_with_timeout(call, spec.id, spec.revision, timeout_s)
-        return self._locked.add(spec.key, file)
+        bucket, name = place.bucket, filename or spec.filename
+
+        def prepare(draft: PartialDownload, is_over: Callable[[], bool]) -> Callable[[], None]:
+            def fetch() -> None:
+                bucket.fetch(self._unchanged(bucket, spec)[name], draft, model=spec.id, is_over=is_over)
+
+            return fetch
+
+        return await self._downloaded(spec, name, place.calls, bucket.settings.download_timeout_s, prepare)
 
     async def marks(self) -> Mapping[str, str]:
         """Return the name of every adapter, with a mark that changes with any of its objects."""
@@ -132,18 +130,6 @@ class ObjectStoreSource(AdapterSource):
             adapters = await place.adapters("the list of adapters")
             found |= {model: adapter.mark for model, adapter in adapters.items()}
         return found
-
-    def release(self, spec: AdapterSpec) -> None:
-        """Unlock the files that were downloaded for an adapter."""
-        self._locked.release(spec.key)
-
-    def free_space(self, needed_bytes: int) -> int:
-        """Remove unlocked files, the least recently used first; return the bytes that became free."""
-        return self._downloads.free_space(needed_bytes)
-
-    def downloaded_bytes(self, spec: AdapterSpec) -> int:
-        """Return how much of an adapter's file has arrived."""
-        return sum(self._downloads.downloaded_bytes(_file_key(spec, name)) for name in spec.files)
 
     def _place(self, location: str, model: str) -> BucketListing:
         for place in self._listings:
@@ -180,22 +166,6 @@ class ObjectStoreSource(AdapterSource):
     async def _call(self, place: BucketListing, call: Callable[[], T], model: str) -> T:
         return await place.calls.call_with_retries(call, model, None, place.bucket.settings.timeout_s)
 
-    def _download(self, place: BucketListing, spec: AdapterSpec, filename: str) -> LockedFile:
-        key, bucket, calls = _file_key(spec, filename), place.bucket, place.calls
-        found = self._downloads.find(key)
-        if found is not None:
-            return found
-        until = calls.clock() + bucket.settings.download_timeout_s
-        with self._downloads.draft(key) as draft:
-
-            def fetch() -> None:
-                stored = self._unchanged(bucket, spec)[filename]
-                bucket.fetch(stored, draft, model=spec.id, is_over=lambda: calls.clock() >= until)
-
-            run = functools.partial(self._downloads.with_room, fetch, spec.size_bytes)
-            calls.retry(run, spec.id, spec.revision, until, DOWNLOAD, lambda: draft.size_bytes)
-            return self._downloads.commit(key, draft)
-
     def _unchanged(self, bucket: Bucket, spec: AdapterSpec) -> Mapping[str, StoredObject]:
         """Return the objects of a spec, all of them of its revision."""
         names = (*spec.files, *filter(None, (spec.embeddings,)))
@@ -207,7 +177,3 @@ class ObjectStoreSource(AdapterSource):
 
 def _path(location: str, filename: str) -> str:
     return f"{location.partition('://')[2]}/{filename}"
-
-
-def _file_key(spec: AdapterSpec, filename: str) -> str:
-    return f"{spec.location}@{spec.revision}/{filename}"

@@ -161,11 +161,8 @@ class Dispatcher:
                         return await self._starts.unless_unusable(request.base_id, response)
                 except GivenBack as given:
                     request = replace(request, waited_s=given.waited_s)
-                except QueueFull:
-                    if not losses and not request.waited_s:
-                        raise
-                    # It was accepted before: others have taken its place, and it waits for one.
-                    await asyncio.sleep(self._resend_after_s)
+                except QueueFull as full:
+                    await self._wait_for_place(request, losses, full)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)
@@ -200,11 +197,8 @@ class Dispatcher:
                     return
                 except GivenBack as given:
                     request = replace(request, waited_s=given.waited_s)
-                except QueueFull:
-                    if not losses and not request.waited_s:
-                        raise
-                    # It was accepted before: others have taken its place, and it waits for one.
-                    await asyncio.sleep(self._resend_after_s)
+                except QueueFull as full:
+                    await self._wait_for_place(request, losses, full)
                 except (RayActorError, ReplicaLost) as error:
                     response.cancel()
                     losses.append(error)
@@ -244,6 +238,16 @@ class Dispatcher:
         # A base-only request names no model: with an id it would stick to one replica.
         model_id = request.adapters[0].spec.key if request.adapters else ""
         return self._handles[request.base_id].options(multiplexed_model_id=model_id)
+
+    async def _wait_for_place(self, request: GenerationRequest, losses: list[Exception], full: QueueFull) -> None:
+        """Wait where a request was accepted before and others have taken its place.
+
+        Raises:
+            QueueFull: it was not.
+        """
+        if not losses and not request.waited_s:
+            raise full
+        await asyncio.sleep(self._resend_after_s)
 
     async def _check_losses(self, request: GenerationRequest, losses: list[Exception]) -> None:
         """Return where a request that lost its replica may be sent to another.

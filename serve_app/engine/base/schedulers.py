@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -71,7 +72,7 @@ class NoiseSchedulers:
         listed = tuple(map(self._listed, config.schedulers or ()))
         self._known = frozenset((self._own_name, self._default, *(listed or SCHEDULERS[self._kind])))
         self._tried: dict[tuple[str, SchedulerOptions], _Offer | _Unfit] = {}
-        self._finite: dict[tuple[str, int, SchedulerOptions], bool] = {}
+        self._is_finite_once = lru_cache(_MAX_TRIED)(self._is_finite)
         for name in sorted({self._default, *listed}):
             tried = self._try(name)
             if isinstance(tried, _Unfit):
@@ -117,26 +118,16 @@ class NoiseSchedulers:
             raise OutOfBounds("num_inference_steps", steps, f"at least {tried.min_steps} with {name}")
         if levels and not _runs_with(self.fresh(name, options), levels):
             raise MalformedRequest(f"scheduler '{name}' cannot run with these '{min(levels)}'")
-        if not levels and not self._is_finite(name, steps, options):
+        if not levels and not self._is_finite_once(name, steps, options):
             where = f"{name} stays finite on {self._base_id}"
             raise OutOfBounds("num_inference_steps", steps, f"another number, with which {where}")
 
     def _is_finite(self, name: str, steps: int, options: SchedulerOptions) -> bool:
         """Say whether rounding leaves a scheduler's arithmetic finite: ancestral ones fail at some numbers of steps."""
-        found = self._finite.get((name, steps, options))
-        if found is None:
-            scheduler = self.fresh(name, options)
-            try:
-                with numpy.errstate(all="ignore"):
-                    end = _stepped(
-                        scheduler, torch.zeros_like, num_inference_steps=steps, **_shifted_by_size(scheduler)
-                    )
-                found = bool(torch.isfinite(end).all())
-            except (*_FAILURES, IndexError, AssertionError):
-                found = True  # its pipeline sets its steps in another way
-            if len(self._finite) < _MAX_TRIED:
-                self._finite[name, steps, options] = found
-        return found
+        try:
+            return _stays_finite(self.fresh(name, options), steps)
+        except (*_FAILURES, IndexError, AssertionError):
+            return True  # its pipeline sets its steps in another way
 
     def _can_redraw(self, template: Any) -> bool:
         """Say whether a scheduler can add noise to a picture as the pipelines of its kind ask for it."""
@@ -232,15 +223,20 @@ def _runs_through(template: Any) -> bool:
     """
     for steps in _USUAL_STEPS:
         try:
-            with numpy.errstate(all="ignore"):
-                end = _stepped(copy.deepcopy(template), torch.zeros_like, num_inference_steps=steps)
+            if not _stays_finite(copy.deepcopy(template), steps):
+                return False
         except (IndexError, AssertionError):
             return False
         except _FAILURES:
             continue
-        if not torch.isfinite(end).all():
-            return False
     return True
+
+
+def _stays_finite(scheduler: Any, steps: int) -> bool:
+    """Say whether an unused scheduler ends in finite numbers; raises what its class does where it cannot run."""
+    with numpy.errstate(all="ignore"):
+        end = _stepped(scheduler, torch.zeros_like, num_inference_steps=steps, **_shifted_by_size(scheduler))
+    return bool(torch.isfinite(end).all())
 
 
 def _runs_with(scheduler: Any, levels: Mapping[str, Any]) -> bool:
