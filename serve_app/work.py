@@ -12,6 +12,9 @@ from serve_app.core import GenerationRequest
 
 # The weight of the newest pass in the moving average.
 NEWEST_WEIGHT = 0.2
+# A pass counts as at most so many times the pace known before: one that takes longer tells of a machine that stood
+# still. A replica that believed it would get no more work, and never learn better.
+MOST_GROWTH = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class LatencyEstimator:
     """Estimates the latency model of one replica from its passes.
 
     Starts with a guess, then uses the mean of the first passes, then a moving average, because the first pass is often
-    slow (caches, memory, choice of kernels). Not thread-safe.
+    slow (caches, memory, choice of kernels). No pass counts as more than `MOST_GROWTH` times that. Not thread-safe.
     """
 
     def __init__(self, guess: LatencyModel) -> None:
@@ -61,9 +64,12 @@ class LatencyEstimator:
         """
         if units <= 0 or not math.isfinite(denoise_s) or not math.isfinite(other_s):
             return
+        took = LatencyModel(max(other_s, 0.0), max(denoise_s, 0.0) / units)
+        if self._observed and (growth := took.seconds(units) / max(self.pace.seconds(units), 1e-9)) > MOST_GROWTH:
+            took = LatencyModel(took.fixed_s * MOST_GROWTH / growth, took.unit_s * MOST_GROWTH / growth)
         self._observed += 1
         weight = max(NEWEST_WEIGHT, 1 / self._observed)
         self.pace = LatencyModel(
-            fixed_s=(1 - weight) * self.pace.fixed_s + weight * max(other_s, 0.0),
-            unit_s=(1 - weight) * self.pace.unit_s + weight * max(denoise_s, 0.0) / units,
+            fixed_s=(1 - weight) * self.pace.fixed_s + weight * took.fixed_s,
+            unit_s=(1 - weight) * self.pace.unit_s + weight * took.unit_s,
         )

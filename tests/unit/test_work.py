@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from serve_app.core import GenerationRequest, PixelImage
-from serve_app.work import NEWEST_WEIGHT, LatencyEstimator, LatencyModel, work_units
+from serve_app.work import MOST_GROWTH, NEWEST_WEIGHT, LatencyEstimator, LatencyModel, work_units
 
 REQUEST = GenerationRequest(
     request_id="r", base_id="b", prompt="p", negative_prompt=None, adapters=(), width=1000, height=500, steps=20,
@@ -37,6 +37,17 @@ def test_the_first_passes_replace_the_guess_by_their_mean_and_later_ones_move_it
         meter.observe(units=10, denoise_s=15.0, other_s=0.1)
     assert meter.pace.unit_s == pytest.approx(1.5 - (1 - NEWEST_WEIGHT) ** 4 * 0.2)
     assert meter.pace.seconds(2) == pytest.approx(0.1 + 2 * meter.pace.unit_s)
+
+
+def test_a_stall_counts_as_a_slow_pass_and_a_device_that_became_slow_is_known_after_a_few() -> None:
+    meter = LatencyEstimator(LatencyModel(fixed_s=9.0, unit_s=9.0))
+    for _ in range(5):
+        meter.observe(units=10, denoise_s=10.0, other_s=1.0)
+    meter.observe(units=10, denoise_s=300.0, other_s=30.0)
+    assert meter.pace.seconds(10) == pytest.approx(11 * (1 + NEWEST_WEIGHT * (MOST_GROWTH - 1)))
+    for _ in range(15):
+        meter.observe(units=10, denoise_s=100.0, other_s=10.0)
+    assert meter.pace.seconds(10) == pytest.approx(110, rel=0.1)
 
 
 @pytest.mark.parametrize(("units", "denoise_s", "other_s"), [(0, 1, 1), (1, float("nan"), 1), (1, 1, float("inf"))])

@@ -28,6 +28,7 @@ FASTEST_SHARE = 0.5
 class BatchKey:
     """The key of requests that may share a pass: everything that is one value per pipeline call.
 
+    So is the priority: an interactive request would take as long as the batch requests that it took along.
     Whether there is a negative prompt is part of it because pipelines tell "none" from "empty" (SDXL feeds
     zeros for none), and a call has either one text per image or none at all. All texts of a call have so many `chunks`.
     """
@@ -46,6 +47,7 @@ class BatchKey:
     scheduler_options: tuple[tuple[str, SchedulerOption], ...] = ()
     prompt_syntax: PromptSyntax = "plain"
     chunks: int = 0
+    priority: Priority = "interactive"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,7 @@ def batch_key(request: GenerationRequest, composition: AdapterSetKey, chunks: in
         scheduler_options=request.scheduler_options,
         prompt_syntax=request.prompt_syntax,
         chunks=chunks,
+        priority=request.priority,
     )
 
 

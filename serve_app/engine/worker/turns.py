@@ -208,12 +208,18 @@ def ranked(
 
 
 def _able(claims: Sequence[Claim], now_s: float, policy: SharingPolicy) -> list[Claim]:
-    """Return those that may go on or begin; the last place is kept for one that is overdue, where there are several."""
-    free = policy.max_in_progress - sum(claim.is_begun for claim in claims)
+    """Return those that may go on or begin.
+
+    Where there are several places, the last is kept for one that is overdue, or whose caller has none.
+    """
+    begun = [claim.share for claim in claims if claim.is_begun]
+    free = policy.max_in_progress - len(begun)
     needed = 1 if policy.max_in_progress <= 2 else 2
-    return [
-        claim for claim in claims if claim.is_begun or free >= needed or (free > 0 and claim.is_overdue(now_s, policy))
-    ]
+
+    def may_begin(claim: Claim) -> bool:
+        return free >= needed or (free > 0 and (claim.share not in begun or claim.is_overdue(now_s, policy)))
+
+    return [claim for claim in claims if claim.is_begun or may_begin(claim)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,3 +121,7 @@ def test_a_masked_picture_never_shares_a_pass_with_a_whole_one() -> None:
 
 def test_previews_keep_no_request_from_sharing_a_pass() -> None:
     assert batch_key(request(num_previews=3), ()) == batch_key(request(), ())
+
+
+def test_an_interactive_request_takes_no_batch_request_along() -> None:
+    assert batch_key(request(priority="batch"), ()) != batch_key(request(), ())

@@ -118,6 +118,14 @@ def test_callers_share_the_device_however_many_requests_each_has() -> None:
     assert slowdowns[len(slowdowns) // 2] <= 1.2
 
 
+@pytest.mark.parametrize(("share", "ended_s"), [("few", 5.0), ("many", 11.0)])
+def test_the_last_place_is_kept_for_a_caller_whose_passes_have_none(share: str, ended_s: float) -> None:
+    device = Device(SharingPolicy(max_in_progress=3))
+    many = [claim(0, 20.0, share="many"), claim(1, 9.0, share="many", at_s=1.0)]
+    device.play([*many, claim(2, 1.0, share=share, at_s=4.0)])
+    assert device.ended_s[2] == ended_s
+
+
 def test_what_a_caller_had_while_nobody_else_asked_does_not_count_against_it() -> None:
     device = Device()
     alone = [claim(2000 + index, 4.0, share="few", at_s=4.0 * index) for index in range(10)]
