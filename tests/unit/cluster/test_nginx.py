@@ -164,6 +164,18 @@ def test_who_sends_too_slowly_is_cut_off_and_nobody_behind_hears_of_it(
     assert gateway.drafts == []
 
 
+def test_who_takes_nothing_of_a_reply_is_cut_off(start: Start) -> None:
+    port = start(send_timeout="send_timeout 1s", **{"rate=20r/s": "rate=10000r/s"})
+    request = f"GET /openapi.json HTTP/1.1\r\nhost: {NAME}\r\n\r\n".encode()
+    ends_at = time.monotonic() + WAIT_S
+    with connect(port) as caller, pytest.raises(OSError, match="reset|Broken pipe|closed|EOF"):
+        # More replies than the buffers between take; none is read.
+        caller.sendall(request * 400)
+        while time.monotonic() < ends_at:
+            caller.sendall(b"\r\n")
+            time.sleep(0.05)
+
+
 def test_one_address_has_so_many_connections_and_the_next_is_a_429(start: Start, gateway: FakeGateway) -> None:
     port = start()
     gateway.is_stuck = True
