@@ -113,6 +113,15 @@ def connect(port: int) -> ssl.SSLSocket:
     return TLS.wrap_socket(socket.create_connection(("127.0.0.1", port), timeout=WAIT_S))
 
 
+def is_open(caller: ssl.SSLSocket) -> bool:
+    """Whether the other side still holds a connection, of which nothing is read."""
+    try:
+        caller.sendall(b"\r\n")
+    except OSError:
+        return False
+    return True
+
+
 def test_an_image_comes_through_and_a_stream_event_by_event(start: Start, gateway: FakeGateway) -> None:
     with client(start()) as nginx:
         assert nginx.post("/", json={"inputs": "a"}).headers["content-type"] == "image/jpeg"
@@ -168,11 +177,11 @@ def test_who_takes_nothing_of_a_reply_is_cut_off(start: Start) -> None:
     port = start(send_timeout="send_timeout 1s", **{"rate=20r/s": "rate=10000r/s"})
     request = f"GET /openapi.json HTTP/1.1\r\nhost: {NAME}\r\n\r\n".encode()
     ends_at = time.monotonic() + WAIT_S
-    with connect(port) as caller, pytest.raises(OSError, match="reset|Broken pipe|closed|EOF"):
+    with connect(port) as caller:
         # More replies than the buffers between take; none is read.
         caller.sendall(request * 400)
-        while time.monotonic() < ends_at:
-            caller.sendall(b"\r\n")
+        while is_open(caller):
+            assert time.monotonic() < ends_at
             time.sleep(0.05)
 
 
