@@ -244,7 +244,7 @@ class ReplicaSettings(StrictModel):
     max_batch_images: PositiveInt = 4
     step_sharing: bool = True
     max_jobs_in_progress: PositiveInt = 8
-    max_slowdown: float = Field(default=10.0, ge=1)
+    max_slowdown: float = Field(default=20.0, ge=1)
     max_overtakes: int = Field(default=4, ge=0)
     max_overtaken_s: NonNegativeFloat = 5.0
     batch_priority_delay_s: NonNegativeFloat = 60.0

@@ -42,7 +42,7 @@ class SharingPolicy:
     """
 
     max_in_progress: int = 8
-    max_slowdown: float = 10.0
+    max_slowdown: float = 20.0
     batch_delay_s: float = 60.0
 
 
