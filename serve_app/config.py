@@ -25,6 +25,7 @@ from pydantic import (
 
 from serve_app.core import PromptSyntax
 from serve_app.families.family import Family
+from serve_app.families.quantised import Quantization
 from serve_app.settings import (
     AdapterLimits,
     AutoscalingSettings,
@@ -56,7 +57,8 @@ class BaseModelConfig(StrictModel):
     `vae` is short for the part of that name; a part may be a single file. `schedulers` None means all that fit the
     base; `scheduler_options` change the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
     `fused` adapters, such as a distillation, are fused into the loaded weights once and belong to the base.
-    `prompt_syntax` is that of requests which name none.
+    `prompt_syntax` is that of requests which name none. `quantization` packs the denoiser's weights while they are
+    loaded; adapters then lie beside its layers, unfused.
     """
 
     id: str
@@ -67,6 +69,7 @@ class BaseModelConfig(StrictModel):
     fused: tuple[FusedAdapter, ...] = ()
     dtype: DTypeName = "auto"
     variant: str | None = None
+    quantization: Quantization | None = None
     compile: bool = False
     memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
     vae_tiling: Literal["auto", "always", "never"] = "auto"
@@ -97,6 +100,8 @@ class BaseModelConfig(StrictModel):
         if len({adapter.id for adapter in self.fused}) < len(self.fused):
             raise ValueError(f"{self.id}: 'fused' names an adapter twice")
         self.source.check_as_base(self.id, variant=self.variant)
+        if self.quantization is not None and self.needs_full_weights is not None:
+            raise ValueError(f"{self.id}: {self.needs_full_weights}")
         if any(part.config is not None for part in self.part_sources.values()):
             raise ValueError(f"{self.id}: the single file of a part takes no 'config': it has that of its base")
         if defaults.width * defaults.height > limits.max_pixels:
@@ -119,6 +124,18 @@ class BaseModelConfig(StrictModel):
             found = {name: value for name, value in found.items() if name not in given}
             return self.model_copy(update={"defaults": self.defaults.model_copy(update=found)})
         return self
+
+    @property
+    def needs_full_weights(self) -> str | None:
+        """Why the settings do not go with quantised weights, into which nothing is fused; None where they do."""
+        asked = {
+            "fused": bool(self.fused),
+            "compile": self.compile,
+            "replica.base_weights: host": self.replica.base_weights == "host",
+            "replica.prefetch_swap: always": self.replica.prefetch_swap == "always",
+        }
+        setting = next((name for name, is_asked in asked.items() if is_asked), None)
+        return setting and f"'{setting}' needs full weights, and a quantised base has none to fuse adapters into"
 
     @property
     def part_sources(self) -> dict[str, ModelSource]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
 from serve_app.config import AppConfig
-from serve_app.families.config_files import unusable_reason
+from serve_app.families.config_files import missing_packer, unusable_reason
 from serve_app.families.single_file import unusable_file_reason
 from serve_app.observability.tracing import TracingUnavailable, check_tracing
 from serve_app.settings import nearest
@@ -146,6 +146,7 @@ def _unusable_bases(config: AppConfig, place: str) -> list[str]:
     for index, base in enumerate(config.bases):
         folder = base.source.described_by.folder
         reasons = [unusable_reason(folder)] if folder is not None and folder.exists() else []
+        reasons += [] if base.quantization is None else [missing_packer(base.quantization)]
         files = [source.file for source in (base.source, *base.part_sources.values())]
         reasons += [unusable_file_reason(file) for file in files if file is not None and file.exists()]
         faults += [f"{place}{index}: {reason}" for reason in reasons if reason is not None]

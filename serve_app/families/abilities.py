@@ -16,6 +16,7 @@ class BaseAbilities:
     `parameters` are the optional ones, by task: each task in it was tried. `tokens` is how much of a prompt is read.
     `previews` says whether streams can carry any, `references` whether an edit may be given several
     pictures. `defaults` are the values of a request that gives none. `prompt_syntaxes` are how prompts may be written.
+    `fuses_adapters` is False where they lie beside quantised layers.
     """
 
     pipeline: str
@@ -29,3 +30,4 @@ class BaseAbilities:
     references: bool = False
     defaults: Mapping[str, float] = field(default_factory=dict[str, float])
     prompt_syntaxes: tuple[PromptSyntax, ...] = ("plain",)
+    fuses_adapters: bool = True

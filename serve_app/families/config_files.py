@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from serve_app.families.quantised import PACKAGES, SERVED, Quantization, packing_name, quantization_of
 from serve_app.families.table import family_of, other_medium
 
 INDEX = "model_index.json"
@@ -17,7 +18,7 @@ CARD = "README.md"
 MAX_CARD_BYTES = 256 * 1024
 SINGLE_FILE = "a single file is named by `source: {file: PATH}` or `{hub: ID, filename: NAME}`, with a `config`"
 # What `pip install loraplex[...]` brings for the packages that bases need.
-EXTRAS = {"torchvision": "vision"}
+EXTRAS = {"torchvision": "vision", "torchao": "quantization"}
 
 
 def unusable_reason(folder: Path) -> str | None:
@@ -30,10 +31,28 @@ def unusable_reason(folder: Path) -> str | None:
         return f"{pipeline} makes {medium}, and only images are served"
     if family_of(pipeline).needs_torchvision and find_spec("torchvision") is None:
         return missing_package("torchvision")
-    for part, entry in index.items():
-        if isinstance(entry, list) and (how := _quantisation(folder / part / "config.json")) is not None:
-            return f"its part '{part}' is quantised ({how}), and adapters can be fused into full weights only"
-    return None
+    return next((reason for part in _parts(index) if (reason := unusable_packing(folder, part)) is not None), None)
+
+
+def unusable_packing(folder: Path, part: str) -> str | None:
+    """Return why the weights of a part, in the folder of a base or its own, cannot be served as they are packed."""
+    packing = _packing(folder, part)
+    if packing is None:
+        return None
+    quantization = quantization_of(packing)
+    if quantization is None:
+        return f"its part '{part}' is quantised ({packing_name(packing)}); {SERVED}"
+    return missing_packer(quantization)
+
+
+def packing_in(folder: Path, part: str) -> Quantization | None:
+    """Return how the weights of a part are packed, None where they are not, or in a way that is not served."""
+    return quantization_of(_packing(folder, part) or {})
+
+
+def packed_parts(folder: Path) -> tuple[str, ...]:
+    """Return the parts of a base whose weights are packed."""
+    return tuple(part for part in _parts(_table(folder / INDEX)) if _packing(folder, part) is not None)
 
 
 def read_card(folder: Path) -> str:
@@ -52,11 +71,20 @@ def missing_package(name: str) -> str:
     return f"it needs the package {name}, which is not installed ({how})"
 
 
-def _quantisation(path: Path) -> str | None:
-    settings = _table(path).get("quantization_config")
-    if not isinstance(settings, dict):
-        return None
-    return str(cast("dict[str, Any]", settings).get("quant_method", "in an unknown way"))
+def missing_packer(quantization: Quantization) -> str | None:
+    """Return the reason where the package that packs weights so is not installed."""
+    package = PACKAGES[quantization]
+    return missing_package(package) if find_spec(package) is None else None
+
+
+def _parts(index: dict[str, Any]) -> list[str]:
+    return [part for part, entry in index.items() if isinstance(entry, list)]
+
+
+def _packing(folder: Path, part: str) -> dict[str, Any] | None:
+    place = folder / part if (folder / part).is_dir() else folder
+    settings = _table(place / "config.json").get("quantization_config")
+    return cast("dict[str, Any]", settings) if isinstance(settings, dict) else None
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def unusable_file_reason(file: Path) -> str | None:
         how = _quantisation(read_header(file))
     except (OSError, SafetensorError):
         return "its single file is missing, cut off or not in safetensors form"
-    return how and f"its single file is quantised ({how}), and adapters can be fused into full weights only"
+    return how and f"its single file is quantised ({how}), and single files are read with plain weights only"
 
 
 def prediction_of(header: Header) -> dict[str, bool | str]:

@@ -257,6 +257,7 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
         fused=[FusedLora(id=one.id, scale=one.scale) for one in base.fused],
         schedulers=schedulers,
         prompt_syntax=base.prompt_syntax,
+        fuses_adapters=None if base.quantization is None else False,
     )
     if known is None:
         return told
@@ -270,5 +271,6 @@ def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: boo
             "tokens": known.tokens,
             "has_previews": known.previews,
             "prompt_syntaxes": list(known.prompt_syntaxes),
+            "fuses_adapters": known.fuses_adapters,
         }
     )

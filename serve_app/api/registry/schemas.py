@@ -250,3 +250,6 @@ class Base(BaseModel):
     has_previews: bool | None = Field(default=None, description="whether streams can carry previews")
     prompt_syntax: PromptSyntax = Field(description="what `prompt_syntax` is where neither a request nor its key says")
     prompt_syntaxes: list[PromptSyntax] | None = Field(default=None, description="what it may be")
+    fuses_adapters: bool | None = Field(
+        default=None, description="false where it is quantised: adapters lie beside its layers, LoRA factors alone"
+    )

@@ -103,9 +103,12 @@ async def fuse_adapters(
 def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_bytes: int) -> WeightPlacement:
     """Choose where the base weights are kept, once the base is loaded and a pass was seen to take `pass_bytes`."""
     from serve_app.engine.base.manifest import bytes_of_layers
-    from serve_app.engine.weights.placement import choose_placement, free_bytes_of
+    from serve_app.engine.weights.placement import WeightPlacement, choose_placement, free_bytes_of
 
     asked = base.replica
+    if not pipeline.manifest.fuses:
+        log.info("%s is quantised: adapters lie beside its layers, and nothing is fused", base.id)
+        return WeightPlacement("device", prefetches_swap=False)
     chosen = choose_placement(
         asked.base_weights,
         asked.prefetch_swap,

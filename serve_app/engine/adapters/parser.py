@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, Dora, ParsedAdapter, tensors_of
+from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, Dora, LowRank, ParsedAdapter, tensors_of
 from serve_app.engine.adapters.formats import TargetLayer, build_delta, inner_width
 from serve_app.engine.adapters.inversion import bundled_ti_tokens, with_ti_tokens
 from serve_app.engine.adapters.metadata import Scaling, read_scalings, read_settings
@@ -29,6 +29,7 @@ from serve_app.settings import AdapterLimits
 UNMATCHED_SHOWN = 20
 # Below this share of matching layers a file is taken to be made for another base.
 LEAST_COVERAGE = 0.5
+_KINDS = {"Dora": "DoRA", "Hadamard": "LoHa", "Kronecker": "LoKr"}
 
 
 def parse_adapter(
@@ -63,6 +64,8 @@ def parse_adapter(
     _check_coverage(named, manifest, name)
     changes = _build(named.layers, manifest, scalings, name, limits)
     _refuse_without_effect(changes, name)
+    if not manifest.fuses:
+        _refuse_what_must_be_fused(changes, name)
     components = {component: changes[component] for component in manifest.components if component in changes}
     ranks = [inner_width(delta) for modules in changes.values() for delta in modules.values()]
     unmatched = [*(layer.stem for layer in named.unmatched), *named.unknown]
@@ -161,6 +164,19 @@ def _refuse_whole_weights(key: str, manifest: BaseManifest, name: str) -> None:
 def _refuse_without_effect(changes: Mapping[str, Mapping[str, Delta]], name: str) -> None:
     if not any(_has_effect(delta) for modules in changes.values() for delta in modules.values()):
         raise NotAnAdapter(name, "it changes nothing: every factor or every alpha is zero")
+
+
+def _refuse_what_must_be_fused(changes: Mapping[str, Mapping[str, Delta]], name: str) -> None:
+    """Refuse a change that is no product of two factors, for only such a one can lie beside a quantised layer."""
+    for component, modules in changes.items():
+        for module, delta in modules.items():
+            if not isinstance(delta, LowRank) or delta.shift is not None:
+                kind = _KINDS.get(type(delta).__name__, "a whole difference of its weight or bias")
+                raise UnsupportedMethod(
+                    name,
+                    f"its change of layer {component}.{module} is {kind}, which must be fused into full weights; this "
+                    "base is quantised and takes LoRA factors alone",
+                )
 
 
 def _has_effect(delta: Delta) -> bool:

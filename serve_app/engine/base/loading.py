@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import diffusers
 import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
 
 from serve_app.config import BaseModelConfig, DTypeName
 from serve_app.engine.base.fetching import (
@@ -28,10 +30,12 @@ from serve_app.engine.base.fetching import (
     single_file,
 )
 from serve_app.engine.base.manifest import adaptable_components
+from serve_app.engine.base.packing import check_part, is_quantised, packing_of
 from serve_app.engine.base.parts import load_part
 from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
-from serve_app.engine.base.remote_code import check_folder
+from serve_app.engine.base.remote_code import INDEX, check_folder
 from serve_app.engine.base.single_file import load_part_file, load_single_file
+from serve_app.engine.base.structure import adaptable_parts
 from serve_app.engine.base.unusable import check_base_folder, refusal
 from serve_app.errors import BaseUnusable
 from serve_app.families.config_files import read_card
@@ -70,8 +74,8 @@ def load_base(
     `parts` replaces some of them.
 
     Raises:
-        BaseUnusable: its files are missing, incomplete, pickled, quantised, need code of their own or a package that
-            is not installed, or are no image model; the sentence says which.
+        BaseUnusable: its files are missing, incomplete, pickled, need code of their own or a package that is not
+            installed, are no image model, or quantised in a way that cannot be served; the sentence says which.
         HubUnavailable: the Hub did not answer and the local cache does not have all files.
     """
     _quieten()
@@ -79,20 +83,26 @@ def load_base(
         folder = base_folder(config, source, hub)
         check_base_folder(config.id, folder)
         dtype = resolve_dtype(config.dtype, check_folder(folder), device)
-        replaced = {name: _load_part(config.id, name, part, folder, dtype, hub) for name, part in parts.items()}
+        packing = packing_of(config, folder, _denoiser(folder), dtype=dtype, device=device)
+        load = partial(_load_part, config, folder=folder, dtype=dtype, device=device, packing=packing, hub=hub)
+        replaced = {name: load(name, part) for name, part in parts.items()}
         pipeline: Any
         if source.is_single_file:
+            replaced |= {name: load(name, source) for name in packing if name not in replaced}
             pipeline = load_single_file(single_file(config.id, source, hub), folder, dtype, replaced)
         else:
+            quantised = {"quantization_config": PipelineQuantizationConfig(quant_mapping=packing)} if packing else {}
             pipeline = DiffusionPipeline.from_pretrained(
                 folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, **replaced,
+                trust_remote_code=False, **quantised, **replaced,
             )  # fmt: skip
     except _LOADING_ERRORS as error:
         places = (source, source.config or source, *parts.values())
         raise refusal(config.id, error, is_hub=any(place.hub is not None for place in places)) from error
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
+    if any(map(is_quantised, adaptable_components(pipeline).values())) and config.needs_full_weights is not None:
+        raise BaseUnusable(config.id, config.needs_full_weights)
     _freeze(pipeline.to(device))
     configure_pipeline(pipeline, config)
     if config.compile:
@@ -141,11 +151,21 @@ def _quieten() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def _denoiser(folder: Path) -> str:
+    """Return the name of the part that denoises, "" where the index of a base names none."""
+    return next(iter(adaptable_parts((folder / INDEX).read_text(encoding="utf-8"))), "")
+
+
 def _load_part(
-    base_id: str, name: str, source: ResolvedSource, folder: Path, dtype: torch.dtype, hub: HubAccess
-) -> Any:
-    place = part_place(base_id, name, source, hub)
-    return load_part_file(name, place, folder, dtype) if source.is_single_file else load_part(name, place, dtype)
+    config: BaseModelConfig, name: str, source: ResolvedSource, *, folder: Path, dtype: torch.dtype,
+    device: torch.device, packing: Mapping[str, Any], hub: HubAccess,
+) -> Any:  # fmt: skip
+    place = part_place(config.id, name, source, hub)
+    asked = {"quantization_config": packing[name]} if name in packing else {}
+    if source.is_single_file:
+        return load_part_file(name, place, folder, dtype, **asked)
+    check_part(config, name, place, device, is_to_pack=bool(asked))
+    return load_part(name, place, dtype, **asked)
 
 
 def _freeze(pipeline: Any) -> None:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from serve_app.engine.base.packing import is_quantised
 
 if TYPE_CHECKING:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -51,6 +53,7 @@ class BaseManifest:
     `components` are the layers that take factors, `norms` those that only whole differences change.
     `layers_per_block` is the UNet's, which numbers blocks in the original implementation; None where there is no UNet.
     `fingerprint` tells structures apart: the same fingerprint means the same layers in the same dtype.
+    `fuses` says whether adapters are fused into the weights; beside quantised ones there are low-rank factors alone.
     `vocabularies` are those of the text encoders that adapters can teach words, by component, in the pipeline's order.
     """
 
@@ -62,6 +65,7 @@ class BaseManifest:
     fingerprint: str
     vocabularies: Mapping[str, Vocabulary] = field(default_factory=dict[str, Vocabulary])
     norms: Mapping[str, Mapping[str, Layer]] = field(default_factory=dict[str, Mapping[str, Layer]])
+    fuses: bool = True
 
     def layer(self, component: str, module: str) -> Layer | None:
         """Return the layer of that name, or None."""
@@ -108,12 +112,13 @@ def manifest_of(pipeline: DiffusionPipeline) -> BaseManifest:
     manifest = BaseManifest(
         pipeline=type(pipeline).__name__,
         denoiser=denoiser,
-        dtype=_dtype_name(next(components[denoiser].parameters()).dtype),
+        dtype=_dtype_name(_values_dtype(components[denoiser])),
         layers_per_block=layers_per_block if isinstance(layers_per_block, int) else None,
         components={name: _only(known, is_norm=False) for name, known in layers.items()},
         norms={name: _only(known, is_norm=True) for name, known in layers.items()},
         fingerprint="",
         vocabularies=_vocabularies_of(pipeline),
+        fuses=not any(map(is_quantised, components.values())),
     )
     structure = hashlib.sha256(manifest.to_json().encode()).hexdigest()
     return dataclasses.replace(manifest, fingerprint=structure)
@@ -148,9 +153,17 @@ def _layers_of(component: nn.Module) -> dict[str, Layer]:
     for name, module in adaptable_layers(component).items():
         kind, weight, has_bias = _kind_of(module), module.weight, getattr(module, "bias", None) is not None
         assert kind is not None
-        assert isinstance(weight, torch.Tensor)
-        layers[name] = Layer(kind, tuple(weight.shape), has_bias, _dtype_name(weight.dtype))
+        assert isinstance(weight, Tensor)
+        shape, dtype = tuple(weight.shape), weight.dtype
+        if isinstance(module, nn.Linear) and not dtype.is_floating_point:  # packed by bitsandbytes
+            shape, dtype = (module.out_features, module.in_features), _values_dtype(component)
+        layers[name] = Layer(kind, shape, has_bias, _dtype_name(dtype))
     return layers
+
+
+def _values_dtype(component: nn.Module) -> torch.dtype:
+    """Return the dtype that a component computes in."""
+    return next(parameter.dtype for parameter in component.parameters() if parameter.dtype.is_floating_point)
 
 
 def _vocabularies_of(pipeline: DiffusionPipeline) -> dict[str, Vocabulary]:

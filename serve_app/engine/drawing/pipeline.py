@@ -174,6 +174,7 @@ class BasePipeline:
             references=family.takes_references and "edit" in self.tasks,
             defaults=self.config.defaults.model_dump(),
             prompt_syntaxes=SYNTAXES if self._chunks is not None else ("plain",),
+            fuses_adapters=self.manifest.fuses,
         )
 
     def withdraw(self, task: Task) -> None:

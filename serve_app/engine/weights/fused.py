@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from serve_app.core import AdapterSetKey, Scale
 from serve_app.engine.adapters.deltas import ParsedAdapter, bytes_of
 from serve_app.engine.base.manifest import adaptable_layers
+from serve_app.engine.base.packing import is_quantised, plain_tensors
 from serve_app.engine.weights.beside import BesideFuser
-from serve_app.engine.weights.device_cache import DeviceCache, as_they_are, moved_to
+from serve_app.engine.weights.device_cache import DeviceCache, HoldAdapters, as_they_are, moved_to
 from serve_app.engine.weights.in_place import InPlaceFuser
 from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, lay_in_slabs, layers_among, layers_of
 from serve_app.engine.weights.side_stream import SideStream
+from serve_app.engine.weights.unfused import UnfusedAdapters
 
 AdapterSet = Sequence[tuple[ParsedAdapter, Scale]]
 # The key of weights that are being written: equal to no composition, so that the next one is applied.
@@ -33,7 +35,7 @@ class StalePreparation(Exception):
 
 
 class Fuser(Protocol):
-    """A way to bring adapters into the weights: beside the pristine ones, or where they lie."""
+    """A way to bring adapters to a base: fused beside its weights or where they lie, or beside its layers."""
 
     @property
     def fused_bytes(self) -> int:
@@ -91,6 +93,7 @@ class FusedWeights:
     `fused_sets` sets of them, and changing to one of these binds it and computes nothing.
     With the pristine weights on the host there are no buffers: live parameters are written where they lie, every layer
     that adapters may change has a copy on the host, and it is the copies that are never written.
+    Where a layer is quantised, nothing is fused: adapters lie beside all layers, and add to what these compute.
     Construct after the components are on their device and in their dtype: weights of linear layers that have one
     shape are moved together.
     """
@@ -113,21 +116,30 @@ class FusedWeights:
         """
         self._slots: dict[ParameterName, ParameterSlot] = {}
         self._tensors: dict[ParameterName, Tensor] = {}
+        is_unfused = any(map(is_quantised, components.values()))
         for component, module in components.items():
             # matmul picks its kernel by requires_grad, so that a base's own bits would depend on its history.
             module.requires_grad_(False)
+            if is_unfused:
+                self._tensors |= {(component, name): tensor for name, tensor in plain_tensors(module)}
+                continue
             parameters = module.named_parameters()
             self._slots |= {
                 (component, name): ParameterSlot(parameter, parameter.data) for name, parameter in parameters
             }
             self._tensors |= {(component, name): value for name, value in module.named_buffers()}
-        device = next((slot.pristine.device for slot in self._slots.values()), torch.device("cpu"))
+        device = next((tensor.device for tensor in self._loaded().values()), torch.device("cpu"))
         is_on_gpu = device.type == "cuda"
         self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_on_gpu else None
         self._applied: AdapterSetKey = ()
         self._version = 0
         self._live: dict[str, ParameterSlot] = {}
-        self._fuser = self._fuser_for(components, device, base_weights, fused_sets)
+        hold = as_they_are if self._cache is None else self._cache.holding
+        self._fuser: Fuser = (
+            UnfusedAdapters(components, hold)
+            if is_unfused
+            else self._fuser_for(components, device, base_weights, fused_sets, hold)
+        )
 
     def _fuser_for(
         self,
@@ -135,12 +147,12 @@ class FusedWeights:
         device: torch.device,
         base_weights: Literal["device", "host"],
         fused_sets: int,
+        hold: HoldAdapters,
     ) -> Fuser:
         layers = layers_of(self._slots)
         names = {component: adaptable_layers(module) for component, module in components.items()}
         adaptable = layers_among(layers, names)
         slabs = lay_in_slabs(adaptable)
-        hold = as_they_are if self._cache is None else self._cache.holding
         if base_weights == "device":
             return BesideFuser(tuple(self._slots.values()), layers, slabs, SideStream(device), hold, sets=fused_sets)
         fuser = InPlaceFuser(adaptable, slabs, hold)
