@@ -8,16 +8,13 @@ it, and the operators that it names at import are declared before.
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-# Where `make` installs it.
-FOLDER = ROOT / "build" / "vision"
+from tests.apart import BUILD
+
+FOLDER = BUILD / "vision"
 _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -39,14 +36,3 @@ def has_torchvision() -> bool:
                 library.define(operator)
             _DECLARED.append(library)
     return True
-
-
-def run_with_torchvision(*command: str) -> subprocess.CompletedProcess[str]:
-    """Run a module of Python in a process that finds torchvision."""
-    paths = os.pathsep.join((str(ROOT), str(FOLDER)))
-    # Without what tells a process that it is a worker of pytest's.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment | {"PYTHONPATH": paths}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
-    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Quantised weights: how diffusers is told to pack a denoiser, and the plain tensors that packed parameters are made of.
+"""Quantised weights: how diffusers is told to pack a denoiser, and the plain tensors in packed parameters.
 
 Owns all that depends on the packages that pack. Loads them, and diffusers, only where something is to be packed, since
 the manifest of a base is read in processes that have neither.

@@ -1,4 +1,5 @@
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,42 @@ def test_a_video_model_is_refused_by_what_it_makes(tmp_path: Path) -> None:
     assert reason == "WanPipeline makes videos, and only images are served"
 
 
-def test_a_quantised_part_is_refused_by_how_it_is_quantised(tmp_path: Path) -> None:
-    folder = base_folder(tmp_path / "base", SDXL, unet={"quantization_config": {"quant_method": "bitsandbytes"}})
-    reason = unusable_reason(folder)
+@pytest.mark.parametrize(
+    ("packing", "name"),
+    [
+        ({"quant_method": "gguf"}, "gguf"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
+        (
+            {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
+            "torchao Int4Weigh",
+        ),
+        ({}, "in an unknown way"),
+    ],
+)
+def test_a_part_that_is_quantised_in_a_way_that_is_not_served_is_refused_by_its_name(
+    packing: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    reason = unusable_reason(base_folder(tmp_path / "base", SDXL, unet={"quantization_config": packing}))
     assert reason is not None
-    assert "its part 'unet' is quantised (bitsandbytes)" in reason
+    assert reason.startswith(f"its part 'unet' is quantised ({name}")
+    assert reason.endswith("int8 and float8 weights of torchao and nf4 weights of bitsandbytes are served")
+
+
+@pytest.mark.parametrize(
+    ("packing", "package"),
+    [
+        ({"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}, "torchao"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes"),
+    ],
+)
+def test_a_quantised_part_that_could_be_served_is_refused_only_where_its_package_is_missing(
+    packing: dict[str, Any], package: str, tmp_path: Path
+) -> None:
+    reason = unusable_reason(base_folder(tmp_path / "base", SDXL, unet={"quantization_config": packing}))
+    is_there = find_spec(package) is not None
+    assert (reason is None) == is_there
+    assert is_there or f"it needs the package {package}, which is not installed" in str(reason)
 
 
 @pytest.mark.parametrize("place", ["the file", "its folder"])
@@ -67,7 +99,7 @@ def test_loraplex_check_names_each_base_and_the_cause(tmp_path: Path) -> None:
         applications_of(serve_file)
     assert [fault.removeprefix("applications.0.args.bases.") for fault in caught.value.faults] == [
         "0: LTXPipeline makes videos, and only images are served",
-        "1: its single file is quantised (fp8 with scales), and adapters can be fused into full weights only",
+        "1: its single file is quantised (fp8 with scales), and single files are read with plain weights only",
         "2: LTXPipeline makes videos, and only images are served",
         "2: its single file is missing, cut off or not in safetensors form",
     ]
