@@ -100,8 +100,8 @@ class BaseModelConfig(StrictModel):
         if len({adapter.id for adapter in self.fused}) < len(self.fused):
             raise ValueError(f"{self.id}: 'fused' names an adapter twice")
         self.source.check_as_base(self.id, variant=self.variant)
-        if self.quantization is not None and self.needs_full_weights is not None:
-            raise ValueError(f"{self.id}: {self.needs_full_weights}")
+        if self.quantization is not None:
+            self._check_quantization()
         if any(part.config is not None for part in self.part_sources.values()):
             raise ValueError(f"{self.id}: the single file of a part takes no 'config': it has that of its base")
         if defaults.width * defaults.height > limits.max_pixels:
@@ -112,6 +112,13 @@ class BaseModelConfig(StrictModel):
                 f"target_ongoing_requests {self.autoscaling.target_ongoing_requests:g}: it would never scale up"
             )
         return self
+
+    def _check_quantization(self) -> None:
+        parts = [part for name, part in self.part_sources.items() if name in ("unet", "transformer")]
+        if any(source.is_single_file for source in (self.source, *parts)):
+            raise ValueError(f"{self.id}: 'quantization' goes with a denoiser in a folder, not with a single file")
+        if self.needs_full_weights is not None:
+            raise ValueError(f"{self.id}: {self.needs_full_weights}")
 
     def with_defaults_of(self, family: Family) -> BaseModelConfig:
         """Return the base with the defaults of its family where the configuration says nothing, within its limits."""

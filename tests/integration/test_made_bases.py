@@ -1,4 +1,4 @@
-"""Bases that their operators put together, end to end: single files, adapters fused in, and one that is refused."""
+"""Bases that their operators put together, end to end: single files, adapters fused in, quantised, and one refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ import pytest
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from ray import serve
 from safetensors.numpy import save_file
+from torch import Tensor
 
-from serve_app.app import build
+from serve_app.app import assemble
 from serve_app.config import AppConfig
+from serve_app.deployments.replica.replica import BaseModelReplica
+from tests.apart import BUILD, ROOT
 from tests.full_size import full_size_sdxl
 from tests.service import EMBEDDED, Service, base_settings
 from tests.single_files import write_single_file
@@ -24,10 +27,22 @@ from tests.tiny_adapters import lora, write
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SEPIA = "demo/sd15-sepia"
+TORCHAO = BUILD / "torchao"
 
 
 def single(file: Path, config: Path) -> dict[str, Any]:
     return {"file": str(file), "config": {"folder": str(config)}}
+
+
+class WithTorchao:
+    """The deployment of a base, whose replicas find torchao where its name ends in "int8"."""
+
+    @staticmethod
+    def options(*, name: str, ray_actor_options: dict[str, Any], **options: Any) -> Any:
+        if name.endswith("int8"):
+            found = {"env_vars": {"PYTHONPATH": f"{ROOT}:{TORCHAO}"}}
+            ray_actor_options = ray_actor_options | {"runtime_env": found}
+        return BaseModelReplica.options(name=name, ray_actor_options=ray_actor_options, **options)
 
 
 @contextmanager
@@ -38,20 +53,33 @@ def service(port: int, folder: Path, *bases: dict[str, Any], adapters: Path | No
         "bases": bases, "adapters": {"embedded": True, "folders": folders, "hub": {"enabled": False}},
         "ingress": {"replicas": 1, "num_cpus": 0.1}, "cache_dir": str(folder / "cache"),
     }  # fmt: skip
-    target = serve.RunTarget(build(AppConfig.model_validate(arguments)), name="made", route_prefix="/made")
+    target = serve.RunTarget(
+        assemble(AppConfig.model_validate(arguments), WithTorchao), name="made", route_prefix="/made"
+    )
     serve.run_many([target], wait_for_applications_running=False)
     yield Service(f"http://127.0.0.1:{port}/made")
     serve.delete("made")
 
 
+def write_adapter(folder: Path, tensors: dict[str, Tensor], base_id: str) -> None:
+    folder.mkdir(parents=True)
+    write(folder / "pytorch_lora_weights.safetensors", tensors)
+    (folder / "README.md").write_text(f"---\nbase_model: {base_id}\n---\n")
+
+
 @pytest.fixture(scope="module")
 def made(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder, whole = tmp_path_factory.mktemp("made"), EMBEDDED / "demo" / "sd15"
-    file = write_single_file(folder / "checkpoint.safetensors", DiffusionPipeline.from_pretrained(whole))
+    pipeline = DiffusionPipeline.from_pretrained(whole)
+    file = write_single_file(folder / "checkpoint.safetensors", pipeline)
     save_file({"scaled_fp8": numpy.zeros(1)}, folder / "packed.safetensors")
     sepia = base_settings("made/sepia", source=single(file, whole), fused=[{"id": SEPIA}])
     packed = base_settings("made/packed", source=single(folder / "packed.safetensors", whole))
-    with service(cluster, folder, base_settings("demo/sd15"), sepia, packed) as running:
+    int8 = base_settings("made/int8", source={"embedded": "demo/sd15"}, quantization="int8")
+    for name, more in {"style": {}, "dora": {"dora": True}}.items():
+        write_adapter(folder / "adapters" / "me" / name, lora(pipeline, strength=0.5, **more), "made/int8")
+    bases = base_settings("demo/sd15"), sepia, packed, int8
+    with service(cluster, folder, *bases, adapters=folder / "adapters") as running:
         yield running
 
 
@@ -61,7 +89,23 @@ def test_a_single_file_with_a_fused_adapter_draws_as_its_folder_does_with_that_a
     assert not numpy.array_equal(plain, sepia)
     assert numpy.array_equal(made.draw("a house", model="made/sepia", seed=3), sepia)
     told = {base["id"]: base["fused"] for base in made.http.get("v1/bases").json()}
-    assert told == {"demo/sd15": [], "made/sepia": [{"id": SEPIA, "scale": 1.0}], "made/packed": []}
+    assert told == {"demo/sd15": [], "made/sepia": [{"id": SEPIA, "scale": 1.0}], "made/packed": [], "made/int8": []}
+
+
+@pytest.mark.skipif(not TORCHAO.is_dir(), reason="torchao is not in build/torchao: make .venv/.dev")
+def test_a_quantised_base_serves_adapters_unfused_and_refuses_what_must_be_fused(made: Service) -> None:
+    plain, adapted, again = (
+        made.draw("a house", model="made/int8", lora=name, seed=3) for name in ("", "me/style", "")
+    )
+    assert numpy.array_equal(plain, again)
+    assert not numpy.array_equal(plain, adapted)
+    full = made.draw("a house", model="demo/sd15", seed=3)
+    assert 0 < abs(plain.astype(int) - full).mean() < abs(plain.astype(int) - adapted).mean()
+    refusal = made.ask("a house", model="made/int8", lora="me/dora")
+    assert refusal.status_code == 422
+    assert "is DoRA, which must be fused into full weights; this base is quantised" in refusal.text
+    told = {base["id"]: base["fuses_adapters"] for base in made.http.get("v1/bases").json()}
+    assert (told["made/int8"], told["demo/sd15"]) == (False, True)
 
 
 def test_callers_of_a_single_file_that_cannot_be_served_are_told_why(made: Service) -> None:
@@ -77,10 +121,7 @@ def test_callers_of_a_single_file_that_cannot_be_served_are_told_why(made: Servi
 def test_a_full_size_sdxl_checkpoint_is_served_with_an_adapter(cluster: int, tmp_path: Path) -> None:
     config, pipeline = full_size_sdxl(tmp_path / "config")
     file = write_single_file(tmp_path / "sdxl.safetensors", pipeline)
-    adapter = tmp_path / "adapters" / "me" / "style"
-    adapter.mkdir(parents=True)
-    write(adapter / "pytorch_lora_weights.safetensors", lora(pipeline, strength=0.5))
-    (adapter / "README.md").write_text("---\nbase_model: me/checkpoint\n---\n")
+    write_adapter(tmp_path / "adapters" / "me" / "style", lora(pipeline, strength=0.5), "me/checkpoint")
     del pipeline
     base = base_settings("full/sdxl", source=single(file, config), aliases=["me/checkpoint"], dtype="float32")
     with service(cluster, tmp_path, base, adapters=tmp_path / "adapters") as running:

@@ -88,13 +88,12 @@ def load_base(
         replaced = {name: load(name, part) for name, part in parts.items()}
         pipeline: Any
         if source.is_single_file:
-            replaced |= {name: load(name, source) for name in packing if name not in replaced}
             pipeline = load_single_file(single_file(config.id, source, hub), folder, dtype, replaced)
         else:
-            quantised = {"quantization_config": PipelineQuantizationConfig(quant_mapping=packing)} if packing else {}
             pipeline = DiffusionPipeline.from_pretrained(
                 folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, **quantised, **replaced,
+                trust_remote_code=False, **replaced,
+                quantization_config=PipelineQuantizationConfig(quant_mapping=packing) if packing else None,
             )  # fmt: skip
     except _LOADING_ERRORS as error:
         places = (source, source.config or source, *parts.values())
@@ -161,11 +160,10 @@ def _load_part(
     device: torch.device, packing: Mapping[str, Any], hub: HubAccess,
 ) -> Any:  # fmt: skip
     place = part_place(config.id, name, source, hub)
-    asked = {"quantization_config": packing[name]} if name in packing else {}
     if source.is_single_file:
-        return load_part_file(name, place, folder, dtype, **asked)
-    check_part(config, name, place, device, is_to_pack=bool(asked))
-    return load_part(name, place, dtype, **asked)
+        return load_part_file(name, place, folder, dtype)
+    check_part(config, name, place, device, is_to_pack=name in packing)
+    return load_part(name, place, dtype, packing.get(name))
 
 
 def _freeze(pipeline: Any) -> None:

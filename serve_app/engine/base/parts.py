@@ -27,8 +27,8 @@ def files_of(part: str) -> list[str]:
     return [*_FILES, *(f"{part}/{pattern}" for pattern in _FILES)]
 
 
-def load_part(name: str, folder: Path, dtype: torch.dtype, **packing: Any) -> Any:
-    """Load a part that is the folder itself, or what lies there under its name; `packing` is its quantization_config.
+def load_part(name: str, folder: Path, dtype: torch.dtype, packing: Any = None) -> Any:
+    """Load a part that is the folder itself, or what lies there under its name; `packing` says how to quantise it.
 
     Raises:
         RemoteCodeNotAllowed: it asks for code of its own.
@@ -45,7 +45,7 @@ def load_part(name: str, folder: Path, dtype: torch.dtype, **packing: Any) -> An
         kind = transformers.AutoTokenizer if name.startswith("tokenizer") else transformers.AutoProcessor
         return kind.from_pretrained(place, trust_remote_code=False, **local)
     kind = _model_class(configs["config.json"])
-    return kind.from_pretrained(place, dtype=dtype, use_safetensors=True, **packing, **local)
+    return kind.from_pretrained(place, dtype=dtype, use_safetensors=True, quantization_config=packing, **local)
 
 
 def _model_class(config: dict[str, Any]) -> Any:

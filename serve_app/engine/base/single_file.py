@@ -59,8 +59,8 @@ def load_single_file(file: Path, folder: Path, dtype: torch.dtype, parts: Mappin
     return pipeline
 
 
-def load_part_file(name: str, file: Path, folder: Path, dtype: torch.dtype, **packing: Any) -> Any:
-    """Load a part of a base, such as its transformer or its VAE, from a file; `packing` is its quantization_config.
+def load_part_file(name: str, file: Path, folder: Path, dtype: torch.dtype) -> Any:
+    """Load a part of a base, such as its transformer or its VAE, from a file of its own.
 
     Raises:
         SingleFileUnusable, OSError: as for `load_single_file`.
@@ -70,7 +70,7 @@ def load_part_file(name: str, file: Path, folder: Path, dtype: torch.dtype, **pa
     kind: Any = getattr(diffusers, str(entry[1]), None)
     if not (isinstance(kind, type) and issubclass(kind, FromOriginalModelMixin)):
         raise SingleFileUnusable(f"diffusers does not read its part '{name}' from a single file")
-    part = _read(kind.from_single_file, file, folder, dtype, kind.__name__, subfolder=name, **packing)
+    part = _read(kind.from_single_file, file, folder, dtype, kind.__name__, subfolder=name)
     _check_whole(name, part, header)
     return part
 

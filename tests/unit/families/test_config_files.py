@@ -40,7 +40,7 @@ def test_a_video_model_is_refused_by_what_it_makes(tmp_path: Path) -> None:
         ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes"),
         (
             {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}},
-            "torchao Int4Weigh",
+            "torchao Int4",
         ),
         ({}, "in an unknown way"),
     ],
@@ -91,7 +91,8 @@ def test_loraplex_check_names_each_base_and_the_cause(tmp_path: Path) -> None:
         {"file": str(tmp_path / "empty.safetensors"), "config": {"folder": str(folder)}},
         {"file": str(tmp_path / "only on the nodes.safetensors"), "config": {"hub": "a/b"}},
     ]
-    bases = [{"id": f"a/{number}", "source": source} for number, source in enumerate(sources)]
+    bases: list[dict[str, Any]] = [{"id": f"a/{number}", "source": source} for number, source in enumerate(sources)]
+    bases.append({"id": "a/nf4", "source": {"folder": str(good)}, "quantization": "nf4"})
     application = {"import_path": "serve_app.app:build", "args": {"bases": bases}}
     serve_file = tmp_path / "serve.yaml"
     serve_file.write_text(json.dumps({"applications": [application]}))
@@ -102,4 +103,5 @@ def test_loraplex_check_names_each_base_and_the_cause(tmp_path: Path) -> None:
         "1: its single file is quantised (fp8 with scales), and single files are read with plain weights only",
         "2: LTXPipeline makes videos, and only images are served",
         "2: its single file is missing, cut off or not in safetensors form",
+        "4: it needs the package bitsandbytes, which is not installed (pip install bitsandbytes)",
     ]

@@ -74,6 +74,7 @@ def test_bases_say_what_a_form_must_know(client: TestClient) -> None:
     assert base["tasks"] == {"text": ["negative_prompt"]}
     assert base["fused"] == [{"id": "me/turbo", "scale": 0.8}]
     assert (base["family"], base["tokens"], base["has_previews"]) == ("SDXL", 77, True)
+    assert base["fuses_adapters"] is True
 
 
 def test_no_reply_names_a_place_on_this_machine(client: TestClient) -> None:
