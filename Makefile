@@ -63,4 +63,6 @@ $(VENV)/.dev: $(VENV)/.run
 	@$(PIP) -e '.[dev]'
 	@# Apart: beside a torch without CUDA, its wheel can only be imported by tests that know how.
 	@$(PIP) --no-deps --upgrade --target build/vision torchvision
+	@# Apart: diffusers loads it wherever it finds it, which takes every process of the tests another second to start.
+	@$(PIP) --no-deps --upgrade --target build/torchao torchao
 	@touch $@
