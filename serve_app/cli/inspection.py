@@ -171,6 +171,8 @@ async def _verdict(
     try:
         async with sources.base_configurations(base) as folder:
             manifest = structure_of(folder, base.id)
+        if base.quantization is not None:
+            manifest = replace(manifest, fuses=False)
         coverage = parse_adapter(parts, spec.id, manifest, base.adapter_limits, beside, spec.settings).coverage
     except LoraplexError as refusal:
         return Verdict(base.id, code=refusal.code, refusal=str(refusal))

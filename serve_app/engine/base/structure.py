@@ -6,6 +6,7 @@ Owns how `model_index.json` and the components' `config.json` become a `BaseMani
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.errors import BaseUnusable
+from serve_app.families.config_files import packed_parts
 
 INDEX = "model_index.json"
 _LIBRARIES: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
@@ -45,10 +47,11 @@ def structure_of(folder: Path, base_id: str) -> BaseManifest:
         pipeline_class = _pipeline_class(entries)
         # Never initialised: the manifest asks for its class and for these components, nothing else.
         pipeline: Any = object.__new__(pipeline_class)
+        names = adaptable_parts(index)
         with torch.device("meta"):
-            for name in adaptable_parts(index):
+            for name in names:
                 pipeline.__dict__[name] = _component(folder / name, *entries[name])
-        return manifest_of(pipeline)
+        return replace(manifest_of(pipeline), fuses=not set(names) & set(packed_parts(folder)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise BaseUnusable(base_id, "its configuration files are missing or describe no base that is served") from error
 

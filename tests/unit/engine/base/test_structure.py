@@ -39,6 +39,17 @@ def test_every_family_has_the_structure_of_its_saved_pipeline(family: str, tmp_p
     assert found.components == manifest_of(pipeline).components
 
 
+@pytest.mark.parametrize(("part", "fuses"), [("unet", False), ("vae", True)])
+def test_a_packed_part_that_adapters_change_is_known_from_its_configuration(
+    part: str, fuses: bool, tmp_path: Path
+) -> None:
+    folder = configurations(embedded_root() / "demo" / "sd15", tmp_path)
+    config = folder / part / "config.json"
+    packing = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": packing}))
+    assert structure_of(folder, "demo/sd15").fuses == fuses
+
+
 @pytest.mark.parametrize(
     "index",
     [
