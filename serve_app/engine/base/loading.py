@@ -30,9 +30,10 @@ from serve_app.engine.base.fetching import (
     single_file,
 )
 from serve_app.engine.base.manifest import adaptable_components
-from serve_app.engine.base.packing import check_part, is_quantised, packing_of
+from serve_app.engine.base.packing import is_quantised
 from serve_app.engine.base.parts import load_part
 from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
+from serve_app.engine.base.quantising import check_part, packing_of
 from serve_app.engine.base.remote_code import INDEX, check_folder
 from serve_app.engine.base.single_file import load_part_file, load_single_file
 from serve_app.engine.base.structure import adaptable_parts
