@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.quantizers.quantization_config import BitsAndBytesConfig, TorchAoConfig
 
 from serve_app.config import BaseModelConfig
 from serve_app.errors import BaseUnusable
@@ -59,11 +59,12 @@ def _check_device(base_id: str, quantization: Quantization | None, device: torch
 
 def _settings(quantization: Quantization, dtype: torch.dtype) -> Any:
     if quantization == "nf4":
-        return diffusers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-        )  # fmt: skip
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+        Float8WeightOnlyConfig,
+        Int8WeightOnlyConfig,
+    )
 
     kind = Int8WeightOnlyConfig if quantization == "int8" else Float8WeightOnlyConfig
     # By default it would change how all matrices of the process are multiplied.
-    return diffusers.TorchAoConfig(kind(set_inductor_config=False))
+    return TorchAoConfig(kind(set_inductor_config=False))

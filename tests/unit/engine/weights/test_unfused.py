@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PipelineQuantizationConfig, TorchAoConfig
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import TorchAoConfig
 
 from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest, GenerationResult
