@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -81,7 +82,9 @@ class UnfusedAdapters:
 def _branch(delta: Delta, scale: float) -> Branch:
     assert isinstance(delta, LowRank)
     assert delta.shift is None
-    return delta, delta.factor(scale)
+    # As peft's own factors, which it leaves so: torch's matmul picks its kernel by whether one may need a gradient.
+    down, up = (factor.detach().requires_grad_() for factor in (delta.down, delta.up))
+    return replace(delta, down=down, up=up), delta.factor(scale)
 
 
 def _add(branches: Sequence[Branch], layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

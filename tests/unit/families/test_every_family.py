@@ -15,7 +15,9 @@ from serve_app.core import PipelineOptions, PixelImage
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.engine.drawing.trial import try_tasks
+from serve_app.engine.weights.device_cache import as_they_are
 from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.unfused import UnfusedAdapters
 from serve_app.errors import BadRequest, LoraplexError, OutOfBounds
 from serve_app.families.family import TASKS
 from serve_app.settings import AdapterLimits
@@ -186,19 +188,23 @@ def test_several_pictures_change_the_image_or_are_answered_with_a_warning(subjec
     subject.proved["several pictures"] = "yes" if takes else ""
 
 
-def test_an_adapter_of_every_linear_layer_changes_the_weights_as_diffusers_does(
+def test_an_adapter_of_every_linear_layer_does_what_diffusers_does_beside_the_layers_and_fused(
     subject: Subject, tmp_path: Path
 ) -> None:
     pipeline, theirs = subject.pipeline, tiny_family(subject.name)
     path = write(tmp_path / "adapter.safetensors", lora(theirs, pipeline.manifest.denoiser, chooses=linear))
     adapter = parse_adapter(path, "owner/adapter", pipeline.manifest, AdapterLimits())
     plain, _ = drawn(pipeline, asked(pipeline.tasks[0]))
-    weights = FusedWeights(pipeline.components)
+    weights, unfused = FusedWeights(pipeline.components), UnfusedAdapters(pipeline.components, as_they_are)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.load_lora_weights(str(tmp_path), weight_name=path.name)
+    unfused.apply((), [adapter], [1.0])
+    beside, _ = drawn(pipeline, asked(pipeline.tasks[0]))
+    unfused.restore()
+    assert beside == drawn(served_as(theirs), asked(pipeline.tasks[0]))[0]
     weights.apply([(adapter, 1.0)])
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            theirs.load_lora_weights(str(tmp_path), weight_name=path.name)
         theirs.fuse_lora(components=[pipeline.manifest.denoiser])
         mine, fused = weights_of(subject.live), weights_of(theirs)  # type: ignore[arg-type]
         assert [name for name in fused if not torch.equal(fused[name], mine[name])] == []
