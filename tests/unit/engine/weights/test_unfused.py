@@ -27,8 +27,10 @@ from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.fetching import resolve_source
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.engine.drawing.pipeline import BasePipeline
+from serve_app.engine.weights.device_cache import DeviceCache
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.integrity import CorruptTensor, IntegrityChecker
+from serve_app.engine.weights.unfused import UnfusedAdapters
 from serve_app.engine.worker.turns import SharingPolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import BaseUnusable
@@ -136,6 +138,20 @@ def test_an_adapter_that_cannot_be_bound_leaves_the_base_bound() -> None:
         weights.apply([(ParsedAdapter("stranger", {"unet": {"no.such.layer": stranger}}, Coverage(1, 1)), 1.0)])
     assert weights.applied == ()
     assert one_image(base, request()) == plain
+
+
+def test_what_is_bound_is_held_on_the_device_and_let_go_with_the_next_swap() -> None:
+    live = tiny_pipeline("sd15")
+    manifest = manifest_of(live)
+    cache = DeviceCache(0, move=lambda adapter: adapter)
+    unfused = UnfusedAdapters({"unet": live.unet}, cache.holding)
+    one, other = (parsed_adapter(manifest, seed=seed) for seed in range(2))
+    for adapters in ([one], [one, other], [other]):
+        unfused.apply((), adapters, [1.0] * len(adapters))
+        cache.clear()
+        assert set(cache.resident) == {adapter.digest for adapter in adapters}
+    unfused.restore()
+    assert cache.resident == ()
 
 
 @packs
