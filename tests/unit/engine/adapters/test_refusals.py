@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def kohya(module: str) -> str:
 DOWN, UP = f"{kohya(TO_Q)}.{KOHYA['down']}", f"{kohya(TO_Q)}.{KOHYA['up']}"
 
 
-def file(change: Changes, family: str = "sd15", method: str = "LoRA", metadata: dict[str, Any] | None = None) -> Any:
+def file(
+    change: Changes, family: str = "sd15", method: str = "LoRA", metadata: dict[str, Any] | None = None,
+    *, fuses: bool = True,
+) -> Any:  # fmt: skip
     """Return what reads an ordinary file with a change; one of FLUX is in ComfyUI's names."""
 
     def read(folder: Path) -> None:
@@ -52,7 +56,8 @@ def file(change: Changes, family: str = "sd15", method: str = "LoRA", metadata: 
         tensors, _ = spelt(base, SPELLINGS[spelling], method)
         said = None if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)}
         save_file(change(tensors), folder / "a.safetensors", metadata=said)
-        parse_adapter(folder / "a.safetensors", "a/b", base.manifest, AdapterLimits(max_rank=8))
+        manifest = replace(base.manifest, fuses=fuses)
+        parse_adapter(folder / "a.safetensors", "a/b", manifest, AdapterLimits(max_rank=8))
 
     return read
 
@@ -84,6 +89,10 @@ def extra(name: str, tensor: Tensor | None = None) -> Any:
 UNSERVED = ("oft_blocks", "boft_x", "on_input", "a1.weight", "lora_controlnet", "modules_to_save.weight")
 CASES: dict[str, list[Callable[[Path], object]]] = {
     "OFT, BOFT": [extra("unet:0:up"), *(extra(f"{kohya(TO_Q)}.{ending}") for ending in UNSERVED)],
+    "anything but LoRA factors": [
+        file(lambda t: t, method=method, fuses=False)
+        for method in ("DoRA, a magnitude per output", "LoHa", "LoKr", "full differences")
+    ],
     "methods mixed": [extra(f"{kohya(TO_Q)}.hada_w1_a")],
     "a magnitude per input": [file(lambda t: t, "flux", "DoRA, a magnitude per input")],
     "one layer in two spellings": [

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,12 @@ from serve_app.engine.weights.unfused import UnfusedAdapters
 from serve_app.engine.worker.turns import SharingPolicy
 from serve_app.engine.worker.worker import EngineWorker
 from serve_app.errors import BaseUnusable
-from serve_app.refusals import UnsupportedMethod
 from serve_app.settings import AdapterLimits
 from tests.any_turn import AnyTurn
 from tests.apart import BUILD, run_with
 from tests.engine_cases import BASE, load, one_image, parsed_adapter, request, use_of
 from tests.tiny import denoiser_name, latents, tiny_folder, tiny_pipeline
-from tests.tiny_adapters import everything, full, loha, lokr, lora
+from tests.tiny_adapters import everything, lora
 from tests.tiny_forms import FORMS, Form, put, with_text
 
 HAS_TORCHAO = find_spec("torchao") is not None
@@ -214,26 +212,6 @@ def loaded(source: dict[str, Any], **changes: Any) -> BasePipeline:
     config = BaseModelConfig.model_validate({"id": BASE, "source": source, **changes})
     parts = {name: resolve_source(part, None) for name, part in config.part_sources.items()}
     return BasePipeline.load(config, resolve_source(config.source, None), parts=parts, device=torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("form", "kind"),
-    [
-        (lambda pipe: lora(pipe, dora=True), "DoRA"),
-        (loha, "LoHa"),
-        (lokr, "LoKr"),
-        (full, "a whole difference of its weight or bias"),
-    ],
-    ids=["DoRA", "LoHa", "LoKr", "full"],
-)
-def test_what_must_be_fused_is_refused_on_a_quantised_base_with_the_reason(
-    form: Callable[[Any], dict[str, torch.Tensor]], kind: str, tmp_path: Path
-) -> None:
-    live = tiny_pipeline("sd15")
-    path, manifest = put(tmp_path, "adapter", Form(form(live))), manifest_of(live)
-    parse_adapter(path, "me/adapter", manifest, AdapterLimits())
-    with pytest.raises(UnsupportedMethod, match=f"its change of layer unet.* is {kind}, which must be fused into full"):
-        parse_adapter(path, "me/adapter", replace(manifest, fuses=False), AdapterLimits())
 
 
 @pytest.mark.parametrize("quantization", ["nf4", *([] if HAS_TORCHAO else ["int8", "float8"])])
