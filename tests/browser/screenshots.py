@@ -29,7 +29,7 @@ async def photograph(browser: Browser, url: str, folder: Path) -> None:
     for name, width, height, theme in VIEWS:
         size = {"width": width, "height": height}
         async with await browser.new_context(viewport=size, color_scheme=theme) as context:  # type: ignore[arg-type]
-            shown = await Playground.open(context, url)
+            shown = await Playground.open(context, url, draws_pictures=True)
             await compose(shown)
             if width < 700:
                 # The whole page in one view: what sticks to an edge is then where it belongs.

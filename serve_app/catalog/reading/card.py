@@ -124,7 +124,7 @@ def _picture(example: Mapping[object, object]) -> str | None:
 
 def _defaults(data: Mapping[object, object], examples: Sequence[Mapping[object, object]]) -> AdapterDefaults:
     """Return the card's own block for this service, over its general fields."""
-    first = examples[0] if examples else {}
+    first: Mapping[object, object] = examples[0] if examples else {}
     prompt = next(iter(_strings(data.get("instance_prompt"))), None)
     shown = replace(stated_defaults(first.get("parameters")), scale=None, trigger_words=prompt)
     return stated_defaults(data.get("loraplex")).over(shown)

@@ -69,6 +69,7 @@ class FakeRegistry:
                 abilities=ABILITIES,
             ),
         )  # fmt: skip
+        self.served: tuple[BaseModelConfig, ...] = (BASE,)
         self.failure: Exception | None = None
         self.tokens: list[HubToken | None] = []
         self.added: list[tuple[Alias, bool, int]] = []
@@ -77,7 +78,7 @@ class FakeRegistry:
         self.kept: dict[str, bytes] = {}
 
     def bases(self) -> tuple[BaseModelConfig, ...]:
-        return (BASE,)
+        return self.served
 
     def default_base(self) -> BaseModelConfig:
         return BASE

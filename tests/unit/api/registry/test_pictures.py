@@ -15,7 +15,7 @@ from serve_app.api.http.auth import Access
 from serve_app.api.pictures.images import encode_image
 from serve_app.config import ApiKey, IngressSettings, KeyLimits, digest_of
 from serve_app.settings import Defaults
-from tests.unit.api import fake_registry
+from tests.unit.api.fake_registry import BASE
 from tests.unit.api.fakes import FakeGateway, gradient
 
 ADDRESS = "/v1/pictures/demo/sketch"
@@ -65,12 +65,11 @@ def test_a_file_that_is_no_picture_is_named_and_nothing_is_drawn(
 def test_one_is_drawn_small_after_all_who_wait_and_kept(
     client: TestClient,
     gateway: FakeGateway,
-    monkeypatch: pytest.MonkeyPatch,
     sides: tuple[int, int],
     drawn: tuple[int | None, int | None],
 ) -> None:
     defaults = Defaults(width=sides[0], height=sides[1])
-    monkeypatch.setattr(fake_registry, "BASE", fake_registry.BASE.model_copy(update={"defaults": defaults}))
+    gateway.registry.served = (BASE.model_copy(update={"defaults": defaults}),)
     reply = client.post(ADDRESS)
     assert size_of(reply.content)[0] == "WEBP"
     draft = gateway.draft
