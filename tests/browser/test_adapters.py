@@ -101,10 +101,10 @@ async def test_a_chosen_adapters_settings_fill_the_form_until_it_is_removed(
     async def shown() -> list[str]:
         fields = [staged.element(f"#{name}") for name in ("steps", "guidance")]
         values = [await one.input_value() or await one.get_attribute("placeholder") or "" for one in fields]
-        return [*values, await staged.element("#scheduler option").first.inner_text()]
+        return [*values, await staged.element("#scheduler option").first.text_content() or ""]
 
-    before = await shown()
-    assert before == ["30", "7.5", "default"]
+    await expect(staged.element("#steps")).to_have_value("30")
+    assert await shown() == ["30", "7.5", "default"]
     await staged.choose("demo/sketch")
     assert await shown() == ["4", "0", "default: LCM"]
     await expect(staged.element("#adapters .adapter")).to_contain_text("Sets 4 steps, guidance 0, scheduler LCM")
