@@ -127,6 +127,10 @@ async def test_a_mask_is_painted_with_the_keys_and_taken_back(staged: Playground
     for key in ("ArrowRight", "Space", "Shift+ArrowDown", "Control+z"):
         await keyboard.press(key)
     await expect(staged.element("#mask-undo")).to_be_enabled()
+    for check in ("faintText", "faintFields", "nameless"):
+        assert await staged.audit(check) == []
+    await staged.page.set_viewport_size({"width": 360, "height": 740})
+    assert not await staged.has_sideways_scroll()
     await keyboard.press("Control+Enter")
     await staged.element("article.card:not(.running)").wait_for()
     mask = gateway.draft.mask
