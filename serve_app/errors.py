@@ -179,6 +179,16 @@ class ModelNotFound(LoraplexError):
     template = "model {model} was not found: {detail}"
 
 
+class NoPicture(LoraplexError):
+    """An adapter of which no picture can be shown."""
+
+    adapter: str
+    reason: str = "none comes with it, and none was drawn yet"
+    status = 404
+    code = "no_picture"
+    template = "adapter {adapter} has no picture: {reason}"
+
+
 class NotAcceptable(LoraplexError):
     """No image format of the Accept header can be served."""
 

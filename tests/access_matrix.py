@@ -38,6 +38,9 @@ MATRIX: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/models/{id:path}"): Rule(KEYED, LISTED),
     ("GET", "/v1/loras"): Rule(KEYED, LISTED),
     ("GET", "/v1/loras/{name:path}"): Rule(KEYED, NAMED),
+    # Drawn first: then there is one to read.
+    ("POST", "/v1/pictures/{name:path}"): Rule(KEYED, NAMED),
+    ("GET", "/v1/pictures/{name:path}"): Rule(KEYED, NAMED),
     ("GET", "/v1/replicas"): Rule(KEYED, LISTED),
     ("GET", "/v1/bases"): Rule(KEYED),
     ("GET", "/docs"): Rule(KEYED),

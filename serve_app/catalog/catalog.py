@@ -211,7 +211,14 @@ class Catalog:
         """
         info = (await (self._found(ref, token) if is_listing else self._counted(ref, token))).finding
         spec = spec_on(info, common_base([info], self._config), self._config)
-        return KnownAdapter(with_defaults(spec, ref), info.header.max_rank)
+        return _known(info, with_defaults(spec, ref))
+
+    async def located(self, ref: AdapterRef, *, token: HubToken | None = None) -> tuple[AdapterInfo, AdapterSource]:
+        """Return an adapter, and the source whose files of it the caller may read; raises as `lookup_adapter` does."""
+        found = await self._counted(ref, token)
+        source = next(source for source in self._sources if source.origin == found.finding.origin)
+        is_callers_own = found.is_private and isinstance(source, HubSource)
+        return found.finding, source.read_as(token) if is_callers_own else source
 
     async def name_exists(self, name: str) -> bool:
         """Whether a name belongs to an adapter or repository that is known to exist; may call the Hub."""
@@ -234,7 +241,7 @@ class Catalog:
             base = self._config.base(next(iter(info.base_match.bases), ""))
             if base is not None:
                 with contextlib.suppress(LoraplexError):
-                    found.setdefault(info.id, KnownAdapter(info.spec_for(base), info.header.max_rank))
+                    found.setdefault(info.id, _known(info, info.spec_for(base)))
         return tuple(found[model] for model in sorted(found))
 
     async def visible(self, models: Collection[str], token: HubToken | None) -> frozenset[str]:
@@ -319,6 +326,10 @@ class Catalog:
     def _ttl_s(self, info: AdapterInfo) -> float:
         ttl_s = self._config.adapters.resolution_ttl_s
         return ttl_s if info.origin == HUB else min(LOCAL_TTL_S, ttl_s)
+
+
+def _known(info: AdapterInfo, spec: AdapterSpec) -> KnownAdapter:
+    return KnownAdapter(spec, info.header.max_rank, info.picture is not None, info.example_prompt)
 
 
 def build_sources(

@@ -79,10 +79,15 @@ class ReplicaReport:
 
 @dataclass(frozen=True, slots=True)
 class KnownAdapter:
-    """An adapter that can be listed, and the largest rank of its layers."""
+    """An adapter that can be listed, the largest rank of its layers, and how its files present it.
+
+    `has_picture` says that a picture comes with it; `example_prompt` is the first that its card shows.
+    """
 
     spec: AdapterSpec
     rank: int
+    has_picture: bool = False
+    example_prompt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ function nameless() {
   const controls = [...document.querySelectorAll("input, textarea, select, button, a[href], img, progress")];
   const named = (one) =>
     one.labels?.length || one.getAttribute("aria-label") || one.getAttribute("alt") || one.textContent.trim();
-  return controls.filter((one) => shown(one) && !named(one)).map((one) => one.outerHTML.slice(0, 80));
+  return controls.filter((one) => shown(one) && !one.closest("[aria-hidden=true]") && !named(one)).map((one) => one.outerHTML.slice(0, 80));
 }
 
 function focusRing() {

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Route, async_playwright, expect
 
 # How long anything may take on a machine that is busy with other things; what is there already is not waited for.
 PATIENCE_MS = 90_000
@@ -25,6 +25,10 @@ PIXELS = """image => {
     context.drawImage(image, 0, 0);
     return [canvas.height, canvas.width, [...context.getImageData(0, 0, canvas.width, canvas.height).data]];
 }"""
+
+
+async def _refuse_to_draw(route: Route) -> None:
+    await (route.fulfill(status=404) if route.request.method == "POST" else route.continue_())
 
 
 def chromium_path() -> str | None:
@@ -55,8 +59,11 @@ class Playground:
     console: list[str] = field(default_factory=list)
 
     @classmethod
-    async def open(cls, context: BrowserContext, url: str) -> Playground:
+    async def open(cls, context: BrowserContext, url: str, *, draws_pictures: bool = False) -> Playground:
+        """Open the page; pictures of adapters that have none would be drawn between what a test draws."""
         opened = cls(await context.new_page(), url)
+        if not draws_pictures:
+            await opened.page.route("**/v1/pictures/**", _refuse_to_draw)
         opened.page.set_default_timeout(PATIENCE_MS)
         opened.page.on("request", lambda request: opened.requests.append(request.url))
         opened.page.on("console", opened._hear)

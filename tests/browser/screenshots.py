@@ -29,7 +29,7 @@ async def photograph(browser: Browser, url: str, folder: Path) -> None:
     for name, width, height, theme in VIEWS:
         size = {"width": width, "height": height}
         async with await browser.new_context(viewport=size, color_scheme=theme) as context:  # type: ignore[arg-type]
-            shown = await Playground.open(context, url)
+            shown = await Playground.open(context, url, draws_pictures=True)
             await compose(shown)
             if width < 700:
                 # The whole page in one view: what sticks to an edge is then where it belongs.
@@ -80,13 +80,13 @@ def start(home: Path) -> None:
 
 
 async def draw(url: str, folder: Path) -> None:
-    # The first request of each adapter also fetches it, which is not what the pictures are to show.
-    ask = Service(url).draw
+    # The first request of each adapter also fetches it, and its card has it drawn: the pictures are to show neither.
+    post = Service(url).http.post
     for base, styles in (
         ("sdxl", ("stripes", "inverted", "night", "sepia", "sketch")),
         ("sd15", ("inverted", "sketch")),
     ):
-        await asyncio.gather(*(asyncio.to_thread(ask, "a star", model=f"demo/{base}-{style}") for style in styles))
+        await asyncio.gather(*(asyncio.to_thread(post, f"/v1/pictures/demo/{base}-{style}") for style in styles))
     async with chromium() as browser:
         await photograph(browser, url, folder)
 

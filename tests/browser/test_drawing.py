@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.async_api import expect
+from playwright.async_api import BrowserContext, expect
 
 from tests.browser.playground import Playground
 from tests.service import Service, pixels_of
@@ -168,6 +168,63 @@ async def test_a_dropped_picture_is_where_the_drawing_starts(playground: Playgro
     drawn = await playground.pixels()
     assert drawn.shape == (48, 96, 3)
     assert drawn[..., 0].mean() > 150 > 100 > drawn[..., 2].mean()
+
+
+async def test_only_the_painted_part_of_a_picture_is_redrawn_and_every_client_can_repeat_it(
+    playground: Playground, tmp_path: Path
+) -> None:
+    start = np.zeros((64, 128, 3), np.uint8)
+    start[:, :64], start[:, 64:] = (255, 0, 0), (0, 0, 255)
+    content = io.BytesIO()
+    Image.fromarray(start).save(content, "PNG")
+    await drop(playground, content.getvalue())
+    await playground.page.get_by_role("button", name="Paint what to redraw").click()
+    await playground.page.fill("#brush", "40")
+    canvas = playground.element("#mask-canvas")
+    box = await canvas.bounding_box()
+    assert box is not None
+    # A stroke over the right half, from top to bottom.
+    await playground.page.mouse.move(box["x"] + 0.85 * box["width"], box["y"] + 2)
+    await playground.page.mouse.down()
+    await playground.page.mouse.move(box["x"] + 0.85 * box["width"], box["y"] + box["height"] - 2, steps=4)
+    await playground.page.mouse.up()
+    await expect(playground.element("#mask-note")).to_have_text("Only the painted part is redrawn.")
+    async with playground.page.expect_download() as saved:
+        await playground.page.click("#mask-save")
+    await (await saved.value).save_as(tmp_path / "mask.png")
+    alpha = np.asarray(Image.open(tmp_path / "mask.png").convert("RGBA"))[..., 3]
+    assert alpha.shape == (64, 128)
+    assert (alpha[:, 100:].max(), alpha[:, :70].min()) == (0, 255)
+    await playground.write("a large yellow circle on a green background", strength=1, seed=3)
+    await playground.generate()
+    drawn = await playground.pixels()
+    assert (drawn[:, :70] == start[:, :70]).all()
+    assert abs(drawn[:, 100:].astype(int) - start[:, 100:]).mean() > 60
+    await expect(playground.card.locator(".facts")).to_contain_text("a part redrawn")
+    (tmp_path / "red.png").write_bytes(content.getvalue())
+    for label, program in (("Copy as curl", ["bash", "-c"]), ("Copy as Python", [sys.executable, "-c"])):
+        copied = await playground.copy(label)
+        (tmp_path / "image-0.png").unlink(missing_ok=True)
+        await asyncio.to_thread(run, [*program, copied], tmp_path)
+        assert is_same(np.asarray(Image.open(tmp_path / "image-0.png").convert("RGB")), drawn)
+    await playground.page.click("#mask-clear")
+    await playground.card.get_by_role("button", name="Use again").click()
+    await expect(playground.element("#mask-clear")).to_be_enabled()
+    await playground.page.click("#chosen-remove")
+    await expect(playground.element("#mask-field")).to_be_hidden()
+
+
+async def test_cards_of_adapters_without_a_picture_show_one_that_the_service_drew(
+    context: BrowserContext, service: Service
+) -> None:
+    shown = await Playground.open(context, service.url, draws_pictures=True)
+    await shown.page.fill("#adapter", "sdxl-sepia")
+    image = shown.element("[data-id='demo/sdxl-sepia'] img")
+    await image.wait_for()
+    drawn = service.draw("a red circle on a blue background, sepia style", model="demo/sdxl-sepia", seed=0)
+    assert abs((await shown.pixels(image)).astype(int) - drawn).mean() < 6
+    assert service.http.get("/v1/pictures/demo/sdxl-sepia").status_code == 200
+    shown.check_manners()
 
 
 async def test_an_image_can_be_the_start_of_the_next_and_its_settings_come_back(playground: Playground) -> None:

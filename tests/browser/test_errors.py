@@ -48,23 +48,45 @@ async def test_an_empty_prompt_and_a_worded_seed_never_leave_the_page(staged: Pl
     assert gateway.drafts == []
 
 
-async def test_a_failure_of_the_service_is_told_in_a_banner(staged: Playground, gateway: FakeGateway) -> None:
-    gateway.failure = QueueFull("demo/sdxl", 64, retry_after_s=3)
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_a_failure_of_the_service_is_told_where_the_images_would_be(
+    staged: Playground, gateway: FakeGateway, *, is_begun: bool
+) -> None:
+    gateway.is_begun, gateway.failure = is_begun, QueueFull("demo/sdxl", 64, retry_after_s=3)
     await staged.write("a star")
     await staged.page.click("#generate")
-    await expect(staged.element("#banner")).to_contain_text("demo/sdxl")
-    assert await staged.element("#banner").get_attribute("role") == "alert"
-    gateway.reset()
+    await expect(staged.element("article.card.failed [role=alert]")).to_contain_text("demo/sdxl")
+    assert await staged.audit("faintText") == []
+    gateway.failure = None
     await staged.generate()
-    await expect(staged.element("#banner")).to_be_empty()
+    await staged.page.get_by_role("button", name="Remove", exact=True).click()
+    await expect(staged.element("article.card")).to_have_count(1)
 
 
-async def test_a_failure_on_the_way_is_told_too(staged: Playground, gateway: FakeGateway) -> None:
-    gateway.is_begun, gateway.failure = True, QueueFull("demo/sdxl", 64, retry_after_s=3)
-    await staged.write("a star")
+async def test_several_are_drawn_at_a_time_each_with_its_own_progress_end_and_error(
+    staged: Playground, gateway: FakeGateway
+) -> None:
+    gateway.is_begun = gateway.is_stuck = True
+    for count, prompt in enumerate(("one", "two", "three", "four"), 1):
+        await staged.write(prompt)
+        await staged.page.click("#generate")
+        await expect(staged.element(".card.running .said", has_text="Step 1 of 4")).to_have_count(count)
     await staged.page.click("#generate")
-    await expect(staged.element("#banner")).to_contain_text("demo/sdxl")
-    await expect(staged.element("article.card")).to_have_count(0)
+    await expect(staged.element("#status")).to_have_text("4 drawings under way: wait for one, or cancel it")
+    assert [draft.prompt for draft in gateway.drafts] == ["one", "two", "three", "four"]
+    await staged.element(".card", has_text="two").get_by_role("button", name="Cancel").click()
+    await expect(staged.element("#cancel")).to_contain_text("Cancel newest")
+    await staged.page.keyboard.press("Escape")
+    await expect(staged.element(".card .prompt")).to_have_text(["three", "one"])
+    gateway.is_stuck, gateway.failure = False, QueueFull("demo/sdxl", 64, retry_after_s=3)
+    await staged.write("five")
+    await staged.page.click("#generate")
+    await expect(staged.element(".card.failed")).to_contain_text("five")
+    await expect(staged.element(".card.running")).to_have_count(2)
+    gateway.failure = None
+    gateway.release()
+    await expect(staged.element(".card img.done")).to_have_count(2)
+    await expect(staged.element("#cancel")).to_be_hidden()
 
 
 async def test_a_file_that_is_no_picture_is_refused_on_the_page(staged: Playground, gateway: FakeGateway) -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from playwright.async_api import Browser, Page, Route, expect
 
+from serve_app.api.pictures.images import encode_image
 from tests.browser.playground import Playground
 from tests.service import Service
 from tests.unit.api.fake_registry import known
-from tests.unit.api.fakes import FakeGateway
+from tests.unit.api.fakes import FakeGateway, gradient
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -109,6 +112,41 @@ async def test_every_stop_of_the_tab_key_can_be_seen_and_has_a_name(staged: Play
     assert await staged.audit("nameless") == []
 
 
+async def test_a_mask_is_painted_with_the_keys_and_taken_back(staged: Playground, gateway: FakeGateway) -> None:
+    report = gateway.registry.reports[0]
+    assert report.abilities is not None
+    abilities = replace(report.abilities, parameters={"text": (), "image": (), "inpaint": ()})
+    gateway.registry.reports = (replace(report, abilities=abilities),)
+    await staged.page.reload()
+    await staged.element("#summary:not(:empty)").wait_for()
+    picture = encode_image(gradient(60, 40), "png")
+    await staged.element("#picture").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": picture})
+    await staged.page.click("#mask-open")
+    await staged.page.focus("#mask-canvas")
+    keyboard = staged.page.keyboard
+    for key in ("ArrowRight", "Space", "Shift+ArrowDown", "Control+z"):
+        await keyboard.press(key)
+    await expect(staged.element("#mask-undo")).to_be_enabled()
+    for check in ("faintText", "faintFields", "nameless"):
+        assert await staged.audit(check) == []
+    await staged.page.set_viewport_size({"width": 360, "height": 740})
+    assert not await staged.has_sideways_scroll()
+    await keyboard.press("Control+Enter")
+    await staged.element("article.card:not(.running)").wait_for()
+    mask = gateway.draft.mask
+    assert mask is not None
+    assert (mask.width, mask.height) == (60, 40)
+    rows = np.frombuffer(mask.values, np.uint8).reshape(40, 60)
+    # A dot of 12% of the width, one step right of the middle.
+    assert rows[20, 31] == 255
+    assert 30 < (rows > 127).sum() < 60
+    await keyboard.press("Control+z")
+    for name in ("undo", "clear", "save"):
+        await expect(staged.element(f"#mask-{name}")).to_be_disabled()
+    await staged.generate()
+    assert gateway.drafts[-1].mask is None
+
+
 async def test_waiting_is_told_and_escape_gives_the_place_back(staged: Playground, gateway: FakeGateway) -> None:
     await staged.page.evaluate("""() => {
         window.said = [];
@@ -122,7 +160,7 @@ async def test_waiting_is_told_and_escape_gives_the_place_back(staged: Playgroun
     assert "Waiting, 2 requests ahead" in await staged.page.evaluate("window.said")
     assert await staged.element("#status").get_attribute("aria-live") == "polite"
     await staged.page.keyboard.press("Escape")
-    await expect(staged.element("#generate")).to_be_visible()
+    await expect(staged.element("#cancel")).to_be_hidden()
     assert gateway.cancelled.wait(120)
 
 

@@ -5,14 +5,16 @@ Owns the interface alone; `serve_app.deployments` implements it, tests give it a
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
 from fastapi import Depends
 from starlette.requests import Request
 
 from serve_app.api.pictures.decoder import PictureDecoder
+from serve_app.catalog.pictures import Shrink
 from serve_app.catalog.replica_report import LoraReport, Preloaded, Removal, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig, IngressSettings
@@ -44,6 +46,20 @@ class Registry(Protocol):
         Raises:
             LoraplexError: the name cannot be resolved.
         """
+        ...
+
+    async def picture(self, name: str, shrink: Shrink, *, token: HubToken | None) -> bytes | None:
+        """Return the picture of an adapter or alias, made small by `shrink`; None where none comes with it and none was
+        drawn.
+
+        Raises:
+            NoPicture: the picture that comes with it cannot be shown.
+            LoraplexError: the name cannot be resolved.
+        """
+        ...
+
+    async def keep_picture(self, name: str, picture: bytes, *, token: HubToken | None) -> None:
+        """Keep a picture that was drawn with an adapter; raises as `picture` does."""
         ...
 
     async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
@@ -113,12 +129,16 @@ class Gateway(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """The dependencies of every route; `now` is in seconds since 1970."""
+    """The dependencies of every route; `now` is in seconds since 1970.
+
+    `drawing_picture` is held while the picture of an adapter is drawn, one at a time.
+    """
 
     gateway: Gateway
     settings: IngressSettings
     decoder: PictureDecoder
     now: Callable[[], float]
+    drawing_picture: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 def _services_of(request: Request) -> Services:

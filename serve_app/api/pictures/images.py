@@ -129,6 +129,13 @@ def resized(image: PixelImage, width: int, height: int) -> PixelImage:
     return PixelImage(width, height, picture.resize((width, height), Image.Resampling.BICUBIC).tobytes())
 
 
+def thumbnail(image: PixelImage, side: int) -> bytes:
+    """Return a picture as WebP, as large as fits in a square of `side` pixels."""
+    picture = Image.frombytes("RGB", (image.width, image.height), image.pixels)
+    picture.thumbnail((side, side))
+    return encode_image(PixelImage(picture.width, picture.height, picture.tobytes()), "webp")
+
+
 @contextmanager
 def _opened(content: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
     try:

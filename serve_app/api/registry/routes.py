@@ -73,7 +73,7 @@ async def loras(request: Request, services: ServicesOf) -> Response:
 @router.get("/v1/loras/{name:path}", operation_id="get_lora", responses={200: {"model": Lora}, **ERROR_REPLIES})
 async def lora(name: str, request: Request, services: ServicesOf) -> Response:
     """Say of one adapter or alias what the list would."""
-    return _json(_lora(await services.gateway.registry.lora(_checked(name), token=hub_token_of(request))))
+    return _json(_lora(await services.gateway.registry.lora(checked_name(name), token=hub_token_of(request))))
 
 
 @router.get("/v1/replicas", operation_id="list_replicas", responses={200: {"model": ReplicaList}, **ERROR_REPLIES})
@@ -125,7 +125,7 @@ async def preload(name: str, request: Request, services: ServicesOf) -> Response
     deadline = deadline_of(request, services.settings.request_timeout_s)
     body = await read_body(request, MAX_BODY_BYTES)
     asked = validate_model(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
-    call = services.gateway.registry.preload(_checked(name), asked.replicas or 1, token=hub_token_of(request))
+    call = services.gateway.registry.preload(checked_name(name), asked.replicas or 1, token=hub_token_of(request))
     done = await run_until_disconnect(request, call, deadline=deadline)
     return _json(PreloadedLora(id=name, asked=done.asked, replicas=list(done.replicas)))
 
@@ -140,12 +140,12 @@ async def delete(name: str, request: Request, services: ServicesOf) -> Response:
     """Remove an alias, and have every replica forget the adapter once no request uses it."""
     deadline = deadline_of(request, services.settings.request_timeout_s)
     await read_body(request, MAX_BODY_BYTES)
-    call = services.gateway.registry.remove(_checked(name), token=hub_token_of(request))
+    call = services.gateway.registry.remove(checked_name(name), token=hub_token_of(request))
     done = await run_until_disconnect(request, call, deadline=deadline)
     return _json(DeletedLora(id=done.id, deleted=done.was_alias, replicas=list(done.replicas)))
 
 
-def _checked(name: str) -> str:
+def checked_name(name: str) -> str:
     """Return the name in a route.
 
     Raises:
@@ -189,6 +189,7 @@ def _lora(row: LoraReport) -> Lora:
         revision=spec.revision,
         base_model=spec.base_id,
         rank=row.adapter.rank,
+        has_picture=row.adapter.has_picture,
         size_bytes=spec.size_bytes,
         layers_matched=row.layers_matched,
         alias_of=row.alias_of,

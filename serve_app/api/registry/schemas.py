@@ -134,6 +134,7 @@ class Lora(BaseModel):
     hits: int = Field(description="requests for it, on the replicas that run now")
     last_used: float | None = Field(description="seconds since 1970")
     instance_prompt: str | None = Field(description="its trigger words")
+    has_picture: bool = Field(description="whether a picture comes with it; it is at `/v1/pictures/<id>`")
     defaults: LoraDefaultsReply
     quarantine: list[QuarantinedLora] = Field(description="what replicas refuse of it, the longest first")
 

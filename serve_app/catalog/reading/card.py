@@ -1,4 +1,4 @@
-"""Model cards: the bases and trigger words of an adapter.
+"""Model cards: the bases, trigger words and picture of an adapter.
 
 Pure: text or a mapping in, `Card` out. A card is written by strangers, so nothing in it can raise: an
 unreadable value counts as absent.
@@ -6,14 +6,14 @@ unreadable value counts as absent.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import yaml
 
 from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
-from serve_app.catalog.reading.stated_defaults import stated_defaults
+from serve_app.catalog.reading.stated_defaults import stated_defaults, text_of
 
 MAX_FRONT_MATTER_CHARACTERS = 64 * 1024
 MAX_FIELD_CHARACTERS = 1024
@@ -25,6 +25,7 @@ _ADAPTER_TAG = "base_model:adapter:"
 _RELATIONS = ("adapter:", "finetune:", "quantized:", "merge:")
 _HUB_URLS = ("https://huggingface.co/", "http://huggingface.co/", "https://hf.co/")
 _NOTHING = ("", "~", "null", "none")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Card:
 
     `adapter_tag_bases` come from tags that the Hub computes (`base_model:adapter:<id>`), `tag_bases` from
     those that do not say how the base was used. `base_hints` are names of whole families, which count where a base of
-    that name is served.
+    that name is served. `example_prompt` and `picture`, a file of the repository, are those of its examples (`widget`).
     """
 
     base_models: tuple[str, ...] = ()
@@ -43,6 +44,8 @@ class Card:
     adapter_tag_bases: tuple[str, ...] = ()
     tag_bases: tuple[str, ...] = ()
     base_hints: tuple[str, ...] = ()
+    example_prompt: str | None = None
+    picture: str | None = None
 
     @property
     def claims(self) -> tuple[str, ...]:
@@ -87,26 +90,41 @@ def card_from(data: Mapping[object, object], more_tags: tuple[str, ...] = ()) ->
     repository."""
     tags = tuple(dict.fromkeys((*_strings(data.get("tags")), *more_tags)))[:MAX_ITEMS]
     relation = next(iter(_strings(data.get("base_model_relation"))), None)
+    examples = _examples(data)
     return Card(
         base_models=tuple(_model_id(name) for name in _strings(data.get("base_model"))),
         relation=relation.lower() if relation else None,
         tags=tags,
-        defaults=_defaults(data),
+        defaults=_defaults(data, examples),
         adapter_tag_bases=tuple(tag.removeprefix(_ADAPTER_TAG) for tag in tags if tag.startswith(_ADAPTER_TAG)),
         tag_bases=tuple(
             name
             for name in (tag.removeprefix(_BASE_TAG) for tag in tags if tag.startswith(_BASE_TAG))
             if not name.startswith(_RELATIONS)
         ),
+        example_prompt=next((text for one in examples if (text := text_of(one.get("text"))) is not None), None),
+        picture=next((name for one in examples if (name := _picture(one)) is not None), None),
     )
 
 
-def _defaults(data: Mapping[object, object]) -> AdapterDefaults:
-    """Return the card's own block for this service, over its general fields."""
+def _examples(data: Mapping[object, object]) -> list[Mapping[object, object]]:
+    """Return the examples of a card, each a table; one that is none counts as empty."""
     widgets = data.get("widget")
-    examples = cast("list[object]", widgets) if isinstance(widgets, list) else []
-    example: object = examples[0] if examples else None
-    first = cast("Mapping[object, object]", example if isinstance(example, Mapping) else {})
+    examples = cast("list[object]", widgets)[:MAX_ITEMS] if isinstance(widgets, list) else []
+    return [cast("Mapping[object, object]", one) if isinstance(one, Mapping) else {} for one in examples]
+
+
+def _picture(example: Mapping[object, object]) -> str | None:
+    """Return the file of the repository that an example shows; never an address."""
+    output = example.get("output")
+    url = text_of(cast("Mapping[object, object]", output).get("url")) if isinstance(output, Mapping) else None
+    name = (url or "").removeprefix("./")
+    return name if name.lower().endswith(PICTURE_SUFFIXES) and "://" not in name else None
+
+
+def _defaults(data: Mapping[object, object], examples: Sequence[Mapping[object, object]]) -> AdapterDefaults:
+    """Return the card's own block for this service, over its general fields."""
+    first: Mapping[object, object] = examples[0] if examples else {}
     prompt = next(iter(_strings(data.get("instance_prompt"))), None)
     shown = replace(stated_defaults(first.get("parameters")), scale=None, trigger_words=prompt)
     return stated_defaults(data.get("loraplex")).over(shown)

@@ -15,9 +15,11 @@ from serve_app.catalog.reading.bases import BaseArchitectureReader, BaseNames
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.choosing import choose, settings_of
 from serve_app.catalog.reading.header import HeaderFacts
+from serve_app.catalog.reading.picture_file import picture_of
 from serve_app.catalog.reading.repository import (
     HUB,
     AdapterSource,
+    RepositoryFile,
     RepositoryListing,
     content_digest,
     is_valid_id,
@@ -52,6 +54,8 @@ class AdapterInfo:
     embeddings: str | None = None
     settings: str | None = None
     digest: str | None = None
+    picture: RepositoryFile | None = None
+    example_prompt: str | None = None
 
     @property
     def content(self) -> str:
@@ -194,6 +198,8 @@ class AdapterInspector:
             embeddings=embeddings,
             digest=content_digest(digests) if len(digests) == len(files) else None,
             settings=await settings_of(source, listing, files),
+            picture=picture_of(listing, files[0]),
+            example_prompt=listing.card.example_prompt,
         )
 
     async def _place(self, model: str, card: Card, header: HeaderFacts) -> BaseMatch:

@@ -23,6 +23,8 @@ REMOTE = (HUB, STORE)
 # As much of a SHA-256 as names the bytes of an adapter; a commit has as many.
 DIGEST_CHARACTERS = 40
 MAX_NAME_CHARACTERS = 256
+MAX_SMALL_FILE_BYTES = 1024 * 1024
+MAX_PICTURE_BYTES = 8 * 1024 * 1024
 
 _ID_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"{_ID_PART}(?:/{_ID_PART})?")
@@ -125,13 +127,19 @@ class AdapterSource(Protocol):
         """
         ...
 
-    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
-        """Return a small file of a repository, such as a configuration, or None if there is none.
+    async def read_small(
+        self, model: str, revision: str | None, filename: str, limit_bytes: int = MAX_SMALL_FILE_BYTES
+    ) -> bytes | None:
+        """Return the first bytes of a file of a repository, such as a configuration, or None if there is none.
 
         Raises:
             AccessDenied, HubUnavailable: as for `find`.
         """
         ...
+
+    async def read_picture(self, location: str, revision: str, file: RepositoryFile) -> bytes | None:
+        """Return a listed picture, cut off behind `MAX_PICTURE_BYTES`; raises as `read_small` does."""
+        return await self.read_small(location, revision, file.name, MAX_PICTURE_BYTES + 1)
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return a local file with the bytes that the spec fixes: the adapter's, or another of its files.

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from serve_app.catalog.reading.blocking import run_blocking
 from serve_app.catalog.reading.card import Card
+from serve_app.catalog.reading.picture_file import PREVIEW_ENDINGS
 from serve_app.catalog.reading.repository import FLAT, RepositoryFile, RepositoryListing, is_valid_name
 from serve_app.catalog.reading.selection import EMBEDDING_SUFFIXES, SAFE_SUFFIX
 from serve_app.catalog.reading.sidecars import CIVITAI_SUFFIX, WEBUI_SUFFIX
@@ -20,8 +21,8 @@ from serve_app.catalog.sources.file_digests import FileDigests, mark_of
 from serve_app.catalog.sources.folder import FolderSource
 
 _TOKEN_ENDINGS = ("_emb.safetensors", "_embeddings.safetensors")
-# An adapter file, its tokens and its sidecars.
-ENDINGS = (SAFE_SUFFIX, *_TOKEN_ENDINGS, WEBUI_SUFFIX, CIVITAI_SUFFIX)
+# An adapter file, its tokens, its sidecars and its picture.
+ENDINGS = (SAFE_SUFFIX, *_TOKEN_ENDINGS, WEBUI_SUFFIX, CIVITAI_SUFFIX, *PREVIEW_ENDINGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class FlatFolderSource(FolderSource):
         if self._folder(model) is None:
             return None
         stem = PurePosixPath(model).name
-        names = [stem + ending for ending in (SAFE_SUFFIX, *_TOKEN_ENDINGS)]
+        names = [stem + ending for ending in (SAFE_SUFFIX, *_TOKEN_ENDINGS, *PREVIEW_ENDINGS)]
         found = {name: path for name in names if (path := self._file(model, name)) is not None}
         files = tuple(RepositoryFile(name, path.stat().st_size) for name, path in found.items())
         return RepositoryListing(model, self.origin, model, revision, files, self._card(model))

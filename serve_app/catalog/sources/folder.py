@@ -16,6 +16,7 @@ from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import MalformedHeader, SafetensorsHeader, read_header
 from serve_app.catalog.reading.repository import (
     FOLDER,
+    MAX_SMALL_FILE_BYTES,
     AdapterSource,
     RepositoryFile,
     RepositoryListing,
@@ -32,7 +33,6 @@ from serve_app.refusals import MalformedFile
 T = TypeVar("T")
 
 MAX_CARD_BYTES = 256 * 1024
-MAX_SMALL_FILE_BYTES = 1024 * 1024
 MAX_FILES = 10_000
 
 
@@ -61,9 +61,11 @@ class FolderSource(AdapterSource):
         """Return the first 40 hex digits of the file's SHA-256; of several, of the SHA-256 of theirs."""
         return await _reading(listing.id, lambda: self._revision(listing, filenames))
 
-    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
-        """Return a small file of a repository, or None."""
-        return await _reading(model, lambda: self._read_small(model, filename))
+    async def read_small(
+        self, model: str, revision: str | None, filename: str, limit_bytes: int = MAX_SMALL_FILE_BYTES
+    ) -> bytes | None:
+        """Return the first bytes of a file of a repository, or None."""
+        return await _reading(model, lambda: self._read_small(model, filename, limit_bytes))
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file itself, after checking the digest of the spec's files."""
@@ -151,12 +153,12 @@ class FolderSource(AdapterSource):
             raise ModelNotFound(listing.id, f"it has no revision '{asked}'; a folder holds its newest only")
         return digest
 
-    def _read_small(self, model: str, filename: str) -> bytes | None:
+    def _read_small(self, model: str, filename: str, limit_bytes: int = MAX_SMALL_FILE_BYTES) -> bytes | None:
         path = self._file(model, filename)
         if path is None:
             return None
         with path.open("rb") as file:
-            return file.read(MAX_SMALL_FILE_BYTES)
+            return file.read(limit_bytes)
 
     def _download(self, spec: AdapterSpec, filename: str) -> Path:
         names = [*spec.files, *filter(None, (spec.embeddings,))]

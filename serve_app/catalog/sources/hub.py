@@ -21,6 +21,7 @@ from serve_app.catalog.reading.card import card_from
 from serve_app.catalog.reading.header import SafetensorsHeader, read_head
 from serve_app.catalog.reading.repository import (
     HUB,
+    MAX_SMALL_FILE_BYTES,
     RepositoryFile,
     RepositoryListing,
     is_valid_id,
@@ -40,7 +41,6 @@ from serve_app.source_settings import HubSettings
 
 log = logging.getLogger(__name__)
 
-MAX_SMALL_FILE_BYTES = 1024 * 1024
 # The limit for a file of unknown size; bases have their own limits for what they read.
 MAX_UNLISTED_BYTES = 4 * 1024**3
 
@@ -130,11 +130,13 @@ class HubSource(DownloadingSource):
         """Return the commit of the listing."""
         return str(listing.revision)
 
-    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
-        """Return a file of at most 1 MiB, or None where there is none."""
+    async def read_small(
+        self, model: str, revision: str | None, filename: str, limit_bytes: int = MAX_SMALL_FILE_BYTES
+    ) -> bytes | None:
+        """Return the first bytes of a file, or None where there is none."""
         try:
             return await self._calls.call_with_retries(
-                lambda: self._read_prefix(model, revision, filename, MAX_SMALL_FILE_BYTES),
+                lambda: self._read_prefix(model, revision, filename, limit_bytes),
                 model,
                 revision,
                 self._timeout_s,

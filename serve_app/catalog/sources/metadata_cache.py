@@ -80,7 +80,7 @@ class MetadataCache:
                 self._unseen_bytes = 0
                 self._drop_oldest()
         except OSError as error:
-            log.warning("the Hub's metadata could not be cached: %s", error.strerror)
+            log.warning("nothing can be written to the cache %s: %s", self._folder.name, error.strerror)
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
 

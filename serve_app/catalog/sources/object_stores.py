@@ -14,6 +14,8 @@ from typing import TypeVar
 from serve_app.catalog.reading.card import Card, parse_card
 from serve_app.catalog.reading.header import SafetensorsHeader, read_head
 from serve_app.catalog.reading.repository import (
+    MAX_PICTURE_BYTES,
+    MAX_SMALL_FILE_BYTES,
     STORE,
     RepositoryFile,
     RepositoryListing,
@@ -25,7 +27,7 @@ from serve_app.catalog.sources.bucket import Bucket, StoredObject
 from serve_app.catalog.sources.bucket_listing import BucketListing, StoredAdapter
 from serve_app.catalog.sources.download_cache import PartialDownload
 from serve_app.catalog.sources.downloading_source import DownloadingSource, parsed_header
-from serve_app.catalog.sources.folder import MAX_CARD_BYTES, MAX_SMALL_FILE_BYTES
+from serve_app.catalog.sources.folder import MAX_CARD_BYTES
 from serve_app.catalog.sources.metadata_cache import MetadataCache
 from serve_app.catalog.sources.remote_calls import RemoteCalls
 from serve_app.core import AdapterSpec
@@ -101,14 +103,23 @@ class ObjectStoreSource(DownloadingSource):
             )
         return revision
 
-    async def read_small(self, model: str, revision: str | None, filename: str) -> bytes | None:
-        """Return a small object of the repository at a location, or None."""
+    async def read_small(
+        self, model: str, revision: str | None, filename: str, limit_bytes: int = MAX_SMALL_FILE_BYTES
+    ) -> bytes | None:
+        """Return the first bytes of an object of the repository at a location, or None."""
         for place in self._listings:
             adapters = await place.adapters(model.rpartition("/")[2])
             found = adapters.get(model.removeprefix(f"{place.bucket.settings.url}/"))
             if found is not None and found.location == model:
-                return await self._small(place, found, filename, MAX_SMALL_FILE_BYTES)
+                return await self._small(place, found, filename, limit_bytes)
         return None
+
+    async def read_picture(self, location: str, revision: str, file: RepositoryFile) -> bytes | None:
+        """Return a listed picture at the revision at which it was listed."""
+        place = self._place(location, location)
+        stored = StoredObject(_path(location, file.name), file.size_bytes or 0, str(file.digest))
+        read = functools.partial(place.bucket.read, stored, MAX_PICTURE_BYTES + 1, model=file.name)
+        return await self._call(place, read, file.name)
 
     async def download(self, spec: AdapterSpec, filename: str | None = None) -> Path:
         """Return the file on this node's disk, downloaded if it is not there; it stays at least until `release`."""

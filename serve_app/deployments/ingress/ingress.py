@@ -27,6 +27,7 @@ from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
 from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
+from serve_app.catalog.pictures import AdapterPictures
 from serve_app.config import AppConfig, Environment
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress
 from serve_app.demo.embedded import embedded_root
@@ -350,7 +351,13 @@ class Ingress:
         self._gateway = ServiceGateway(
             catalog,
             FanOut(self._dispatcher, self._dispatcher.count_parts),
-            registry=ServiceRegistry(catalog, self._keeper, replicas, check_defaults=check_defaults),
+            registry=ServiceRegistry(
+                catalog,
+                self._keeper,
+                replicas,
+                pictures=AdapterPictures(catalog, environment.cache_dir / "pictures"),
+                check_defaults=check_defaults,
+            ),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             can_serve=can_serve,
             on_refusal=self._metrics.refused,

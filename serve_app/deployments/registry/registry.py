@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.adapter_defaults import NO_DEFAULTS
 from serve_app.catalog.catalog import Catalog
+from serve_app.catalog.pictures import AdapterPictures, Shrink
 from serve_app.catalog.reading.repository import is_valid_id
 from serve_app.catalog.replica_report import (
     FASTEST_FIRST,
@@ -48,11 +49,13 @@ class ServiceRegistry:
         aliases: KeeperClient,
         replicas: Fleet,
         *,
+        pictures: AdapterPictures,
         check_defaults: Callable[[AdapterSpec, BaseModelConfig, Family | None], None],
     ) -> None:
         """`check_defaults` refuses defaults of an adapter that a base could not draw with."""
         self._check_defaults = check_defaults
         self._catalog = catalog
+        self._pictures = pictures
         self._aliases = aliases
         self._replicas = replicas
 
@@ -109,6 +112,21 @@ class ServiceRegistry:
             aliases=() if is_alias else self._aliases.table.names_of(name),
         )
         return _AdapterUsage(await self._replicas.reports()).with_usage(row)
+
+    async def picture(self, name: str, shrink: Shrink, *, token: HubToken | None) -> bytes | None:
+        """Return the picture of an adapter or alias, made small by `shrink`; None where there is none.
+
+        Raises:
+            NoPicture: the picture that comes with it cannot be shown.
+            LoraplexError: the name cannot be resolved.
+        """
+        target = self._aliases.resolve_alias(AdapterRef(name))
+        with told_as(name, target.id):
+            return await self._pictures.find(target, shrink, token=token)
+
+    async def keep_picture(self, name: str, picture: bytes, *, token: HubToken | None) -> None:
+        """Keep a picture that was drawn with an adapter; raises as `picture` does."""
+        await self._pictures.keep(self._aliases.resolve_alias(AdapterRef(name)), picture, token=token)
 
     async def add_alias(self, alias: Alias, *, may_replace: bool, preload: int, token: HubToken | None) -> LoraReport:
         """Keep an alias whose target can be served, and have so many replicas fetch it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from serve_app.adapter_defaults import AdapterDefaults
+from serve_app.catalog.pictures import Shrink
 from serve_app.catalog.replica_report import (
     ActiveAdapter,
     KnownAdapter,
@@ -68,13 +69,16 @@ class FakeRegistry:
                 abilities=ABILITIES,
             ),
         )  # fmt: skip
+        self.served: tuple[BaseModelConfig, ...] = (BASE,)
         self.failure: Exception | None = None
         self.tokens: list[HubToken | None] = []
         self.added: list[tuple[Alias, bool, int]] = []
         self.preloads: list[tuple[str, int]] = []
+        self.pictures: dict[str, bytes] = {}
+        self.kept: dict[str, bytes] = {}
 
     def bases(self) -> tuple[BaseModelConfig, ...]:
-        return (BASE,)
+        return self.served
 
     def default_base(self) -> BaseModelConfig:
         return BASE
@@ -88,6 +92,13 @@ class FakeRegistry:
         if name not in self.rows:
             raise ModelNotFound(name)
         return self.rows[name]
+
+    async def picture(self, name: str, shrink: Shrink, *, token: HubToken | None) -> bytes | None:
+        await self.lora(name, token=token)
+        return await shrink("cover.png", self.pictures[name]) if name in self.pictures else self.kept.get(name)
+
+    async def keep_picture(self, name: str, picture: bytes, *, token: HubToken | None) -> None:
+        self.kept[name] = picture
 
     async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
         self.tokens.append(token)

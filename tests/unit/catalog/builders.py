@@ -47,7 +47,7 @@ def ref(model: str, **fields: object) -> AdapterRef:
     return AdapterRef(model, **fields)  # type: ignore[arg-type]
 
 
-def card(base: str | list[str] | None = None, *, tags: tuple[str, ...] = ("lora",), **fields: str) -> bytes:
+def card(base: str | list[str] | None = None, *, tags: tuple[str, ...] = ("lora",), **fields: Any) -> bytes:
     """A README with front matter."""
     data: dict[str, object] = {"tags": list(tags), **fields}
     if base is not None:
@@ -56,7 +56,7 @@ def card(base: str | list[str] | None = None, *, tags: tuple[str, ...] = ("lora"
     return "\n".join(["---", *lines, "---", "", "# A model", ""]).encode()
 
 
-def adapter_files(base: str | list[str] | None, weights: bytes | None = None, **fields: str) -> dict[str, bytes]:
+def adapter_files(base: str | list[str] | None, weights: bytes | None = None, **fields: Any) -> dict[str, bytes]:
     """The files of an ordinary adapter repository."""
     return {"README.md": card(base, **fields), WEIGHTS: weights if weights is not None else lora()}
 

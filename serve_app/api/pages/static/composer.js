@@ -3,6 +3,8 @@
 import { Adapters } from "./adapters.js";
 import { byId, h, plural } from "./dom.js";
 import { examplesFor } from "./examples.js";
+import { bound, choose, fitted, link, number, takesMask, takesStrength } from "./fields.js";
+import { Mask } from "./mask.js";
 import { Picture } from "./picture.js";
 
 const RANDOM_SEEDS = 2 ** 32;
@@ -10,10 +12,11 @@ const RANDOM_SEEDS = 2 ** 32;
 export class Composer extends EventTarget {
   #bases = [];
 
-  constructor() {
+  constructor(pictures) {
     super();
-    this.adapters = new Adapters();
+    this.adapters = new Adapters(pictures);
     this.picture = new Picture();
+    this.mask = new Mask();
     this.form = byId("composer");
     byId("base").addEventListener("change", () => this.#useBase());
     byId("seed-random").addEventListener("click", () => {
@@ -22,6 +25,10 @@ export class Composer extends EventTarget {
     });
     link(byId("strength-slider"), byId("strength"));
     this.adapters.addEventListener("change", () => this.#useAdapters());
+    this.adapters.addEventListener("base", ({ detail }) => {
+      byId("base").value = detail;
+      this.#useBase();
+    });
     this.adapters.addEventListener("words", ({ detail }) => this.#addWords(detail));
     this.picture.addEventListener("change", ({ detail }) => this.#usePicture(detail));
     this.picture.addEventListener("settings", ({ detail }) => this.#useSettings(detail));
@@ -34,6 +41,7 @@ export class Composer extends EventTarget {
     const before = byId("base").value;
     this.#bases = rows;
     byId("base").replaceChildren(...rows.map(({ id }) => h("option", { value: id }, id)));
+    this.adapters.picker.bases = rows.map(({ id }) => id);
     if (rows.some(({ id }) => id === before)) {
       byId("base").value = before;
       return;
@@ -46,8 +54,8 @@ export class Composer extends EventTarget {
     return this.#bases.find(({ id }) => id === byId("base").value);
   }
 
-  // What to ask for, {fields, picture}; null where a field cannot be read, which then says so.
-  request() {
+  // What to ask for, {fields, picture, mask, strokes}; null where a field cannot be read, which then says so.
+  async request() {
     this.forgiveAll();
     const prompt = byId("prompt").value;
     const seed = byId("seed").value.trim();
@@ -55,7 +63,10 @@ export class Composer extends EventTarget {
     if (!prompt.trim() && !this.picture.file) this.blame("prompt", "Say what to draw, or take an example.");
     else if (unread) this.blame(unread.closest(".field").dataset.param, "This must be a number.");
     else if (/\D/.test(seed)) this.blame("seed", "A seed is a whole number, or nothing for a random one.");
-    else return { fields: this.#fields(prompt, seed), picture: this.picture.file };
+    else {
+      const [picture, strokes] = [this.picture.file, this.mask.strokes];
+      return { fields: this.#fields(prompt, seed), picture, strokes, mask: await this.mask.file() };
+    }
     return null;
   }
 
@@ -83,13 +94,14 @@ export class Composer extends EventTarget {
   }
 
   // Fills the form with an earlier request.
-  async fill({ fields, picture = null }) {
+  async fill({ fields, picture = null, strokes = [] }) {
     this.forgiveAll();
     await this.picture.take(picture);
     if (this.#bases.some(({ id }) => id === fields.model) && byId("base").value !== fields.model) {
       byId("base").value = fields.model;
       this.#useBase();
     }
+    this.mask.strokes = strokes;
     // Before the steps, which they may empty.
     this.adapters.clear();
     for (const { id, scale } of fields.loras ?? []) this.adapters.add(id, scale);
@@ -137,6 +149,7 @@ export class Composer extends EventTarget {
     byId("syntax-field").hidden = (syntaxes ?? []).length < 2;
     const dropped = this.adapters.fit(id);
     this.#showExamples();
+    if (this.mask.allow(takesMask(this.base))) this.#say("Took out the mask: this base redraws whole pictures.");
     if (dropped.length) this.#say(`Took out ${plural(dropped.length, "adapter")} made for another base.`);
     this.dispatchEvent(new Event("base"));
   }
@@ -144,7 +157,8 @@ export class Composer extends EventTarget {
   // Empties what the chosen adapters set, so that the service takes their values, and shows these in its place.
   #useAdapters() {
     const { defaults = {} } = this.base ?? {};
-    const { num_inference_steps: steps, timesteps, sigmas, guidance_scale: guidance } = this.adapters.defaults;
+    const { num_inference_steps: steps, timesteps, sigmas, guidance_scale: guidance, scheduler } = this.adapters.defaults;
+    byId("scheduler").options[0].textContent = scheduler ? `default: ${scheduler}` : "default";
     for (const [field, own, bases] of [
       ["steps", steps ?? timesteps?.length ?? sigmas?.length, defaults.steps],
       ["guidance", guidance, defaults.guidance_scale],
@@ -174,6 +188,8 @@ export class Composer extends EventTarget {
 
   #usePicture(size) {
     byId("strength-field").hidden = !size || !takesStrength(this.base);
+    this.mask.use(size, byId("chosen-picture").src);
+    this.mask.allow(takesMask(this.base));
     this.#forgive(byId("picture").closest(".field"));
     if (size) [byId("width").value, byId("height").value] = fitted(size, this.base?.limits ?? {});
   }
@@ -196,7 +212,7 @@ export class Composer extends EventTarget {
     if (name === "loras") this.adapters.blame(message);
     const id = `error-${name}`;
     // People know a field by its label, not by its name in a request.
-    const label = field.querySelector("label").firstChild.textContent.trim();
+    const label = field.querySelector("label, .label").firstChild.textContent.trim();
     field.append(h("p.field-error", { id }, message.replace(`'${param}'`, label)));
     field.classList.add("wrong");
     const inputs = [...field.querySelectorAll("input, textarea, select")];
@@ -222,36 +238,4 @@ export class Composer extends EventTarget {
       input.removeAttribute("aria-describedby");
     });
   }
-}
-
-// Chooses an option, or the first where there is none of that value.
-function choose(id, value) {
-  byId(id).value = value ?? "";
-  if (byId(id).selectedIndex < 0) byId(id).selectedIndex = 0;
-}
-
-const number = (id) => (byId(id).value === "" ? null : Number(byId(id).value));
-
-function link(slider, input) {
-  slider.addEventListener("input", () => (input.value = slider.value));
-  input.addEventListener("input", () => (slider.value = input.value));
-}
-
-function bound(id, min, max, hint) {
-  byId(id).min = min ?? "";
-  byId(id).max = max ?? "";
-  if (hint) byId(hint).textContent = !max ? "" : min > 1 ? `${min}–${max}` : `≤${max}`;
-}
-
-// Whether a base redraws pictures by a strength; those that edit by instruction do not.
-function takesStrength(base) {
-  return !base?.tasks || "image" in base.tasks || !("edit" in base.tasks);
-}
-
-// The size nearest to a picture's that the base draws: its shape, in multiples of what its sides must be.
-function fitted({ width, height }, { min_side = 8, max_side = Infinity, max_pixels = Infinity, side_multiple = 8 }) {
-  const scale = Math.min(1, max_side / Math.max(width, height), Math.sqrt(max_pixels / (width * height)));
-  const [least, step] = [Math.ceil(min_side / side_multiple), side_multiple];
-  const side = (pixels) => Math.max(least, Math.floor((pixels * scale) / step)) * step;
-  return [side(width), side(height)];
 }

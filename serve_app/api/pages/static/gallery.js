@@ -1,6 +1,7 @@
 // What is being drawn and what has been: one card for each request, the newest first.
 
 import { byId, h, icon, milliseconds, modelName, plural } from "./dom.js";
+import { sentence } from "./service.js";
 
 const KEPT = 40; // cards; each holds its images in the browser's memory
 const STAGES = ["queue", "fetch", "swap", "denoise", "decode"];
@@ -8,7 +9,7 @@ const STAGES = ["queue", "fetch", "swap", "denoise", "decode"];
 export class Card {
   #report = null;
 
-  // `actions` are {cancel, again, startFrom, copy}: what the card's buttons do.
+  // `actions` are {cancel, again, startFrom, copy, remove}: what the card's buttons do.
   constructor(request, actions) {
     this.request = request;
     this.actions = actions;
@@ -48,6 +49,16 @@ export class Card {
     this.element.removeAttribute("aria-busy");
     this.captions.forEach((caption, index) => caption.replaceChildren(...this.#caption(index)));
     this.notes.replaceChildren(...this.#about(), this.#facts(), ...this.#warnings(), timing(this.#report.timing_ms), this.#buttons());
+  }
+
+  // Turns from the work into what went wrong with it.
+  fail(error) {
+    this.element.classList.replace("running", "failed");
+    this.element.removeAttribute("aria-busy");
+    this.prints.remove();
+    const again = button("again", "Use again", () => this.actions.again(this.request));
+    const remove = button("close", "Remove", () => this.actions.remove());
+    this.notes.replaceChildren(...this.#about(), h("div.banner", { role: "alert" }, icon("alert"), sentence(error)), h("div.buttons", {}, again, remove));
   }
 
   remove() {
@@ -100,6 +111,7 @@ export class Card {
       steps && plural(steps, "step"),
       guidance != null && `guidance ${guidance}`,
       strength && `strength ${strength}`,
+      this.request.mask && "a part redrawn",
       scheduler?.replace(/Scheduler$/, ""),
     ];
     return h("p.facts", {}, facts.filter(Boolean).join(" · "));
@@ -120,11 +132,6 @@ export class Card {
   }
 
   #buttons() {
-    const button = (name, label, action) => {
-      const made = h("button.outline.small", { type: "button" }, icon(name), h("span", {}, label));
-      made.addEventListener("click", () => action(made));
-      return made;
-    };
     return h(
       "div.buttons", {},
       button("copy", "Copy as curl", (made) => this.actions.copy("curl", this.request, made)),
@@ -132,6 +139,12 @@ export class Card {
       button("again", "Use again", () => this.actions.again(this.request)),
     );
   }
+}
+
+function button(name, label, action) {
+  const made = h("button.outline.small", { type: "button" }, icon(name), h("span", {}, label));
+  made.addEventListener("click", () => action(made));
+  return made;
 }
 
 // Where the milliseconds went: a bar of the stages, and each one's share in numbers.

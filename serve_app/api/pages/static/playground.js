@@ -1,18 +1,20 @@
 // Ties the page together: the form asks, the service draws, the gallery shows, the panel watches.
 
+import { AdapterPictures } from "./adapter-pictures.js";
 import { Composer } from "./composer.js";
 import { byId, icon, plural } from "./dom.js";
-import { Card, Gallery } from "./gallery.js";
+import { Drawings } from "./drawings.js";
+import { Gallery } from "./gallery.js";
 import { Replicas } from "./replicas.js";
-import { Service, ServiceError } from "./service.js";
+import { sentence, Service } from "./service.js";
 import { curl, python } from "./snippets.js";
 
 const service = new Service();
-const composer = new Composer();
+const composer = new Composer(new AdapterPictures(service));
 const gallery = new Gallery();
 const replicas = new Replicas(service);
+const drawings = new Drawings(service, gallery, { again: reuse, startFrom, copy });
 
-let running = null; // {card, controller}
 let asked = 0; // counts the questions for the adapters
 let answered = 0; // the newest question whose answer is shown
 
@@ -41,47 +43,28 @@ async function refreshAdapters() {
 function showAdapters(loras, question) {
   if (question < answered) return;
   answered = question;
-  composer.adapters.known = loras;
+  composer.adapters.picker.known = loras;
 }
 
 async function generate() {
-  if (running) return;
   clearBanner();
-  const request = composer.request();
+  const request = await composer.request();
   if (!request) return;
-  const controller = new AbortController();
-  const card = new Card(request, { cancel, again: reuse, startFrom, copy });
-  running = { card, controller };
-  gallery.add(card);
-  busy(true);
-  reveal(card.element);
-  try {
-    for await (const event of service.draw(request, controller.signal)) say(card.take(event));
-    if (!card.isDone) throw new ServiceError("The connection ended before the image was done. Try again.");
-    card.finish();
-    say(request.fields.n > 1 ? `${request.fields.n} images are done` : "The image is done");
-  } catch (error) {
-    gallery.remove(card);
-    if (error.name === "AbortError") say(`Cancelled: ${card.said.textContent.toLowerCase()}`);
-    else complain(error);
-  } finally {
-    running = null;
-    busy(false);
-    replicas.start();
+  if (drawings.isFull) {
+    say(`${plural(drawings.count, "drawing")} under way: wait for one, or cancel it`);
+    return;
   }
+  drawings.draw(request);
+  reveal(byId("gallery").firstElementChild);
 }
 
-function cancel() {
-  running?.controller.abort();
-}
-
-function busy(isBusy) {
-  const [shown, gone] = isBusy ? [byId("cancel"), byId("generate")] : [byId("generate"), byId("cancel")];
-  const hadFocus = document.activeElement === gone;
-  shown.hidden = false;
-  // The focus moves on with the button that had it; elsewhere it stays where it is.
-  if (hadFocus) shown.focus({ preventScroll: true });
-  gone.hidden = true;
+// The button that cancels is there while something is drawn; the focus does not go with it.
+function showRunning() {
+  const cancel = byId("cancel");
+  cancel.querySelector("span").textContent = drawings.count > 1 ? "Cancel newest" : "Cancel";
+  if (!drawings.count && document.activeElement === cancel) byId("generate").focus({ preventScroll: true });
+  cancel.hidden = !drawings.count;
+  replicas.start();
 }
 
 function reveal(element) {
@@ -95,16 +78,18 @@ function say(text) {
   if (text !== null && byId("status").textContent !== text) byId("status").textContent = text;
 }
 
-function complain(error) {
-  say("");
+// Shows an error beside the field that it is about; returns whether there is one.
+function blame(error) {
   if (error.status === 401) {
     lock(true, service.key ? "This key was not accepted." : "");
-    return;
+    return true;
   }
-  const message = error instanceof ServiceError ? error.message : `The page failed: ${error.message}`;
-  const sentence = message.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase()); // but never an id
-  const field = error.param ?? (composer.adapters.ids.some((id) => message.includes(id)) ? "loras" : null);
-  if (!field || !composer.blame(field, sentence)) byId("banner").replaceChildren(icon("alert"), sentence);
+  const field = error.param ?? (composer.adapters.ids.some((id) => error.message.includes(id)) ? "loras" : null);
+  return Boolean(field) && composer.blame(field, sentence(error));
+}
+
+function complain(error) {
+  if (!blame(error)) byId("banner").replaceChildren(icon("alert"), sentence(error));
 }
 
 function clearBanner() {
@@ -153,7 +138,7 @@ byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   generate();
 });
-byId("cancel").addEventListener("click", cancel);
+byId("cancel").addEventListener("click", () => drawings.cancel());
 byId("adapter").addEventListener("focus", refreshAdapters);
 byId("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -171,8 +156,14 @@ addEventListener("keydown", (event) => {
     event.preventDefault();
     generate();
   } else if (event.key === "Escape") {
-    cancel();
+    drawings.cancel();
   }
+});
+drawings.addEventListener("changed", showRunning);
+drawings.addEventListener("say", ({ detail }) => say(detail));
+drawings.addEventListener("refused", (event) => {
+  say("");
+  if (blame(event.detail)) event.preventDefault();
 });
 composer.adapters.addEventListener("change", () => (replicas.wanted = composer.adapters.ids));
 composer.addEventListener("say", ({ detail }) => say(detail));

@@ -11,6 +11,12 @@ export class ServiceError extends Error {
   }
 }
 
+// What an error says to a person.
+export function sentence(error) {
+  const message = error instanceof ServiceError ? error.message : `The page failed: ${error.message}`;
+  return message.replace(/^[a-z](?=[a-z]* )/, (letter) => letter.toUpperCase()); // but never an id
+}
+
 export class Service {
   // `root` is the address of the page: the service may lie below a path.
   constructor(root = document.baseURI, storage = sessionStorage) {
@@ -38,12 +44,19 @@ export class Service {
     return Array.isArray(body) ? body : body.data;
   }
 
+  // The picture of an adapter; with `mayDraw`, the service draws one where there is none.
+  async picture(id, { mayDraw = false } = {}) {
+    const path = id.split("/").map(encodeURIComponent).join("/");
+    const reply = await this.#ask(`v1/pictures/${path}`, { method: mayDraw ? "POST" : "GET", cache: "default" });
+    return reply.blob();
+  }
+
   // Yields the events of a drawing: objects whose `type` ends in progress, partial_image or completed.
   async *draw(request, signal) {
     const reply = await this.#ask(`v1/images/${request.picture ? "edits" : "generations"}`, {
       method: "POST",
       signal,
-      ...body({ ...request.fields, stream: true, partial_images: 3 }, request.picture),
+      ...body({ ...request.fields, stream: true, partial_images: 3 }, request),
     });
     for await (const event of events(reply.body)) {
       signal.throwIfAborted(); // what came before it was cancelled may be here already
@@ -56,7 +69,7 @@ export class Service {
     if (this.key) headers = { ...headers, authorization: `Bearer ${this.key}` };
     let reply;
     try {
-      reply = await fetch(this.url(path), { ...options, headers, cache: "no-store", credentials: "omit" });
+      reply = await fetch(this.url(path), { cache: "no-store", ...options, headers, credentials: "omit" });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new ServiceError("The service cannot be reached. Is it still running?");
@@ -66,10 +79,11 @@ export class Service {
   }
 }
 
-function body(fields, picture) {
+function body(fields, { picture, mask }) {
   if (!picture) return { headers: { "content-type": "application/json" }, body: JSON.stringify(fields) };
   const form = new FormData();
   form.append("image", picture, picture.name || "picture.png");
+  if (mask) form.append("mask", mask);
   for (const [name, value] of Object.entries(fields)) {
     form.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
   }

@@ -1,6 +1,6 @@
 // The request behind an image as commands that draw it again elsewhere. Pure.
 //
-// `asked` is {fields, picture}, `service` is {url, hasKey}: its address with a slash at the end, and whether it asks
+// `asked` is {fields, picture, mask}, `service` is {url, hasKey}: its address with a slash at the end, and whether it asks
 // for a key. No snippet holds the key itself: it is read from LORAPLEX_KEY.
 
 const UNPACK = `python3 -c '
@@ -12,11 +12,12 @@ const PICTURE = "picture.png";
 // What the Python client names itself; the rest goes beside it.
 const OWN = new Set(["model", "prompt", "n", "size"]);
 
-export function curl({ fields, picture }, { url, hasKey }) {
+export function curl({ fields, picture, mask }, { url, hasKey }) {
   const parts = [`curl -sS ${url}v1/images/${picture ? "edits" : "generations"}`];
   if (hasKey) parts.push(`-H "Authorization: Bearer $LORAPLEX_KEY"`);
   if (picture) {
     parts.push(`-F ${shell(`image=@"${(picture.name || PICTURE).replaceAll(/["\\]/g, "\\$&")}"`)}`);
+    if (mask) parts.push(`-F 'mask=@"${mask.name}"'`);
     for (const [name, value] of Object.entries(fields)) {
       parts.push(`--form-string ${shell(`${name}=${typeof value === "object" ? JSON.stringify(value) : value}`)}`);
     }
@@ -26,7 +27,7 @@ export function curl({ fields, picture }, { url, hasKey }) {
   return `${parts.join(" \\\n  ")} \\\n| ${UNPACK}\n`;
 }
 
-export function python({ fields, picture }, { url, hasKey }) {
+export function python({ fields, picture, mask }, { url, hasKey }) {
   const named = Object.entries(fields).filter(([name]) => OWN.has(name));
   const others = Object.entries(fields).filter(([name]) => !OWN.has(name));
   return [
@@ -38,6 +39,7 @@ export function python({ fields, picture }, { url, hasKey }) {
     `client = OpenAI(base_url=${literal(`${url}v1`)}, api_key=${hasKey ? 'os.environ["LORAPLEX_KEY"]' : '"none"'})`,
     `reply = client.images.${picture ? "edit" : "generate"}(`,
     ...(picture ? [`    image=open(${literal(picture.name || PICTURE)}, "rb"),`] : []),
+    ...(mask ? [`    mask=open(${literal(mask.name)}, "rb"),`] : []),
     ...named.map(([name, value]) => `    ${name}=${literal(value)},`),
     "    extra_body={",
     ...others.map(([name, value]) => `        ${literal(name)}: ${picture ? formLiteral(value) : literal(value)},`),

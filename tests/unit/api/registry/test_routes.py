@@ -23,7 +23,7 @@ def test_the_list_says_what_is_known_of_each_adapter(client: TestClient) -> None
                 "id": "demo/sketch", "object": "lora", "revision": "0123abcd" * 5, "base_model": "demo/sdxl", "rank": 8,
                 "size_bytes": 4096, "layers_matched": 48, "alias_of": None, "aliases": [],
                 "resident": [{"replica": "r1", "tier": "applied"}], "hits": 3, "last_used": 1000.5,
-                "instance_prompt": "sks", "quarantine": [],
+                "instance_prompt": "sks", "has_picture": False, "quarantine": [],
                 "defaults": {
                     "scale": 0.8, "num_inference_steps": None, "guidance_scale": None, "scheduler": None,
                     "scheduler_options": {}, "sigmas": None, "timesteps": None, "negative_prompt": None,

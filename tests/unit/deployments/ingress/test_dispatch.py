@@ -83,7 +83,11 @@ def gateway(
         catalog,
         replica,
         registry=ServiceRegistry(
-            catalog, StoreKeeper().client(), cast(Any, FakeReplicas()), check_defaults=check_defaults
+            catalog,
+            StoreKeeper().client(),
+            cast(Any, FakeReplicas()),
+            pictures=cast(Any, None),
+            check_defaults=check_defaults,
         ),
         draw_seed=lambda: 5,
         can_serve=can_serve,

@@ -9,6 +9,7 @@ import pytest
 
 from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.catalog import Catalog
+from serve_app.catalog.pictures import AdapterPictures
 from serve_app.catalog.replica_report import (
     ActiveAdapter,
     AdapterUsage,
@@ -41,7 +42,11 @@ class Scene:
 
     def registry(self, *reports: ReplicaReport) -> tuple[ServiceRegistry, FakeReplicas]:
         replicas = FakeReplicas(*reports)
-        return ServiceRegistry(self.catalog, self.aliases, cast(Any, replicas), check_defaults=check_defaults), replicas
+        pictures = AdapterPictures(self.catalog, self.world.folder / "pictures")
+        registry = ServiceRegistry(
+            self.catalog, self.aliases, cast(Any, replicas), pictures=pictures, check_defaults=check_defaults
+        )
+        return registry, replicas
 
     async def key_of(self, model: str) -> str:
         return (await self.catalog.lookup_adapter(AdapterRef(model))).spec.key
