@@ -167,7 +167,7 @@ class IngressSettings(StrictModel):
     `max_json` limits JSON apart from a picture in base64, `decode_timeout_s` the processor time of decoding a picture.
     Only web pages of the service itself and of `cors_origins` may draw and change. A service that is bound to loopback
     answers to localhost, to addresses, and to `hosts`. An ingress replica looks up at most `unknown_ids_per_minute`
-    unknown ids for a key or an address.
+    unknown ids for a key or an address. Without `draw_pictures` an adapter has the picture that comes with it, or none.
 
     `autoscaling` takes the place of `replicas`. `resources` and `max_replicas_per_node` say where its replicas may run.
     """
@@ -186,6 +186,7 @@ class IngressSettings(StrictModel):
     body_timeout_s: PositiveFloat = 30.0
     sse_ping_interval_s: PositiveFloat = 15.0
     request_timeout_s: PositiveFloat = 300.0
+    draw_pictures: bool = True
     max_retries: int = Field(default=2, ge=0)
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0

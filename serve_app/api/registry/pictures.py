@@ -76,6 +76,8 @@ async def _found_or_drawn(name: str, request: Request, services: Services, deadl
     found = await _found(name, request, services)
     if found is not None:
         return found
+    if not services.settings.draw_pictures:
+        raise NoPicture(name, "none comes with it, and this service draws none (`ingress.draw_pictures`)")
     async with services.drawing_picture:
         # Somebody else may have had it drawn by now.
         return await _found(name, request, services) or await _drawn(name, request, services, deadline)

@@ -105,6 +105,14 @@ def test_one_is_drawn_once_however_many_ask(url: str, gateway: FakeGateway) -> N
     assert len(gateway.drafts) == 1
 
 
+def test_none_is_drawn_where_the_owner_of_the_service_wants_none(gateway: FakeGateway) -> None:
+    with TestClient(create_app(gateway, IngressSettings(draw_pictures=False))) as client:
+        reply = client.post(ADDRESS)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "no_picture")
+    assert "`ingress.draw_pictures`" in reply.json()["error"]["message"]
+    assert gateway.drafts == []
+
+
 def test_a_drawn_picture_counts_against_its_callers_key(gateway: FakeGateway) -> None:
     gateway.registry.rows["demo/other"] = replace(gateway.registry.rows["demo/sketch"], id="demo/other")
     key = ApiKey(name="team", sha256=digest_of("sesame"), limits=KeyLimits(images_per_minute=1))
