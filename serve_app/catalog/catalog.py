@@ -217,8 +217,9 @@ class Catalog:
         """Return an adapter, and the source whose files of it the caller may read; raises as `lookup_adapter` does."""
         found = await self._counted(ref, token)
         source = next(source for source in self._sources if source.origin == found.finding.origin)
-        is_callers_own = found.is_private and isinstance(source, HubSource)
-        return found.finding, source.read_as(token) if is_callers_own else source
+        if found.is_private and isinstance(source, HubSource):
+            source = source.read_as(token)
+        return found.finding, source
 
     async def name_exists(self, name: str) -> bool:
         """Whether a name belongs to an adapter or repository that is known to exist; may call the Hub."""
