@@ -52,13 +52,12 @@ class RequiredAdapter:
 
 @dataclass(frozen=True, slots=True)
 class RequestLoad:
-    """The demand of a request: its adapters, none for the base alone, its work in units, the tag of the adapters and
-    scales that must be in the weights, and the caller whose share it is."""
+    """The demand of a request: its adapters, none for the base alone, its work in units, and the tag of the
+    adapters and scales that must be in the weights."""
 
     adapters: tuple[RequiredAdapter, ...]
     units: float
     composition: str = BASE_ALONE
-    share: str = ""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -94,7 +93,7 @@ def composition_of(request: GenerationRequest) -> str:
 def load_of(request: GenerationRequest) -> RequestLoad:
     """Return what a request asks for."""
     needs = tuple(RequiredAdapter(use.spec.key, use.spec.size_bytes) for use in request.adapters)
-    return RequestLoad(needs, work_units(request), composition_of(request), request.share)
+    return RequestLoad(needs, work_units(request), composition_of(request))
 
 
 def cost_s(load: RequestLoad, view: ReplicaView) -> float:

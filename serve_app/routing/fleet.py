@@ -6,7 +6,6 @@ Must not know Ray. Time is passed in, in seconds of this process's own clock: no
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Container, Mapping, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -109,11 +108,6 @@ class ReplicaStates:
         known = self._replicas.get(self._sent_to.pop(request_id, ""))
         if known is not None:
             known.sent.pop(request_id, None)
-
-    def held_by_caller(self) -> Counter[str]:
-        """Return how many requests of each caller the replicas have taken and not finished."""
-        sent = (one for known in self._replicas.values() for one in known.sent.values())
-        return Counter(one.load.share for one in sent if one.is_accepted)
 
     def view(self, id_: str, now_s: float) -> ReplicaView | None:
         """Return what is known of one replica at this moment; None for one that is not known."""

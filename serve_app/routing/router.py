@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from random import Random
 from typing import Any
 
@@ -137,11 +137,10 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         return self._states.views(now_s)
 
     def _may_ask(self, request: PendingRequest) -> bool:
-        """Whether a request is among the first of those that have no slot yet, and about as near its turn as they."""
+        """Whether a request is among the first of those that have no slot yet: callers take turns."""
         self._unrouted = {id_: other for id_, other in self._unrouted.items() if not other.future.done()}
         self._unrouted[_key(request)] = request
-        order = by_turns(self._unrouted.values(), self._states.held_by_caller())
-        return any(other is request and turn < order[0][0] + MAX_ASKING for turn, other in order[:MAX_ASKING])
+        return request in by_turns(list(self._unrouted.values()))[:MAX_ASKING]
 
     def _few(self, order: list[str], replicas: list[RunningReplica]) -> list[list[RunningReplica]]:
         """Return the best of those that are not known to be full, or where all are, the best."""
@@ -165,12 +164,9 @@ class LeastWorkRouter(FIFOMixin, MultiplexMixin, RequestRouter):
             self._states.send(id_, _key(request), tag, load, now_s)
 
 
-def by_turns(requests: Iterable[PendingRequest], held: Mapping[str, int]) -> list[tuple[int, PendingRequest]]:
-    """Sort requests by turns of their callers, each with its turn: of each caller first what is interactive or older.
-
-    A caller's first turn comes after as many as it has requests on the replicas, which `held` says.
-    """
-    turns = Counter(held)
+def by_turns(requests: Iterable[PendingRequest]) -> list[PendingRequest]:
+    """Sort requests by turns of their callers: of each caller first what is interactive, then what is older."""
+    turns: Counter[str] = Counter()
     order: list[tuple[int, float, int]] = []
     known = sorted(requests, key=lambda request: (_is_batch(request), request.created_at))
     for place, request in enumerate(known):
@@ -178,7 +174,7 @@ def by_turns(requests: Iterable[PendingRequest], held: Mapping[str, int]) -> lis
         share = "" if generation is None else generation.share
         order.append((turns[share], request.created_at, place))
         turns[share] += 1
-    return [(turn, known[place]) for turn, _, place in sorted(order)]
+    return [known[place] for _, _, place in sorted(order)]
 
 
 def _is_batch(pending: PendingRequest) -> bool:

@@ -14,7 +14,7 @@ from ray import serve
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest
-from serve_app.deployments.ingress.ingress import Dispatcher
+from serve_app.deployments.ingress.dispatcher import Dispatcher
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.errors import LoraplexError
 from tests.replicas.sleeper import BASE, sleeping_request, sleeping_use

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import AppConfig
 from serve_app.core import GenerationResult
 from serve_app.deployments.ingress.backpressure import WINDOW_S
-from serve_app.deployments.ingress.ingress import Dispatcher
+from serve_app.deployments.ingress.dispatcher import Dispatcher
 from serve_app.engine.worker.scheduling import QueuePolicy
 from serve_app.errors import QueueFull
 from serve_app.routing.router import router_config

@@ -1,6 +1,6 @@
 """One request through the service: resolve, settle, dispatch.
 
-Owns what the ingress does that needs no Ray; `serve_app.deployments.ingress.ingress` gives it the way to a replica.
+Owns what the ingress does that needs no Ray; `serve_app.deployments.ingress.dispatcher` is the way to a replica.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from ray.serve.exceptions import BackPressureError
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, GivenBack, PixelImage, Preview, Progress
-from serve_app.deployments.ingress.ingress import MOST_OF_PLACES, Dispatcher
+from serve_app.deployments.ingress.dispatcher import MOST_OF_PLACES, Dispatcher
+from serve_app.deployments.ingress.key_slots import MOST_OF_SLOTS
 from serve_app.deployments.registry.fleet import ReplicaCount
 from serve_app.errors import QueueFull, ReplicaLost
 from tests.engine_cases import request
@@ -70,7 +71,7 @@ def full() -> BackPressureError:
 def dispatcher(handle: Any) -> Dispatcher:
     settings = {"max_ongoing_requests": PLACES / 2, "max_queued_requests": PLACES / 2}
     base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": settings}
-    config = AppConfig.model_validate({"bases": [base]})
+    config = AppConfig.model_validate({"bases": [base], "ingress": {"replicas": 1}})
 
     async def counts() -> dict[str, ReplicaCount]:
         return {BASE: ReplicaCount(running=1)}
@@ -126,24 +127,27 @@ async def test_of_a_request_s_parts_that_lost_their_replicas_one_at_a_time_is_se
     assert await asyncio.gather(*calls) == [0, 1, 2]
 
 
-async def test_no_key_has_all_places_of_a_base() -> None:
+async def test_no_key_has_all_places_of_a_base_or_all_slots_of_its_replicas() -> None:
     handle = Handle()
     dispatch = dispatcher(handle)
-    most = int(MOST_OF_PLACES * PLACES)
+    most, slots = int(MOST_OF_PLACES * PLACES), int(MOST_OF_SLOTS * PLACES / 2)
     calls = [asyncio.create_task(dispatch(request(seed=seed, share="many"))) for seed in range(most)]
-    assert await handle.has_sent(most)
+    assert await handle.has_sent(slots)
     with pytest.raises(QueueFull):
         await dispatch(request(share="many"))
     calls += [asyncio.create_task(dispatch(request(seed=seed, share=share))) for seed, share in enumerate(("few", ""))]
-    assert await handle.has_sent(most + 2)
+    assert await handle.has_sent(slots + 2)
     handle.calls[0].outcome.set_result(None)
     await calls[0]
+    assert await handle.has_sent(slots + 3)
+    assert handle.sent[-1].seed == slots
     calls.append(asyncio.create_task(dispatch(request(share="many"))))
-    assert await handle.has_sent(most + 3)
-    for call in calls:
+    assert await handle.has_sent(slots + 3)
+    for call in reversed(calls):
         call.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await call
+    assert await handle.has_sent(slots + 3), "those that were given up while they waited are not sent"
 
 
 class Stream:
