@@ -78,6 +78,11 @@ def unknown_ids(url: str, turn: int) -> str:
     return ", ".join(sorted({sent(message("GET", f"/v1/loras/evil/id-{turn}-{index}"), url) for index in range(20)}))
 
 
+def known_ids(url: str, turn: int) -> str:
+    """Ask for as many ids that are known: what of the cost of unknown ones is that of any request."""
+    return ", ".join(sorted({sent(message("GET", f"/v1/loras/{BASE}-night"), url) for _ in range(20)}))
+
+
 def hub_headers(url: str, turn: int) -> str:
     return sent(message("GET", f"/v1/loras/evil/headers-{turn % 8}"), url)
 
@@ -154,6 +159,7 @@ def attacks() -> Iterator[tuple[str, Callable[[], Blow]]]:
     yield "form with a header of 30 MB", lambda: posting("/v1/images/edits", b"--xyz\r\nx: " + b"y" * 30_000_000, form)
     yield "headers of Hub files, 3 x 16 MiB", lambda: hub_headers
     yield "ids that nobody knows", lambda: unknown_ids
+    yield "for comparison: ids that are known", lambda: known_ids
     yield "slow heads", lambda: held(b"GET / HTTP/1.1\r\nhost: localhost\r\nx-a: ", b"a", 50)
     yield "slow bodies", lambda: held(message("POST", "/", length="1000"), b" ", 50)
     yield "readers who do not read", lambda: held(message("POST", "/v1/images/generations", stream), b"", 2)
