@@ -26,7 +26,7 @@ from serve_app.deployments.ingress.key_slots import KeySlots
 from serve_app.deployments.ingress.process_state import has_ended
 from serve_app.deployments.ingress.start_failures import StartFailures
 from serve_app.deployments.registry.replica_counts import ReplicaCount
-from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
+from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
 from serve_app.routing.known import known_replicas, on_joined, replicas_known
 from serve_app.routing.spread import parts_of, work_to_keep_s
 from serve_app.store.quarantine import Quarantine
@@ -176,24 +176,18 @@ class Dispatcher:
         """Send a request once it has a slot; its work ends with this call."""
         async with self._slots[request.base_id].slot(request):
             response = self._handle(request).generate.remote(request)
-            try:
+            with _ended_with(response):
                 return await self._starts.unless_unusable(request.base_id, response)
-            except BaseException:
-                response.cancel()
-                raise
 
     async def _events(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
         """Send a stream's request once it has a slot; its work ends with this generator."""
         async with self._slots[request.base_id].slot(request):
             # With this option a call is an asynchronous generator, which Ray's types do not say.
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
-            try:
+            with _ended_with(response):
                 async with aclosing(self._starts.watched(request.base_id, response)) as events:
                     async for event in events:
                         yield event
-            except BaseException:
-                response.cancel()
-                raise
 
     @property
     def held(self) -> int | None:
@@ -288,3 +282,13 @@ class Dispatcher:
             raise cause from None
         except RayTaskError as error:
             raise error.cause from None
+
+
+@contextmanager
+def _ended_with(response: Any) -> Iterator[None]:
+    """Stop a call's work where the block is left while the call may still run."""
+    try:
+        yield
+    except (asyncio.CancelledError, GeneratorExit, BaseUnusable, RayActorError, ReplicaLost):
+        response.cancel()
+        raise
