@@ -10,6 +10,7 @@ import asyncio
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -62,10 +63,10 @@ def main() -> None:
         }  # fmt: skip
         runs = [listed(bucket, options.adapters) for _ in range(options.times)]
         walls, cpus = zip(*runs, strict=True)
-        print(
+        sys.stdout.write(
             f"{options.adapters} adapters with cards, {options.times} lists: first {walls[0]:.2f} s, median "
             f"{statistics.median(walls):.2f} s, of which this process's CPU {statistics.median(cpus):.2f} s; "
-            f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}"
+            f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n"
         )
         here.send("end")
         server.join(30)

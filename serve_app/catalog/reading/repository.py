@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from serve_app.catalog.reading.card import Card
 from serve_app.catalog.reading.header import SafetensorsHeader
@@ -94,6 +94,10 @@ class AdapterSource(Protocol):
 
     The methods with a body are for sources that download files; others inherit them.
     """
+
+    # How many listed adapters are looked up at once: a look-up in this node's files is work for this process, one in a
+    # store mostly waiting.
+    look_ups_at_once: ClassVar[int] = 1
 
     @property
     def origin(self) -> str:

@@ -1,4 +1,4 @@
-"""Slow look-ups of listed entries, made one by one in the background, while lists show the results so far.
+"""Slow look-ups of listed entries, made in the background, while lists show the results so far.
 
 Knows nothing of adapters: ids and marks in, look-ups out.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 
 from serve_app.catalog.reading.repository import AdapterSource
 from serve_app.errors import LoraplexError
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class BackgroundIndex:
     """The ids of some sources and their marks; one whose mark is new is looked up again.
 
-    Invariant: at most one pass over the sources runs at a time, and it does one look-up at a time.
+    Invariant: at most one pass over the sources runs at a time, with as many look-ups at once as the source says.
     """
 
     def __init__(self, sources: Sequence[AdapterSource], look_up: Callable[[str], Awaitable[object]]) -> None:
@@ -53,12 +53,22 @@ class BackgroundIndex:
                     self._listed[source.origin] = marks
             except LoraplexError as error:
                 log.warning("the adapters of a %s are listed as last seen: %s", source.origin, error)
-        found = {model: mark for listed in self._listed.values() for model, mark in listed.items()}
+        found: dict[str, str] = {}
+        for marks in self._listed.values():
+            found |= marks
         self._seen = {model: mark for model, mark in self._seen.items() if model in found}
-        for model in sorted(found):
-            if self._seen.get(model) != found[model]:
-                await self._look_up_once(model)
-                self._seen[model] = found[model]
+        for source in self._sources:
+            marks = self._listed.get(source.origin, {})
+            new = iter([(model, found[model]) for model in sorted(marks) if self._seen.get(model) != found[model]])
+            async with asyncio.TaskGroup() as group:
+                for _ in range(source.look_ups_at_once):
+                    group.create_task(self._look_up_each(new))
+
+    async def _look_up_each(self, new: Iterable[tuple[str, str]]) -> None:
+        """Look up what comes next until nothing is left; several may share `new`."""
+        for model, mark in new:
+            await self._look_up_once(model)
+            self._seen[model] = mark
 
     async def _look_up_once(self, model: str) -> None:
         try:

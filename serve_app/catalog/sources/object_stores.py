@@ -44,6 +44,8 @@ class ObjectStoreSource(DownloadingSource):
     headers. A downloaded file is locked against eviction until it is released.
     """
 
+    look_ups_at_once = 8
+
     def __init__(
         self,
         settings: AdapterSources,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.files import AdapterFiles
+from serve_app.catalog.reading.repository import STORE
+from serve_app.catalog.resolving.background_index import BackgroundIndex
 from serve_app.core import HubToken
 from serve_app.errors import ModelNotFound, StoreAccessDenied, StoreUnavailable
 from tests.s3_server import Fault, S3Server
@@ -39,6 +43,20 @@ async def test_a_bucket_is_served_with_one_line_and_lists_what_can_be_served(s3:
     assert (await files.path(use.spec)).read_bytes() == card[WEIGHTS]
     files.release(use.spec)
     assert files.free_space(1) == len(card[WEIGHTS])
+
+
+async def test_a_bucket_is_looked_up_several_adapters_at_once(s3: S3Server, world: World) -> None:
+    bucket = bucket_of(s3, **{name: adapter_files("demo/sd") for name in "abc"})
+    sources = world.places(world.config(stores=({"url": f"s3://{bucket}"},)))
+    together = asyncio.Barrier(3)
+
+    async def look_up(model: str) -> None:
+        await together.wait()
+
+    index = BackgroundIndex([source for source in sources if source.origin == STORE], look_up)
+    async with asyncio.timeout(60):
+        await index.refresh(None)
+    assert sorted(index.ids) == ["acme/a", "acme/b", "acme/c"]
 
 
 async def test_folders_go_before_buckets_and_buckets_before_the_hub(s3: S3Server, world: World) -> None:
