@@ -18,6 +18,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    ValidationError,
     model_validator,
 )
 
@@ -57,6 +58,15 @@ class StrictModel(BaseModel):
         if unknown:
             raise ValueError("; ".join(f"unknown key '{key}'{nearest(key, known)}" for key in unknown))
         return fields
+
+
+def faults_of(error: ValidationError, prefix: str) -> list[str]:
+    """Return a line for each fault that pydantic found, without the values."""
+    return [
+        f"{prefix}{'.'.join(str(part) for part in fault['loc'])}".rstrip(".")
+        + f": {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors(include_url=False, include_input=False)
+    ]
 
 
 class ModelSource(StrictModel):

@@ -76,10 +76,15 @@ def _start_ray() -> None:
             ray.shutdown()
 
 
-def process_of(marker: str) -> psutil.Process:
-    """Return the one process of this very cluster whose command line has a marker, such as `app:deployment`."""
+def processes_of(marker: str) -> list[psutil.Process]:
+    """Return the processes of this very cluster whose command line has a marker, such as `app:deployment`."""
     ours = psutil.Process().children(recursive=True)
-    (found,) = [process for process in ours if marker in command_line(process)]
+    return [process for process in ours if marker in command_line(process)]
+
+
+def process_of(marker: str) -> psutil.Process:
+    """Return the one process of this very cluster whose command line has a marker."""
+    (found,) = processes_of(marker)
     return found
 
 

@@ -48,9 +48,11 @@ def create_app(
     new_request_id: Callable[[], str] = new_uuid,
     now: Callable[[], float] = time.time,
     echo_request_id: bool = True,
+    decoder: PictureDecoder | None = None,
 ) -> FastAPI:
     """Return the ASGI application over a gateway; without `access`, any caller may do everything.
 
+    `decoder` is that of an application before this one, of the same limits.
     `echo_request_id` is for the server in front: Ray Serve's proxy adds `x-request-id` to every reply itself.
     """
     app = LoraplexAPI(docs_url=None, redoc_url=None, redirect_slashes=False)
@@ -66,7 +68,7 @@ def create_app(
             allow_methods=["*"],
             allow_headers=["*"],
         )
-    decoder = PictureDecoder(max_pixels=settings.max_image_pixels, limit_s=settings.decode_timeout_s)
+    decoder = decoder or PictureDecoder(max_pixels=settings.max_image_pixels, limit_s=settings.decode_timeout_s)
     app.state.services = Services(gateway, settings, decoder, now)
     for routed in (status, inference, images, models, registry, adapter_pictures, document, pages):
         # Not `include_router`: that hides the routes, and access is decided by them.

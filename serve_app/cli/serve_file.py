@@ -6,19 +6,25 @@ with the fields that Serve's own schema knows, and the application's `args` with
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
 from serve_app.config import AppConfig
+from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.families.config_files import missing_packer, unusable_reason
 from serve_app.families.single_file import unusable_file_reason
+from serve_app.live_settings import with_live_settings
 from serve_app.observability.tracing import TracingUnavailable, check_tracing
-from serve_app.settings import nearest
+from serve_app.settings import faults_of, nearest
+
+if TYPE_CHECKING:
+    from ray.serve.schema import DeploymentSchema
 
 IMPORT_PATH = "serve_app.app:build"
 
@@ -69,8 +75,9 @@ def check_serve_file(path: Path) -> ServeFileReport:
     try:
         schema = ServeDeploySchema.model_validate(data)
     except ValidationError as error:
-        raise ServeFileInvalid(faults + _readable(error, "")) from None
-    applications = _applications([(one.import_path, one.args) for one in schema.applications], faults)
+        raise ServeFileInvalid(faults + faults_of(error, "")) from None
+    listed = [(one.import_path, one.args, _user_configs(one.deployments)) for one in schema.applications]
+    applications = _applications(listed, faults)
     options = schema.http_options
     disagreements = [
         fault for config in applications for fault in timeout_disagreements(config, options.request_timeout_s)
@@ -115,13 +122,19 @@ def applications_of(path: Path) -> tuple[AppConfig, ...]:
     if not isinstance(listed, list):
         raise ServeFileInvalid(["applications: is not a list"])
     found = [one for one in listed if isinstance(one, dict)]
-    return _applications([(one.get("import_path"), one.get("args") or {}) for one in found], [])
+    return _applications([(one.get("import_path"), one.get("args") or {}, {}) for one in found], [])
 
 
-def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[AppConfig, ...]:
-    """Return those of the (import path, args) listed that are Loraplex's; `faults` are those found before."""
+def _user_configs(deployments: list[DeploymentSchema]) -> dict[str, Any]:
+    """Return the `user_config` of each deployment that a file gives one."""
+    return {one.name: one.user_config for one in deployments if "user_config" in one.model_fields_set}
+
+
+def _applications(listed: Sequence[tuple[Any, Any, Mapping[str, Any]]], faults: list[str]) -> tuple[AppConfig, ...]:
+    """Return those of the (import path, args, user_config by deployment) listed that are Loraplex's; `faults` are those
+    found before."""
     applications: list[AppConfig] = []
-    for index, (import_path, args) in enumerate(listed):
+    for index, (import_path, args, user_configs) in enumerate(listed):
         if import_path != IMPORT_PATH:
             continue
         try:
@@ -129,8 +142,9 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
             check_tracing(applications[-1].tracing)
             check_stores(applications[-1].adapters.stores)
             faults += _unusable_bases(applications[-1], f"applications.{index}.args.bases.")
+            faults += _live_faults(applications[-1], user_configs, f"applications.{index}.deployments")
         except ValidationError as error:
-            faults += _readable(error, f"applications.{index}.args.")
+            faults += faults_of(error, f"applications.{index}.args.")
         except (TracingUnavailable, StorePackageMissing) as error:
             faults.append(f"applications.{index}.args: {error}")
     if not applications and not faults:
@@ -138,6 +152,20 @@ def _applications(listed: list[tuple[Any, Any]], faults: list[str]) -> tuple[App
     if faults:
         raise ServeFileInvalid(faults)
     return tuple(applications)
+
+
+def _live_faults(config: AppConfig, user_configs: Mapping[str, Any], place: str) -> list[str]:
+    """Return a fault for each `user_config` that its deployment would not take."""
+    faults: list[str] = []
+    for name, user_config in user_configs.items():
+        if name != INGRESS_NAME:
+            faults.append(f"{place}: only {INGRESS_NAME} takes a user_config, not {name}")
+            continue
+        try:
+            with_live_settings(config, user_config)
+        except ValueError as error:
+            faults.append(f"{place}: {name}: user_config.{error}")
+    return faults
 
 
 def _unusable_bases(config: AppConfig, place: str) -> list[str]:
@@ -161,14 +189,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ServeFileInvalid(["is not a mapping of keys"])
     return data
-
-
-def _readable(error: ValidationError, prefix: str) -> list[str]:
-    faults: list[str] = []
-    for detail in error.errors(include_url=False):
-        place = prefix + ".".join(str(part) for part in detail["loc"])
-        faults.append(f"{place.rstrip('.')}: {detail['msg'].removeprefix('Value error, ')}")
-    return faults
 
 
 def _unknown_keys(data: Any, model: type[BaseModel], place: str) -> list[str]:

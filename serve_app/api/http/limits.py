@@ -179,8 +179,12 @@ class UnknownIdLimit:
     """
 
     def __init__(self, per_minute: int, *, clock: Callable[[], float]) -> None:
-        self._per_minute = per_minute
         self._clock = clock
+        self.allow(per_minute)
+
+    def allow(self, per_minute: int) -> None:
+        """Let everybody ask for so many from now on, whatever they asked for before."""
+        self._per_minute = per_minute
         self._buckets: dict[str, TokenBucket] = {}
 
     @contextmanager

@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+from typing import Any
 
+from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.app import create_app
 from serve_app.api.http.auth import Access
 from serve_app.api.http.limits import LocalRateLimiter, RateLimiter, UnknownIdLimit
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.catalog.pictures import AdapterPictures
-from serve_app.config import AppConfig, Environment
+from serve_app.config import AppConfig, Environment, IngressSettings
 from serve_app.core import GenerationRequest, GenerationResult
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
@@ -28,7 +30,7 @@ from serve_app.deployments.ingress.backpressure import most_held
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.dispatcher import Dispatcher
 from serve_app.deployments.ingress.fan_out import FanOut
-from serve_app.deployments.ingress.keys import Keys
+from serve_app.deployments.ingress.keys import KeyFileInvalid, Keys
 from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
 from serve_app.deployments.registry.fleet import Fleet
@@ -38,6 +40,7 @@ from serve_app.deployments.registry.replica_counts import ReplicaCounts, count_r
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
 from serve_app.deployments.shared.watchdog import start_watchdog
+from serve_app.live_settings import with_live_settings
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
 
@@ -69,17 +72,18 @@ class Ingress:
         set_up_tracing(config.tracing, part="ingress", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
         self._config = config
+        self._is_serving = False
         self._metrics = IngressMetrics()
         repositories = build_sources(config, environment, embedded_root=embedded_root())
         self._keeper = KeeperClient(keeper, on_change=self._metrics.aliases_known)
-        unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
+        self._unknown_ids = UnknownIdLimit(config.ingress.unknown_ids_per_minute, clock=time.monotonic)
         catalog = Catalog(
             config,
             repositories,
             clock=time.monotonic,
             resolve_alias=self._keeper.resolve_alias,
             on_access_check=self._metrics.access_checked,
-            counting_unknown=unknown_ids.counting,
+            counting_unknown=self._unknown_ids.counting,
         )
 
         deployments = {base.id: deployment_name(base.id) for base in config.bases}
@@ -92,9 +96,9 @@ class Ingress:
 
         replicas = Fleet(handles, counts, clock=time.monotonic)
         self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
-        keys = Keys(config.auth, clock=time.monotonic)
+        self._keys = Keys(config.auth, clock=time.monotonic)
         self._access = Access(
-            keys=keys,
+            keys=self._keys,
             takes_hub_tokens=config.adapters.hub.forward_tokens,
             meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
@@ -114,8 +118,8 @@ class Ingress:
             can_serve=can_serve,
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
-            weight_of=keys.weight_of,
-            prompt_syntax_of=keys.prompt_syntax_of,
+            weight_of=self._keys.weight_of,
+            prompt_syntax_of=self._keys.prompt_syntax_of,
         )
 
     def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
@@ -128,18 +132,47 @@ class Ingress:
         self._watchdog = start_watchdog(self._config.ingress)
         self._dispatcher.watch_replicas()
         await self._keeper.begin(patience_s=ALIASES_PATIENCE_S)
-        # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
-        app = create_app(self._gateway, self._config.ingress, access=self._access, echo_request_id=False)
+        self._app = self._create_app(self._config.ingress)
 
         def count(route: str, status: int, base_id: str | None) -> None:
             self._metrics.answered(route=route, status=status, base_id=base_id)
             answered(route=route, status=status, base_id=base_id)
 
         own_id = serve.get_replica_context().replica_id.unique_id
-        measured, most = MetricsMiddleware(FrontCheckMiddleware(app), count), most_held(self._config)
+        measured, most = MetricsMiddleware(FrontCheckMiddleware(self._answer), count), most_held(self._config)
         return TracingMiddleware(
             CapacityHeaderMiddleware(measured, replica=own_id, most=most, held=lambda: self._dispatcher.held)
         )
+
+    async def check_health(self) -> None:
+        """Note that this replica serves: Serve calls this first when it has been set up, then again and again."""
+        self._is_serving = True
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over what has changed; called by Serve. Requests that came before are answered as they began.
+
+        Raises:
+            ValueError, KeyFileInvalid: the settings cannot be used, and this replica is new. One that serves goes on
+                as before, and says so in the log.
+        """
+        try:
+            live = with_live_settings(self._config, user_config)
+            self._keys.replace(live.auth)
+        except (ValueError, KeyFileInvalid) as error:
+            if not self._is_serving:
+                raise
+            log.error("the ingress' user_config is not taken over, the settings before hold on: %s", error)
+            return
+        self._unknown_ids.allow(live.ingress.unknown_ids_per_minute)
+        self._app = self._create_app(live.ingress, decoder=self._app.state.services.decoder)
+        log.info("the ingress' user_config is in force: %s", ", ".join(user_config) or "empty")
+
+    def _create_app(self, settings: IngressSettings, **kept: Any) -> FastAPI:
+        # The proxy in front adds `x-request-id`, the very id that we are given, to every reply.
+        return create_app(self._gateway, settings, access=self._access, echo_request_id=False, **kept)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 def _rate_limiter(config: AppConfig) -> RateLimiter:

@@ -38,11 +38,15 @@ class Keys:
         Raises:
             KeyFileInvalid: the file is not there, or not one of keys.
         """
-        self._settings = settings
         self._clock = clock
-        self._looked_at = clock()
-        self._stamp = _stamp(settings.keys_file)
+        self.replace(settings)
+
+    def replace(self, settings: AuthSettings) -> None:
+        """Read the keys of other settings; raises as the constructor does, and then the keys known before hold on."""
         self._keys = read_keys(settings)
+        self._settings = settings
+        self._looked_at = self._clock()
+        self._stamp = _stamp(settings.keys_file)
 
     def __call__(self) -> tuple[ApiKey, ...]:
         """Return the keys, at most a second behind the file."""

@@ -87,3 +87,22 @@ def test_a_store_whose_client_is_not_installed_is_told_with_the_extra(tmp_path: 
 def test_the_default_times_go_together() -> None:
     config = AppConfig.model_validate({"bases": [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}}]})
     assert timeout_disagreements(config, 330.0) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        (
+            "LoraplexIngress",
+            "applications.0.deployments: LoraplexIngress: user_config.ingress.replicas: goes into args",
+        ),
+        (
+            "base-demo--sd15",
+            "applications.0.deployments: only LoraplexIngress takes a user_config, not base-demo--sd15",
+        ),
+    ],
+)
+def test_a_user_config_that_its_deployment_would_not_take_is_found(tmp_path: Path, name: str, told: str) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    data["applications"][0]["deployments"] = [{"name": name, "user_config": {"ingress": {"replicas": 3}}}]
+    assert told in faults(tmp_path, yaml.safe_dump(data))
