@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 from math import isqrt
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     ByteSize,
     Field,
     NonNegativeFloat,
@@ -206,10 +207,24 @@ class IngressSettings(StrictModel):
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
+def _redis_address(url: SecretStr | None) -> SecretStr | None:
+    if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
+        raise ValueError("must begin with 'redis://' or 'rediss://'")
+    return url
+
+
 class RegistrySettings(StrictModel):
-    """The file with the aliases, on the head node; None means `registry.sqlite3` in `cache_dir`."""
+    """Where aliases are kept: in the file `path` on the head node, None being `registry.sqlite3` in `cache_dir`, or in
+    Redis at an address such as `redis://redis:6379/1`, which outlives the head."""
 
     path: Path | None = None
+    redis: Annotated[SecretStr | None, AfterValidator(_redis_address)] = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> RegistrySettings:
+        if self.path is not None and self.redis is not None:
+            raise ValueError("give either 'path' or 'redis', not both")
+        return self
 
 
 class KeyLimits(StrictModel):
@@ -250,14 +265,7 @@ class AuthSettings(StrictModel):
 
     keys: tuple[ApiKey, ...] = ()
     keys_file: Path | None = None
-    limits_redis: SecretStr | None = None
-
-    @field_validator("limits_redis")
-    @classmethod
-    def _redis_address(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
-            raise ValueError("limits_redis must begin with 'redis://' or 'rediss://'")
-        return url
+    limits_redis: Annotated[SecretStr | None, AfterValidator(_redis_address)] = None
 
     @field_validator("keys")
     @classmethod

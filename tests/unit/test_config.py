@@ -160,3 +160,14 @@ def test_the_file_of_every_cluster_uses_the_present_names() -> None:
     assert files
     for file in files:
         assert not former & set(re.findall(r"\w+", file.read_text())), file
+
+
+@pytest.mark.parametrize(
+    ("registry", "reason"),
+    [
+        ({"path": "a.sqlite3", "redis": "redis://127.0.0.1/1"}, "either 'path' or 'redis'"),
+        ({"redis": "http://127.0.0.1/1"}, "must begin with 'redis://'"),
+    ],
+)
+def test_aliases_are_kept_in_one_place(registry: dict[str, str], reason: str) -> None:
+    assert reason in refusal(registry=registry)

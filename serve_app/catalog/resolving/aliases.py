@@ -79,6 +79,21 @@ class AliasTable:
             target.defaults,
         )
 
+    def is_changed_by(self, alias: Alias, *, may_replace: bool) -> bool:
+        """Say whether adding an alias changes anything.
+
+        Raises:
+            NameTaken: the alias stands for something else, and may not be replaced.
+            OutOfBounds: there are as many as are kept.
+        """
+        known = self.aliases.get(alias.name)
+        if known is None and len(self.aliases) >= MAX_ALIASES:
+            raise OutOfBounds("lora_name", f"one alias more than {MAX_ALIASES}", f"at most {MAX_ALIASES} in all")
+        if known not in (None, alias) and not may_replace:
+            # Not for which: an admin need not be able to read it.
+            raise NameTaken(alias.name, "it is an alias of another adapter, or has other defaults")
+        return known != alias
+
     def names_of(self, model: str) -> tuple[str, ...]:
         """Return the aliases of an adapter, sorted."""
         return tuple(sorted(alias.name for alias in self.aliases.values() if alias.target.id == model))
@@ -134,14 +149,9 @@ class AliasStore:
         target = alias.target
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            known = self._table().aliases
-            if known.get(alias.name) == alias:
-                return self._table()
-            if alias.name in known and not may_replace:
-                # Not for which: an admin need not be able to read it.
-                raise NameTaken(alias.name, "it is an alias of another adapter, or has other defaults")
-            if alias.name not in known and len(known) >= MAX_ALIASES:
-                raise OutOfBounds("lora_name", f"one alias more than {MAX_ALIASES}", f"at most {MAX_ALIASES} in all")
+            table = self._table()
+            if not table.is_changed_by(alias, may_replace=may_replace):
+                return table
             defaults = _DEFAULTS.dump_json(target.defaults).decode()
             row = (alias.name, target.id, target.revision, target.filename, self._clock(), defaults)
             self._database.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?, ?, ?, ?)", row)

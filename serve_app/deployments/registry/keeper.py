@@ -1,7 +1,7 @@
 """State shared by the processes of an application: aliases, which node has which adapter file, adapters in use.
 
-Owns the single-replica deployment around them. It runs on the head node, where the file of aliases lies; the rest is in
-memory alone, and losing it costs a fetch for each file that is still wanted.
+Owns the single-replica deployment around them. It runs on the head node, where the file of aliases lies unless they
+are in Redis; the rest is in memory alone, and losing it costs a fetch for each file that is still wanted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from ray import serve
 
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
-from serve_app.config import AppConfig, Environment
+from serve_app.catalog.resolving.redis_aliases import RedisAliasStore
+from serve_app.config import AppConfig, Environment, RegistrySettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.registry.usage import UsageTracker
 from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedFile
@@ -38,11 +39,13 @@ class Keeper:
     """The one keeper of an application; it tells each change of the aliases to those who follow, as it happens."""
 
     def __init__(self, config: AppConfig, environment: Environment) -> None:
-        """Open the file of aliases."""
+        """Read the aliases.
+
+        Raises:
+            NotReady: they are in Redis, which does not answer; Serve starts another keeper.
+        """
         set_up_logging(config.log_level)
-        # Nodes get new ids when a cluster restarts; the head stays the head.
-        folder = Path(str(environment.cache_dir).replace(NODE, "head"))
-        self._aliases = AliasStore(config.registry.path or folder / FILE_NAME, clock=time.time)
+        self._aliases = _alias_store(config.registry, environment)
         self._changed = asyncio.Condition()
         self._table = self._aliases.table()
         sharing = config.adapters.sharing
@@ -106,3 +109,11 @@ class Keeper:
                 log.info("alias %s; version %d", what, table.version.number)
                 self._changed.notify_all()
         return table
+
+
+def _alias_store(settings: RegistrySettings, environment: Environment) -> AliasStore | RedisAliasStore:
+    if settings.redis is not None:
+        return RedisAliasStore(settings.redis.get_secret_value())
+    # Nodes get new ids when a cluster restarts; the head stays the head.
+    folder = Path(str(environment.cache_dir).replace(NODE, "head"))
+    return AliasStore(settings.path or folder / FILE_NAME, clock=time.time)

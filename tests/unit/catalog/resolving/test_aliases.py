@@ -2,22 +2,51 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from redis import Redis as Client
 
 from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.catalog import Catalog
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
+from serve_app.catalog.resolving.redis_aliases import RedisAliasStore
 from serve_app.core import AdapterRef
-from serve_app.errors import BaseMismatch, MalformedRequest, ModelNotFound, NameTaken
+from serve_app.errors import BaseMismatch, MalformedRequest, ModelNotFound, NameTaken, NotReady
 from serve_app.refusals import NotAnAdapter
+from tests.redis_server import Redis, needs_redis
 from tests.unit.catalog.builders import SDXL_TEXT, World, adapter_files, lora
+
+Open = Callable[[], AliasStore | RedisAliasStore]
 
 
 def opened(folder: Path) -> AliasStore:
     return AliasStore(folder / "deep" / "registry.sqlite3", clock=lambda: 1000.0)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Redis]:
+    server = Redis()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def redis(server: Redis) -> Redis:
+    """Redis with nothing in it."""
+    Client.from_url(server.url).flushall()
+    return server
+
+
+@pytest.fixture(params=["file", pytest.param("redis", marks=needs_redis)])
+def reopen(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Open the same aliases, each time as a keeper does that has just started."""
+    if request.param == "file":
+        return lambda: opened(tmp_path)
+    redis: Redis = request.getfixturevalue("redis")
+    return lambda: RedisAliasStore(redis.url)
 
 
 def alias(name: str = "mine", target: str = "a/b", **fields: str) -> Alias:
@@ -27,26 +56,26 @@ def alias(name: str = "mine", target: str = "a/b", **fields: str) -> Alias:
 # The store
 
 
-def test_aliases_and_their_version_survive_a_restart(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_aliases_and_their_version_survive_a_restart(reopen: Open) -> None:
+    store = reopen()
     store.put(alias("one", revision="v1", filename="f.safetensors"))
     before = store.put(alias("two"))
     store.close()
-    after = opened(tmp_path).table()
+    after = reopen().table()
     assert after == before
     assert after.aliases["one"] == alias("one", revision="v1", filename="f.safetensors")
 
 
-def test_an_aliases_defaults_survive_a_restart_and_go_before_those_of_the_adapter(tmp_path: Path) -> None:
+def test_an_aliases_defaults_survive_a_restart_and_go_before_those_of_the_adapter(reopen: Open) -> None:
     defaults = AdapterDefaults(
         scale=0.5, steps=4, scheduler="LCM", scheduler_options=(("shift", 2.0), ("use_beta_sigmas", True)),
         timesteps=(999, 499), trigger_words="sks",
     )  # fmt: skip
-    opened(tmp_path).put(Alias("mine", AdapterRef("a/b", defaults=defaults)))
-    table = opened(tmp_path).table()
+    reopen().put(Alias("mine", AdapterRef("a/b", defaults=defaults)))
+    table = reopen().table()
     assert table.resolve_alias(AdapterRef("mine", 0.7)) == AdapterRef("a/b", 0.7, defaults=defaults)
     with pytest.raises(NameTaken, match="other defaults"):
-        opened(tmp_path).put(alias(target="a/b"))
+        reopen().put(alias(target="a/b"))
 
 
 def test_a_file_that_knew_no_defaults_is_read_on(tmp_path: Path) -> None:
@@ -60,21 +89,21 @@ def test_a_file_that_knew_no_defaults_is_read_on(tmp_path: Path) -> None:
     assert set(opened(tmp_path).table().aliases) == {"mine", "two"}
 
 
-def test_aliases_survive_a_process_that_dies_without_closing(tmp_path: Path) -> None:
-    dead = opened(tmp_path)
+def test_aliases_survive_a_process_that_dies_without_closing(reopen: Open) -> None:
+    dead = reopen()
     dead.put(alias())
-    assert opened(tmp_path).table().aliases == {"mine": alias()}
+    assert reopen().table().aliases == {"mine": alias()}
 
 
-def test_the_version_grows_with_each_change_and_with_nothing_else(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_the_version_grows_with_each_change_and_with_nothing_else(reopen: Open) -> None:
+    store = reopen()
     seen = [store.table(), store.put(alias()), store.put(alias()), store.remove("other"), store.remove("mine")]
     assert [table.version.number for table in seen] == [0, 1, 1, 1, 2]
     assert len({table.version.epoch for table in seen}) == 1
 
 
-def test_a_name_that_stands_for_something_else_is_not_taken_over_by_accident(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_a_name_that_stands_for_something_else_is_not_taken_over_by_accident(reopen: Open) -> None:
+    store = reopen()
     store.put(alias())
     with pytest.raises(NameTaken, match="an alias of another adapter"):
         store.put(alias(target="c/d"))
@@ -98,8 +127,8 @@ def test_a_damaged_file_is_put_aside_and_the_service_goes_on(tmp_path: Path) -> 
     assert aside.read_bytes().startswith(b"no database")
 
 
-def test_changes_from_several_threads_are_all_counted(tmp_path: Path) -> None:
-    store = opened(tmp_path)
+def test_changes_from_several_threads_are_all_counted(reopen: Open) -> None:
+    store = reopen()
 
     def change(thread: int) -> None:
         for index in range(10):
@@ -118,6 +147,19 @@ def test_a_file_from_elsewhere_is_told_apart_although_its_version_is_the_same(tm
     one, other = opened(tmp_path / "one"), opened(tmp_path / "other")
     assert one.put(alias()).version.number == other.put(alias()).version.number
     assert one.table().version != other.table().version
+
+
+@needs_redis
+def test_without_redis_changes_are_refused_and_another_database_is_another_epoch(redis: Redis) -> None:
+    store = RedisAliasStore(redis.url)
+    before = store.put(alias())
+    redis.stop()
+    for call in (store.table, lambda: store.put(alias("two")), lambda: store.remove("mine")):
+        with pytest.raises(NotReady, match="the registry is starting"):
+            call()
+    redis.start()
+    assert store.put(alias()).aliases == before.aliases
+    assert store.table().version.epoch != before.version.epoch
 
 
 # What requests mean
