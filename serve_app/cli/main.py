@@ -62,14 +62,28 @@ def root(
 
 
 @app.command(rich_help_panel="The service")
-def check(config: ServeFile, as_json: AsJson = False) -> None:
+def check(
+    config: ServeFile,
+    gpus: Annotated[int | None, typer.Option(min=0, help="The GPUs of the cluster, to compare with.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Validate a whole Serve file strictly; Serve itself ignores unknown keys silently."""
     report = _valid(config, as_json=as_json)
+    least, most = report.gpus
+    if gpus is not None and least > gpus:
+        fault = f"the fewest replicas of all bases need {least} GPUs, and there are {gpus}: lower min_replicas"
+        with reporting(as_json=as_json):
+            raise CommandFailed(f"{config}: {fault}", "too_few_gpus")
     if as_json:
         bases = [base.id for application in report.applications for base in application.bases]
-        print_json({"valid": True, "url": report.url, "bases": bases})
-    else:
-        out.print(f"{config}: valid; " + ", ".join(report.summary), soft_wrap=True)
+        needed = {"fewest_replicas": least, "most_replicas": most}
+        print_json({"valid": True, "url": report.url, "bases": bases, "gpus": needed})
+        return
+    out.print(f"{config}: valid; " + ", ".join(report.summary), soft_wrap=True)
+    if most:
+        needed = f"GPUs: {least} for the fewest replicas of all bases, {most} for the most"
+        short = f"; with {gpus} some replicas wait for a GPU when all bases are busy" if gpus and most > gpus else ""
+        out.print(needed + short, soft_wrap=True)
 
 
 @app.command(rich_help_panel="The service")

@@ -6,7 +6,8 @@ with the fields that Serve's own schema knows, and the application's `args` with
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
@@ -50,6 +51,14 @@ class ServeFileReport:
         return [f"{base.id} ({base.dtype})" for config in self.applications for base in config.bases]
 
     @property
+    def gpus(self) -> tuple[int, int]:
+        """How many GPUs all bases need with their fewest replicas, and with their most."""
+        bases = [base for config in self.applications for base in config.bases]
+        least = [(base.autoscaling.min_replicas, base.replica.num_gpus) for base in bases]
+        most = [(base.autoscaling.max_replicas, base.replica.num_gpus) for base in bases]
+        return gpus_for(least), gpus_for(most)
+
+    @property
     def what_to_try(self) -> str:
         """Commands to try once the service is ready."""
         lines = [f"\n[bold green]ready[/] at {self.url}", ""]
@@ -86,6 +95,25 @@ def check_serve_file(path: Path) -> ServeFileReport:
         raise ServeFileInvalid(disagreements)
     host = "127.0.0.1" if options.host in ("0.0.0.0", "::") else options.host
     return ServeFileReport(url=f"http://{host}:{options.port}", applications=applications)
+
+
+def gpus_for(replicas: Iterable[tuple[int, float]]) -> int:
+    """Return how many GPUs hold (number, GPUs each) of replicas: whole ones, and fractions packed the largest first.
+
+    Ray may pack fractions less well, in the order in which replicas start.
+    """
+    listed = list(replicas)
+    whole = sum(count * math.ceil(each) for count, each in listed if each >= 1)
+    free: list[float] = []
+    for count, each in sorted(listed, key=lambda one: -one[1]):
+        for _ in range(count if 0 < each < 1 else 0):
+            # Ray counts GPUs in ten-thousandths.
+            room = next((index for index, left in enumerate(free) if left >= each - 1e-4), None)
+            if room is None:
+                free.append(1 - each)
+            else:
+                free[room] -= each
+    return whole + len(free)
 
 
 def timeout_disagreements(config: AppConfig, proxy_timeout_s: float | None) -> list[str]:

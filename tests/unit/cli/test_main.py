@@ -56,7 +56,18 @@ def test_check_prints_a_valid_file_as_json(run: Run) -> None:
         "valid": True,
         "url": "http://127.0.0.1:8000",
         "bases": ["demo/sdxl", "demo/sd15"],
+        "gpus": {"fewest_replicas": 0, "most_replicas": 0},
     }
+
+
+def test_check_compares_the_gpus_that_bases_need_with_those_there_are(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(SHIPPED.read_text().replace("num_cpus: 0.4", "num_cpus: 0.4, num_gpus: 1"))
+    said, enough, short = run("check", path), run("check", path, "--gpus", 2), run("check", path, "--gpus", 1)
+    assert "GPUs: 2 for the fewest replicas of all bases, 4 for the most" in said.stdout
+    assert "with 2 some replicas wait for a GPU when all bases are busy" in enough.stdout
+    assert (said.exit_code, enough.exit_code, short.exit_code) == (0, 0, 1)
+    assert "the fewest replicas of all bases need 2 GPUs, and there are 1: lower min_replicas" in short.stderr
 
 
 def test_check_prints_the_faults_of_an_invalid_file(run: Run, tmp_path: Path) -> None:

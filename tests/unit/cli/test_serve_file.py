@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file, timeout_disagreements
+from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file, gpus_for, timeout_disagreements
 from serve_app.config import AppConfig
 
 SHIPPED = Path(__file__).parents[3] / "serve_config.yaml"
@@ -106,3 +106,19 @@ def test_a_user_config_that_its_deployment_would_not_take_is_found(tmp_path: Pat
     data = yaml.safe_load(SHIPPED.read_text())
     data["applications"][0]["deployments"] = [{"name": name, "user_config": {"ingress": {"replicas": 3}}}]
     assert told in faults(tmp_path, yaml.safe_dump(data))
+
+
+@pytest.mark.parametrize(
+    ("replicas", "gpus"),
+    [
+        ([], 0),
+        ([(8, 0)], 0),
+        ([(2, 1), (1, 4)], 6),
+        ([(3, 0.33)], 1),
+        ([(1, 1 / 3), (2, 0.5), (2, 1 / 3)], 2),
+        ([(3, 0.6)], 3),
+        ([(2, 0.4), (2, 0.6)], 2),
+    ],
+)
+def test_fractions_of_gpus_are_packed(replicas: list[tuple[int, float]], gpus: int) -> None:
+    assert gpus_for(replicas) == gpus
