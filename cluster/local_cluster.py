@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import secrets
+import subprocess
 import sys
 import tempfile
 import threading
@@ -106,6 +107,16 @@ class LocalCluster:
     def kill(self, node_id: str) -> None:
         """End a node and all that runs on it, without a word to anybody."""
         self._cluster.remove_node(self._nodes.pop(node_id), allow_graceful=False)
+
+    def drain(self, node_id: str, *, within_s: int) -> None:
+        """Tell Serve that a node goes, as the pods of `cluster/kuberay` do before they end; it ends once it is idle."""
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", self._cluster.address,
+            "--node-id", node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the node goes",
+            "--deadline-remaining-seconds", str(within_s),
+        ]  # fmt: skip
+        subprocess.run(command, check=True)
+        self._nodes.pop(node_id)
 
     def metrics(self) -> str:
         """Return what Prometheus would read from all nodes now."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 import yaml
 
 from cluster.checks.monitoring import RULES, SERVE_METRICS, names_in
@@ -189,6 +190,20 @@ def test_a_lost_node_costs_no_request(nodes: LocalCluster) -> None:
         asked = sum(load.statuses.values())
         until(lambda: sum(load.statuses.values()) > asked + 30, "further answers")
     assert set(load.statuses) == {200}, load.statuses
+
+
+def test_a_drained_node_costs_no_request_and_ends_once_it_is_idle(nodes: LocalCluster) -> None:
+    leaving = next(node for node in nodes.nodes if node_holds(node, "LoraplexIngress"))
+    with under_load(nodes.url, callers=8) as load:
+        nodes.drain(leaving, within_s=330)
+        until(lambda: leaving not in alive_nodes(), "the node's end")
+        asked = sum(load.statuses.values())
+        until(lambda: sum(load.statuses.values()) > asked + 10, "further answers")
+    assert set(load.statuses) == {200}, load.statuses
+
+
+def alive_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def test_every_metric_of_the_rules_and_the_dashboard_is_exported(nodes: LocalCluster) -> None:
