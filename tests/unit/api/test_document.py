@@ -59,7 +59,7 @@ def test_the_document_has_the_events_of_streams_and_the_headers_of_replies(clien
     } | {"error"}
     assert set(told) - {"error"} == {
         name
-        for model in ("ProgressEvent", "PartialImageEvent", "CompletedEvent")
+        for model in ("StartingEvent", "ProgressEvent", "PartialImageEvent", "CompletedEvent")
         for name in document["components"]["schemas"][model]["properties"]["type"]["enum"]
     }
     for status in ("429", "503"):

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping
 
 import pytest
-from ray.serve.schema import DeploymentDetails, DeploymentStatus, ReplicaDetails
+from ray.serve.schema import DeploymentDetails, ReplicaDetails
 
 from serve_app.deployments.registry.replica_counts import ReplicaCount, ReplicaCounts, count_of, start_failure
 from tests.clock import Clock
@@ -73,5 +73,5 @@ def replica(state: str, asked_at: float, node: str | None) -> ReplicaDetails:
 
 def test_a_start_counts_from_its_oldest_replica_and_is_placed_with_its_first() -> None:
     replicas = [replica("STARTING", 20.0, None), replica("STARTING", 10.0, "a"), replica("STOPPING", 5.0, "a")]
-    deployment = DeploymentDetails.model_construct(replicas=replicas, message="", status=DeploymentStatus.UPDATING)
+    deployment = DeploymentDetails.model_construct(replicas=replicas, message="", status="UPDATING")
     assert count_of(deployment) == ReplicaCount(0, 2, since_s=10.0, is_placed=True)
