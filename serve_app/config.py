@@ -59,11 +59,12 @@ class BaseModelConfig(StrictModel):
     base; `scheduler_options` change the configuration of its own one, such as `shift` or `rescale_betas_zero_snr`.
     `fused` adapters, such as a distillation, are fused into the loaded weights once and belong to the base.
     `prompt_syntax` is that of requests which name none. `quantization` packs the denoiser's weights while they are
-    loaded; adapters then lie beside its layers, unfused.
+    loaded; adapters then lie beside its layers, unfused. The service is ready once every `required` base runs.
     """
 
     id: str
     aliases: tuple[str, ...] = ()
+    required: bool = False
     source: ModelSource
     vae: ModelSource | None = None
     parts: dict[str, ModelSource] = Field(default_factory=dict)
@@ -107,12 +108,17 @@ class BaseModelConfig(StrictModel):
             raise ValueError(f"{self.id}: the single file of a part takes no 'config': it has that of its base")
         if defaults.width * defaults.height > limits.max_pixels:
             raise ValueError(f"{self.id}: the default size is over max_pixels {limits.max_pixels}")
+        self._check_replicas()
+        return self
+
+    def _check_replicas(self) -> None:
+        if self.required and not self.autoscaling.min_replicas:
+            raise ValueError(f"{self.id}: 'required' goes with min_replicas of 1 or more: at zero it is not ready")
         if self.replica.max_ongoing_requests < self.autoscaling.target_ongoing_requests:
             raise ValueError(
                 f"{self.id}: max_ongoing_requests {self.replica.max_ongoing_requests} is under "
                 f"target_ongoing_requests {self.autoscaling.target_ongoing_requests:g}: it would never scale up"
             )
-        return self
 
     def _check_quantization(self) -> None:
         parts = [part for name, part in self.part_sources.items() if name in ("unet", "transformer")]

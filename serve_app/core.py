@@ -165,10 +165,14 @@ class PixelMask:
 
 @dataclass(frozen=True, slots=True)
 class WallClockDeadline:
-    """The deadline of a request: `at` in seconds since 1970, `limit_s` after it arrived."""
+    """How long a request may take: until `at`, in seconds since 1970, `limit_s` after it arrived.
+
+    `waits_for_start` is False where its caller does not wait for a base that has no replica yet.
+    """
 
     at: float
     limit_s: float
+    waits_for_start: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +327,7 @@ class GenerationResult:
     """The images of one request, with their seeds, adapters and timings.
 
     `batch_size` counts the images of the device pass; with 1 the result is bit-reproducible. `compute_s` is the time on
-    the device.
+    the device, and `device_s` the request's own part of it where others shared the pass.
     """
 
     request_id: str
@@ -336,6 +340,7 @@ class GenerationResult:
     device: str
     batch_size: int
     warnings: tuple[str, ...] = ()
+    device_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,6 +352,14 @@ class Accepted:
     width: int
     height: int
     steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Starting:
+    """No replica of the base runs: one will in `expected_s`, None where that is not known or depends on room."""
+
+    expected_s: float | None
+    has_room: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,18 +388,5 @@ class Preview:
     image: PixelImage
 
 
-GenerationEvent = Accepted | Progress | Preview | GenerationResult
-"""The events of a stream: first one `Accepted`, then progress and previews, last the result."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """A model that a request may name: a base, or an adapter with its base.
-
-    `created` is in seconds since 1970, 0 if unknown.
-    """
-
-    id: str
-    base_id: str | None
-    owned_by: str
-    created: int
+GenerationEvent = Accepted | Starting | Progress | Preview | GenerationResult
+"""The events of a stream: first one `Accepted`, then starts, progress and previews, last the result."""

@@ -140,12 +140,12 @@ class StoreAccessDenied(AccessDenied):
 
 
 class AdminRequired(LoraplexError):
-    """A valid key that may not change the registry."""
+    """A valid key that may not do what admins may."""
 
     key: str
     status = 403
     code = "admin_required"
-    template = "the key '{key}' may not change the registry; use an admin key"
+    template = "the key '{key}' may not change the registry or read the usage of all keys; use an admin key"
 
 
 class ForeignOrigin(LoraplexError):
@@ -304,12 +304,13 @@ class Unavailable(LoraplexError):
 
 
 class NotReady(Unavailable):
-    """The base has no running replica yet."""
+    """The base has no running replica yet; `what` it does instead."""
 
     base: str
     retry_after_s: int = 5
+    what: str = "is starting"
     code = "not_ready"
-    template = "{base} is starting; try again in {retry_after_s} s"
+    template = "{base} {what}; try again in {retry_after_s} s"
 
 
 class BaseUnusable(Unavailable):

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.routing import Route
 
 # Who gets in.
-OPEN, KEYED, CHANGING = "open", "keyed", "changing"
+OPEN, KEYED, ADMIN = "open", "keyed", "admin"
 # What of a private adapter a route could give away: nothing, that it is there, or what it draws.
 NOTHING, LISTED, NAMED = "nothing", "listed", "named"
 
@@ -43,12 +43,13 @@ MATRIX: dict[tuple[str, str], Rule] = {
     ("GET", "/v1/pictures/{name:path}"): Rule(KEYED, NAMED),
     ("GET", "/v1/replicas"): Rule(KEYED, LISTED),
     ("GET", "/v1/bases"): Rule(KEYED),
+    ("GET", "/v1/usage"): Rule(ADMIN),
     ("GET", "/docs"): Rule(KEYED),
     ("GET", "/openapi.json"): Rule(KEYED),
     ("HEAD", "/openapi.json"): Rule(KEYED),
-    ("POST", "/v1/loras"): Rule(CHANGING, NAMED),
-    ("DELETE", "/v1/loras/{name:path}"): Rule(CHANGING, NAMED),
-    ("POST", "/v1/loras/{name:path}/preload"): Rule(CHANGING, NAMED),
+    ("POST", "/v1/loras"): Rule(ADMIN, NAMED),
+    ("DELETE", "/v1/loras/{name:path}"): Rule(ADMIN, NAMED),
+    ("POST", "/v1/loras/{name:path}/preload"): Rule(ADMIN, NAMED),
 }
 
 

@@ -26,6 +26,7 @@ from serve_app.api.pages import pages, status
 from serve_app.api.pictures.decoder import PictureDecoder
 from serve_app.api.registry import pictures as adapter_pictures
 from serve_app.api.registry import routes as registry
+from serve_app.api.registry import usage
 from serve_app.config import IngressSettings
 
 
@@ -70,7 +71,7 @@ def create_app(
         )
     decoder = decoder or PictureDecoder(max_pixels=settings.max_image_pixels, limit_s=settings.decode_timeout_s)
     app.state.services = Services(gateway, settings, decoder, now)
-    for routed in (status, inference, images, models, registry, adapter_pictures, document, pages):
+    for routed in (status, inference, images, models, registry, adapter_pictures, usage, document, pages):
         # Not `include_router`: that hides the routes, and access is decided by them.
         app.router.routes.extend(routed.router.routes)
     return app

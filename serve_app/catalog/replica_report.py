@@ -1,4 +1,4 @@
-"""Where adapters are resident and how often they are used: the values that replicas report and lists show.
+"""What bases do, where adapters are resident and how much both are used: what replicas report and lists show.
 
 Must not know how they are collected or sent.
 """
@@ -78,6 +78,31 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseState:
+    """What a base does; `since_s` is in seconds since 1970, `expected_s` until a replica can draw, None if unknown.
+
+    A base is "waiting" while no node has room for its replica, and "stopped" where the next request starts one. The
+    `reason` says why it waits or has failed.
+    """
+
+    state: Literal["running", "starting", "waiting", "failed", "stopped"]
+    since_s: float | None = None
+    expected_s: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DayUsage:
+    """What was drawn on one day (UTC, "2026-11-30") with one key, None for no key, on one base."""
+
+    day: str
+    key: str | None
+    base_id: str
+    images: int
+    device_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class KnownAdapter:
     """An adapter that can be listed, the largest rank of its layers, and how its files present it.
 
@@ -125,3 +150,16 @@ class Removal:
     id: str
     was_alias: bool
     replicas: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """A model that a request may name: a base, or an adapter with its base.
+
+    `created` is in seconds since 1970, 0 if unknown.
+    """
+
+    id: str
+    base_id: str | None
+    owned_by: str
+    created: int

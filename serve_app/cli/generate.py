@@ -179,6 +179,8 @@ def _draw_sheet(
 
 
 def _how_far(step: Step) -> str:
+    if step.is_starting:
+        return "the base starts" + ("" if step.expected_s is None else f", ready in about {step.expected_s:.0f} s")
     if step.step:
         aside = ", set aside for shorter requests" if step.queue_position else ""
         return f"drawing: step {step.step} of {step.steps}{aside}"

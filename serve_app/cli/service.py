@@ -44,11 +44,16 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The progress of a request; `queue_position` counts those before it, None before it is queued."""
+    """The progress of a request; `queue_position` counts those before it, None before it is queued.
+
+    `is_starting` says that its base has no replica yet; one is expected in `expected_s`, None where that is unknown.
+    """
 
     queue_position: int | None
     step: int
     steps: int
+    is_starting: bool = False
+    expected_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,8 @@ class ServiceClient:
                     raise CommandFailed(str(event["error"]["message"]), str(event["error"]["code"]))
                 if event.get("type", "").endswith(".progress"):
                     on_step(Step(event["queue_position"], event["step"], event["steps"]))
+                elif event.get("type", "").endswith(".starting"):
+                    on_step(Step(None, 0, 0, is_starting=True, expected_s=event["expected_s"]))
                 elif event.get("type", "").endswith(".completed"):
                     images.append(event)
         if not images:

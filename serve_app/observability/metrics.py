@@ -72,6 +72,7 @@ CHANGING = MetricSpec("loraplex_changing_seconds", "Device time of those changes
 SHARE = MetricSpec(
     "loraplex_share_device_seconds", "Device time by key, each told by a hash; few of them.", ("base", "share")
 )
+SHARE_IMAGES = MetricSpec("loraplex_share_images", "Images by key, each told by a hash; few.", ("base", "share"))
 DENOISE = MetricSpec("loraplex_denoise_seconds", "Denoising steps.", ("base",), SECONDS)
 DECODE = MetricSpec("loraplex_decode_seconds", "Decoding latents to pixels.", ("base",), SECONDS)
 BATCH = MetricSpec("loraplex_batch_images", "Images that shared the device pass.", ("base",), IMAGES)
@@ -108,7 +109,10 @@ SHORTAGES = MetricSpec(
 BACKLOG = MetricSpec("loraplex_backlog_seconds", "Predicted work that runs, waits or fetches adapters.", ("base",))
 PREDICTED = MetricSpec("loraplex_predicted_seconds", "Predicted time of finished passes.", ("base",))
 BUSY = MetricSpec("loraplex_busy_seconds", "Measured time of finished passes.", ("base",))
-START = MetricSpec("loraplex_start_seconds", "From the start of a replica to its first request.", ("base",))
+START = MetricSpec("loraplex_start_seconds", "From when Serve asked for a replica to its first request.", ("base",))
+START_WAITS = MetricSpec(
+    "loraplex_start_waits", "Requests that found no replica, by what became of their wait.", ("base", "outcome")
+)
 WARMED = MetricSpec("loraplex_warmed_adapters", "Adapters fetched before a replica's first request.", ("base",))
 ROUTED = MetricSpec(
     "loraplex_routed",
@@ -121,7 +125,7 @@ ACCESS = MetricSpec("loraplex_access_checks", "Checks of a caller's access with 
 DECLARED = (
     ALIASES, ACCESS,
     REQUESTS, REFUSALS, RETRIES, LOST,
-    SUSPENDED, SLOWDOWN, CHANGES, CHANGING, SHARE,
+    SUSPENDED, SLOWDOWN, CHANGES, CHANGING, SHARE, SHARE_IMAGES, START_WAITS,
     QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, LOOKUPS, FILES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
     QUARANTINED, SHORTAGES, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED, BY_ADAPTER, DEVICE_BY_ADAPTER, SPANS,
 )  # fmt: skip
@@ -206,14 +210,12 @@ class AdapterMetrics:
 
     def drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
         """Count a request that got its images; it counts for each of its adapters."""
-        # Requests of one pass share its time.
-        device_s = result.compute_s * request.num_images / max(result.batch_size, 1)
         for use in request.adapters:
             name = self._names.label(use.spec.id) if request.hub_token is None else PRIVATE
             labels = {"base": request.base_id, "adapter": name}
             self._requests.inc(1, labels)
-            if device_s > 0:
-                self._device_s.inc(device_s, labels)
+            if result.device_s > 0:
+                self._device_s.inc(result.device_s, labels)
 
 
 class IngressMetrics:
@@ -224,6 +226,7 @@ class IngressMetrics:
         self._requests = factory.counter(REQUESTS)
         self._refusals = factory.counter(REFUSALS)
         self._retries = factory.counter(RETRIES)
+        self._start_waits = factory.counter(START_WAITS)
         self._aliases = factory.gauge(ALIASES)
         self._access = factory.counter(ACCESS)
 
@@ -234,6 +237,10 @@ class IngressMetrics:
     def refused(self, code: str) -> None:
         """Count an error by its stable code."""
         self._refusals.inc(1, {"code": code})
+
+    def start_waited(self, base_id: str, outcome: str) -> None:
+        """Count a request that found no replica: one "started" for it, it was "refused", or the base has "failed"."""
+        self._start_waits.inc(1, {"base": base_id, "outcome": outcome})
 
     def aliases_known(self, count: int) -> None:
         """Report how many aliases this replica knows."""
@@ -274,6 +281,7 @@ class ReplicaMetrics:
         self._changing = factory.counter(CHANGING)
         self._changes_reported, self._changing_reported = 0, 0.0
         self._share = factory.counter(SHARE)
+        self._share_images = factory.counter(SHARE_IMAGES)
         self._shares = BoundedLabels(SHARES_TOLD, clock=clock)
         self._queue = factory.histogram(QUEUE)
         self._fetch = factory.histogram(FETCH)
@@ -313,10 +321,11 @@ class ReplicaMetrics:
         if device_ms > 0:
             self._slowdown.observe((timings.queue_ms + timings.suspended_ms + device_ms) / device_ms, self._base)
 
-    def shared(self, share: str, device_s: float) -> None:
-        """Count device time of a caller, told by a hash; callers without a key are "none"."""
-        label = self._shares.label(share) if share else "none"
-        self._share.inc(device_s, {**self._base, "share": label})
+    def shared(self, share: str, device_s: float, *, images: int) -> None:
+        """Count images of a caller, told by a hash, and their device time; callers without a key are "none"."""
+        labels = {**self._base, "share": self._shares.label(share) if share else "none"}
+        self._share.inc(device_s, labels)
+        self._share_images.inc(images, labels)
 
     def changed(self, *, changes: int, changing_s: float) -> None:
         """Report how often the adapters in the weights changed since the start, and how long that took."""

@@ -27,6 +27,7 @@ from tests.replicas.controlled import (
     BREAKS_AFTER_PREVIEW,
     HANGS,
     IS_FULL,
+    LATE,
     MAX_ONGOING,
     MAX_QUEUED,
     OVERFLOWS,
@@ -43,6 +44,31 @@ PLAIN, STREAMED = {"lora": NIGHT, "seed": 40}, {"seed": 41, "size": "96x96", "nu
 
 # Of the first test this is also the time in which cluster and service start; some wait for a new replica.
 pytestmark = pytest.mark.timeout(1200)
+
+
+def test_callers_of_a_base_at_zero_are_told_when_to_come_back_and_then_get_their_images(
+    controlled: tuple[Service, Device],
+) -> None:
+    service, _ = controlled
+    plain = {"json": {"inputs": PROMPT}, "headers": {"x-wait-for-model": "false"}}
+
+    def state() -> str:
+        return next(base["state"] for base in service.http.get("/v1/bases").json() if base["id"] == LATE)
+
+    assert state() == "stopped"
+    refused = service.http.post(f"/models/{LATE}", **plain)
+    assert (refused.status_code, refused.json()["code"]) == (503, "not_ready"), refused.text
+    assert refused.json()["error"] == f"{LATE} is starting; try again in {refused.headers['retry-after']} s"
+    # The one that was refused had it start.
+    until(lambda: state() != "stopped", "a start")
+    with streamed(service, PROMPT, model=LATE) as lines:
+        names = [line.removeprefix("event: image_generation.") for line in lines if line.startswith("event: ")]
+    assert names[:2] == ["progress", "starting"]
+    assert names[-1] == "completed"
+    assert service.http.post(f"/models/{LATE}", **plain).status_code == 200
+    (usage,) = (row for row in service.http.get("/v1/usage").json()["data"] if row["base_model"] == LATE)
+    assert usage["images"] == 2
+    assert usage["device_seconds"] > 0
 
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(controlled: tuple[Service, Device]) -> None:

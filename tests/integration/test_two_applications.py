@@ -74,7 +74,7 @@ def test_a_failing_post_of_another_application_runs_once_and_its_reply_is_its_ow
 
 
 def test_requests_of_ours_come_through_the_layers(controlled: tuple[Service, Device]) -> None:
-    assert controlled[0].http.get("/health?verbose").json() == {"ok": "ok", "notices": []}
+    assert controlled[0].http.get("/health?verbose").json()["notices"] == []
 
 
 def test_callers_of_another_application_are_refused_nothing_while_ours_is_full(

@@ -32,6 +32,8 @@ PATIENCE_S = 120
 # No hold is taken for a slow device: predictions learn from how long passes took.
 NO_LIMIT_S = 36_000.0
 APP, BASE = "controlled", "demo/sd15"
+# Has no replica until it is asked for.
+LATE = "demo/late"
 # A replica's state can be asked for while fewer requests are with it. As many as it takes at once find room to wait
 # until they are with it, or with the next.
 MAX_ONGOING, MAX_QUEUED = 5, 8
@@ -149,7 +151,8 @@ class Device:
 
 @contextmanager
 def controlled_service(port: int, cache_dir: Path) -> Iterator[tuple[Service, Device]]:
-    """A service of its own, where each base has one replica that can be controlled and takes few requests."""
+    """A service of its own, where each base has one replica that can be controlled and takes few requests; one base has
+    none at first."""
     replica = base_settings(BASE)["replica"] | {
         "max_backlog_s": NO_LIMIT_S,
         "max_ongoing_requests": MAX_ONGOING,
@@ -159,7 +162,10 @@ def controlled_service(port: int, cache_dir: Path) -> Iterator[tuple[Service, De
     }
     config = AppConfig.model_validate(
         {
-            "bases": [base_settings(base, replica=replica) for base in (BASE, "demo/sdxl")],
+            "bases": [
+                *(base_settings(base, replica=replica) for base in (BASE, "demo/sdxl")),
+                base_settings(LATE, source={"embedded": BASE}, replica=replica, autoscaling={"min_replicas": 0}),
+            ],
             "adapters": {"embedded": True, "hub": {"enabled": False}},
             "ingress": {"replicas": 1, "num_cpus": 0.1, "request_timeout_s": NO_LIMIT_S, "body_timeout_s": 5.0},
             "cache_dir": str(cache_dir),

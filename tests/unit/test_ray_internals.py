@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "serve_app"
 # A private module of Ray; an attribute, a hook or a switch of Serve's that its documentation does not have.
-INTERNAL = re.compile(r"ray(\.\w+)*\._[\w.]+|proxy_router|_push_\w+|__serve_\w+|RAY_SERVE_\w+|ray\.serve")
+INTERNAL = re.compile(
+    r"ray(\.\w+)*\._[\w.]+|proxy_router|_get_global_client|_push_\w+|__serve_\w+|RAY_SERVE_\w+|ray\.serve"
+)
 
 
 def names_of(tree: ast.AST) -> Iterator[str]:

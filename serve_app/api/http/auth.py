@@ -1,12 +1,13 @@
 """Access by keys, checked before any route.
 
 Access is decided by the route that will answer, never by the path: routes of `OpenRoute` need no key, those of
-`DrawingRoute` any key. Every other route needs a key to read and an admin key for the rest. Never logs or repeats what
-was presented.
+`DrawingRoute` any key, those of `AdminRoute` an admin key. Every other route needs a key to read and an admin key for
+the rest. Never logs or repeats what was presented.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import logging
 from collections.abc import Callable
@@ -39,6 +40,10 @@ class DrawingRoute(APIRoute):
     """A route that draws, and changes nothing: any key will do."""
 
 
+class AdminRoute(APIRoute):
+    """A route that tells of all callers, and that admins alone may read."""
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """The rules in force.
@@ -56,6 +61,8 @@ class Access:
 
 def need_of(route: BaseRoute | None, method: str) -> Need:
     """Return what a request to a route needs, where keys are configured; None is no route, which answers 404 or 405."""
+    if isinstance(route, AdminRoute):
+        return "admin"
     if route is None or method in READING:
         return "nothing" if isinstance(route, OpenRoute) else "key"
     return "key" if isinstance(route, DrawingRoute) else "admin"
@@ -106,12 +113,17 @@ class Authentication:
         """
         headers, keys = Headers(scope=scope), self._access.keys()
         key: ApiKey | None = None
-        if keys and (need := need_of(route_of(scope), scope["method"])) != "nothing":
+        is_known = not keys
+        need = need_of(route_of(scope), scope["method"])
+        if keys and need != "nothing":
             key = _presented(headers, keys)
             if need == "admin" and not key.admin:
                 raise AdminRequired(key.name)
+        elif keys:
+            with contextlib.suppress(Unauthorized):
+                is_known = bool(_presented(headers, keys))
         token = read_hub_token(headers, is_key_in_authorization=bool(keys)) if self._access.takes_hub_tokens else None
-        return key, Caller(None if key is None else key.name, hub_token=token)
+        return key, Caller(None if key is None else key.name, hub_token=token, is_known=is_known or key is not None)
 
     async def _metered(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
         try:

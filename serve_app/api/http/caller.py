@@ -37,11 +37,15 @@ class ImageQuota(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The sender of a request; `key` is the name of its key, None if none are configured."""
+    """The sender of a request; `key` is the name of its key, None if none are configured or none is needed.
+
+    `is_known` is False where keys are configured and it brought none.
+    """
 
     key: str | None = None
     allowance: ImageQuota | None = None
     hub_token: HubToken | None = None
+    is_known: bool = True
 
 
 NOBODY = Caller()

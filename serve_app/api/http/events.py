@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 # A comment, which clients pass over (HTML standard, "Server-sent events"): a proxy that sees it keeps the connection.
 KEEP_ALIVE = b": keep-alive\n\n"
-# The last part of the names of events that say no more than how far the work is.
+# The last parts of the names of events that say no more than how far the work is, and when it can begin.
 PROGRESS = "progress"
+STARTING = "starting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def _is_comment(block: bytes) -> bool:
 
 def _tells_progress(block: bytes) -> bool:
     name, _, _ = block.partition(b"\n")
-    return name.startswith(b"event: ") and name.endswith(f".{PROGRESS}".encode())
+    return name.startswith(b"event: ") and name.endswith((f".{PROGRESS}".encode(), f".{STARTING}".encode()))
 
 
 async def _write(send: Send, body: bytes) -> None:

@@ -6,7 +6,7 @@ Owns the interface alone; `serve_app.deployments` implements it, tests give it a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Protocol
 
@@ -15,10 +15,18 @@ from starlette.requests import Request
 
 from serve_app.api.pictures.decoder import PictureDecoder
 from serve_app.catalog.pictures import Shrink
-from serve_app.catalog.replica_report import LoraReport, Preloaded, Removal, ReplicaReport
+from serve_app.catalog.replica_report import (
+    BaseState,
+    DayUsage,
+    LoraReport,
+    ModelInfo,
+    Preloaded,
+    Removal,
+    ReplicaReport,
+)
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig, IngressSettings
-from serve_app.core import GenerationEvent, GenerationResult, HubToken, ModelInfo, UnresolvedRequest
+from serve_app.core import GenerationEvent, GenerationResult, HubToken, UnresolvedRequest
 
 
 class Registry(Protocol):
@@ -33,6 +41,18 @@ class Registry(Protocol):
 
     def default_base(self) -> BaseModelConfig:
         """Return the base that serves a request which names none."""
+        ...
+
+    async def states(self) -> Mapping[str, BaseState]:
+        """Return what each base does, by id; answered in milliseconds."""
+        ...
+
+    async def usage(self, since: str) -> tuple[DayUsage, ...]:
+        """Return what was drawn from a day (UTC, "2026-11-30") on, by day, key and base.
+
+        Raises:
+            LoraplexError: it cannot be read now.
+        """
         ...
 
     async def loras(self, *, token: HubToken | None) -> tuple[LoraReport, ...]:
@@ -119,7 +139,7 @@ class Gateway(Protocol):
         ...
 
     async def is_ready(self) -> bool:
-        """Whether any base can serve now; answered in milliseconds."""
+        """Whether the bases that must run do; answered in milliseconds."""
         ...
 
     async def models(self) -> tuple[ModelInfo, ...]:

@@ -29,6 +29,15 @@ TIMEOUT_PARAMETER = header_parameter(
     type="number",
     exclusiveMinimum=0,
 )
+# Hugging Face's clients know it; older ones send "1".
+WAIT_HEADER = "x-wait-for-model"
+_WAITS = {"": True, "true": True, "1": True, "false": False, "0": False}
+WAIT_PARAMETER = header_parameter(
+    WAIT_HEADER,
+    "'false': where no replica of the base runs, the answer is 503 at once; one starts all the same",
+    type="string",
+    enum=["true", "false"],
+)
 
 
 class ClientDisconnected(Exception):
@@ -37,10 +46,14 @@ class ClientDisconnected(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """When a request must be answered: `limit_s` after it began, at `ends_at` on `time.monotonic`."""
+    """When a request must be answered: `limit_s` after it began, at `ends_at` on `time.monotonic`.
+
+    `waits_for_start` is False for a caller that does not wait for a base without a running replica.
+    """
 
     limit_s: float
     ends_at: float
+    waits_for_start: bool = True
 
     @property
     def left_s(self) -> float:
@@ -53,8 +66,11 @@ def deadline_of(request: Request, max_s: float) -> Deadline:
 
     Raises:
         MalformedRequest: the header is no number.
-        OutOfBounds: it asks for more than `max_s`, or for nothing.
+        OutOfBounds: it asks for more than `max_s`, or for nothing; or the other header is neither true nor false.
     """
+    waits = _WAITS.get(request.headers.get(WAIT_HEADER, "").strip().lower())
+    if waits is None:
+        raise OutOfBounds(WAIT_HEADER, clip(request.headers[WAIT_HEADER]), "true or false")
     asked = request.headers.get(TIMEOUT_HEADER, "").strip()
     try:
         limit_s = float(asked) if asked else max_s
@@ -64,7 +80,7 @@ def deadline_of(request: Request, max_s: float) -> Deadline:
     if not 0 < limit_s <= max_s:
         shown = limit_s if math.isfinite(limit_s) else asked[:20]
         raise OutOfBounds(TIMEOUT_HEADER, shown, f"over 0 and at most {max_s:g}")
-    return Deadline(limit_s, time.monotonic() + limit_s - request_age_s(request))
+    return Deadline(limit_s, time.monotonic() + limit_s - request_age_s(request), waits)
 
 
 async def run_until_disconnect(request: Request, call: Coroutine[Any, Any, T], *, deadline: Deadline) -> T:
@@ -177,6 +193,5 @@ def priority_of(request: Request) -> Priority:
 
 def with_scheduling(unresolved: UnresolvedRequest, *, priority: Priority, deadline: Deadline) -> UnresolvedRequest:
     """Return the request with its place in the queue; its deadline is put in the time that all nodes share."""
-    return replace(
-        unresolved, priority=priority, due=WallClockDeadline(at=time.time() + deadline.left_s, limit_s=deadline.limit_s)
-    )
+    due = WallClockDeadline(time.time() + deadline.left_s, deadline.limit_s, deadline.waits_for_start)
+    return replace(unresolved, priority=priority, due=due)

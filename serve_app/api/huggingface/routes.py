@@ -32,6 +32,7 @@ from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
     PRIORITY_PARAMETER,
     TIMEOUT_PARAMETER,
+    WAIT_PARAMETER,
     Deadline,
     deadline_of,
     priority_of,
@@ -74,6 +75,7 @@ _BODY: dict[str, Any] = {
             maxLength=MAX_NAME_LENGTH,
         ),
         TIMEOUT_PARAMETER,
+        WAIT_PARAMETER,
         PRIORITY_PARAMETER,
         REQUEST_ID_PARAMETER,
     ],

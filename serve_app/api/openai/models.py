@@ -15,7 +15,7 @@ from serve_app.api.http.gateway import ServicesOf
 from serve_app.api.http.schemas import ERROR_REPLIES
 from serve_app.api.http.validation import clip
 from serve_app.api.openai.schemas import Model, ModelList
-from serve_app.core import ModelInfo
+from serve_app.catalog.replica_report import ModelInfo
 from serve_app.errors import ModelNotFound, OutOfBounds
 
 MAX_PAGE = 1000

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import asdict, replace
 
-from serve_app.api.http.events import PROGRESS, ServerEvent
+from serve_app.api.http.events import PROGRESS, STARTING, ServerEvent
 from serve_app.api.openai.schemas import (
     AdapterReport,
     CompletedEvent,
@@ -21,6 +21,7 @@ from serve_app.api.openai.schemas import (
     PartialImageEvent,
     ProgressEvent,
     Report,
+    StartingEvent,
 )
 from serve_app.api.pictures.images import encode_image, off_loop, pixels_of, resized
 from serve_app.core import (
@@ -33,6 +34,7 @@ from serve_app.core import (
     PixelImage,
     Preview,
     Progress,
+    Starting,
 )
 from serve_app.errors import OutOfBounds
 
@@ -83,6 +85,8 @@ async def event_replies(
             async for event in events:
                 if isinstance(event, Progress):
                     yield _event(ProgressEvent(type=f"{kind}.{PROGRESS}", **asdict(event)))
+                elif isinstance(event, Starting):
+                    yield _event(_starting(event, accepted, kind))
                 elif isinstance(event, Preview):
                     pixels = accepted.width * accepted.height
                     yield await off_loop(pixels, _preview, event, accepted, asked, kind, int(now()))
@@ -91,6 +95,15 @@ async def event_replies(
                     for index in range(len(event.images)):
                         pixels = pixels_of(event.images[index])
                         yield await off_loop(pixels, _completed, event, index, asked, kind, int(now()))
+
+
+def _starting(event: Starting, accepted: Accepted, kind: EventKind) -> StartingEvent:
+    return StartingEvent(
+        type=f"{kind}.{STARTING}",
+        base_model=accepted.base_id,
+        state="starting" if event.has_room else "waiting",
+        expected_s=None if event.expected_s is None else round(event.expected_s, 1),
+    )
 
 
 def _preview(event: Preview, accepted: Accepted, asked: ImageGeneration, kind: EventKind, created: int) -> ServerEvent:
@@ -127,7 +140,7 @@ def _completed(
     )
 
 
-def _event(event: ProgressEvent | PartialImageEvent | CompletedEvent) -> ServerEvent:
+def _event(event: StartingEvent | ProgressEvent | PartialImageEvent | CompletedEvent) -> ServerEvent:
     return ServerEvent(event.type, event.model_dump_json())
 
 

@@ -25,6 +25,7 @@ from serve_app.api.http.validation import clip
 from serve_app.api.http.waiting import (
     PRIORITY_PARAMETER,
     TIMEOUT_PARAMETER,
+    WAIT_PARAMETER,
     Deadline,
     deadline_of,
     each_while_connected,
@@ -53,7 +54,7 @@ _REPLIES: Replies = {
 
 def _body(kind: str, schema: str) -> dict[str, Any]:
     content = {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
-    parameters = [TIMEOUT_PARAMETER, PRIORITY_PARAMETER, REQUEST_ID_PARAMETER]
+    parameters = [TIMEOUT_PARAMETER, WAIT_PARAMETER, PRIORITY_PARAMETER, REQUEST_ID_PARAMETER]
     return {"requestBody": {"required": True, "content": content}, "parameters": parameters}
 
 

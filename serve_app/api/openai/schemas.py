@@ -213,6 +213,15 @@ class ProgressEvent(BaseModel):
     steps: int
 
 
+class StartingEvent(BaseModel):
+    """That no replica of the base runs yet; clients that do not know it pass it over."""
+
+    type: str = Field(json_schema_extra={"enum": _event_types("starting")})
+    base_model: str
+    state: Literal["starting", "waiting"] = Field(description="waiting: no node has room for a replica")
+    expected_s: float | None = Field(description="seconds until one runs, by the last start; null where unknown")
+
+
 class ImageEvent(BaseModel):
     """The fields of every event with an image."""
 
@@ -261,7 +270,7 @@ class ModelList(BaseModel):
     has_more: bool
 
 
-EVENTS = (ProgressEvent, PartialImageEvent, CompletedEvent)
+EVENTS = (StartingEvent, ProgressEvent, PartialImageEvent, CompletedEvent)
 """The data of a stream's events, beside an `ErrorEnvelope`, which ends a stream that failed."""
 
 
@@ -278,6 +287,7 @@ def _event_schema(names: JsonValue, data: type[BaseModel]) -> dict[str, Any]:
 EVENTS_SCHEMA: dict[str, Any] = {
     "description": "server-sent events, each of one of these forms",
     "oneOf": [
+        _event_schema(_event_types("starting"), StartingEvent),
         _event_schema(_event_types("progress"), ProgressEvent),
         _event_schema(_event_types("partial_image"), PartialImageEvent),
         _event_schema(_event_types("completed"), CompletedEvent),

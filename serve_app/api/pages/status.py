@@ -9,10 +9,11 @@ from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from serve_app.api.http.auth import OpenRoute
-from serve_app.api.http.gateway import ServicesOf
+from serve_app.api.http.caller import caller_of
+from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.negotiation import prefers_page
 from serve_app.api.http.schemas import ErrorBody
 from serve_app.api.pages.pages import asset_response, read_page
@@ -28,7 +29,14 @@ _REPLIES: dict[int | str, dict[str, Any]] = {
 }
 _HEALTH_REPLIES: dict[int | str, dict[str, Any]] = {
     **_REPLIES,
-    503: {"model": ErrorBody, "description": "no base can serve yet"},
+    503: {"model": ErrorBody, "description": "a base that must run does not"},
+}
+_VERBOSE: dict[str, Any] = {
+    "name": "verbose",
+    "in": "query",
+    "required": False,
+    "description": "whatever its value: say what each base does, to callers with a key where keys are configured",
+    "schema": {"type": "string"},
 }
 
 router = APIRouter(route_class=OpenRoute, tags=["Status"], default_response_class=Response)
@@ -47,10 +55,28 @@ async def status(request: Request) -> Response:
     return response
 
 
-@router.get("/health", operation_id="health", responses=_HEALTH_REPLIES)
+@router.get("/health", operation_id="health", responses=_HEALTH_REPLIES, openapi_extra={"parameters": [_VERBOSE]})
 @router.head("/health", include_in_schema=False)
-async def health(services: ServicesOf) -> Response:
-    """Say whether any base can serve; 503 while none can."""
-    if not await services.gateway.is_ready():
-        raise NotReady("every base model")
+async def health(request: Request, services: ServicesOf) -> Response:
+    """Say whether the bases that must run do, 503 while they do not; with `verbose`, what each base does."""
+    error = None if await services.gateway.is_ready() else NotReady("the service")
+    if "verbose" in request.query_params:
+        return await _verbose(request, services, error)
+    if error is not None:
+        raise error
     return Response(OK, media_type="application/json")
+
+
+async def _verbose(request: Request, services: Services, error: NotReady | None) -> Response:
+    content: dict[str, Any] = {"ok": "ok"} if error is None else {"error": str(error), "code": error.code}
+    content["notices"] = getattr(request.state, "notices", [])
+    # The ids of bases are for those who may list them.
+    if caller_of(request).is_known:
+        states = await services.gateway.registry.states()
+        content["bases"] = [
+            {"id": base, "state": one.state, "since": one.since_s, "expected_s": one.expected_s, "reason": one.reason}
+            for base, one in states.items()
+        ]
+    if error is None:
+        return JSONResponse(content)
+    return JSONResponse(content, error.status, {"retry-after": str(error.retry_after_s)})

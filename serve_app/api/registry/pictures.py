@@ -18,7 +18,14 @@ from serve_app.api.http.body import read_body
 from serve_app.api.http.caller import charge_quota, hub_token_of
 from serve_app.api.http.gateway import Services, ServicesOf
 from serve_app.api.http.schemas import ERROR_REPLIES
-from serve_app.api.http.waiting import TIMEOUT_PARAMETER, Deadline, deadline_of, run_until_disconnect, with_scheduling
+from serve_app.api.http.waiting import (
+    TIMEOUT_PARAMETER,
+    WAIT_PARAMETER,
+    Deadline,
+    deadline_of,
+    run_until_disconnect,
+    with_scheduling,
+)
 from serve_app.api.pictures.decoder import EncodedPicture
 from serve_app.api.pictures.images import off_loop, pixels_of, thumbnail
 from serve_app.api.registry.routes import MAX_BODY_BYTES, checked_name
@@ -53,7 +60,11 @@ async def picture(name: str, request: Request, services: ServicesOf) -> Response
     return _reply(request, found)
 
 
-@router.post("/v1/pictures/{name:path}", operation_id="draw_picture", openapi_extra={"parameters": [TIMEOUT_PARAMETER]})
+@router.post(
+    "/v1/pictures/{name:path}",
+    operation_id="draw_picture",
+    openapi_extra={"parameters": [TIMEOUT_PARAMETER, WAIT_PARAMETER]},
+)
 async def draw(name: str, request: Request, services: ServicesOf) -> Response:
     """Return the picture of an adapter or alias; where it has none, draw one with its trigger words, and keep it."""
     deadline = deadline_of(request, services.settings.request_timeout_s)

@@ -5,6 +5,7 @@ Owns `/v1/loras`, `/v1/replicas` and `/v1/bases` on the wire.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -39,7 +40,7 @@ from serve_app.api.registry.schemas import (
     Residence,
     ScalesReply,
 )
-from serve_app.catalog.replica_report import LoraReport, ReplicaReport
+from serve_app.catalog.replica_report import BaseState, LoraReport, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, Scale, Scales
@@ -85,13 +86,16 @@ async def replicas(request: Request, services: ServicesOf) -> Response:
 
 @router.get("/v1/bases", operation_id="list_bases", responses={200: {"model": list[Base]}, **ERROR_REPLIES})
 async def bases(services: ServicesOf) -> Response:
-    """List the bases, with the defaults and limits of each."""
+    """List the bases, with the state, the defaults and the limits of each."""
     registry = services.gateway.registry
     default, served = registry.default_base(), registry.bases()
-    reports = await registry.replicas(token=None)
+    reports, states = await asyncio.gather(registry.replicas(token=None), registry.states())
     known = {report.base_id: report.abilities for report in reports if report.abilities is not None}
-    content = _BASES.dump_json([_base(base, known.get(base.id), is_default=base.id == default.id) for base in served])
-    return Response(content, media_type="application/json")
+    told = [
+        _base(base, known.get(base.id), states.get(base.id, BaseState("starting")), is_default=base.id == default.id)
+        for base in served
+    ]
+    return Response(_BASES.dump_json(told), media_type="application/json")
 
 
 @router.post(
@@ -246,13 +250,17 @@ def _scale(scale: Scale) -> float | ScalesReply:
     return scale
 
 
-def _base(base: BaseModelConfig, known: BaseAbilities | None, *, is_default: bool) -> Base:
+def _base(base: BaseModelConfig, known: BaseAbilities | None, state: BaseState, *, is_default: bool) -> Base:
     limits = BaseLimits(**base.limits.model_dump())
     schedulers = list(base.schedulers or ())
     told = Base(
         id=base.id,
         aliases=list(base.aliases),
         is_default=is_default,
+        state=state.state,
+        since=state.since_s,
+        expected_s=state.expected_s,
+        reason=state.reason,
         defaults=BaseDefaults(**base.defaults.model_dump()),
         limits=limits,
         fused=[FusedLora(id=one.id, scale=one.scale) for one in base.fused],

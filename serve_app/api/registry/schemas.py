@@ -1,6 +1,6 @@
 """The fields of the registry's requests and replies.
 
-Owns the wire models of `/v1/loras`, `/v1/replicas` and `/v1/bases`.
+Owns the wire models of `/v1/loras`, `/v1/replicas`, `/v1/bases` and `/v1/usage`.
 """
 
 from __future__ import annotations
@@ -239,6 +239,12 @@ class Base(BaseModel):
     id: str
     aliases: list[str]
     is_default: bool
+    state: Literal["running", "starting", "waiting", "failed", "stopped"] = Field(
+        description="waiting: no node has room for a replica; stopped: it has none, and the next request starts one"
+    )
+    since: float | None = Field(description="when the start began, in seconds since 1970")
+    expected_s: float | None = Field(description="seconds until a replica runs, by the last start; null where unknown")
+    reason: str | None = Field(description="why it waits, or has failed")
     defaults: BaseDefaults
     limits: BaseLimits
     fused: list[FusedLora] = Field(description="adapters that are part of it")
@@ -254,3 +260,20 @@ class Base(BaseModel):
     fuses_adapters: bool | None = Field(
         default=None, description="false where it is quantised: adapters lie beside its layers, LoRA factors alone"
     )
+
+
+class Usage(BaseModel):
+    """What was drawn on one day with one key on one base."""
+
+    day: str = Field(description="of UTC, such as 2026-11-30")
+    key: str | None = Field(description="the name of the key; null for requests without one")
+    base_model: str
+    images: int
+    device_seconds: float = Field(description="the images' part of the time on devices")
+
+
+class UsageList(BaseModel):
+    """All of it, by day, key and base."""
+
+    object: Literal["list"] = "list"
+    data: list[Usage]

@@ -7,7 +7,6 @@ the store may block on the disk, so call it from a thread.
 from __future__ import annotations
 
 import copy
-import logging
 import sqlite3
 import threading
 import uuid
@@ -19,10 +18,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from serve_app.adapter_defaults import NO_DEFAULTS, AdapterDefaults
+from serve_app.catalog.resolving.sqlite_file import open_database
 from serve_app.core import AdapterRef
 from serve_app.errors import AccessDenied, HubUnavailable, ModelNotFound, NameTaken, OutOfBounds
-
-log = logging.getLogger(__name__)
 
 # Errors that a caller without access to the adapter may get.
 UNREADABLE = (ModelNotFound, AccessDenied, HubUnavailable)
@@ -123,16 +121,7 @@ class AliasStore:
         """Open or create the file; `clock` is in seconds since 1970."""
         self._clock = clock
         self._lock = threading.Lock()
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
-            self._database = _opened(path)
-        except sqlite3.DatabaseError as error:
-            aside = path.with_name(f"{path.name}.damaged-{uuid.uuid4().hex[:8]}")
-            log.error("the registry's file is damaged (%s); it is kept as %s", error, aside.name)
-            for suffix in ("", "-wal", "-shm"):
-                if (part := path.with_name(path.name + suffix)).exists():
-                    part.rename(aside.with_name(aside.name + suffix))
-            self._database = _opened(path)
+        self._database = open_database(path, _prepare)
 
     def table(self) -> AliasTable:
         """Return all aliases."""
@@ -183,20 +172,8 @@ def _target(model: str, revision: str | None, filename: str | None, defaults: st
     return AdapterRef(model, None, revision, filename, stated)
 
 
-def _opened(path: Path) -> sqlite3.Connection:
-    # Autocommit: transactions are begun by hand, so that the version and what it counts change together.
-    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10.0)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.executescript(_SCHEMA)
-        if "defaults" not in {row[1] for row in database.execute("PRAGMA table_info(aliases)")}:
-            database.execute("ALTER TABLE aliases ADD COLUMN defaults TEXT")  # a file of an older version
-        database.execute("INSERT OR IGNORE INTO state VALUES (0, ?, 0)", (uuid.uuid4().hex,))
-        (verdict,) = database.execute("PRAGMA quick_check").fetchone()
-        if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
-    except sqlite3.DatabaseError:
-        database.close()
-        raise
-    return database
+def _prepare(database: sqlite3.Connection) -> None:
+    database.executescript(_SCHEMA)
+    if "defaults" not in {row[1] for row in database.execute("PRAGMA table_info(aliases)")}:
+        database.execute("ALTER TABLE aliases ADD COLUMN defaults TEXT")  # a file of an older version
+    database.execute("INSERT OR IGNORE INTO state VALUES (0, ?, 0)", (uuid.uuid4().hex,))

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog, Resolution
+from serve_app.catalog.replica_report import ModelInfo
 from serve_app.core import (
     Accepted,
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
-    ModelInfo,
     PromptSyntax,
     UnresolvedRequest,
 )
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 # A stream begins no later than this after everything was checked that can be checked here. Until then the replica may
 # still refuse, which reaches the caller as a status and not as an event.
 FIRST_EVENT_S = 0.05
+# Called with the name of the caller's key, None without one.
+OnDrawn = Callable[["str | None", GenerationRequest, GenerationResult], None]
 
 
 class Dispatch(Protocol):
@@ -77,9 +79,9 @@ class ServiceGateway:
         *,
         registry: ServiceRegistry,
         draw_seed: Callable[[], int],
-        can_serve: Callable[[], Awaitable[bool]],
+        is_ready: Callable[[], Awaitable[bool]],
         on_refusal: Callable[[str], None],
-        on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
+        on_drawn: OnDrawn = lambda key, request, result: None,
         weight_of: Callable[[str | None], float] = lambda key: 1.0,
         prompt_syntax_of: Callable[[str | None], PromptSyntax | None] = lambda key: None,
     ) -> None:
@@ -87,7 +89,7 @@ class ServiceGateway:
         self._dispatch = dispatch
         self._registry = registry
         self._draw_seed = draw_seed
-        self._can_serve = can_serve
+        self._is_ready = is_ready
         self._on_refusal = on_refusal
         self._on_drawn = on_drawn
         self._weight_of = weight_of
@@ -102,7 +104,7 @@ class ServiceGateway:
         with self._refusals_noted(unresolved, request_id) as case:
             request = await self._settled(unresolved, request_id, case)
             result = await self._dispatch(request)
-            self._on_drawn(request, result)
+            self._on_drawn(unresolved.key, request, result)
             return result
 
     async def stream(self, unresolved: UnresolvedRequest, *, request_id: str) -> AsyncGenerator[GenerationEvent]:
@@ -127,7 +129,7 @@ class ServiceGateway:
                     await asyncio.gather(first, return_exceptions=True)
                 async for event in events:
                     if isinstance(event, GenerationResult):
-                        self._on_drawn(request, event)
+                        self._on_drawn(unresolved.key, request, event)
                     yield event
 
     async def _settled(self, unresolved: UnresolvedRequest, request_id: str, case: _Case) -> GenerationRequest:
@@ -178,8 +180,8 @@ class ServiceGateway:
         return self._registry
 
     async def is_ready(self) -> bool:
-        """Whether any base can serve now."""
-        return await self._can_serve()
+        """Whether the bases that must run do."""
+        return await self._is_ready()
 
     async def models(self) -> tuple[ModelInfo, ...]:
         """Return the bases that are served, the adapters known so far, and the aliases."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,13 +20,12 @@ from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import AppConfig
-from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress, Starting
 from serve_app.deployments.ingress.backpressure import Backpressure
 from serve_app.deployments.ingress.key_slots import KeySlots
 from serve_app.deployments.ingress.process_state import has_ended
-from serve_app.deployments.ingress.start_failures import StartFailures
-from serve_app.deployments.registry.replica_counts import ReplicaCount
-from serve_app.errors import BaseUnusable, LoraplexError, QueueFull, ReplicaLost
+from serve_app.deployments.ingress.starts import Starts
+from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.routing.known import known_replicas, on_joined, replicas_known
 from serve_app.routing.spread import parts_of, work_to_keep_s
 from serve_app.store.quarantine import Quarantine
@@ -44,10 +43,6 @@ RESEND_AFTER_S = 0.5
 LEVEL_AGAIN_S = 3.0
 
 
-async def _no_counts() -> Mapping[str, ReplicaCount]:
-    return {}
-
-
 class Dispatcher:
     """Sends settled requests to replicas through Serve handles.
 
@@ -63,10 +58,10 @@ class Dispatcher:
         handles: dict[str, DeploymentHandle],
         *,
         on_retry: Callable[[str, str], None],
-        counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]] = _no_counts,
+        starts: Starts | None = None,
         resend_after_s: float = RESEND_AFTER_S,
     ) -> None:
-        """Send nothing yet; `counts` returns the replicas of each base, by default of none."""
+        """Send nothing yet; without `starts`, requests wait for replicas without a word."""
         self._on_retry = on_retry
         self._resend_after_s = resend_after_s
         self._attempts = config.ingress.max_retries + 1
@@ -78,7 +73,7 @@ class Dispatcher:
         }
         self._ingresses = config.ingress.max_replicas
         self._handles = handles
-        self._starts = StartFailures(counts, clock=time.monotonic)
+        self._starts = starts
         self._levelling: set[asyncio.Future[None]] = set()
         self._resending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
@@ -120,7 +115,7 @@ class Dispatcher:
 
         Raises:
             QueueFull: the base has as much waiting as it accepts.
-            BaseUnusable: no replica of the base can start.
+            BaseUnusable, NotReady: no replica of the base can start, or none in time.
             ReplicaLost: every attempt lost its replica.
         """
         self._quarantine.check(request)
@@ -145,7 +140,7 @@ class Dispatcher:
 
         Raises:
             QueueFull: the base has as much waiting as it accepts.
-            BaseUnusable: no replica of the base can start.
+            BaseUnusable, NotReady: no replica of the base can start, or none in time.
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
         has_shown = False
@@ -158,7 +153,7 @@ class Dispatcher:
                     with self._sending(request), self._errors_of(request):
                         async with aclosing(self._events(request)) as events:
                             async for event in events:
-                                has_shown |= not isinstance(event, Progress)
+                                has_shown |= not isinstance(event, Progress | Starting)
                                 yield event
                     return
                 except GivenBack as given:
@@ -173,21 +168,34 @@ class Dispatcher:
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
     async def _result(self, request: GenerationRequest) -> GenerationResult:
-        """Send a request once it has a slot; its work ends with this call."""
+        """Send a request, and tell its caller where no replica will take it in time; its work ends with this call."""
+        sent = self._sent(request)
+        return await (sent if self._starts is None else self._starts.result(request.base_id, sent, request.due))
+
+    async def _events(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Send a stream's request, and tell of a start that it waits for; its work ends with this generator."""
+        sent = self._stream_sent(request)
+        async with aclosing(sent):
+            told = sent if self._starts is None else self._starts.events(request.base_id, sent, request.due)
+            async with aclosing(told):
+                async for event in told:
+                    yield event
+
+    async def _sent(self, request: GenerationRequest) -> GenerationResult:
+        """Send a request once it has a slot."""
         async with self._slots[request.base_id].slot(request):
             response = self._handle(request).generate.remote(request)
             with _ended_with(response):
-                return await self._starts.unless_unusable(request.base_id, response)
+                return await response
 
-    async def _events(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
-        """Send a stream's request once it has a slot; its work ends with this generator."""
+    async def _stream_sent(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
+        """Send a stream's request once it has a slot."""
         async with self._slots[request.base_id].slot(request):
             # With this option a call is an asynchronous generator, which Ray's types do not say.
             response: Any = self._handle(request).options(stream=True).generate_stream.remote(request)
             with _ended_with(response):
-                async with aclosing(self._starts.watched(request.base_id, response)) as events:
-                    async for event in events:
-                        yield event
+                async for event in response:
+                    yield event
 
     @property
     def held(self) -> int | None:
@@ -289,6 +297,6 @@ def _ended_with(response: Any) -> Iterator[None]:
     """Stop a call's work where the block is left while the call may still run."""
     try:
         yield
-    except (asyncio.CancelledError, GeneratorExit, BaseUnusable, RayActorError, ReplicaLost):
+    except (asyncio.CancelledError, GeneratorExit, RayActorError, ReplicaLost):
         response.cancel()
         raise

@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any
 
-from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Preview, Progress, Timings
+from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, Preview, Progress, Starting, Timings
 from serve_app.deployments.ingress.dispatch import Dispatch
 
 # Returns how many images each part of a request has; one number for a request that stays whole.
@@ -95,6 +95,8 @@ class MergedEvents:
         if isinstance(event, Progress):
             self._progress[index] = event
             return self._furthest_behind()
+        if isinstance(event, Starting):
+            return event if index == 0 else None  # all parts wait for the same base
         if not isinstance(event, GenerationResult):
             return event
         self._results[index] = event
@@ -120,6 +122,7 @@ def merge_results(results: Sequence[GenerationResult]) -> GenerationResult:
         images=tuple(image for result in results for image in result.images),
         seeds=tuple(seed for result in results for seed in result.seeds),
         compute_s=sum(result.compute_s for result in results),
+        device_s=sum(result.device_s for result in results),
         device=", ".join(dict.fromkeys(result.device for result in results)),
         batch_size=max(result.batch_size for result in results),
         warnings=tuple(dict.fromkeys(warning for result in results for warning in result.warnings)),

@@ -33,6 +33,8 @@ from serve_app.deployments.ingress.fan_out import FanOut
 from serve_app.deployments.ingress.keys import KeyFileInvalid, Keys
 from serve_app.deployments.ingress.middleware import FrontCheckMiddleware, MetricsMiddleware, TracingMiddleware
 from serve_app.deployments.ingress.redis_limits import RedisRateLimiter
+from serve_app.deployments.ingress.starts import Starts, Wishes
+from serve_app.deployments.registry.base_states import BaseStates, is_service_ready
 from serve_app.deployments.registry.fleet import Fleet
 from serve_app.deployments.registry.keeper_client import KeeperClient
 from serve_app.deployments.registry.registry import ServiceRegistry
@@ -89,10 +91,10 @@ class Ingress:
         deployments = {base.id: deployment_name(base.id) for base in config.bases}
         app_name = serve.get_replica_context().app_name
         counts = ReplicaCounts(lambda: count_replicas(app_name, deployments), clock=time.monotonic)
-        scales_to_zero = any(base.autoscaling.min_replicas == 0 for base in config.bases)
+        states = BaseStates(config.bases, counts, self._keeper.start_times_s, clock=time.time)
 
-        async def can_serve() -> bool:
-            return scales_to_zero or any(count.running for count in (await counts()).values())
+        async def is_ready() -> bool:
+            return is_service_ready(config.bases, await states())
 
         replicas = Fleet(handles, counts, clock=time.monotonic)
         self._adapter_metrics = AdapterMetrics(config.metrics.top_adapters, clock=time.monotonic)
@@ -103,7 +105,8 @@ class Ingress:
             meter=_rate_limiter(config),
             on_refusal=self._metrics.refused,
         )
-        self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried, counts=counts)
+        starts = Starts(states, Wishes(handles).wish, on_waited=self._metrics.start_waited)
+        self._dispatcher = Dispatcher(config, handles, on_retry=self._metrics.retried, starts=starts)
         self._gateway = ServiceGateway(
             catalog,
             FanOut(self._dispatcher, self._dispatcher.count_parts),
@@ -113,17 +116,19 @@ class Ingress:
                 replicas,
                 pictures=AdapterPictures(catalog, environment.cache_dir / "pictures"),
                 check_defaults=check_defaults,
+                states=states,
             ),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
-            can_serve=can_serve,
+            is_ready=is_ready,
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
             weight_of=self._keys.weight_of,
             prompt_syntax_of=self._keys.prompt_syntax_of,
         )
 
-    def _note_drawn(self, request: GenerationRequest, result: GenerationResult) -> None:
+    def _note_drawn(self, key: str | None, request: GenerationRequest, result: GenerationResult) -> None:
         self._adapter_metrics.drawn(request, result)
+        self._keeper.note_drawn(key, request.base_id, images=len(result.images), device_s=result.device_s)
         for use in request.adapters:
             self._keeper.note_use(use.spec)
 

@@ -1,17 +1,15 @@
 """ASGI layers around the HTTP face: counting answers, tracing them, and noticing what is missing in front.
 
-Owns which label values an answer gets. Changes no answer but that of `/health?verbose`.
+Owns which label values an answer gets. Changes no answer.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qs
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.deployments.front.own_routes import FRONT_HEADER
@@ -72,8 +70,8 @@ NO_FRONT = (
 
 
 class FrontCheckMiddleware:
-    """Notices that requests do not come through our layers in Serve's proxy: says so once in the log, and in
-    `/health?verbose`."""
+    """Notices that requests do not come through our layers in Serve's proxy: says so once in the log, and to the routes
+    in `notices` of each request's state, for `/health?verbose`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -87,26 +85,5 @@ class FrontCheckMiddleware:
         if FRONT_HEADER not in Headers(scope=scope) and not self._is_missing:
             self._is_missing = True
             log.warning(NO_FRONT)
-        is_health = scope["path"].removeprefix(scope.get("root_path", "")) == "/health"
-        if is_health and "verbose" in parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True):
-            await self._app(scope, receive, _verbose(send, [NO_FRONT] if self._is_missing else []))
-            return
+        scope.setdefault("state", {})["notices"] = [NO_FRONT] if self._is_missing else []
         await self._app(scope, receive, send)
-
-
-def _verbose(send: Send, notices: list[str]) -> Send:
-    """Return a way to send a reply of health with notices in its body; a status other than 200 goes unchanged."""
-    body = json.dumps({"ok": "ok", "notices": notices}).encode()
-    is_ok = False
-
-    async def send_verbose(message: Message) -> None:
-        nonlocal is_ok
-        if message["type"] == "http.response.start":
-            is_ok = message["status"] == 200
-            if is_ok:
-                MutableHeaders(scope=message)["content-length"] = str(len(body))
-        elif is_ok and message.get("body"):
-            message = {**message, "body": body}
-        await send(message)
-
-    return send_verbose

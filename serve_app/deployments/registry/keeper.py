@@ -1,7 +1,8 @@
-"""State shared by the processes of an application: aliases, which node has which adapter file, adapters in use.
+"""State shared by the processes of an application: aliases, what was drawn, how long starts took, which node has which
+adapter file, adapters in use.
 
-Owns the single-replica deployment around them. It runs on the head node, where the file of aliases lies unless they
-are in Redis; the rest is in memory alone, and losing it costs a fetch for each file that is still wanted.
+Owns the single-replica deployment around them. It runs on the head node, where the files of the first three lie, unless
+aliases are in Redis; the rest is in memory alone, and losing it costs a fetch for each file that is still wanted.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ import contextlib
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ray import serve
 
+from serve_app.catalog.replica_report import DayUsage
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
 from serve_app.catalog.resolving.redis_aliases import RedisAliasStore
 from serve_app.config import AppConfig, Environment, RegistrySettings
 from serve_app.core import AdapterSpec
+from serve_app.deployments.registry.ledger import Ledger
 from serve_app.deployments.registry.usage import UsageTracker
 from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedFile
 from serve_app.deployments.shared.logs import set_up_logging
@@ -28,6 +31,8 @@ from serve_app.deployments.shared.sharing import NODE
 log = logging.getLogger(__name__)
 
 FILE_NAME = "registry.sqlite3"
+# Beside it.
+LEDGER_NAME = "usage.sqlite3"
 
 # How long a follower's question stays open; also what a rolling update of this deployment may have to wait.
 HOLD_S = 2.0
@@ -46,6 +51,8 @@ class Keeper:
         """
         set_up_logging(config.log_level)
         self._aliases = _alias_store(config.registry, environment)
+        self._ledger = Ledger(_file_of(config.registry, environment).with_name(LEDGER_NAME))
+        self._start_times_s = self._ledger.start_times_s()
         self._changed = asyncio.Condition()
         self._table = self._aliases.table()
         sharing = config.adapters.sharing
@@ -85,6 +92,20 @@ class Keeper:
         """Return the adapters of a base that were requested most recently and often, the most used first."""
         return self._usage[base_id].most_used()
 
+    async def account(self, drawn: Sequence[DayUsage]) -> Mapping[str, float]:
+        """Keep what was drawn; return how long the last start of each base took, in seconds."""
+        await asyncio.to_thread(self._ledger.add, drawn)
+        return self._start_times_s
+
+    async def usage(self, since: str) -> tuple[DayUsage, ...]:
+        """Return what was drawn from a day on."""
+        return await asyncio.to_thread(self._ledger.usage, since)
+
+    async def started(self, base_id: str, start_s: float) -> None:
+        """Keep how long a base took to start."""
+        self._start_times_s[base_id] = start_s
+        await asyncio.to_thread(self._ledger.note_start, base_id, start_s)
+
     async def claim(self, key: str) -> SharedFile | None:
         """Return a file, waiting for the node that fetches it; None means that the caller is to fetch it."""
         return await self._files.claim(key)
@@ -114,6 +135,9 @@ class Keeper:
 def _alias_store(settings: RegistrySettings, environment: Environment) -> AliasStore | RedisAliasStore:
     if settings.redis is not None:
         return RedisAliasStore(settings.redis.get_secret_value())
+    return AliasStore(_file_of(settings, environment), clock=time.time)
+
+
+def _file_of(settings: RegistrySettings, environment: Environment) -> Path:
     # Nodes get new ids when a cluster restarts; the head stays the head.
-    folder = Path(str(environment.cache_dir).replace(NODE, "head"))
-    return AliasStore(settings.path or folder / FILE_NAME, clock=time.time)
+    return settings.path or Path(str(environment.cache_dir).replace(NODE, "head")) / FILE_NAME

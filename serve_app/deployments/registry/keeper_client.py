@@ -1,6 +1,7 @@
 """The keeper as one ingress replica knows it: its aliases, a moment later.
 
-Owns following the keeper, and telling it which adapters are in use. While it is away, what was known last stays valid.
+Owns following the keeper, and telling it what is used. While it is away, what was known last stays valid, and what was
+drawn is counted here.
 """
 
 from __future__ import annotations
@@ -8,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.catalog.replica_report import DayUsage
 from serve_app.catalog.resolving.aliases import NOTHING_YET, Alias, AliasTable, TableVersion
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.deployments.registry.keeper import HOLD_S
+from serve_app.deployments.registry.usage import Drawn
 from serve_app.errors import LoraplexError, NotReady
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,8 @@ class KeeperClient:
         self._retry_s = retry_s
         self._table = AliasTable()
         self._uses: Counter[AdapterSpec] = Counter()
+        self._drawn = Drawn(time.time)
+        self._start_times_s: Mapping[str, float] = {}
         self._heard = asyncio.Event()
         self._following: asyncio.Task[None] | None = None
 
@@ -61,6 +67,23 @@ class KeeperClient:
     def note_use(self, spec: AdapterSpec) -> None:
         """Count a request for an adapter; the keeper learns of it within seconds."""
         self._uses[spec] += 1
+
+    def note_drawn(self, key: str | None, base_id: str, *, images: int, device_s: float) -> None:
+        """Count what a key got; the keeper learns of it within seconds."""
+        self._drawn.note(key, base_id, images=images, device_s=device_s)
+
+    def start_times_s(self) -> Mapping[str, float]:
+        """Return how long the last start of each base took, as far as known."""
+        return self._start_times_s
+
+    async def usage(self, since: str) -> tuple[DayUsage, ...]:
+        """Return what was drawn from a day on, what was drawn through other ingress replicas a moment later.
+
+        Raises:
+            NotReady: the keeper is away.
+        """
+        await self._account()
+        return await _answer(self._keeper.usage.remote(since), CHANGE_TIMEOUT_S)
 
     async def begin(self, *, patience_s: float) -> None:
         """Follow the keeper from now on; return once it has answered, or patience is out."""
@@ -104,6 +127,14 @@ class KeeperClient:
         uses, self._uses = self._uses, Counter()
         return await _answer(self._keeper.watch.remote(known, uses), HOLD_S + CHANGE_TIMEOUT_S)
 
+    async def _account(self) -> None:
+        drawn = self._drawn.take()
+        try:
+            self._start_times_s = await _answer(self._keeper.account.remote(drawn), CHANGE_TIMEOUT_S)
+        except BaseException:
+            self._drawn.put_back(drawn)
+            raise
+
     def _adopt(self, table: AliasTable) -> None:
         new, old = table.version, self._table.version
         if new.epoch != old.epoch or new.number > old.number:
@@ -117,6 +148,9 @@ class KeeperClient:
         while True:
             try:
                 table = await self._watch(self._table.version)
+                if table is not None:
+                    self._adopt(table)
+                await self._account()
             except Exception as error:  # noqa: BLE001 - after any failure the aliases known last stay valid
                 if not is_away:
                     log.warning("the registry is away (%s); the aliases known last stay valid", type(error).__name__)
@@ -126,8 +160,6 @@ class KeeperClient:
             if is_away:
                 log.info("the registry is back")
             is_away = False
-            if table is not None:
-                self._adopt(table)
 
 
 async def _answer(response: Awaitable[T], timeout_s: float) -> T:

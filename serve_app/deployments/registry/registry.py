@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from serve_app.catalog.pictures import AdapterPictures, Shrink
 from serve_app.catalog.reading.repository import is_valid_id
 from serve_app.catalog.replica_report import (
     FASTEST_FIRST,
+    BaseState,
+    DayUsage,
     HeldIn,
     KnownAdapter,
     LoraReport,
@@ -51,8 +53,11 @@ class ServiceRegistry:
         *,
         pictures: AdapterPictures,
         check_defaults: Callable[[AdapterSpec, BaseModelConfig, Family | None], None],
+        states: Callable[[], Awaitable[Mapping[str, BaseState]]],
     ) -> None:
-        """`check_defaults` refuses defaults of an adapter that a base could not draw with."""
+        """`check_defaults` refuses defaults of an adapter that a base could not draw with; `states` says what each base
+        does."""
+        self._states = states
         self._check_defaults = check_defaults
         self._catalog = catalog
         self._pictures = pictures
@@ -66,6 +71,18 @@ class ServiceRegistry:
     def default_base(self) -> BaseModelConfig:
         """Return the base that serves a request which names none."""
         return self._catalog.default()
+
+    async def states(self) -> Mapping[str, BaseState]:
+        """Return what each base does."""
+        return await self._states()
+
+    async def usage(self, since: str) -> tuple[DayUsage, ...]:
+        """Return what was drawn from a day on.
+
+        Raises:
+            NotReady: the keeper is away.
+        """
+        return await self._aliases.usage(since)
 
     async def replicas(self, *, token: HubToken | None) -> tuple[ReplicaReport, ...]:
         """Return the replicas of every base, each with those of its adapters that the caller may know of."""

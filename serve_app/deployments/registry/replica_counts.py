@@ -1,4 +1,4 @@
-"""How many replicas of each base run and start, and why none does, as Serve says.
+"""How many replicas of each base run and start, since when, and why none does, as Serve says.
 
 Owns the asking: at most once a second for all callers, under a time limit.
 """
@@ -10,29 +10,32 @@ import contextlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from ray import serve
+import ray.serve.context
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import DeploymentDetails, ServeInstanceDetails
 
 from serve_app.catalog.reading.blocking import run_blocking
 
 COUNTS_TTL_S = 1.0
 ANSWER_TIMEOUT_S = 1.0
-# Serve types its states as an enumeration, and sends them as text.
-RUNNING: Any = "RUNNING"
-STARTING: Any = "STARTING"
 _UNUSABLE = re.compile(r"BaseUnusable: .+? cannot be served: (.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaCount:
-    """How many replicas of one deployment run and how many start; `failure` says why none runs, where that is known."""
+    """How many replicas of one deployment run and how many start; `failure` says why none runs, where that is known.
+
+    The oldest of those that start was asked for at `since_s`, in seconds since 1970; `is_placed` says that one of them
+    has a process on some node.
+    """
 
     running: int = 0
     starting: int = 0
     failure: str | None = None
+    since_s: float | None = None
+    is_placed: bool = False
 
 
 class ReplicaCounts:
@@ -66,16 +69,38 @@ class ReplicaCounts:
 
 def count_replicas(app_name: str, deployments: Mapping[str, str]) -> Mapping[str, ReplicaCount]:
     """Return the counts of an application's bases, whose deployments are given by their ids. Blocks."""
-    application = serve.status().applications.get(app_name)
-    known = {} if application is None else application.deployments
-    return {base: _count(known[name]) for base, name in deployments.items() if name in known}
+    known = _deployments(app_name)
+    return {base: count_of(known[name]) for base, name in deployments.items() if name in known}
 
 
-def _count(overview: Any) -> ReplicaCount:
-    states: Mapping[Any, int] = overview.replica_states
-    running = states.get(RUNNING, 0)
-    failure = None if running else start_failure(overview.message, has_given_up=overview.status == "DEPLOY_FAILED")
-    return ReplicaCount(running, states.get(STARTING, 0), failure)
+def asked_for_at(app_name: str, deployment: str, replica_id: str) -> float | None:
+    """Return when Serve asked for a replica, in seconds since 1970; None where it does not know it. Blocks."""
+    found = _deployments(app_name).get(deployment)
+    replicas = () if found is None else found.replicas
+    return next((one.start_time_s for one in replicas if one.replica_id == replica_id), None)
+
+
+def _deployments(app_name: str) -> Mapping[str, DeploymentDetails]:
+    # `serve.status` asks the same, and leaves out the replicas.
+    client = ray.serve.context._get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    application = ServeInstanceDetails(**client.get_serve_details()).applications.get(app_name)
+    return {} if application is None else application.deployments
+
+
+def count_of(deployment: DeploymentDetails) -> ReplicaCount:
+    """Return the counts of a deployment."""
+    running = sum(replica.state == "RUNNING" for replica in deployment.replicas)
+    starting = [replica for replica in deployment.replicas if replica.state == "STARTING"]
+    has_given_up = deployment.status == "DEPLOY_FAILED"
+    return ReplicaCount(
+        running,
+        len(starting),
+        failure=None if running else start_failure(deployment.message, has_given_up=has_given_up),
+        since_s=min((replica.start_time_s for replica in starting), default=None),
+        is_placed=any(replica.node_id is not None for replica in starting),
+    )
 
 
 def start_failure(message: str, *, has_given_up: bool) -> str | None:

@@ -44,6 +44,7 @@ from serve_app.deployments.replica.parts import (
 )
 from serve_app.deployments.replica.prefetch import prefetch_adapters
 from serve_app.deployments.replica.reporter import ReplicaReporter
+from serve_app.deployments.replica.start_time import counted_start
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
 from serve_app.deployments.shared.watchdog import start_watchdog
@@ -81,6 +82,7 @@ class BaseModelReplica:
         environment: Environment,
         keeper: DeploymentHandle,
     ) -> None:
+        started = time.monotonic()
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
         from serve_app.engine.admission.process import AdmissionProcess
         from serve_app.engine.drawing.trial import try_tasks
@@ -96,7 +98,6 @@ class BaseModelReplica:
         set_up_logging(config.log_level)
         set_up_tracing(config.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
-        started = time.monotonic()
         pipeline = load_pipeline(base, environment)
         self._base = base = pipeline.config
         try_tasks(pipeline, base)
@@ -163,7 +164,7 @@ class BaseModelReplica:
         )
         popular: Any = keeper.popular
         warmed = await prefetch_adapters(lambda: popular.remote(base.id), self._load_adapter, base.replica)
-        self._start_s = time.monotonic() - started
+        self._start_s = await counted_start(base.id, time.monotonic() - started, keeper)
         self._metrics.started(start_s=self._start_s, warmed=warmed)
         log.info("%s is ready on %s in %.1f s", base.id, pipeline.device_name, self._start_s)
 
@@ -243,7 +244,9 @@ class BaseModelReplica:
             result.timings.queue_ms, result.timings.swap_ms, result.timings.suspended_ms, result.timings.denoise_ms,
             result.batch_size, request.prompt_syntax,
         )  # fmt: skip
-        self._metrics.shared(request.share, result.compute_s * len(result.images) / result.batch_size)
+        # Requests of one pass share its time.
+        result = dataclasses.replace(result, device_s=result.compute_s * len(result.images) / result.batch_size)
+        self._metrics.shared(request.share, result.device_s, images=len(result.images))
         scheduler = request.scheduler or self._default_scheduler
         digests = [lease.adapter.digest for lease in leases] if self._writes_infotext else None
         result = await encode_result(result, request, scheduler=scheduler, digests=digests)

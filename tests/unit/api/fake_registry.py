@@ -8,6 +8,8 @@ from serve_app.adapter_defaults import AdapterDefaults
 from serve_app.catalog.pictures import Shrink
 from serve_app.catalog.replica_report import (
     ActiveAdapter,
+    BaseState,
+    DayUsage,
     KnownAdapter,
     LoraReport,
     Preloaded,
@@ -70,6 +72,9 @@ class FakeRegistry:
             ),
         )  # fmt: skip
         self.served: tuple[BaseModelConfig, ...] = (BASE,)
+        self.does = BaseState("running", expected_s=0.0)
+        self.drawn: tuple[DayUsage, ...] = ()
+        self.usage_asked: list[str] = []
         self.failure: Exception | None = None
         self.tokens: list[HubToken | None] = []
         self.added: list[tuple[Alias, bool, int]] = []
@@ -82,6 +87,13 @@ class FakeRegistry:
 
     def default_base(self) -> BaseModelConfig:
         return BASE
+
+    async def states(self) -> dict[str, BaseState]:
+        return {base.id: self.does for base in self.served}
+
+    async def usage(self, since: str) -> tuple[DayUsage, ...]:
+        self.usage_asked.append(since)
+        return self.drawn
 
     async def loras(self, *, token: HubToken | None) -> tuple[LoraReport, ...]:
         self.tokens.append(token)

@@ -12,15 +12,16 @@ from dataclasses import replace
 import uvicorn
 from starlette.types import ASGIApp
 
+from serve_app.catalog.replica_report import ModelInfo
 from serve_app.core import (
     Accepted,
     AppliedAdapter,
     GenerationEvent,
     GenerationResult,
-    ModelInfo,
     PixelImage,
     Preview,
     Progress,
+    Starting,
     Timings,
     UnresolvedRequest,
     WallClockDeadline,
@@ -63,6 +64,7 @@ class FakeGateway:
         self.is_stuck = False
         self.is_begun = False
         self.is_up = True
+        self.starting: tuple[Starting, ...] = ()
         self.warnings: tuple[str, ...] = ()
         self.started = threading.Event()
         self.cancelled = threading.Event()
@@ -89,6 +91,8 @@ class FakeGateway:
         image = result.images[0]
         try:
             yield Accepted(result.base_id, result.seeds[0], image.width, image.height, STEPS)
+            for starting in self.starting:
+                yield starting
             yield Progress(2, 0, STEPS)
             for step in range(1, STEPS + 1):
                 yield Progress(0, step, STEPS)

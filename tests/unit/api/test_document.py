@@ -39,6 +39,7 @@ def test_the_document_has_every_route_and_its_replies(client: TestClient) -> Non
         "id",
         "lora",
         "x-request-timeout-s",
+        "x-wait-for-model",
         "x-request-id",
         "x-priority",
     }
@@ -54,11 +55,11 @@ def test_the_document_has_the_events_of_streams_and_the_headers_of_replies(clien
     assert set(told) == {
         f"{kind}.{what}"
         for kind in ("image_generation", "image_edit")
-        for what in ("progress", "partial_image", "completed")
+        for what in ("starting", "progress", "partial_image", "completed")
     } | {"error"}
     assert set(told) - {"error"} == {
         name
-        for model in ("ProgressEvent", "PartialImageEvent", "CompletedEvent")
+        for model in ("StartingEvent", "ProgressEvent", "PartialImageEvent", "CompletedEvent")
         for name in document["components"]["schemas"][model]["properties"]["type"]["enum"]
     }
     for status in ("429", "503"):

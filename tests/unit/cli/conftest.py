@@ -7,9 +7,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from typer.testing import CliRunner, Result
 
 from serve_app.api.app import create_app
+from serve_app.catalog.replica_report import ModelInfo
 from serve_app.cli.main import app
 from serve_app.config import IngressSettings
-from serve_app.core import ModelInfo
 from tests.unit.api.fakes import FakeGateway, served
 
 Run = Callable[..., Result]

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
-from serve_app.core import ModelInfo
+from serve_app.catalog.replica_report import ModelInfo
 from serve_app.errors import Unauthorized
 from tests.unit.api.fakes import FakeGateway, served
 from tests.unit.cli.conftest import Doorkeeper, Run

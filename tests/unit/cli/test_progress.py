@@ -7,7 +7,7 @@ import pytest
 from serve_app.api.pictures.images import encode_image
 from serve_app.cli.service import Pictures, ServiceClient, Step
 from serve_app.cli.terminal import CommandFailed
-from serve_app.core import UnresolvedRequest
+from serve_app.core import Starting, UnresolvedRequest
 from serve_app.errors import BaseMismatch, ReplicaLost
 from tests.unit.api.fakes import STEPS, FakeGateway, gradient
 
@@ -21,6 +21,15 @@ def test_steps_are_told_and_the_images_are_those_without_a_stream(url: str) -> N
     assert [step.step for step in steps if step.step] == list(range(1, STEPS + 1))
     assert Step(2, 0, STEPS) in steps
     assert (followed.images, followed.seed, followed.timing_ms) == (plain.images, plain.seed, plain.timing_ms)
+
+
+def test_a_start_that_is_waited_for_is_told(url: str, gateway: FakeGateway) -> None:
+    gateway.starting = (Starting(19.23), Starting(None, has_room=False))
+    steps: list[Step] = []
+    with ServiceClient(url, None, timeout_s=30) as service:
+        service.draw(UnresolvedRequest("a cat"), form="png", on_step=steps.append)
+    told = [step.expected_s for step in steps if step.is_starting]
+    assert told == [19.2, None]
 
 
 def test_a_picture_can_be_followed_too(url: str, gateway: FakeGateway) -> None:

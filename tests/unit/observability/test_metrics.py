@@ -87,7 +87,7 @@ def drawn(*adapters: str, token: HubToken | None = None) -> tuple[GenerationRequ
     request = GenerationRequest(
         "r", "demo/sd15", "a cat", None, uses, 64, 64, 9, 7.5, None, 1, num_images=2, hub_token=token
     )
-    return request, GenerationResult("r", "demo/sd15", (), (1, 2), (), Timings(), 2.0, "cpu", 4)
+    return request, GenerationResult("r", "demo/sd15", (), (1, 2), (), Timings(), 2.0, "cpu", 4, device_s=1.0)
 
 
 def test_requests_and_device_time_are_counted_for_each_of_a_request_s_adapters(
@@ -211,9 +211,10 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     ingress.refused("internal")
     ingress.retried("demo/sd15", "died")
     ingress.aliases_known(1)
+    ingress.start_waited("demo/sd15", "refused")
     ingress.access_checked("ok")
     replica.served(Timings(denoise_ms=1.0), batch_size=1)
-    replica.shared("", 1.0)
+    replica.shared("", 1.0, images=1)
     replica.changed(changes=1, changing_s=1.0)
     replica.adapter_found("host")
     replica.file_fetched("hub")
@@ -241,9 +242,11 @@ def test_callers_shares_of_a_device_are_told_by_few_hashes(points: Any) -> None:
     Remembered.points.clear()
     replica = ReplicaMetrics("demo/sd15", METERS, clock=lambda: 0.0)
     for number in range(100):
-        replica.shared(f"{number:016x}", 1.0)
-    replica.shared("", 2.0)
+        replica.shared(f"{number:016x}", 1.0, images=2)
+    replica.shared("", 2.0, images=2)
     told = [labels["share"] for name, _, labels in Remembered.points if name == "loraplex_share_device_seconds"]
     assert len(set(told)) == 16 + 2
     assert told[-1] == "none"
     assert told.count("other") == 84
+    images = [labels["share"] for name, _, labels in Remembered.points if name == "loraplex_share_images"]
+    assert images == told

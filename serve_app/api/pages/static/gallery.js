@@ -31,6 +31,7 @@ export class Card {
   // Takes one event of the stream; returns what to say of it.
   take(event) {
     if (event.type.endsWith(".progress")) return this.#progress(event);
+    if (event.type.endsWith(".starting")) return this.#starting(event);
     if (event.type.endsWith(".partial_image")) this.#print(event, "preview", "Preview");
     if (event.type.endsWith(".completed")) {
       this.#report = event.loraplex;
@@ -73,6 +74,12 @@ export class Card {
     const waiting = position === null ? "On its way to a replica" : `Waiting, ${plural(position, "request")} ahead`;
     const drawing = `Step ${step} of ${steps}${position > 0 ? ", set aside for shorter requests" : ""}`;
     this.said.textContent = step > 0 || position === 0 ? drawing : waiting;
+    return this.said.textContent;
+  }
+
+  #starting({ state, expected_s: seconds }) {
+    const told = seconds === null ? "The model starts" : `The model starts, ready in about ${plural(Math.max(1, Math.round(seconds)), "second")}`;
+    this.said.textContent = state === "waiting" ? "The model waits for a free machine" : told;
     return this.said.textContent;
   }
 

@@ -51,7 +51,7 @@ export class Service {
     return reply.blob();
   }
 
-  // Yields the events of a drawing: objects whose `type` ends in progress, partial_image or completed.
+  // Yields the events of a drawing: objects whose `type` ends in starting, progress, partial_image or completed.
   async *draw(request, signal) {
     const reply = await this.#ask(`v1/images/${request.picture ? "edits" : "generations"}`, {
       method: "POST",

@@ -16,10 +16,11 @@ from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
-from serve_app.api.http.auth import Access, DrawingRoute, OpenRoute, need_of
+from serve_app.api.http.auth import Access, AdminRoute, DrawingRoute, OpenRoute, need_of
 from serve_app.config import ApiKey, IngressSettings, KeyLimits, digest_of
 from serve_app.core import HubToken
-from tests.access_matrix import CHANGING, KEYED, MATRIX, OPEN, request_of, routes, spellings
+from tests.access_matrix import ADMIN as ADMINS
+from tests.access_matrix import KEYED, MATRIX, OPEN, request_of, routes, spellings
 from tests.unit.api.fakes import FakeGateway
 
 USER, ADMIN, WRONG = "lpx_user-key", "lpx_admin-key", "lpx_wrong-key"
@@ -113,6 +114,13 @@ def test_unknown_paths_and_methods_need_a_key_too(guarded: Guarded) -> None:
         assert guarded.ask(method, path, ADMIN).status_code in (404, 405)
 
 
+def test_what_bases_do_is_told_in_verbose_health_to_those_with_a_key(guarded: Guarded) -> None:
+    for key in (USER, WRONG, None):
+        reply = guarded.ask("GET", "/health?verbose", key)
+        assert reply.status_code == 200
+        assert ("bases" in reply.json()) == (key == USER)
+
+
 def asked_as(guarded: Guarded, method: str, path: str, spelling: str, key: str | None) -> Any:
     url, more = request_of(method, path, adapter="demo/sketch", model="demo/sdxl", image=b"no picture")
     guarded.gateway.reset()
@@ -120,14 +128,14 @@ def asked_as(guarded: Guarded, method: str, path: str, spelling: str, key: str |
     return guarded.ask(method, f"http://testserver{spelling}", key, **more)
 
 
-@pytest.mark.parametrize(("method", "path"), [route for route, rule in MATRIX.items() if rule.needs == CHANGING])
+@pytest.mark.parametrize(("method", "path"), [route for route, rule in MATRIX.items() if rule.needs == ADMINS])
 def test_no_spelling_of_a_path_gets_a_user_past_the_admins(guarded: Guarded, method: str, path: str) -> None:
     url, _ = request_of(method, path, adapter="demo/sketch", model="demo/sdxl", image=b"")
     for spelling in spellings(url):
         for key in (USER, None):
             status = asked_as(guarded, method, path, spelling, key).status_code
             assert status >= 400, spelling
-            assert guarded.gateway.registry.tokens == [], spelling
+            assert (guarded.gateway.registry.tokens, guarded.gateway.registry.usage_asked) == ([], []), spelling
 
 
 @pytest.mark.parametrize(("method", "path"), [route for route, rule in MATRIX.items() if rule.needs == KEYED])
@@ -147,7 +155,13 @@ def test_a_path_with_a_control_character_is_malformed(guarded: Guarded, path: st
 
 
 @pytest.mark.parametrize(
-    "needs", [(OpenRoute, "nothing", "admin"), (DrawingRoute, "key", "key"), (APIRoute, "key", "admin")]
+    "needs",
+    [
+        (OpenRoute, "nothing", "admin"),
+        (DrawingRoute, "key", "key"),
+        (APIRoute, "key", "admin"),
+        (AdminRoute, "admin", "admin"),
+    ],
 )
 def test_a_route_that_neither_reads_nor_draws_asks_for_an_admin_key(needs: tuple[type[APIRoute], str, str]) -> None:
     route = needs[0]("/new", lambda: None, methods=["GET", "POST"])

@@ -14,8 +14,9 @@ from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
 from serve_app.api.pictures.images import decode_image, encode_image
+from serve_app.catalog.replica_report import ModelInfo
 from serve_app.config import IngressSettings
-from serve_app.core import AdapterRef, Encoding, ModelInfo, PixelImage, UnresolvedRequest
+from serve_app.core import AdapterRef, Encoding, PixelImage, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
 from tests.unit.api.fakes import FakeGateway, gradient

@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve_app.api.pictures.images import decode_image, encode_image
+from serve_app.core import Starting
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull, ReplicaLost
 from tests.service import connect, posted
 from tests.unit.api.fakes import STEPS, FakeGateway, gradient
@@ -55,6 +56,17 @@ def test_a_stream_tells_progress_then_previews_then_the_image(ai: openai.OpenAI,
     assert picture_of(done) == gradient(80, 48)
     assert done["usage"]["total_tokens"] == 0
     assert (done["loraplex"]["seed"], done["loraplex"]["base_model"]) == (7, "demo/sdxl")
+
+
+def test_a_stream_tells_that_its_base_starts(ai: openai.OpenAI, gateway: FakeGateway) -> None:
+    gateway.starting = (Starting(19.23), Starting(None, has_room=False))
+    with ai.images.generate(prompt="elephant", stream=True) as stream:
+        events = dumped(stream)
+    told = [event for event in events if event["type"] == "image_generation.starting"]
+    assert [(event["base_model"], event["state"], event["expected_s"]) for event in told] == [
+        ("demo/sdxl", "starting", 19.2), ("demo/sdxl", "waiting", None),
+    ]  # fmt: skip
+    assert events[-1]["type"] == "image_generation.completed"
 
 
 def test_each_image_of_a_stream_is_completed_by_an_event_of_its_own(ai: openai.OpenAI, gateway: FakeGateway) -> None:
@@ -215,3 +227,20 @@ def test_a_wrong_or_too_long_time_is_refused(
     assert reply.status_code == 400, reply.text
     assert "x-request-timeout-s" in reply.text
     assert gateway.drafts == []
+
+
+@pytest.mark.parametrize(("said", "waits"), [(None, True), ("true", True), ("1", True), ("false", False), ("0", False)])
+@pytest.mark.parametrize("path", ["/", "/v1/images/generations"])
+def test_a_caller_may_say_whether_it_waits_for_a_base_that_starts(
+    client: TestClient, gateway: FakeGateway, path: str, said: str | None, waits: bool
+) -> None:
+    body = {"inputs": "a"} if path == "/" else {"prompt": "a"}
+    assert client.post(path, json=body, headers={"x-wait-for-model": said} if said else {}).status_code == 200
+    (due,) = gateway.dues
+    assert due is not None
+    assert due.waits_for_start is waits
+
+
+def test_whether_a_caller_waits_is_true_or_false(client: TestClient) -> None:
+    reply = client.post("/", json={"inputs": "a"}, headers={"x-wait-for-model": "maybe"})
+    assert (reply.status_code, reply.json()["error"]) == (400, "'x-wait-for-model' is maybe, but must be true or false")

@@ -7,6 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve_app.api.app import create_app
+from serve_app.catalog.replica_report import BaseState
 from serve_app.config import IngressSettings
 from tests.unit.api.fakes import FakeGateway
 
@@ -32,10 +33,22 @@ def test_health_is_503_while_no_base_can_serve(client: TestClient, gateway: Fake
     assert response.status_code == 503
     assert response.headers["retry-after"] == "5"
     assert response.json() == {
-        "error": "every base model is starting; try again in 5 s",
+        "error": "the service is starting; try again in 5 s",
         "code": "not_ready",
     }
     assert client.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("is_up", [True, False])
+def test_verbose_health_says_what_each_base_does(client: TestClient, gateway: FakeGateway, is_up: bool) -> None:
+    gateway.is_up = is_up
+    gateway.registry.does = BaseState("waiting", 1000.5, None, "no node has room")
+    response = client.get("/health?verbose")
+    assert response.status_code == (200 if is_up else 503)
+    assert response.headers.get("retry-after") == (None if is_up else "5")
+    up = {"ok": "ok"} if is_up else {"error": "the service is starting; try again in 5 s", "code": "not_ready"}
+    base = {"id": "demo/sdxl", "state": "waiting", "since": 1000.5, "expected_s": None, "reason": "no node has room"}
+    assert response.json() == {**up, "notices": [], "bases": [base]}
 
 
 def test_a_browser_gets_a_page_that_loads_nothing_from_elsewhere(client: TestClient) -> None:

@@ -7,7 +7,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from serve_app.adapter_defaults import AdapterDefaults
-from serve_app.catalog.replica_report import QuarantinedAdapters
+from serve_app.api.app import create_app
+from serve_app.catalog.replica_report import DayUsage, QuarantinedAdapters
+from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef
 from serve_app.errors import HubUnavailable, NameTaken, NotReady
 from tests.unit.api.fakes import FakeGateway
@@ -75,6 +77,36 @@ def test_bases_say_what_a_form_must_know(client: TestClient) -> None:
     assert base["fused"] == [{"id": "me/turbo", "scale": 0.8}]
     assert (base["family"], base["tokens"], base["has_previews"]) == ("SDXL", 77, True)
     assert base["fuses_adapters"] is True
+    assert (base["state"], base["since"], base["expected_s"], base["reason"]) == ("running", None, 0.0, None)
+
+
+def test_usage_is_listed_by_day_key_and_base(client: TestClient, gateway: FakeGateway) -> None:
+    gateway.registry.drawn = (
+        DayUsage("2026-11-30", "bob", "demo/sdxl", 1, 0.5),
+        DayUsage("2026-11-29", "alice", "demo/sdxl", 3, 1.23456),
+        DayUsage("2026-11-29", None, "demo/sdxl", 2, 1.0),
+    )
+    rows = client.get("/v1/usage").json()["data"]
+    assert [(row["day"], row["key"]) for row in rows] == [
+        ("2026-11-29", None), ("2026-11-29", "alice"), ("2026-11-30", "bob"),
+    ]  # fmt: skip
+    assert rows[1] == {
+        "day": "2026-11-29", "key": "alice", "base_model": "demo/sdxl", "images": 3, "device_seconds": 1.235,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("days", "since"), [("1", "2026-11-30"), ("31", "2026-10-31"), ("400", "2025-10-27")])
+def test_usage_is_read_for_so_many_days_with_today(gateway: FakeGateway, days: str, since: str) -> None:
+    gateway.reset()
+    client = TestClient(create_app(gateway, IngressSettings(), now=lambda: 1_796_083_199.0))
+    assert client.get(f"/v1/usage?days={days}").status_code == 200
+    assert gateway.registry.usage_asked == [since]
+
+
+@pytest.mark.parametrize("days", ["0", "401", "-1", "all", "١", ""])
+def test_usage_is_kept_for_so_many_days_alone(client: TestClient, days: str) -> None:
+    reply = client.get("/v1/usage", params={"days": days})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "days")
 
 
 def test_no_reply_names_a_place_on_this_machine(client: TestClient) -> None:

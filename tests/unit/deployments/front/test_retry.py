@@ -93,6 +93,7 @@ def answers(status: int) -> Part:
 
 
 PROGRESS = b"event: image_generation.progress\ndata: {}\n\n"
+STARTING = b"event: image_generation.starting\ndata: {}\n\n"
 PREVIEW = b"event: image_generation.partial_image\ndata: {}\n\n"
 COMPLETED = b"event: image_generation.completed\ndata: {}\n\n"
 
@@ -215,9 +216,10 @@ async def test_serve_s_own_paths_are_left_alone(losses: list[str]) -> None:
 
 async def test_a_stream_that_breaks_off_before_a_picture_goes_on_with_the_same_seed(losses: list[str]) -> None:
     keep_alive = b": keep-alive\n\n"
-    first = breaks_off_after(PROGRESS, keep_alive, PROGRESS + keep_alive)
+    first = breaks_off_after(PROGRESS, keep_alive, STARTING, PROGRESS + keep_alive)
     reply, proxy = await asked(losses, first, streams(PROGRESS, PREVIEW, COMPLETED))
-    assert reply.content == PROGRESS + keep_alive + PROGRESS + keep_alive + PROGRESS + PREVIEW + COMPLETED
+    told = PROGRESS + keep_alive + STARTING + PROGRESS + keep_alive
+    assert reply.content == told + PROGRESS + PREVIEW + COMPLETED
     assert [Headers(scope=scope).get("x-request-seed") for scope in proxy.scopes] == [None, "7"]
     assert losses == ["resent"]
 

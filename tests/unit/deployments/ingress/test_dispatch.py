@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
@@ -25,7 +25,7 @@ from serve_app.core import (
     UnresolvedRequest,
 )
 from serve_app.deployments.ingress.adapter_defaults import check_defaults
-from serve_app.deployments.ingress.dispatch import ServiceGateway
+from serve_app.deployments.ingress.dispatch import OnDrawn, ServiceGateway
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
 from tests.unit.deployments.registry.registry_fakes import FakeReplicas, StoreKeeper
@@ -69,13 +69,13 @@ class Replica:
 def gateway(
     replica: Replica,
     refusals: list[str] | None = None,
-    on_drawn: Callable[[GenerationRequest, GenerationResult], None] = lambda request, result: None,
+    on_drawn: OnDrawn = lambda key, request, result: None,
 ) -> ServiceGateway:
     config = AppConfig.model_validate(
         {"bases": [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}, "defaults": {"steps": 10}}]}
     )
 
-    async def can_serve() -> bool:
+    async def is_ready() -> bool:
         return True
 
     catalog = Catalog(config, (), clock=time.monotonic)
@@ -88,9 +88,10 @@ def gateway(
             cast(Any, FakeReplicas()),
             pictures=cast(Any, None),
             check_defaults=check_defaults,
+            states=cast(Any, None),
         ),
         draw_seed=lambda: 5,
-        can_serve=can_serve,
+        is_ready=is_ready,
         on_refusal=(refusals if refusals is not None else []).append,
         on_drawn=on_drawn,
     )
@@ -177,9 +178,9 @@ async def test_a_failing_request_s_line_names_key_code_base_and_adapters_and_not
 
 
 async def test_what_was_drawn_is_told_with_its_request_streamed_or_not() -> None:
-    told: list[tuple[GenerationRequest, GenerationResult]] = []
-    replica = Replica(Progress(0, 0, 10), RESULT)
-    service = gateway(replica, on_drawn=lambda request, result: told.append((request, result)))
-    await service.generate(DRAFT, request_id="id")
-    assert [event async for event in service.stream(DRAFT, request_id="id")][-1] == RESULT
-    assert told == [(replica.asked[0], RESULT), (replica.asked[1], RESULT)]
+    told: list[tuple[str | None, GenerationRequest, GenerationResult]] = []
+    replica, draft = Replica(Progress(0, 0, 10), RESULT), replace(DRAFT, key="alice")
+    service = gateway(replica, on_drawn=lambda *drawn: told.append(drawn))
+    await service.generate(draft, request_id="id")
+    assert [event async for event in service.stream(draft, request_id="id")][-1] == RESULT
+    assert told == [("alice", replica.asked[0], RESULT), ("alice", replica.asked[1], RESULT)]

@@ -16,7 +16,6 @@ from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, GivenBack, PixelImage, Preview, Progress
 from serve_app.deployments.ingress.dispatcher import MOST_OF_PLACES, Dispatcher
 from serve_app.deployments.ingress.key_slots import MOST_OF_SLOTS
-from serve_app.deployments.registry.fleet import ReplicaCount
 from serve_app.errors import QueueFull, ReplicaLost
 from tests.engine_cases import request
 
@@ -73,10 +72,7 @@ def dispatcher(handle: Any) -> Dispatcher:
     base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": settings}
     config = AppConfig.model_validate({"bases": [base], "ingress": {"replicas": 1}})
 
-    async def counts() -> dict[str, ReplicaCount]:
-        return {BASE: ReplicaCount(running=1)}
-
-    return Dispatcher(config, {BASE: handle}, on_retry=lambda _, __: None, counts=counts, resend_after_s=0)
+    return Dispatcher(config, {BASE: handle}, on_retry=lambda _, __: None, resend_after_s=0)
 
 
 async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has_waited() -> None:

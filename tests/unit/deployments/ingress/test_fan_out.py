@@ -34,7 +34,7 @@ def result_of(part: GenerationRequest, *, denoise_ms: float = 1.0, warnings: tup
     seeds = tuple((part.seed + index) % 2**64 for index in range(part.num_images))
     return GenerationResult(
         part.request_id, part.base_id, tuple(map(image_of, seeds)), seeds, (), Timings(denoise_ms=denoise_ms),
-        denoise_ms / 1e3, "cpu", part.num_images, warnings,
+        denoise_ms / 1e3, "cpu", part.num_images, warnings, denoise_ms / 1e3,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ async def test_times_are_those_of_the_slowest_part_and_device_time_is_that_of_al
     replicas.result = lambda part: result_of(part, denoise_ms=100.0 * (part.seed + 1), warnings=("odd", f"{part.seed}"))
     result = await fan_out(replicas, 1, 1)(request(seed=0, num_images=2))
     assert result.timings == Timings(denoise_ms=200.0)
-    assert result.compute_s == pytest.approx(0.3)
+    assert (result.compute_s, result.device_s) == (pytest.approx(0.3), pytest.approx(0.3))
     assert result.warnings == ("odd", "0", "1")
     assert result.batch_size == 1
 

@@ -52,7 +52,7 @@ async def settled(tmp_path: Path, **asked: Any) -> GenerationRequest:
         cast(Any, dispatch),
         registry=cast(Any, None),
         draw_seed=lambda: 5,
-        can_serve=cast(Any, None),
+        is_ready=cast(Any, None),
         on_refusal=lambda code: None,
         prompt_syntax_of=lambda key: cast(Any, KEYS.get(key or "")),
     )

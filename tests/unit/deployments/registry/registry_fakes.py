@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from serve_app.catalog.replica_report import ReplicaReport
+from serve_app.catalog.replica_report import DayUsage, ReplicaReport
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
 from serve_app.core import AdapterSpec, HubToken
 from serve_app.deployments.registry.keeper_client import KeeperClient
@@ -24,6 +24,8 @@ class StoreKeeper:
         self.asked = 0
         self.changed = asyncio.Condition()
         self.used: Counter[AdapterSpec] = Counter()
+        self.drawn: list[DayUsage] = []
+        self.start_times_s: dict[str, float] = {}
 
     def client(self, **settings: Any) -> KeeperClient:
         return KeeperClient(cast(Any, LocalHandle(self)), **settings)
@@ -37,6 +39,15 @@ class StoreKeeper:
             await self.changed.wait_for(lambda: self.is_away or self._table().version != known)
             self._answering()
         return self._table()
+
+    async def account(self, drawn: Sequence[DayUsage]) -> Mapping[str, float]:
+        self._answering()
+        self.drawn += drawn
+        return self.start_times_s
+
+    async def usage(self, since: str) -> tuple[DayUsage, ...]:
+        self._answering()
+        return tuple(row for row in self.drawn if row.day >= since)
 
     async def put(self, alias: Alias, *, may_replace: bool) -> AliasTable:
         self._answering()

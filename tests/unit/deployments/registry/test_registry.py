@@ -44,8 +44,9 @@ class Scene:
         replicas = FakeReplicas(*reports)
         pictures = AdapterPictures(self.catalog, self.world.folder / "pictures")
         registry = ServiceRegistry(
-            self.catalog, self.aliases, cast(Any, replicas), pictures=pictures, check_defaults=check_defaults
-        )
+            self.catalog, self.aliases, cast(Any, replicas),
+            pictures=pictures, check_defaults=check_defaults, states=cast(Any, None),
+        )  # fmt: skip
         return registry, replicas
 
     async def key_of(self, model: str) -> str:
