@@ -148,27 +148,6 @@ class AdminRequired(LoraplexError):
     template = "the key '{key}' may not change the registry or read the usage of all keys; use an admin key"
 
 
-class ForeignOrigin(LoraplexError):
-    """A web page of another origin had its visitor's browser ask."""
-
-    origin: str
-    status = 403
-    code = "foreign_origin"
-    template = "pages of {origin} may not use this service; its operator can name them in ingress.cors_origins"
-
-
-class UnknownHost(LoraplexError):
-    """A service on loopback was asked by a name that is none of this machine's."""
-
-    host: str
-    status = 421
-    code = "unknown_host"
-    template = (
-        "this service is bound to loopback and does not answer to the name '{host}'; ask 127.0.0.1 or localhost, or "
-        "have its operator name it in ingress.hosts"
-    )
-
-
 class ModelNotFound(LoraplexError):
     """Neither a served base nor an adapter that was found; `detail` says where it was searched for."""
 

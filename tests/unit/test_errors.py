@@ -4,11 +4,12 @@ import pickle
 import pytest
 
 from serve_app import errors, refusals
+from serve_app.api.http import origins
 from serve_app.errors import LoraplexError, OutOfBounds, QueueFull
 from serve_app.redaction import redact_secrets
 from serve_app.refusals import RefusedAdapter
 
-MEMBERS = [*inspect.getmembers(errors, inspect.isclass), *inspect.getmembers(refusals, inspect.isclass)]
+MEMBERS = [member for module in (errors, refusals, origins) for member in inspect.getmembers(module, inspect.isclass)]
 TREE = list(dict.fromkeys(cls for _, cls in MEMBERS if issubclass(cls, LoraplexError)))
 
 

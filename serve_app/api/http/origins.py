@@ -17,13 +17,34 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api.http.auth import READING
 from serve_app.api.http.error_responses import error_response
-from serve_app.errors import ForeignOrigin, LoraplexError, UnknownHost
+from serve_app.errors import LoraplexError
 
 log = logging.getLogger(__name__)
 
 # Values a browser sends with a request from its own address bar or from a page of this very origin.
 _OWN_SITES = ("same-origin", "none")
 _DEFAULT_PORTS = {"http": ":80", "https": ":443"}
+
+
+class ForeignOrigin(LoraplexError):
+    """A web page of another origin had its visitor's browser ask."""
+
+    origin: str
+    status = 403
+    code = "foreign_origin"
+    template = "pages of {origin} may not use this service; its operator can name them in ingress.cors_origins"
+
+
+class UnknownHost(LoraplexError):
+    """A service on loopback was asked by a name that is none of this machine's."""
+
+    host: str
+    status = 421
+    code = "unknown_host"
+    template = (
+        "this service is bound to loopback and does not answer to the name '{host}'; ask 127.0.0.1 or localhost, or "
+        "have its operator name it in ingress.hosts"
+    )
 
 
 class OriginCheck:
