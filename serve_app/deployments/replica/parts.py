@@ -44,7 +44,7 @@ IDLE_BUFFER_BYTES = 512 << 20
 def uncollected() -> Iterator[None]:
     """Import what lasts as long as the process, and let no garbage collection look at it, now or later.
 
-    Torch and diffusers bring a million objects: to look at them again and again takes a sixth of their import.
+    Torch and diffusers bring 660,000 objects: to look at them again and again takes a sixth of their import.
     """
     gc.disable()
     try:
