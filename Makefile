@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --no-compile -c constraints.txt
+# On all cores, where pip compiles on one; a file that does not compile is one that nothing imports.
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 
 # What `make test` runs: PYTEST="tests/unit/engine", or a file, or any other words of pytest's.
 PYTEST ?= tests
@@ -57,10 +59,12 @@ $(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PIP) torch
 	@$(PIP) -e .
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
 	@$(PIP) -e '.[dev]'
+	@$(COMPILE)
 	@# Apart: beside a torch without CUDA, its wheel can only be imported by tests that know how.
 	@$(PIP) --no-deps --upgrade --target build/vision torchvision
 	@# Apart: diffusers loads it wherever it finds it, which takes every process of the tests another second to start.

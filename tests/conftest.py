@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,15 @@ hypothesis.settings.load_profile("steady")
 # Torch's threads spin, the tests share the cores, and the bits of a sum depend on how many threads share it. Children
 # inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# What is imported and collected lasts until the end: no garbage collection needs to look at it.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 # What runs against a cluster runs in one process, one after the other; everything else runs beside it, by module.
 # The tests of faults have a cluster of several nodes to themselves, and so need a run of their own.

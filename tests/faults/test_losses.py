@@ -279,16 +279,6 @@ def under_load(service: Service, references: list[Picture]) -> Iterator[list[Fut
             is_over = True
 
 
-def test_a_redeploy_of_the_same_config_under_load_loses_nothing(
-    service: Service, references: list[Picture], arguments: dict[str, Any]
-) -> None:
-    before = replica_pids("")
-    with under_load(service, references) as asking:
-        deploy(arguments)
-        until(lambda: not before.keys() & replica_pids("").keys(), "a new service", timeout_s=REDEPLOYED_S)
-    assert all(one.result() for one in asking)
-
-
 def test_a_lost_node_with_an_ingress_and_a_proxy_loses_nothing_and_its_callers_go_to_another(
     nodes: LocalCluster, service: Service, workers_port: int, references: list[Picture]
 ) -> None:

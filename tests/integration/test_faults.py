@@ -214,7 +214,6 @@ def test_a_stream_whose_device_breaks_after_a_picture_ends_in_an_error_and_what_
     until(lambda: not psutil.pid_exists(victim.pid), "the end of the broken replica")
 
 
-@pytest.mark.slow
 def test_a_device_that_hangs_is_replaced_and_its_request_still_gets_its_image(
     controlled: tuple[Service, Device],
 ) -> None:

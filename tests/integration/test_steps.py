@@ -157,7 +157,6 @@ async def test_a_burst_for_one_adapter_spills_over_to_replicas_without_it(steppi
     assert len(frozenset.intersection(*(await asyncio.to_thread(stepping.residents)))) >= 1
 
 
-@pytest.mark.slow
 async def test_a_part_whose_replica_is_killed_is_drawn_again_alone(stepping: Stepping) -> None:
     async with stepping.client(ONE) as client:
         before = await stepping.known(client)

@@ -41,6 +41,7 @@ from serve_app.deployments.replica.parts import (
     load_pipeline,
     make_store,
     typical_units,
+    uncollected,
 )
 from serve_app.deployments.replica.prefetch import prefetch_adapters
 from serve_app.deployments.replica.reporter import ReplicaReporter
@@ -84,16 +85,17 @@ class BaseModelReplica:
     ) -> None:
         started = time.monotonic()
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
-        from serve_app.engine.admission.process import AdmissionProcess
-        from serve_app.engine.drawing.trial import try_tasks
-        from serve_app.engine.drawing.warmup import warm_up
-        from serve_app.engine.weights.fused import FusedWeights
-        from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
-        from serve_app.engine.weights.made_up import warm_swaps
-        from serve_app.engine.weights.shortage import is_out_of_memory
-        from serve_app.engine.worker.scheduling import QueuePolicy
-        from serve_app.engine.worker.turns import SharingPolicy
-        from serve_app.engine.worker.worker import EngineWorker
+        with uncollected():
+            from serve_app.engine.admission.process import AdmissionProcess
+            from serve_app.engine.drawing.trial import try_tasks
+            from serve_app.engine.drawing.warmup import warm_up
+            from serve_app.engine.weights.fused import FusedWeights
+            from serve_app.engine.weights.integrity import IntegrityChecker, ThrottledChecker
+            from serve_app.engine.weights.made_up import warm_swaps
+            from serve_app.engine.weights.shortage import is_out_of_memory
+            from serve_app.engine.worker.scheduling import QueuePolicy
+            from serve_app.engine.worker.turns import SharingPolicy
+            from serve_app.engine.worker.worker import EngineWorker
 
         set_up_logging(config.log_level)
         set_up_tracing(config.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)

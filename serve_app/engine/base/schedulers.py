@@ -170,7 +170,7 @@ class NoiseSchedulers:
     def _made(self, scheduler_class: Any, options: Mapping[str, Any]) -> _Offer | _Unfit:
         config = {**self._own.config, **_shift_of(self._own), **options}
         try:
-            template = scheduler_class.from_config(config)
+            template = _template(scheduler_class, config)
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
             return _Unfit(f"cannot be made from this base's configuration ({type(error).__name__})")
         is_unfit = type(template).__name__ in self._family.unfit_schedulers
@@ -199,6 +199,22 @@ def _rebuilt(own: Any, config: BaseModelConfig) -> Any:
         return type(own).from_config({**own.config, **with_shift(config.scheduler_options)})
     except (ImportError, ValueError, TypeError, RuntimeError) as error:
         raise BaseUnusable(config.id, f"its scheduler cannot be made with scheduler_options: {error}") from error
+
+
+def _template(scheduler_class: Any, config: Mapping[str, Any]) -> Any:
+    """Make a scheduler; one whose class sets all steps of the training at once, in half a second, sets but a few.
+
+    Every call sets its own steps, which replaces them.
+    """
+
+    class Brief(scheduler_class):
+        def set_timesteps(self, num_inference_steps: int, *more: Any) -> None:
+            super().set_timesteps(min(num_inference_steps, _USUAL_STEPS[0]), *more)
+
+    Brief.__name__ = scheduler_class.__name__  # which diffusers looks at, and keeps
+    template = Brief.from_config(config)
+    template.__class__ = scheduler_class
+    return template
 
 
 def _shift_of(own: Any) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from inspect import signature
 from typing import Any
 
 import diffusers
-from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image, AutoPipelineForInpainting
 
 from serve_app.core import GenerationRequest
 from serve_app.errors import MalformedRequest
@@ -90,6 +89,9 @@ def parameters_of(pipeline: Any) -> frozenset[str]:
 def _by_task(pipeline: Any, family: Family) -> dict[Task, Any]:
     if family.tasks is not None:
         return {task: _as(pipeline, name) for task, name in family.tasks.items()}
+    # Loads the pipelines of every family that diffusers knows, which takes a second.
+    from diffusers.pipelines.auto_pipeline import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
     guessed: dict[Task, Any] = {"text": pipeline}
     others: dict[Task, Any] = {"image": AutoPipelineForImage2Image, "inpaint": AutoPipelineForInpainting}
     for task, auto in others.items():

@@ -40,6 +40,8 @@ CARD = f"---\nbase_model: {BASE}\ntags: [lora]\n---\n".encode()
 CANONICAL, ORIGINAL = "admitted/*/*.canonical", "hub/*.safetensors"
 UNFINISHED = ("hub/.*.draft", "admitted/.drafts-*/*/*", "**/*.partial")
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pipeline() -> BasePipeline:
