@@ -32,6 +32,7 @@ def _swap_bars(model: str, swap_ms: float) -> tuple[Bar, ...]:
         Bar(part, "fused weights with other bits than diffusers'", "is", 0, needs_gpu=False),
         Bar(part, "base restored", "is", 1, needs_gpu=False),
         Bar(part, "swap from host memory, ms", "at most", swap_ms),
+        Bar(part, "a swap's calls alone, ms", "at most", 5),
         Bar(part, "prepared swap on the critical path, ms", "at most", 2),
         Bar(part, "diffusers' four calls over a swap", "at least", 50),
         Bar(part, "stream with prepared changes, of one without", "at least", 0.97),

@@ -197,14 +197,18 @@ def _swap_figures(report: SwapReport) -> Figures:
         "fused weights with other bits than diffusers'": float(len(report.exactness.weights_unequal)),
         "base restored": float(report.exactness.base_restored),
         "swap from host memory, ms": rows[Step.SWAP].wall_ms,
+        "a swap's calls alone, ms": rows[Step.CALLS].cpu_ms,
         "swap over the floor": report.ratios.swap_over_floor_wall,
         "floor, ms": report.floor.swap_ms,
         "stream with changes, of one without": report.stream.changing.of_steady,
     }
     if Step.BIND in rows:
         figures["prepared swap on the critical path, ms"] = rows[Step.BIND].wall_ms
-    if report.stream.prepared is not None:
-        figures["stream with prepared changes, of one without"] = report.stream.prepared.of_steady
+    stream = report.stream
+    for way, rate in (("prepared changes", stream.prepared), ("hotswap", stream.hotswap),
+                      ("the four calls", stream.four_calls)):  # fmt: skip
+        if rate is not None:
+            figures[f"stream with {way}, of one without"] = rate.of_steady
     if report.ratios.diffusers_over_swap_wall is not None:
         figures["diffusers' four calls over a swap"] = report.ratios.diffusers_over_swap_wall
     return figures | {f"{row.step}, ms": row.wall_ms for row in report.rows}

@@ -16,7 +16,7 @@ from serve_app.bench.machine.stream import ImageSteps
 from serve_app.bench.measuring.options import SwapOptions
 from serve_app.bench.measuring.timing import Step, Stopwatch
 from serve_app.bench.models.adapter_files import AdapterFiles
-from serve_app.bench.models.denoisers import Denoiser
+from serve_app.bench.models.denoisers import Denoiser, outline_of
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.adapters.deltas import ParsedAdapter
 from serve_app.engine.adapters.parser import parse_adapter
@@ -47,6 +47,8 @@ class LoraplexSwap:
         # Both adapters of a round fit, none of the round before.
         cache_bytes = 2 * self._second.size_bytes
         self._weights = FusedWeights({component: denoiser.module}, device_cache_bytes=cache_bytes)
+        # The same layers on torch's meta device, which takes the way of a GPU and computes nothing.
+        self._hollow = FusedWeights({component: outline_of(options).module})
 
     @property
     def adapter_bytes(self) -> int:
@@ -86,6 +88,9 @@ class LoraplexSwap:
         with self._stopwatch.timed(Step.SWAP):
             self._weights.apply([(second, 1.0)])
         self._from_device(first, second)
+        self._hollow.apply([(first, 1.0)])
+        with self._stopwatch.timed(Step.CALLS, counts_device=False):
+            self._hollow.apply([(second, 1.0)])
         fused = [self._bound()]
         if self._options.is_preparing:
             fused.append(self._prepared(_renamed(second, round_number)))

@@ -126,16 +126,25 @@ def _timed(work: Callable[[], Tensor], *, is_on_gpu: bool) -> tuple[float, int |
 
 
 class _Waits(TorchDispatchMode):
-    """Counts the operations whose outcome the host must know before it goes on."""
+    """Counts the operations whose outcome the host must know before it goes on, and copies that it waits for.
 
-    def __init__(self) -> None:
+    On a GPU only those count that concern it: schedulers keep numbers of theirs on the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device_type = device.type
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operation, and do it."""
-        self.count += func.overloadpacket.__name__ in WAITING
-        return func(*args, **(kwargs or {}))
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        if name in WAITING:
+            self.count += args[0].device.type == self._device_type
+        elif name == "_to_copy" and not kwargs.get("non_blocking"):
+            target = kwargs.get("device") or args[0].device
+            self.count += target.type != args[0].device.type
+        return func(*args, **kwargs)
 
 
 def _waits(loaded: tuple[BaseModelConfig, Any]) -> Iterator[WaitRow]:
@@ -152,7 +161,10 @@ def _per_step(pipeline: Any, scheduler: Any) -> float:
     counts: list[int] = []
     for steps in (EXTRA_STEPS, 2 * EXTRA_STEPS):
         pipeline.scheduler = copy.deepcopy(scheduler)
-        with _Waits() as waits:
-            pipeline(PROMPTS[0], width=64, height=64, num_inference_steps=steps, output_type="latent")
+        generator = torch.Generator("cpu").manual_seed(0)  # as requests have
+        with _Waits(pipeline.device) as waits:
+            pipeline(
+                PROMPTS[0], width=64, height=64, num_inference_steps=steps, output_type="latent", generator=generator
+            )
         counts.append(waits.count)
     return (counts[1] - counts[0]) / EXTRA_STEPS

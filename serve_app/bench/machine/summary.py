@@ -51,7 +51,7 @@ def summarise(
         floor=floor,
         ratios=_ratios(medians, four, floor),
         exactness=exactness,
-        stream=_stream(images, medians, four),
+        stream=_stream(images, medians),
         memory=memory,
     )
 
@@ -61,27 +61,31 @@ def _ratios(medians: Medians, four: Timing | None, floor: Floor) -> Ratios:
     return Ratios(
         diffusers_over_swap_wall=None if four is None else four.wall_ms / swap.wall_ms,
         diffusers_over_swap_cpu=None if four is None else four.cpu_ms / swap.cpu_ms,
+        diffusers_over_calls_cpu=None if four is None else four.cpu_ms / medians[Step.CALLS].cpu_ms,
         diffusers_over_unseen_wall=None if four is None else four.wall_ms / unseen.wall_ms,
         swap_over_floor_wall=swap.wall_ms / floor.swap_ms,
         swap_over_floor_cpu=swap.cpu_ms / floor.swap_ms,
     )
 
 
-def _stream(images: ImageSteps, medians: Medians, four: Timing | None) -> Stream:
+def _stream(images: ImageSteps, medians: Medians) -> Stream:
     steady = medians[Step.STEADY_IMAGE]
 
     def rate(timing: Timing) -> Rate:
         return Rate(1e3 / timing.wall_ms, steady.wall_ms / timing.wall_ms, steady.cpu_ms / timing.cpu_ms)
 
-    prepared = medians.get(Step.PREPARED_IMAGE)
+    def rate_if_run(step: Step) -> Rate | None:
+        return rate(medians[step]) if step in medians else None
+
     return Stream(
         steps=images.steps,
         latent=images.latent,
         batch=images.batch,
         steady=rate(steady),
         changing=rate(medians[Step.CHANGING_IMAGE]),
-        prepared=None if prepared is None else rate(prepared),
-        diffusers_images_per_s=None if four is None else 1e3 / (steady.wall_ms + four.wall_ms),
+        prepared=rate_if_run(Step.PREPARED_IMAGE),
+        hotswap=rate_if_run(Step.HOTSWAP_IMAGE),
+        four_calls=rate_if_run(Step.FOUR_CALLS_IMAGE),
     )
 
 

@@ -76,7 +76,8 @@ class _SwapRun:
         images = ImageSteps(denoiser, self._options)
         ours.stream(images, ours.admit())
         if baseline is not None:
-            self._unfused(baseline, files)
+            self._unfused(baseline, files, images)
+            self._four_calls_stream(baseline, denoiser, files, images)
         fused_buffers = self._options.buffer_sets_held * self._sizes.touched_bytes
         expected = self._sizes.base_bytes + fused_buffers + 2 * ours.adapter_bytes
         memory = Memory(before, peak, peak_bytes(self._device), expected)
@@ -100,17 +101,39 @@ class _SwapRun:
             baseline.unload()
         denoiser.refill(theirs)
 
-    def _unfused(self, baseline: DiffusersBaseline, files: AdapterFiles) -> None:
+    def _unfused(self, baseline: DiffusersBaseline, files: AdapterFiles, images: ImageSteps) -> None:
         """Change adapters without fusing, as diffusers can too: hotswap, and two resident; passes are slower for it."""
         baseline.load_as(files.first, "one")
         for path in [files.second, files.first] * self._options.repeats:
             with self._stopwatch.timed(Step.HOTSWAP):
                 baseline.hotswap(path, "one")
+        for path in _in_turn(files, self._options.repeats):
+            with self._stopwatch.timed(Step.HOTSWAP_IMAGE):
+                baseline.hotswap(path, "one")
+                images.run()
         baseline.load_as(files.second, "other")
         for name in ["one", "other"] * self._options.repeats:
             with self._stopwatch.timed(Step.SET_ADAPTERS):
                 baseline.activate(name)
         baseline.unload()
+
+    def _four_calls_stream(
+        self, baseline: DiffusersBaseline, denoiser: Denoiser, files: AdapterFiles, images: ImageSteps
+    ) -> None:
+        """Run images in turn, changing the adapter before each by the four calls; then give back the weights."""
+        baseline.load(files.first)
+        baseline.fuse()
+        for path in _in_turn(files, self._options.repeats):
+            with self._stopwatch.timed(Step.FOUR_CALLS_IMAGE):
+                baseline.unfuse()
+                baseline.unload()
+                baseline.load(path)
+                baseline.fuse()
+                images.run()
+        theirs = baseline.fused()
+        baseline.unfuse()
+        baseline.unload()
+        denoiser.refill(theirs)
 
     def _summary(self, images: ImageSteps, memory: Memory) -> SwapReport:
         touched = Touched(self._shapes, self._options.rank)
@@ -129,6 +152,11 @@ class _SwapRun:
             images=images,
             memory=memory,
         )
+
+
+def _in_turn(files: AdapterFiles, count: int) -> list[Path]:
+    """Return the second adapter, the first, the second and so on."""
+    return ([files.second, files.first] * count)[:count]
 
 
 def differing(theirs: Fused, ours: Fused) -> list[str]:

@@ -91,7 +91,7 @@ class Rate:
 class Stream:
     """A stream of requests: one adapter throughout, another one for each, and that prepared during the image before.
 
-    `diffusers_images_per_s` is worked out from the four calls' medians, not run.
+    `hotswap` and `four_calls` are diffusers' ways of changing to another one for each, without and with fusing.
     """
 
     steps: int
@@ -100,7 +100,8 @@ class Stream:
     steady: Rate
     changing: Rate
     prepared: Rate | None
-    diffusers_images_per_s: float | None
+    hotswap: Rate | None
+    four_calls: Rate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Ratios:
 
     diffusers_over_swap_wall: float | None
     diffusers_over_swap_cpu: float | None
+    diffusers_over_calls_cpu: float | None
     diffusers_over_unseen_wall: float | None
     swap_over_floor_wall: float
     swap_over_floor_cpu: float

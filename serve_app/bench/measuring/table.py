@@ -29,11 +29,14 @@ LABELS = {
     "loraplex.bind": "loraplex   A -> B prepared: what is left to do",
     "loraplex.swap": "loraplex   A -> B, from host memory",
     "loraplex.swap_resident": "loraplex   A -> B, from device memory",
+    "loraplex.calls": "loraplex   A -> B, a GPU's calls alone",
     "loraplex.restore": "loraplex   B -> base",
     "loraplex.unseen": "loraplex   a file never seen, to its weights",
     "stream.image_without_change": "stream     an image, the last one's adapter",
     "stream.image_with_change": "stream     an image, another adapter",
     "stream.image_with_prepared_change": "stream     an image, another adapter, prepared",
+    "stream.image_with_hotswap": "stream     an image, another adapter, hotswap",
+    "stream.image_with_four_calls": "stream     an image, another adapter, four calls",
 }
 START_LABELS = {
     "file.read": "read the file's bytes, through 8 MiB",
@@ -183,6 +186,7 @@ def _against_baseline(report: SwapReport) -> Iterator[tuple[str, str]]:
         what = "almost all of it Python" if report.options.is_narrow else "arithmetic included"
         yield "four calls / swap", f"{ratios.diffusers_over_swap_wall:.1f} wall"
         yield "", f"{ratios.diffusers_over_swap_cpu:.1f} processor time ({what})"
+        yield "four calls / calls alone", f"{ratios.diffusers_over_calls_cpu:.0f} processor time"
         yield "four calls / file never seen", f"{ratios.diffusers_over_unseen_wall:.1f} wall"
         equal = "yes" if exactness.fused_equal else f"NO: {', '.join(exactness.weights_unequal[:5])}"
         yield "bit-equal to load and fuse", f"{equal} ({exactness.weights_compared} weights compared)"
@@ -208,12 +212,16 @@ def _others(report: SwapReport) -> Iterator[tuple[str, str]]:
     stream, memory = report.stream, report.memory
     size = f"{stream.steps} steps, latents {stream.latent}x{stream.latent}"
     yield "stream, images/s", f"{stream.steady.images_per_s:.3g} with one adapter throughout ({size})"
-    for what, rate in (("a new adapter each", stream.changing), ("the same, prepared", stream.prepared)):
+    ways = (
+        ("a new adapter each", stream.changing),
+        ("the same, prepared", stream.prepared),
+        ("diffusers' hotswap for each, not fused", stream.hotswap),
+        ("diffusers' four calls for each", stream.four_calls),
+    )
+    for what, rate in ways:
         if rate is not None:
             shares = f"{rate.of_steady:.1%} wall, {rate.of_steady_cpu:.1%} processor time"
             yield "", f"{rate.images_per_s:.3g} with {what} ({shares})"
-    if stream.diffusers_images_per_s is not None:
-        yield "", f"{stream.diffusers_images_per_s:.3g} with diffusers' four calls for each (worked out)"
     yield (
         "peak memory",
         f"{(memory.peak_bytes - memory.before_bytes) / 1e9:.2f} GB over the {memory.before_bytes / 1e9:.2f} GB before; "

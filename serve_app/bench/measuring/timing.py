@@ -34,12 +34,15 @@ class Step(StrEnum):
     APPLY = "loraplex.apply"
     SWAP = "loraplex.swap"
     SWAP_RESIDENT = "loraplex.swap_resident"
+    CALLS = "loraplex.calls"
     PREPARE = "loraplex.prepare"
     BIND = "loraplex.bind"
     RESTORE = "loraplex.restore"
     STEADY_IMAGE = "stream.image_without_change"
     CHANGING_IMAGE = "stream.image_with_change"
     PREPARED_IMAGE = "stream.image_with_prepared_change"
+    HOTSWAP_IMAGE = "stream.image_with_hotswap"
+    FOUR_CALLS_IMAGE = "stream.image_with_four_calls"
 
 
 Named = TypeVar("Named", bound=StrEnum)

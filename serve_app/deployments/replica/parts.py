@@ -68,12 +68,17 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
         BaseUnusable: it cannot be loaded as configured.
     """
     from serve_app.engine.base.fetching import HubAccess, resolve_source
+    from serve_app.engine.base.loading import default_device
     from serve_app.engine.drawing.pipeline import BasePipeline
+    from serve_app.engine.weights.placement import fence_share
 
+    device = default_device()
+    fence_share(device, base.replica.num_gpus)
     return BasePipeline.load(
         base,
         resolve_source(base.source, embedded_root()),
         parts={name: resolve_source(part, embedded_root()) for name, part in base.part_sources.items()},
+        device=device,
         hub=HubAccess(token=environment.token),
     )
 

@@ -32,7 +32,7 @@ from serve_app.engine.base.fetching import (
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.packing import is_quantised
 from serve_app.engine.base.parts import load_part
-from serve_app.engine.base.pipeline_setup import compile_denoiser, configure_pipeline
+from serve_app.engine.base.pipeline_setup import CountingCompiler, compile_denoiser, configure_pipeline
 from serve_app.engine.base.quantising import check_part, packing_of
 from serve_app.engine.base.remote_code import INDEX, check_folder
 from serve_app.engine.base.single_file import load_part_file, load_single_file
@@ -50,10 +50,11 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, RuntimeError, 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device, and the text of its model card where it has one."""
+    """A frozen pipeline on its device, the text of its model card where it has one, and its compiler, if any."""
 
     pipeline: Any
     card: str = ""
+    compiler: CountingCompiler | None = None
 
 
 def default_device() -> torch.device:
@@ -105,9 +106,7 @@ def load_base(
         raise BaseUnusable(config.id, config.needs_full_weights)
     _freeze(pipeline.to(device))
     configure_pipeline(pipeline, config)
-    if config.compile:
-        compile_denoiser(pipeline)
-    return LoadedBase(pipeline, read_card(folder))
+    return LoadedBase(pipeline, read_card(folder), compile_denoiser(pipeline) if config.compile else None)
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:

@@ -6,6 +6,7 @@ torch's own scaled dot product, which diffusers takes by itself.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from serve_app.config import BaseModelConfig
 from serve_app.engine.base.manifest import adaptable_components
 
+log = logging.getLogger(__name__)
 # Up to this many times the side that it was trained for, a VAE decodes a picture whole.
 TILES = 2
 
@@ -55,11 +57,42 @@ def decode_by_tiles(vae: Any, times: int) -> None:
         vae.tile_latent_min_size *= times
 
 
-def compile_denoiser(pipeline: DiffusionPipeline, *, backend: str | Callable[..., Any] = "inductor") -> None:
-    """Have torch compile the denoiser at its first call, and once more for each new kind of input.
+class CountingCompiler:
+    """A backend of torch.compile that counts what it is given: what comes in traffic makes a caller wait."""
 
-    In place: a wrapper would rename every parameter. Swaps give parameters other memory with the same shape, stride
-    and dtype, which the compiled code reads at each call, so it must not capture addresses: no CUDA graphs.
+    def __init__(self, backend: str | Callable[..., Any]) -> None:
+        """`backend` does the work; "inductor" is torch's own."""
+        self._backend = torch._dynamo.lookup_backend(backend) if isinstance(backend, str) else backend
+        self._expected: int | None = None
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any, **options: Any) -> Any:
+        """Compile one graph."""
+        self.graphs += 1
+        if self._expected is not None:
+            more = self.graphs - self._expected
+            log.warning("a request has the denoiser compiled for shapes that no warm-up had, number %d of these", more)
+        return self._backend(graph, inputs, **options)
+
+    def expect_no_more(self) -> None:
+        """Log from now on what is compiled: the warm-up is over."""
+        self._expected = self.graphs
+
+
+def compile_denoiser(
+    pipeline: DiffusionPipeline, *, backend: str | Callable[..., Any] = "inductor"
+) -> CountingCompiler:
+    """Have torch compile the denoiser at its first calls, and once more for new kinds of input; returns what counts.
+
+    By region where its class says which blocks repeat: one graph serves all blocks of a shape, sizes become dynamic
+    at the second one, and starting takes a fraction of the time. In place: a wrapper would rename every parameter.
+    Swaps give parameters other memory with the same shape, stride and dtype, which the compiled code reads at each
+    call, so it must not capture addresses: no CUDA graphs.
     """
     denoiser: Any = next(iter(adaptable_components(pipeline).values()))
-    denoiser.compile(backend=backend)
+    compiler = CountingCompiler(backend)
+    if getattr(denoiser, "_repeated_blocks", None):
+        denoiser.compile_repeated_blocks(backend=compiler)
+    else:
+        denoiser.compile(backend=compiler)
+    return compiler

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from serve_app.config import BaseModelConfig
+from serve_app.engine.base.noise import send_noise_without_waiting
 from serve_app.errors import BaseUnusable, MalformedRequest, OutOfBounds, UnknownScheduler
 from serve_app.families.family import Family
 from serve_app.families.schedulers import SCHEDULERS, PredictionKind, SchedulerChoice, kind_of, listed_name, with_shift
@@ -137,6 +138,7 @@ class NoiseSchedulers:
         """Return an unused scheduler of a name that `check` passes."""
         tried = self._try(self._listed(name or self._default), options)
         assert isinstance(tried, _Offer)
+        send_noise_without_waiting(tried.template)
         return copy.deepcopy(tried.template)
 
     def _listed(self, name: str) -> str:

@@ -84,6 +84,7 @@ class BasePipeline:
         self._chunks = ChunkCounter(loaded.pipeline) if weighs_words else None
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
+        self.compiler = loaded.compiler
         self._latent_colours: LatentColours | None = None
         self.manifest: BaseManifest = manifest_of(loaded.pipeline)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -41,14 +43,14 @@ def warm_up(
 
     A batch that finds no room is halved, as requests will be; where not even one image fits, that is logged, since
     smaller ones may. Call it before anything else uses the pipeline. It computes with `torch_threads`, in a thread of
-    its own: their number is part of what compiled code depends on. Other choices of a request that change
-    shapes (its size, guidance or none) compile when they first come.
+    its own: their number is part of what compiled code depends on. Where the denoiser is compiled, it draws with
+    guidance and without. What still compiles later is logged.
     """
     began, device = time.monotonic(), pipeline.device
 
-    def draw(num_images: int) -> bool:
+    def draw(num_images: int, guidance_scale: float = base.defaults.guidance_scale) -> bool:
         try:
-            pipeline.generate([_picture(base, num_images)])
+            pipeline.generate([_picture(base, num_images, guidance_scale)])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,13 +68,26 @@ def warm_up(
                 return 0, 0
             images //= 2
         pass_bytes = _peak(device) - before
-        if images > 1:
-            draw(1)
+        usual = (images, base.defaults.guidance_scale)
+        kinds = itertools.product(sorted({images, 1}), _guidances(pipeline, base))
+        for num_images, guidance_scale in kinds:
+            if (num_images, guidance_scale) != usual:
+                draw(num_images, guidance_scale)
         return images, pass_bytes
 
     with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
         images, pass_bytes = thread.submit(run).result()
+    if pipeline.compiler is not None:
+        pipeline.compiler.expect_no_more()
     return WarmUp(time.monotonic() - began, images, pass_bytes)
+
+
+def _guidances(pipeline: BasePipeline, base: BaseModelConfig) -> tuple[float, ...]:
+    """Return the guidance that a warm-up draws with: the default, and where it matters none or some."""
+    above, usual = pipeline.family.guided_above, base.defaults.guidance_scale
+    if not base.compile or pipeline.family.has_own_true_cfg or not math.isfinite(above):
+        return (usual,)
+    return usual, above if usual > above else above + 1
 
 
 def _allocated(device: torch.device) -> int:
@@ -95,7 +110,7 @@ def _free(pipeline: BasePipeline) -> None:
     pipeline.restore_dtypes()
 
 
-def _picture(base: BaseModelConfig, num_images: int) -> GenerationRequest:
+def _picture(base: BaseModelConfig, num_images: int, guidance_scale: float) -> GenerationRequest:
     defaults = base.defaults
     return GenerationRequest(
         request_id="warm-up",
@@ -106,7 +121,7 @@ def _picture(base: BaseModelConfig, num_images: int) -> GenerationRequest:
         width=defaults.width,
         height=defaults.height,
         steps=min(STEPS, defaults.steps),
-        guidance_scale=defaults.guidance_scale,
+        guidance_scale=guidance_scale,
         scheduler=None,
         seed=0,
         num_images=num_images,

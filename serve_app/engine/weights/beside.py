@@ -6,7 +6,7 @@ Owns the buffers and which of them are bound. Must not know files, requests or w
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,7 +17,7 @@ from serve_app.engine.adapters.deltas import Delta, LowRankStack, ParsedAdapter
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
 from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
-from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
+from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, remembered_places, runs_of
 from serve_app.engine.weights.side_stream import SideStream
 
 Fused = Mapping[ParameterSlot, Tensor]
@@ -44,6 +44,7 @@ class BesideFuser:
         self._slots, self._layers, self._slabs, self._sets = slots, layers, slabs, sets
         self._side, self._hold = side, hold
         self._stacks = StackFuser()
+        self._places = remembered_places(layers)
         self._bound: Fused = {}
         self._bound_key: AdapterSetKey = ()
         # Least recently used first.
@@ -136,17 +137,24 @@ class BesideFuser:
         with torch.no_grad(), self._side.stream_scope(), self._hold(adapters) as residents:
             for adapter, scale in zip(residents, scales, strict=True):
                 layers = stack_layers(adapter.components)
+                earlier = frozenset(fused)  # an adapter changes each layer once
                 for stack in layers.stacks:
-                    self._fuse_stack(stack, scale_of(scale, stack.component), fused, which)
+                    self._fuse_stack(stack, scale_of(scale, stack.component), earlier, fused, which)
                 for component, module, delta in layers.singles:
                     self._fuse_single(component, module, delta, scale_of(scale, component), fused, which)
         return fused
 
-    def _fuse_stack(self, stack: LowRankStack, scale: float, fused: dict[ParameterSlot, Tensor], which: int) -> None:
-        modules = self._layers[stack.component]
-        slots = [modules[module].weight for module in stack.modules]
+    def _fuse_stack(
+        self,
+        stack: LowRankStack,
+        scale: float,
+        earlier: Collection[ParameterSlot],
+        fused: dict[ParameterSlot, Tensor],
+        which: int,
+    ) -> None:
+        slots, runs = self._places(stack.component, stack.modules)
         singles = None
-        for run in list(runs_of(slots, fused)):
+        for run in runs_of(slots, earlier) if earlier else runs:
             if run.slab is None:
                 singles = singles or list(stack.layers())
                 for module, delta in singles[run.start : run.stop]:
@@ -155,7 +163,7 @@ class BesideFuser:
             outs, part = run.slab.fused_in(which)[run.rows], slice(run.start, run.stop)
             pristine = run.slab.values[run.rows] if run.is_first else None
             self._stacks.fuse(outs, pristine, stack.ups[part], stack.downs[part], stack.factor(scale))
-            fused.update((slot, slot.fused_buffers[which]) for slot in slots[part])
+            fused.update(zip(slots[part], run.slab.fused_rows[which][run.rows], strict=True))
 
     def _fuse_single(
         self, component: str, module: str, delta: Delta, scale: float, fused: dict[ParameterSlot, Tensor], which: int

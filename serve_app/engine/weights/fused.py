@@ -129,8 +129,8 @@ class FusedWeights:
             }
             self._tensors |= {(component, name): value for name, value in module.named_buffers()}
         device = next((tensor.device for tensor in self._loaded().values()), torch.device("cpu"))
-        is_on_gpu = device.type == "cuda"
-        self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_on_gpu else None
+        is_apart = device.type != "cpu"  # adapters come from another memory
+        self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_apart else None
         self._applied: AdapterSetKey = ()
         self._version = 0
         self._live: dict[str, ParameterSlot] = {}

@@ -18,7 +18,7 @@ from serve_app.engine.adapters.host_buffer import page_locked
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
 from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
-from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, runs_of
+from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, remembered_places
 
 _ALIGNMENT_BYTES = 64
 # A page-locked piece takes milliseconds to get, so that small tensors share one.
@@ -39,6 +39,7 @@ class InPlaceFuser:
         """Copy the layers' parameters to the host, page-locked where they lie on a GPU; reads every byte once."""
         self._layers, self._hold = layers, hold
         self._stacks = StackFuser()
+        self._places = remembered_places(layers)
         self._written: set[ParameterSlot] = set()
         self._copies = dict(zip(slabs, host_copies([slab.values for slab in slabs]), strict=True))
         every = [slot for modules in layers.values() for layer in modules.values() for slot in layer if slot]
@@ -101,15 +102,14 @@ class InPlaceFuser:
     def _check(self, adapter: ParsedAdapter) -> None:
         layers = stack_layers(adapter.components)
         for stack in layers.stacks:
-            for module in stack.modules:
-                self._layers[stack.component][module]
+            self._places(stack.component, stack.modules)
         for component, module, _ in layers.singles:
             self._layers[component][module]
 
     def _fuse_stack(self, stack: LowRankStack, scale: float) -> None:
-        slots = [self._layers[stack.component][module].weight for module in stack.modules]
+        slots, runs = self._places(stack.component, stack.modules)
         singles = None
-        for run in runs_of(slots, ()):
+        for run in runs:
             if run.slab is None:
                 singles = singles or list(stack.layers())
                 for module, delta in singles[run.start : run.stop]:

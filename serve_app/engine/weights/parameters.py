@@ -5,8 +5,9 @@ Owns the record of where a parameter's values lie. Must not know adapters.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from serve_app.engine.adapters.stacks import empty_rows, layer_order
 
 ParameterName = tuple[str, str]
+# Adapters of one kind of training change the same layers; so many choices of layers are remembered.
+_REMEMBERED_STACKS = 256
 # On a CPU larger weights are fused block by block, and gain nothing from lying together.
 LARGE_ELEMENTS = 1 << 18
 
@@ -36,7 +39,7 @@ class Slab:
     """The weights of linear layers of one component, shape and dtype, in one piece of memory: row i is slot i's.
 
     `values` [n, out, in] is what the layers were loaded with; `fused` has the same shape, one for each set of fused
-    buffers, made when first asked for.
+    buffers, made when first asked for; `fused_rows` are its rows.
     """
 
     def __init__(self, slots: Sequence[ParameterSlot]) -> None:
@@ -45,6 +48,7 @@ class Slab:
         self.values = empty_rows(len(slots), first.shape, first.dtype, first.device)
         self.slots = tuple(slots)
         self.fused: dict[int, Tensor] = {}
+        self.fused_rows: dict[int, tuple[Tensor, ...]] = {}
         for row, (slot, values) in enumerate(zip(slots, self.values.unbind(), strict=True)):
             slot.slab, slot.row = self, row
             slot.parameter.data = slot.pristine = values.copy_(slot.pristine)
@@ -55,13 +59,15 @@ class Slab:
         if buffers is None:
             first = self.values[0]
             buffers = self.fused[which] = empty_rows(len(self.slots), first.shape, first.dtype, first.device)
-            for slot, row in zip(self.slots, buffers.unbind(), strict=True):
+            rows = self.fused_rows[which] = tuple(buffers.unbind())
+            for slot, row in zip(self.slots, rows, strict=True):
                 slot.fused_buffers[which] = row
         return buffers
 
     def drop(self, which: int) -> None:
         """Give back the fused buffers of a set."""
         self.fused.pop(which, None)
+        self.fused_rows.pop(which, None)
         for slot in self.slots:
             slot.fused_buffers.pop(which, None)
 
@@ -143,3 +149,24 @@ def runs_of(slots: Sequence[ParameterSlot], fused: Collection[ParameterSlot]) ->
                 continue
         yield Run(start, stop, first.slab, first.row, is_first)
         start = stop
+
+
+class StackPlaces(NamedTuple):
+    """Where the weights of a stack's layers lie: their slots, and the runs of them where none is fused yet."""
+
+    slots: tuple[ParameterSlot, ...]
+    runs: tuple[Run, ...]
+
+
+FindPlaces = Callable[[str, tuple[str, ...]], StackPlaces]
+
+
+def remembered_places(layers: Layers) -> FindPlaces:
+    """Return what finds the places of a component's modules, and remembers them; it raises KeyError for others."""
+
+    @lru_cache(_REMEMBERED_STACKS)
+    def find(component: str, modules: tuple[str, ...]) -> StackPlaces:
+        slots = tuple(layers[component][module].weight for module in modules)
+        return StackPlaces(slots, tuple(runs_of(slots, ())))
+
+    return find

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+
+# What CUDA itself takes for each process, which torch does not count.
+CONTEXT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +94,29 @@ def free_bytes_of(device: torch.device, gpu_fraction: float = 1.0) -> int | None
 def bytes_within_share(total_bytes: int, free_bytes: int, used_bytes: int, gpu_fraction: float) -> int:
     """Return the bytes that one of several replicas on a GPU may still take: free ones, at most its share's rest.
 
-    Others may not have taken theirs yet. A replica of one GPU or more has the whole of it.
+    Others may not have taken theirs yet.
     """
-    return min(free_bytes, int(total_bytes * min(gpu_fraction or 1.0, 1.0)) - used_bytes)
+    return min(free_bytes, share_bytes(total_bytes, gpu_fraction) - used_bytes)
+
+
+def share_bytes(total_bytes: int, gpu_fraction: float) -> int:
+    """Return what torch may take for a replica; one of a whole GPU or more, or of none given, has all of it."""
+    if not 0 < gpu_fraction < 1:
+        return total_bytes
+    return max(int(total_bytes * gpu_fraction) - CONTEXT_BYTES, 0)
+
+
+def fence_share(
+    device: torch.device,
+    gpu_fraction: float,
+    *,
+    total_bytes: Callable[[], int] = lambda: torch.cuda.mem_get_info()[1],
+    set_fraction: Callable[[float], None] = torch.cuda.set_per_process_memory_fraction,
+) -> None:
+    """Have torch keep to a replica's share of a GPU, so that none takes what another counts on.
+
+    What it asks for beyond that is a shortage of its own. To be called before anything is on the device.
+    """
+    if device.type == "cuda" and 0 < gpu_fraction < 1:
+        total = total_bytes()
+        set_fraction(share_bytes(total, gpu_fraction) / total)

@@ -25,6 +25,7 @@ from serve_app.engine.worker.scheduling import (
     remaining_after,
     unmeetable_deadlines,
 )
+from serve_app.engine.worker.swap_timer import SwapTimer
 from serve_app.engine.worker.turns import ChooseTurn, Claim, DeviceBooks, SharingPolicy, next_claim, ranked
 from serve_app.errors import DeadlineExceeded, DeadlineOutOfReach, QueueFull
 from serve_app.work import work_units
@@ -83,8 +84,12 @@ class JobQueue:
         wall_clock: Callable[[], float],
         sharing: SharingPolicy | None = None,
         choose: ChooseTurn = next_claim,
+        record_event: Callable[[], object] | None = None,
     ) -> None:
-        """Start empty; `clock` only grows, `wall_clock` is in seconds since 1970, in which deadlines come."""
+        """Start empty; `clock` only grows, `wall_clock` is in seconds since 1970, in which deadlines come.
+
+        `record_event` is what `SwapTimer` takes.
+        """
         self._books = books
         self._policy = policy
         self._sharing = sharing
@@ -97,6 +102,7 @@ class JobQueue:
         self._waiting: list[Job] = []
         self._holder: int | None = None
         self._worked_until_s = 0.0
+        self._swaps = SwapTimer[Run](clock, record_event)
         self.runs: list[Run] = []
         self.device_books = DeviceBooks()
 
@@ -261,17 +267,28 @@ class JobQueue:
 
     def advanced(self, run: Run, left: float) -> None:
         """Note that a run has had the device until now, and which part of its work is left."""
+        self._note_swaps()
         now_s = self._clock()
         run.left = left
         self.device_books.worked(_parts_of(run.jobs), now_s - self._worked_until_s, now_s)
         self._worked_until_s = now_s
 
-    def changed(self, run: Run, seconds: float, *, kept: Set[AdapterSetKey]) -> None:
-        """Note a change to the adapters of a run that ends now; `kept` are those that a change is cheap to now."""
-        run.swap_s += seconds
-        self.device_books.changed(seconds, was_kept=run.composition in self.device_books.kept)
+    def changing(self) -> None:
+        """Note that a change of adapters begins."""
+        self._swaps.begin()
+
+    def changed(self, run: Run, *, kept: Set[AdapterSetKey]) -> None:
+        """Note that the change was made, to the adapters of a run; `kept` are those that a change is cheap to now."""
+        self._swaps.end(run, was_kept=run.composition in self.device_books.kept)
         self.device_books.kept = kept
+        self._note_swaps()
         self._worked_until_s = self._clock()
+
+    def _note_swaps(self) -> None:
+        """Put down the changes that the device is through with."""
+        for swap in self._swaps.finished():
+            swap.owner.swap_s += swap.seconds
+            self.device_books.changed(swap.seconds, was_kept=swap.was_kept)
 
     def suspended(self, run: Run) -> None:
         """Note that a run stands still."""

@@ -1,7 +1,6 @@
 """The device thread: the one thread in which queue, weights and pipeline meet.
 
-Owns the thread, the queue's contents and the life of jobs. Must not know HTTP, Ray or where adapters come
-from.
+Owns the thread, the queue's contents and the life of jobs. Must not know HTTP, Ray or where adapters come from.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ from serve_app.engine.worker.pace import LoadTracker, guess_of
 from serve_app.engine.worker.passes import BatchRunner, denoise_s, out_of_memory_for_adapters, results_of
 from serve_app.engine.worker.scheduling import AdapterSetKey, QueuePolicy, batch_key
 from serve_app.engine.worker.state import WorkerState
+from serve_app.engine.worker.swap_timer import recorder_of
 from serve_app.engine.worker.traces import log_start, trace_dropped, trace_pass
 from serve_app.engine.worker.turns import ChooseTurn, SharingPolicy, next_claim
 from serve_app.errors import InternalError, LoraplexError, OutOfMemory, ReplicaLost, strip_traceback
@@ -98,6 +98,7 @@ class EngineWorker:
             wall_clock=wall_clock,
             sharing=sharing,
             choose=choose,
+            record_event=recorder_of(pipeline.device),
         )
         self._greenlets = RunGreenlets(self._run)
         self._changed = threading.Condition()
@@ -312,11 +313,8 @@ class EngineWorker:
             self._failed_batches += 1
             log.exception("a batch failed: %s", ids_of(jobs))
             self._soundness.record_device_error(error)
-            return (
-                [InternalError(job.request.request_id) for job in jobs]
-                if self._soundness.is_healthy
-                else self._lost(jobs)
-            )
+            failed = [InternalError(job.request.request_id) for job in jobs]
+            return failed if self._soundness.is_healthy else self._lost(jobs)
         return endings if self._soundness.is_healthy else self._lost(jobs)
 
     def _draw(self, run: Run) -> Sequence[GenerationResult | Exception]:
@@ -349,7 +347,7 @@ class EngineWorker:
         """Have the run's adapters in the weights, and only those."""
         if self._applied == run.composition:
             return
-        began_s = self._clock()
+        self._queue.changing()
         applier = self._weights if self._prefetcher is None else self._prefetcher
         try:
             applier.apply(run.adapters)
@@ -361,7 +359,7 @@ class EngineWorker:
             self._applied = self._weights.applied
             self._last_progress_s = self._clock()
             with self._changed:
-                self._queue.changed(run, self._last_progress_s - began_s, kept=self._weights.kept)
+                self._queue.changed(run, kept=self._weights.kept)
 
     def _report(self, run: Run, jobs: Sequence[Job], step: int, steps: int) -> None:
         self._steps += 1

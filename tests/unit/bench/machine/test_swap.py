@@ -17,7 +17,8 @@ from serve_app.bench.models.denoisers import fill_outline, outline_of
 
 OPTIONS = SwapOptions(rank=4, repeats=2, steps=1)
 GPU_STEPS = {Step.SWAP_RESIDENT}
-DIFFUSERS_STEPS = {Step.LOAD, Step.FUSE, Step.UNFUSE, Step.UNLOAD}
+FOUR_CALLS = {Step.LOAD, Step.FUSE, Step.UNFUSE, Step.UNLOAD}
+DIFFUSERS_STEPS = {*FOUR_CALLS, Step.HOTSWAP, Step.SET_ADAPTERS, Step.HOTSWAP_IMAGE, Step.FOUR_CALLS_IMAGE}
 
 
 @cache
@@ -29,7 +30,7 @@ def test_every_step_of_both_ways_is_measured() -> None:
     report = tiny_report()
     assert {row.step for row in report.rows} == set(Step) - GPU_STEPS
     assert all(row.wall_ms > 0 and row.cpu_ms >= 0 and row.device_ms is None for row in report.rows)
-    four = [row.wall_ms for row in report.rows if row.step in DIFFUSERS_STEPS]
+    four = [row.wall_ms for row in report.rows if row.step in FOUR_CALLS]
     assert report.four_calls is not None
     assert report.four_calls.wall_ms == pytest.approx(sum(four))
 
@@ -85,7 +86,7 @@ def test_without_a_baseline_nothing_is_compared_and_no_ratio_to_it_is_given_and_
     assert report.exactness.fused_equal is None
     assert report.four_calls is None
     assert report.ratios.diffusers_over_swap_cpu is None
-    assert report.stream.diffusers_images_per_s is None
+    assert report.stream.hotswap is report.stream.four_calls is None
 
 
 def test_without_preparing_one_copy_of_the_touched_weights_is_expected() -> None:
@@ -121,6 +122,7 @@ def test_the_report_as_json_says_what_was_run_on_what() -> None:
     assert set(report["ratios"]) == {
         "diffusers_over_swap_wall",
         "diffusers_over_swap_cpu",
+        "diffusers_over_calls_cpu",
         "diffusers_over_unseen_wall",
         "swap_over_floor_wall",
         "swap_over_floor_cpu",

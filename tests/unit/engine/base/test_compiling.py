@@ -88,14 +88,19 @@ def test_compiling_renames_no_parameter() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of torch's own compiler, when it is imported
 def test_a_base_is_compiled_where_its_configuration_says_so() -> None:
     for wanted in (True, False):
-        denoiser = next(iter(load("sd15", compile=wanted).components.values()))
-        assert (getattr(denoiser, "_compiled_call_impl", None) is not None) is wanted
+        base = load("sd15", compile=wanted)
+        denoiser = next(iter(base.components.values()))
+        compiled = [each for each in denoiser.modules() if getattr(each, "_compiled_call_impl", None) is not None]
+        assert bool(compiled) is (base.compiler is not None) is wanted
 
 
-def test_after_the_warm_up_the_first_requests_compile_nothing(tmp_path: Path) -> None:
+def test_after_the_warm_up_requests_of_any_size_and_guidance_compile_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     live, backend = tiny_pipeline("sd15"), Counting()
-    compile_denoiser(live, backend=backend)
-    base, config = wrap(live), base_config("sd15", defaults=SMALL)
+    compiler = compile_denoiser(live, backend=backend)
+    base, config = wrap(live), base_config("sd15", defaults=SMALL, compile=True)
+    base.compiler = compiler
     weights, adapter = FusedWeights(base.components), adapters(live, tmp_path)[0]
     assert (
         warm_up(base, config, torch_threads=1, is_out_of_memory=is_out_of_memory).images
@@ -104,13 +109,16 @@ def test_after_the_warm_up_the_first_requests_compile_nothing(tmp_path: Path) ->
     compiled = backend.graphs
     worker = EngineWorker(base, weights, max_batch_images=config.replica.max_batch_images, torch_threads=1)
     try:
-        for num_images in (1, config.replica.max_batch_images, 3):
-            wanted = request(num_images=num_images, adapters=(use_of("a/b"),), steps=5)
+        for num_images, changes in ((1, {}), (4, {}), (3, {"guidance_scale": 1.0}), (1, {"width": 96}),
+                                    (2, {"height": 128, "guidance_scale": 1.0})):  # fmt: skip
+            wanted = request(num_images=num_images, adapters=(use_of("a/b"),), steps=5, **changes)
             worker.submit(wanted, [(adapter, 0.7)]).future.result(timeout=60)
     finally:
         worker.close()
-    assert compiled > 0
-    assert backend.graphs == compiled
+    assert 0 < compiled == compiler.graphs == backend.graphs
+    assert "compiled for shapes" not in caplog.text
+    compiler(torch.fx.symbolic_trace(torch.nn.Identity()), [])
+    assert "number 1 of these" in caplog.text
 
 
 def test_images_of_a_compiled_base_are_those_of_a_plain_one() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from serve_app.engine.adapters.deltas import LowRank
-from serve_app.engine.adapters.stacks import empty_rows, stack_layers
+from serve_app.engine.adapters.deltas import Coverage, LowRank, ParsedAdapter, StackedLayers
+from serve_app.engine.adapters.stacks import empty_rows, memory_of, rows_of, stack_layers
 from serve_app.engine.weights.fuse import BatchedProducts, StackFuser, fuse_weight, weight_delta
+from serve_app.engine.weights.fused import FusedWeights
 
 SHAPES = [(640, 640), (1283, 1290), (700, 2048), (9, 60_000)]
 
@@ -69,3 +74,48 @@ def test_a_batched_product_with_other_bits_is_never_used(monkeypatch: pytest.Mon
         products.multiply(ups, downs, outs)
         assert torch.equal(outs, torch.stack([up @ down for up, down in zip(ups, downs, strict=True)]))
     assert calls == [4]  # tried once
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that reach a device, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one, and do it."""
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_swap_by_the_way_of_a_gpu_is_one_copy_and_three_calls_for_each_shape() -> None:
+    shapes = {(64, 64): 20, (256, 64): 5, (64, 256): 5}
+    with torch.device("meta"):
+        layers = [nn.Linear(shape[1], shape[0], bias=False) for shape, count in shapes.items() for _ in range(count)]
+    weights = FusedWeights({"unet": nn.Sequential(*layers)})
+
+    def adapter(digest: str) -> ParsedAdapter:
+        changes = {f"{place}": change((layer.out_features, layer.in_features), 4, torch.float32, place)
+                   for place, layer in enumerate(layers)}  # fmt: skip
+        return ParsedAdapter(digest, in_one_buffer(stack_layers({"unet": changes})), Coverage(1, 1))
+
+    weights.apply([(adapter("first"), 0.5)])  # makes the buffers
+    second = adapter("second")
+    with Calls() as calls:
+        weights.apply([(second, 0.5)])
+    assert [calls.counts[name] for name in ("_to_copy", "bmm", "mul_", "add_", "mm")] == [1, 3, 3, 3, 0]
+
+
+def in_one_buffer(layers: StackedLayers) -> StackedLayers:
+    """Return the same changes with their factors one after another in one piece of memory, as files are read."""
+    buffer = torch.cat([memory_of(tensor) for tensor in layers.tensors()])
+    used = 0
+
+    def moved(rows: Tensor) -> Tensor:
+        nonlocal used
+        size = memory_of(rows).numel()
+        used += size
+        return rows_of(buffer[used - size : used], len(rows), rows.shape[1:])
+
+    return layers.mapped(moved, lambda delta: delta)

@@ -12,9 +12,11 @@ from torch import nn
 
 from serve_app.engine.base.manifest import bytes_of_layers
 from serve_app.engine.weights.placement import (
+    CONTEXT_BYTES,
     WeightPlacement,
     bytes_within_share,
     choose_placement,
+    fence_share,
     free_bytes_of,
 )
 
@@ -130,6 +132,17 @@ def test_flux_does_not_fit_a_small_card_at_all(card: str) -> None:
 
 
 def test_a_replica_of_half_a_gpu_leaves_the_other_half_though_it_is_free_yet() -> None:
-    assert bytes_within_share(100, free_bytes=90, used_bytes=10, gpu_fraction=0.5) == 40
-    assert bytes_within_share(100, free_bytes=30, used_bytes=10, gpu_fraction=0.5) == 30
-    assert bytes_within_share(100, free_bytes=90, used_bytes=10, gpu_fraction=2.0) == 90
+    total = 100 * GIB
+    half = 50 * GIB - CONTEXT_BYTES
+    assert bytes_within_share(total, free_bytes=90 * GIB, used_bytes=10 * GIB, gpu_fraction=0.5) == half - 10 * GIB
+    assert bytes_within_share(total, free_bytes=30 * GIB, used_bytes=10 * GIB, gpu_fraction=0.5) == 30 * GIB
+    assert bytes_within_share(total, free_bytes=90 * GIB, used_bytes=10 * GIB, gpu_fraction=2.0) == 90 * GIB
+    assert 2 * (half + CONTEXT_BYTES) <= total
+
+
+@pytest.mark.parametrize(("fraction", "fenced"), [(0.5, [0.5 - CONTEXT_BYTES / (20 * GIB)]), (1.0, []), (0.0, [])])
+def test_a_replica_of_a_part_of_a_gpu_is_fenced_to_it(fraction: float, fenced: list[float]) -> None:
+    set_to: list[float] = []
+    for device in ("cuda", "cpu"):
+        fence_share(torch.device(device), fraction, total_bytes=lambda: 20 * GIB, set_fraction=set_to.append)
+    assert set_to == pytest.approx(fenced)
