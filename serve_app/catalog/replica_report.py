@@ -91,6 +91,10 @@ class BaseState:
     reason: str | None = None
 
 
+# What was drawn is kept for so many days before the last one.
+KEPT_USAGE_DAYS = 400
+
+
 @dataclass(frozen=True, slots=True)
 class DayUsage:
     """What was drawn on one day (UTC, "2026-11-30") with one key, None for no key, on one base."""

@@ -14,16 +14,15 @@ from serve_app.api.http.gateway import ServicesOf
 from serve_app.api.http.schemas import ERROR_REPLIES
 from serve_app.api.http.validation import clip
 from serve_app.api.registry.schemas import Usage, UsageList
+from serve_app.catalog.replica_report import KEPT_USAGE_DAYS
 from serve_app.errors import OutOfBounds
 
-# As many as the keeper has.
-MAX_DAYS = 400
 _DAYS: dict[str, Any] = {
     "name": "days",
     "in": "query",
     "required": False,
     "description": "how many days, today being the last; 31 where it is absent",
-    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_DAYS},
+    "schema": {"type": "integer", "minimum": 1, "maximum": KEPT_USAGE_DAYS},
 }
 
 router = APIRouter(route_class=AdminRoute, tags=["Registry"], default_response_class=Response)
@@ -56,6 +55,6 @@ async def usage(request: Request, services: ServicesOf) -> Response:
 
 def _days(request: Request) -> int:
     text = request.query_params.get("days", "31")
-    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= MAX_DAYS):
-        raise OutOfBounds("days", clip(text), f"a number from 1 to {MAX_DAYS}")
+    if not (text.isascii() and text.isdigit() and len(text) <= 3 and 1 <= int(text) <= KEPT_USAGE_DAYS):
+        raise OutOfBounds("days", clip(text), f"a number from 1 to {KEPT_USAGE_DAYS}")
     return int(text)

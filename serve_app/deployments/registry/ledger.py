@@ -11,11 +11,9 @@ from contextlib import closing
 from datetime import date, timedelta
 from pathlib import Path
 
-from serve_app.catalog.replica_report import DayUsage
+from serve_app.catalog.replica_report import KEPT_USAGE_DAYS, DayUsage
 from serve_app.catalog.resolving.sqlite_file import open_database
 
-# So many days before the last one are kept.
-KEPT_DAYS = 400
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS usage (
     day TEXT, key TEXT, base TEXT, images INTEGER NOT NULL, device_s REAL NOT NULL, PRIMARY KEY (day, key, base)
@@ -40,7 +38,7 @@ class Ledger:
         """Add what was drawn; all of it or, where the disk fails, nothing."""
         if not drawn:
             return
-        oldest = date.fromisoformat(max(row.day for row in drawn)) - timedelta(KEPT_DAYS)
+        oldest = date.fromisoformat(max(row.day for row in drawn)) - timedelta(KEPT_USAGE_DAYS)
         rows = [(row.day, row.key or "", row.base_id, row.images, row.device_s) for row in drawn]
         with self._lock, self._database:
             self._database.execute("BEGIN IMMEDIATE")
