@@ -153,6 +153,11 @@ def shut_down() -> None:
     ray.shutdown()
 
 
+def alive_nodes() -> set[str]:
+    """Return the ids of the nodes that Ray takes for alive."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def _wait_until_alive(node_ids: frozenset[str]) -> None:
     """Return once nodes have joined, even if Ray has not noticed that others were lost.
 
@@ -160,7 +165,7 @@ def _wait_until_alive(node_ids: frozenset[str]) -> None:
         TimeoutError: they have not joined within `JOIN_S`.
     """
     until = time.monotonic() + JOIN_S
-    while not node_ids <= {node["NodeID"] for node in ray.nodes() if node["Alive"]}:
+    while not node_ids <= alive_nodes():
         if time.monotonic() > until:
             raise TimeoutError(f"nodes did not join within {JOIN_S:g} s")
         time.sleep(0.1)

@@ -17,12 +17,11 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 import yaml
 
 from cluster.checks.monitoring import RULES, SERVE_METRICS, names_in
 from cluster.grafana.dashboard import ROWS
-from cluster.local_cluster import LocalCluster, NodeShape, local_cluster, node_holds
+from cluster.local_cluster import LocalCluster, NodeShape, alive_nodes, local_cluster, node_holds
 from serve_app.observability.metrics import LOST, SHORTAGES
 from tests.faults.breaking import kill, replica_pids, until
 from tests.hub_server import CDN, HubServer
@@ -200,10 +199,6 @@ def test_a_drained_node_costs_no_request_and_ends_once_it_is_idle(nodes: LocalCl
         asked = sum(load.statuses.values())
         until(lambda: sum(load.statuses.values()) > asked + 10, "further answers")
     assert set(load.statuses) == {200}, load.statuses
-
-
-def alive_nodes() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def test_every_metric_of_the_rules_and_the_dashboard_is_exported(nodes: LocalCluster) -> None:
