@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,7 +90,7 @@ class Catalog:
         clock: Callable[[], float],
         resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
         on_access_check: Callable[[str], None] = lambda _: None,
-        counting_unknown: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        counting_unknown: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """Start with empty caches.
 
@@ -276,7 +276,7 @@ class Catalog:
         """Return an adapter that a caller named; an unknown id is counted."""
         if self._infos.knows(_Key(ref.id, ref.revision, ref.filename)) or not is_valid_name(ref.id):
             return await self._found(ref, token)
-        with self._counting_unknown():
+        async with self._counting_unknown():
             return await self._found(ref, token)
 
     async def _found(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:

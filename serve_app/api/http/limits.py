@@ -6,9 +6,10 @@ several ingress replicas. Must not know HTTP or which keys there are.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Protocol
 
 from serve_app.api.http.caller import asked_by
@@ -25,6 +26,8 @@ from serve_app.errors import (
 UNLIMITED = KeyLimits()
 # Past so many, those who have asked for nothing unknown lately are forgotten.
 MAX_ACCOUNTS = 10_000
+REFUSAL_DELAY_S = 1.0
+MAX_DELAYED_REFUSALS = 8
 
 
 class Grant(Protocol):
@@ -175,11 +178,21 @@ class KeyQuotas:
 class UnknownIdLimit:
     """Counts look-ups of unknown ids, by key and by address; one that turns out to exist is free.
 
-    Each ingress replica counts for itself: the limit bounds its own work and its requests to the Hub.
+    Each ingress replica counts for itself: the limit bounds its own work and its requests to the Hub. A refusal waits
+    for `REFUSAL_DELAY_S`, or a caller who asks on and on would cost what requests cost; few wait at a time, so that
+    refused callers never fill the replica.
     """
 
-    def __init__(self, per_minute: int, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        per_minute: int,
+        *,
+        clock: Callable[[], float],
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self._clock = clock
+        self._sleep = sleep
+        self._delayed = 0
         self.allow(per_minute)
 
     def allow(self, per_minute: int) -> None:
@@ -187,8 +200,8 @@ class UnknownIdLimit:
         self._per_minute = per_minute
         self._buckets: dict[str, TokenBucket] = {}
 
-    @contextmanager
-    def counting(self) -> Generator[None]:
+    @asynccontextmanager
+    async def counting(self) -> AsyncGenerator[None]:
         """Look one id up on behalf of the caller of the request that runs.
 
         Raises:
@@ -199,6 +212,7 @@ class UnknownIdLimit:
         buckets = [self._bucket(name) for name in asked_by.get()]
         wait_s = max((bucket.wait_s(1) for bucket in buckets), default=0.0)
         if wait_s > 0:
+            await self._delay()
             raise UnknownIdLimitReached(self._per_minute, math.ceil(wait_s))
         for bucket in buckets:
             bucket.take(1)
@@ -210,6 +224,15 @@ class UnknownIdLimit:
             self._give_back(buckets)
             raise
         self._give_back(buckets)
+
+    async def _delay(self) -> None:
+        if self._delayed >= MAX_DELAYED_REFUSALS:
+            return
+        self._delayed += 1
+        try:
+            await self._sleep(REFUSAL_DELAY_S)
+        finally:
+            self._delayed -= 1
 
     def _bucket(self, name: str) -> TokenBucket:
         if name not in self._buckets:

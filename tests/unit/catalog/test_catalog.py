@@ -328,8 +328,8 @@ async def test_only_names_that_nothing_is_known_of_are_counted(world: World):
     world.put("me/a", adapter_files("demo/sd"))
     counted: list[str] = []
 
-    @contextlib.contextmanager
-    def counting():
+    @contextlib.asynccontextmanager
+    async def counting():
         try:
             yield
         except ModelNotFound as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.api.http.caller import accounts_of, asked_by
-from serve_app.api.http.limits import KeyQuota, UnknownIdLimit
+from serve_app.api.http.limits import MAX_DELAYED_REFUSALS, REFUSAL_DELAY_S, KeyQuota, UnknownIdLimit
 from serve_app.config import KeyLimits
 from serve_app.errors import (
     AccessDenied,
@@ -120,12 +121,12 @@ def test_no_more_than_burst_and_rate_allow_are_ever_let_in(rate: float, burst: i
 
 
 @pytest.mark.parametrize("accounts", [("key a", "address 1"), ("key a", "address 2"), ("key b", "address 1")])
-def test_unknown_ids_are_counted_by_key_and_by_address(accounts: tuple[str, ...]) -> None:
-    now = [0.0]
-    limit = UnknownIdLimit(3, clock=lambda: now[0])
+async def test_unknown_ids_are_counted_by_key_and_by_address(accounts: tuple[str, ...]) -> None:
+    clock = Clock(0.0)
+    limit = UnknownIdLimit(3, clock=clock, sleep=at_once)
 
-    def look_up(error: Exception | None) -> None:
-        with limit.counting():
+    async def look_up(error: Exception | None) -> None:
+        async with limit.counting():
             if error is not None:
                 raise error
 
@@ -138,16 +139,49 @@ def test_unknown_ids_are_counted_by_key_and_by_address(accounts: tuple[str, ...]
         AccessDenied("x"),
     ):
         with contextlib.suppress(LoraplexError):
-            look_up(error)
+            await look_up(error)
     asked_by.set(accounts)
     with pytest.raises(UnknownIdLimitReached) as caught:
-        look_up(None)
+        await look_up(None)
     assert caught.value.retry_after_s == 20
     asked_by.set(("key c", "address 3"))
-    look_up(None)
+    await look_up(None)
     asked_by.set(accounts)
-    now[0] += 20
-    look_up(None)
+    clock.now += 20
+    await look_up(None)
+
+
+async def test_refusals_of_unknown_ids_are_delayed_and_only_a_few_at_a_time() -> None:
+    hold, delays = asyncio.Event(), list[float]()
+
+    async def sleep(seconds: float) -> None:
+        delays.append(seconds)
+        await hold.wait()
+
+    limit = UnknownIdLimit(1, clock=Clock(0.0), sleep=sleep)
+
+    async def look_up() -> None:
+        async with limit.counting():
+            raise ModelNotFound("x")
+
+    asked_by.set(("address 1",))
+    with pytest.raises(ModelNotFound):
+        await look_up()
+    asking = [asyncio.create_task(look_up()) for _ in range(MAX_DELAYED_REFUSALS + 3)]
+    done, waiting = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+    assert len(done) == 3
+    waiting.pop().cancel()
+    await asyncio.sleep(0)
+    asking.append(asyncio.create_task(look_up()))
+    await asyncio.sleep(0)
+    assert delays == [REFUSAL_DELAY_S] * (MAX_DELAYED_REFUSALS + 1)
+    hold.set()
+    errors = await asyncio.gather(*asking, return_exceptions=True)
+    assert sum(isinstance(error, UnknownIdLimitReached) for error in errors) == len(asking) - 1
+
+
+async def at_once(_: float) -> None:
+    pass
 
 
 def test_addresses_of_one_network_are_one_account() -> None:
