@@ -43,7 +43,7 @@ CALLERS = 5 * (MAX_ONGOING + MAX_QUEUED)
 PLAIN, STREAMED = {"lora": NIGHT, "seed": 40}, {"seed": 41, "size": "96x96", "num_inference_steps": 8}
 
 # Of the first test this is also the time in which cluster and service start; some wait for a new replica.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [pytest.mark.timeout(1200), pytest.mark.slow]
 
 
 def test_callers_of_a_base_at_zero_are_told_when_to_come_back_and_then_get_their_images(

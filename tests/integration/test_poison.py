@@ -20,7 +20,7 @@ from serve_app.errors import LoraplexError
 from tests.replicas.sleeper import BASE, sleeping_request, sleeping_use
 
 POISON = 666
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 # Ray itself sends a request again whose replica ends before it has told that it took it.
