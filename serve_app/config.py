@@ -368,6 +368,7 @@ class Environment(StrictModel):
     hub_token: SecretStr | None = None
     hub_endpoint: str | None = None
     cache_dir: Path
+    registry_redis: Annotated[SecretStr | None, AfterValidator(_redis_address)] = None
 
     @property
     def token(self) -> str | None:

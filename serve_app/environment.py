@@ -19,11 +19,13 @@ PROXY_GUARDS = "serve_app.deployments.proxy:guards"
 def read_environment(config: AppConfig) -> Environment:
     """Return the values of the process environment; values of the configuration come first."""
     token = os.environ.get("HF_TOKEN")
+    redis = None if config.registry.path else os.environ.get("LORAPLEX_REGISTRY_REDIS")
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Environment(
         hub_token=SecretStr(token) if token else None,
         hub_endpoint=config.adapters.hub.endpoint or os.environ.get("HF_ENDPOINT") or None,
         cache_dir=config.cache_dir or cache_home / "loraplex",
+        registry_redis=SecretStr(redis) if redis else None,
     )
 
 

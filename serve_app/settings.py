@@ -39,7 +39,8 @@ class StrictModel(BaseModel):
     """
 
     renamed: ClassVar[dict[str, str]] = {}
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # A value may be a key, a token or an address with a password, and Serve prints what does not validate.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
     @model_validator(mode="before")
     @classmethod

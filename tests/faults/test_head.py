@@ -40,6 +40,7 @@ class Nodes:
         self._environment = os.environ | ISOLATION | {
             "HOME": str(home), "OMP_NUM_THREADS": "1", "RAY_REDIS_ADDRESS": f"127.0.0.1:{redis.port}",
             "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "LORAPLEX_REGISTRY_REDIS": f"redis://127.0.0.1:{redis.port}/1",
         }  # fmt: skip
 
     @contextmanager
@@ -99,7 +100,7 @@ def kill_node(pid: int) -> None:
             kill(part.pid)
 
 
-def settings(redis: Redis, cache: Path) -> dict[str, Any]:
+def settings(cache: Path) -> dict[str, Any]:
     return {
         "name": "loraplex",
         "route_prefix": "/",
@@ -108,7 +109,6 @@ def settings(redis: Redis, cache: Path) -> dict[str, Any]:
             "bases": [base_settings("demo/sd15")],
             "adapters": {"embedded": True, "hub": {"enabled": False}},
             "ingress": {"replicas": 1, "num_cpus": 0.1},
-            "registry": {"redis": f"redis://127.0.0.1:{redis.port}/1"},
             "cache_dir": str(cache / "{node}"),
         },
     }
@@ -140,7 +140,7 @@ def test_an_alias_is_there_after_the_head_was_killed_and_no_replica_starts_again
 
     try:
         with nodes.head("head") as head, nodes.worker():
-            nodes.deploy(settings(redis, home / "cache"))
+            nodes.deploy(settings(home / "cache"))
             until(lambda: makes_an_alias("mine"), "the service")
             until(draws, "an image")
             on_worker = replica_pids(INGRESS_NAME).keys() | replica_pids("base-").keys()

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.config import AppConfig, BaseModelConfig
+from serve_app.environment import read_environment
 
 SOURCE = {"embedded": "demo/sd15"}
 
@@ -171,3 +172,14 @@ def test_the_file_of_every_cluster_uses_the_present_names() -> None:
 )
 def test_aliases_are_kept_in_one_place(registry: dict[str, str], reason: str) -> None:
     assert reason in refusal(registry=registry)
+
+
+def test_what_does_not_validate_is_not_printed_since_it_may_be_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    address = "redi://:a-password@redis/1"
+    told = refusal(registry={"redis": address})
+    assert "registry.redis" in told
+    assert "a-password" not in told
+    monkeypatch.setenv("LORAPLEX_REGISTRY_REDIS", address)
+    with pytest.raises(ValidationError) as caught:
+        read_environment(AppConfig.model_validate({"bases": [base()]}))
+    assert "a-password" not in str(caught.value)

@@ -133,8 +133,8 @@ class Keeper:
 
 
 def _alias_store(settings: RegistrySettings, environment: Environment) -> AliasStore | RedisAliasStore:
-    if settings.redis is not None:
-        return RedisAliasStore(settings.redis.get_secret_value())
+    if (redis := settings.redis or environment.registry_redis) is not None:
+        return RedisAliasStore(redis.get_secret_value())
     return AliasStore(_file_of(settings, environment), clock=time.time)
 
 
