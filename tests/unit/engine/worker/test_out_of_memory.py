@@ -276,7 +276,7 @@ print(len(result.images), result.batch_size)
 
 @pytest.mark.slow
 def test_a_process_at_the_limit_of_its_memory_draws_all_the_same() -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=280)
     assert done.stdout == "4 1\n", done.stderr
 
 
