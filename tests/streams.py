@@ -8,13 +8,13 @@ come after every use on another stream.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = {
@@ -26,7 +26,8 @@ Clock = dict[str, int]
 
 def _merge(clock: Clock, other: Clock) -> None:
     for name, time in other.items():
-        clock[name] = max(clock.get(name, 0), time)
+        if time > clock.get(name, 0):
+            clock[name] = time
 
 
 class FakeStream:
@@ -54,8 +55,8 @@ class FakeStream:
 class _Storage:
     """What used a storage last, by stream: (time, operation)."""
 
-    def __init__(self, storage: torch.UntypedStorage, stream: FakeStream) -> None:
-        self.reference, self.stream = StorageWeakRef(storage), stream
+    def __init__(self, stream: FakeStream) -> None:
+        self.stream = stream
         self.writes: dict[str, tuple[int, str]] = {}
         self.reads: dict[str, tuple[int, str]] = {}
 
@@ -63,14 +64,18 @@ class _Storage:
 class RaceChecker(TorchDispatchMode):
     """Watches every operation of torch; `races` says what was not ordered."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: a wrapper that skips compiling would double the cost of watching."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.main, self.side = FakeStream("main"), FakeStream("side")
         self.races: list[str] = []
         self._current = [self.main]
-        self._host: Clock = {}
         self._storages: dict[int, _Storage] = {}
-        self._freed: list[_Storage] = []
+        self._freed: dict[FakeStream, list[_Storage]] = {self.main: [], self.side: []}
 
     @contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
@@ -86,64 +91,73 @@ class RaceChecker(TorchDispatchMode):
         return self._current[-1]
 
     def wait_for(self, *streams: FakeStream) -> None:
-        """Have the host wait until the streams are done."""
+        """Have the host wait until the streams are done: all that it launches later comes after that."""
         for stream in streams:
-            _merge(self._host, stream.clock)
+            for later in self._freed:
+                _merge(later.clock, stream.clock)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        kwargs = kwargs or {}
+        outcome = func(*args, **kwargs)
+        name, written_at, written_names = _described(func)
+        if name in VIEWS:
+            return outcome
         read: list[Tensor] = []
         written: list[Tensor] = []
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            (written if _is_written(argument) else read).extend(_tensors(value))
-        for argument in func._schema.arguments:
-            if argument.name in kwargs:
-                (written if _is_written(argument) else read).extend(_tensors(kwargs[argument.name]))
-        outcome = func(*args, **kwargs)
-        if name not in VIEWS:
-            self._find_freed()
-            self._ran(name, read, [*written, *_tensors(outcome)])
+        for place, value in enumerate(args):
+            _add_tensors(value, written if place in written_at else read)
+        for key, value in kwargs.items():
+            _add_tensors(value, written if key in written_names else read)
+        _add_tensors(outcome, written)
+        self._ran(name, read, written)
         return outcome
 
     def _ran(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
         stream = self._current[-1]
-        _merge(stream.clock, self._host)
         now = stream.clock[stream.name] = stream.clock.get(stream.name, 0) + 1
-        for storage in [one for one in self._freed if one.stream is stream]:
-            self._compare(f"{name} reuses memory of", stream, storage.writes, storage.reads)
-            self._freed.remove(storage)
+        while freed := self._freed[stream]:
+            storage = freed.pop()
+            self._compare(name, "reuses memory of", stream, storage.writes, storage.reads)
         for tensor in read:
             if storage := self._storage(tensor, stream):
-                self._compare(f"{name} reads after", stream, storage.writes)
+                self._compare(name, "reads after", stream, storage.writes)
                 storage.reads[stream.name] = now, name
         for tensor in written:
             if storage := self._storage(tensor, stream):
-                self._compare(f"{name} writes after", stream, storage.writes, storage.reads)
+                self._compare(name, "writes after", stream, storage.writes, storage.reads)
                 storage.writes[stream.name] = now, name
 
-    def _compare(self, what: str, stream: FakeStream, *uses: dict[str, tuple[int, str]]) -> None:
+    def _compare(self, name: str, what: str, stream: FakeStream, *uses: dict[str, tuple[int, str]]) -> None:
         for use in uses:
-            for other, (time, name) in use.items():
+            for other, (time, earlier) in use.items():
                 if other != stream.name and stream.clock.get(other, 0) < time:
-                    self.races.append(f"on {stream.name}, {what} {name} on {other}")
+                    self.races.append(f"on {stream.name}, {name} {what} {earlier} on {other}")
 
     def _storage(self, tensor: Tensor, stream: FakeStream) -> _Storage | None:
         storage = tensor.untyped_storage()
-        if storage.nbytes() == 0:
-            return None
-        return self._storages.setdefault(storage._cdata, _Storage(storage, stream))
+        found = self._storages.get(storage._cdata)
+        if found is None and storage.nbytes():
+            found = self._storages[storage._cdata] = _Storage(stream)
+            # The object in Python lives as long as the memory, whatever refers to it.
+            weakref.finalize(storage, self._free, storage._cdata).atexit = False
+        return found
 
-    def _find_freed(self) -> None:
-        is_expired = torch.UntypedStorage._expired  # what `StorageWeakRef.expired` asks, three calls later
-        found = [key for key, storage in self._storages.items() if is_expired(storage.reference.cdata)]
-        self._freed += [self._storages.pop(key) for key in found]
-
-
-def _is_written(argument: Any) -> bool:
-    return argument.alias_info is not None and argument.alias_info.is_write
+    def _free(self, key: int) -> None:
+        storage = self._storages.pop(key)
+        self._freed[storage.stream].append(storage)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+@cache
+def _described(func: Any) -> tuple[str, frozenset[int], frozenset[str]]:
+    """Return an operation's name, and which of its arguments it writes, by place and by name."""
+    arguments = enumerate(func._schema.arguments)
+    written = {place: one.name for place, one in arguments if one.alias_info is not None and one.alias_info.is_write}
+    return func.overloadpacket.__name__, frozenset(written), frozenset(written.values())
+
+
+def _add_tensors(value: Any, tensors: list[Tensor]) -> None:
     if isinstance(value, Tensor):
-        return [value]
-    return [tensor for one in value for tensor in _tensors(one)] if isinstance(value, (list, tuple)) else []
+        tensors.append(value)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _add_tensors(one, tensors)

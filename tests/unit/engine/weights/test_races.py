@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,14 +15,14 @@ import torch
 from torch import nn
 
 from serve_app.core import Scale
+from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.adapters.deltas import Coverage, Delta, Dora, LowRank, ParsedAdapter
-from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.beside import BesideFuser
 from serve_app.engine.weights.device_cache import DeviceCache, moved_to
 from serve_app.engine.weights.fused import FusedWeights, PreparedSwap, StalePreparation
 from tests.streams import RaceChecker
 
-HISTORIES, ACTIONS = 12, 40
+HISTORIES, ACTIONS, ADAPTERS = 60, 40, 20
 LINEAR = [f"m.l{place}" for place in range(4)]
 CONV = [f"c.c{place}" for place in range(2)]
 
@@ -28,7 +31,20 @@ class Failed(Exception):
     """What an injected failure raises."""
 
 
-def adapter(chance: random.Random, digest: str) -> ParsedAdapter:
+@cache
+def adapters() -> list[ParsedAdapter]:
+    """Return adapters of all kinds, each in one buffer, as they are read in a replica."""
+    chance, read = random.Random(0), list[ParsedAdapter]()
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for place in range(ADAPTERS):
+            path = Path(folder, f"d{place}")
+            write_canonical(ParsedAdapter(path.name, {"unet": changes(chance)}, Coverage(1, 1)), path)
+            read.append(read_canonical(path))
+    return read
+
+
+def changes(chance: random.Random) -> dict[str, Delta]:
     layers: dict[str, Delta] = {}
     for name in LINEAR:
         if chance.random() < 0.6:
@@ -39,8 +55,7 @@ def adapter(chance: random.Random, digest: str) -> ParsedAdapter:
     for name in CONV:
         if chance.random() < 0.6:
             layers[name] = LowRank(torch.randn(2, 4, 3, 3), torch.randn(4, 2, 1, 1), 2.0, 2.0)
-    layers = layers or {LINEAR[0]: LowRank(torch.randn(2, 8), torch.randn(8, 2), 2.0, 2.0)}
-    return ParsedAdapter(digest, stack_layers({"unet": layers}), Coverage(1, 1))
+    return layers or {LINEAR[0]: LowRank(torch.randn(2, 8), torch.randn(8, 2), 2.0, 2.0)}
 
 
 class History:
@@ -52,7 +67,7 @@ class History:
         linear = nn.ModuleDict({f"l{place}": nn.Linear(8, 8) for place in range(4)})
         conv = nn.ModuleDict({f"c{place}": nn.Conv2d(4, 4, 3) for place in range(2)})
         self.net = nn.ModuleDict({"m": linear, "c": conv}).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.adapters = [adapter(self.chance, f"d{place}") for place in range(5)]
+        self.adapters = self.chance.sample(adapters(), 5)
         self.weights = FusedWeights({"unet": self.net})
         assert isinstance(self.weights._fuser, BesideFuser)
         self.fuser: Any = self.weights._fuser
@@ -110,12 +125,11 @@ class History:
         self.fuser._stacks.fuse = fuse
 
     def run_pass(self, *, is_preparing: bool) -> PreparedSwap | None:
-        prepared = None
         parameters = list(self.net.parameters())
-        for place, parameter in enumerate(parameters):
-            parameter.data.sum()
-            if is_preparing and place == len(parameters) // 2:
-                prepared = self.weights.prepare(self.composition())
+        middle = len(parameters) // 2
+        nn.utils.get_total_norm(parameters[:middle])
+        prepared = self.weights.prepare(self.composition()) if is_preparing else None
+        nn.utils.get_total_norm(parameters[middle:])
         if self.chance.random() < 0.7:
             self.checker.wait_for(self.checker.main)
         return prepared
