@@ -18,6 +18,7 @@ import torch
 
 from serve_app.config import BaseModelConfig
 from serve_app.engine.base.noise import send_noise_without_waiting
+from serve_app.engine.base.timesteps import read_timesteps_on_host
 from serve_app.errors import BaseUnusable, MalformedRequest, OutOfBounds, UnknownScheduler
 from serve_app.families.family import Family
 from serve_app.families.schedulers import SCHEDULERS, PredictionKind, SchedulerChoice, kind_of, listed_name, with_shift
@@ -139,7 +140,9 @@ class NoiseSchedulers:
         tried = self._try(self._listed(name or self._default), options)
         assert isinstance(tried, _Offer)
         send_noise_without_waiting(tried.template)
-        return copy.deepcopy(tried.template)
+        scheduler = copy.deepcopy(tried.template)
+        read_timesteps_on_host(scheduler)
+        return scheduler
 
     def _listed(self, name: str) -> str:
         return name if name == self._own_name else listed_name(name, self._kind)
