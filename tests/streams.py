@@ -1,13 +1,14 @@
-"""A happens-before checker for two streams of a GPU, on a CPU.
+"""A happens-before checker for the streams of a GPU, on a CPU.
 
 Streams, events and the caching allocator's pool for each stream are imitated; the code under test is the real one.
-Two accesses of one storage of which one writes must be ordered by program order in a stream, an event or a wait of the
-host. Memory that is freed returns to the pool of the stream that it was taken on: whatever that stream does next must
-come after every use on another stream.
+Two accesses of the same bytes of which one writes must be ordered by program order in a stream, an event or a wait of
+the host. Memory that is freed returns to the pool of the stream that it was taken on: whatever that stream does next
+must come after every use on another stream.
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ VIEWS = {
     "unsqueeze", "alias", "select", "slice", "_unsafe_view", "flatten", "reshape",
 }  # fmt: skip
 Clock = dict[str, int]
+Span = tuple[int, int]
+# (stream, bytes): (time, operation)
+Uses = dict[tuple[str, Span], tuple[int, str]]
+ALL: Span = (0, sys.maxsize)
 
 
 def _merge(clock: Clock, other: Clock) -> None:
@@ -53,12 +58,12 @@ class FakeStream:
 
 
 class _Storage:
-    """What used a storage last, by stream: (time, operation)."""
+    """What used the bytes of a storage last."""
 
     def __init__(self, stream: FakeStream) -> None:
         self.stream = stream
-        self.writes: dict[str, tuple[int, str]] = {}
-        self.reads: dict[str, tuple[int, str]] = {}
+        self.writes: Uses = {}
+        self.reads: Uses = {}
 
 
 class RaceChecker(TorchDispatchMode):
@@ -71,11 +76,11 @@ class RaceChecker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.main, self.side = FakeStream("main"), FakeStream("side")
+        self.main, self.side, self.copies = map(FakeStream, ("main", "side", "copies"))
         self.races: list[str] = []
         self._current = [self.main]
         self._storages: dict[int, _Storage] = {}
-        self._freed: dict[FakeStream, list[_Storage]] = {self.main: [], self.side: []}
+        self._freed: dict[FakeStream, list[_Storage]] = {stream: [] for stream in (self.main, self.side, self.copies)}
 
     @contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
@@ -117,20 +122,23 @@ class RaceChecker(TorchDispatchMode):
         now = stream.clock[stream.name] = stream.clock.get(stream.name, 0) + 1
         while freed := self._freed[stream]:
             storage = freed.pop()
-            self._compare(name, "reuses memory of", stream, storage.writes, storage.reads)
+            self._compare(name, "reuses memory of", stream, ALL, storage.writes, storage.reads)
         for tensor in read:
             if storage := self._storage(tensor, stream):
-                self._compare(name, "reads after", stream, storage.writes)
-                storage.reads[stream.name] = now, name
+                span = _span(tensor)
+                self._compare(name, "reads after", stream, span, storage.writes)
+                storage.reads[stream.name, span] = now, name
         for tensor in written:
             if storage := self._storage(tensor, stream):
-                self._compare(name, "writes after", stream, storage.writes, storage.reads)
-                storage.writes[stream.name] = now, name
+                span = _span(tensor)
+                self._compare(name, "writes after", stream, span, storage.writes, storage.reads)
+                storage.writes[stream.name, span] = now, name
 
-    def _compare(self, name: str, what: str, stream: FakeStream, *uses: dict[str, tuple[int, str]]) -> None:
+    def _compare(self, name: str, what: str, stream: FakeStream, span: Span, *uses: Uses) -> None:
         for use in uses:
-            for other, (time, earlier) in use.items():
-                if other != stream.name and stream.clock.get(other, 0) < time:
+            for (other, (start, end)), (time, earlier) in use.items():
+                is_ordered = other == stream.name or stream.clock.get(other, 0) >= time
+                if not is_ordered and start < span[1] and span[0] < end:
                     self.races.append(f"on {stream.name}, {name} {what} {earlier} on {other}")
 
     def _storage(self, tensor: Tensor, stream: FakeStream) -> _Storage | None:
@@ -145,6 +153,15 @@ class RaceChecker(TorchDispatchMode):
     def _free(self, key: int) -> None:
         storage = self._storages.pop(key)
         self._freed[storage.stream].append(storage)
+
+
+def _span(tensor: Tensor) -> Span:
+    """Return from where to where a tensor's bytes lie in its storage."""
+    size, start = tensor.itemsize, int(tensor.storage_offset()) * tensor.itemsize
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    steps = ((count - 1) * int(stride) for count, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (sum(steps) + 1) * size
 
 
 @cache

@@ -23,6 +23,7 @@ from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.engine.weights.device_cache import moved_to
 from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.side_stream import SideStream
 from serve_app.settings import AdapterLimits
 
 NAME = "benchmark"
@@ -130,8 +131,10 @@ class LoraplexSwap:
 
         A CPU has no such way: there a copy in host memory is timed, with the calls that a GPU takes.
         """
+        copies = SideStream(self._device)
         with self._stopwatch.timed(Step.TO_DEVICE):
-            moved_to(second, self._device)
+            moved_to(second, self._device, copies)
+            copies.wait_stream()
         if self._device.type != "cuda":
             return
         self._weights.apply([(first, 1.0)])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from serve_app.core import AdapterSetKey, Scale, scale_of
 from serve_app.engine.adapters.deltas import Delta, LowRankStack, ParsedAdapter
-from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.device_cache import HoldAdapters
 from serve_app.engine.weights.fuse import StackFuser, changes_bias, fuse_bias, fuse_weight
 from serve_app.engine.weights.parameters import Layers, ParameterSlot, Slab, remembered_places, runs_of
@@ -136,11 +135,10 @@ class BesideFuser:
         fused: dict[ParameterSlot, Tensor] = {}
         with torch.no_grad(), self._side.stream_scope(), self._hold(adapters) as residents:
             for adapter, scale in zip(residents, scales, strict=True):
-                layers = stack_layers(adapter.components)
                 earlier = frozenset(fused)  # an adapter changes each layer once
-                for stack in layers.stacks:
+                for stack in adapter.stacks:
                     self._fuse_stack(stack, scale_of(scale, stack.component), earlier, fused, which)
-                for component, module, delta in layers.singles:
+                for component, module, delta in adapter.singles:
                     self._fuse_single(component, module, delta, scale_of(scale, component), fused, which)
         return fused
 

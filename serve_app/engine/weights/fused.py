@@ -19,7 +19,7 @@ from serve_app.engine.adapters.deltas import ParsedAdapter, bytes_of
 from serve_app.engine.base.manifest import adaptable_layers
 from serve_app.engine.base.packing import is_quantised, plain_tensors
 from serve_app.engine.weights.beside import BesideFuser
-from serve_app.engine.weights.device_cache import DeviceCache, HoldAdapters, as_they_are, moved_to
+from serve_app.engine.weights.device_cache import DeviceCache, HoldAdapters, as_they_are
 from serve_app.engine.weights.in_place import InPlaceFuser
 from serve_app.engine.weights.parameters import ParameterName, ParameterSlot, lay_in_slabs, layers_among, layers_of
 from serve_app.engine.weights.side_stream import SideStream
@@ -130,7 +130,7 @@ class FusedWeights:
             self._tensors |= {(component, name): value for name, value in module.named_buffers()}
         device = next((tensor.device for tensor in self._loaded().values()), torch.device("cpu"))
         is_apart = device.type != "cpu"  # adapters come from another memory
-        self._cache = DeviceCache(device_cache_bytes, lambda adapter: moved_to(adapter, device)) if is_apart else None
+        self._cache = DeviceCache(device_cache_bytes, device) if is_apart else None
         self._applied: AdapterSetKey = ()
         self._version = 0
         self._live: dict[str, ParameterSlot] = {}

@@ -75,10 +75,9 @@ class InPlaceFuser:
         self.restore()
         with torch.no_grad(), self._hold(adapters) as residents:
             for adapter, scale in zip(residents, scales, strict=True):
-                layers = stack_layers(adapter.components)
-                for stack in layers.stacks:
+                for stack in adapter.stacks:
                     self._fuse_stack(stack, scale_of(scale, stack.component))
-                for component, module, delta in layers.singles:
+                for component, module, delta in adapter.singles:
                     self._fuse_single(component, module, delta, scale_of(scale, component))
 
     def restore(self) -> None:

@@ -58,7 +58,7 @@ class UnfusedAdapters:
             branches: dict[nn.Module, list[Branch]] = {}
             residents = held.enter_context(self._hold(adapters))
             for adapter, scale in zip(residents, scales, strict=True):
-                for component, module, delta in adapter.layers():
+                for component, module, delta in adapter.whole.layers():
                     branch = _branch(delta, scale_of(scale, component))
                     branches.setdefault(self._layers[component][module], []).append(branch)
             self.restore()

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from serve_app.core import Scale
 from serve_app.engine.adapters.canonical import read_canonical, write_canonical
 from serve_app.engine.adapters.deltas import Coverage, Delta, Dora, LowRank, ParsedAdapter
+from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.beside import BesideFuser
-from serve_app.engine.weights.device_cache import DeviceCache, moved_to
+from serve_app.engine.weights.device_cache import DeviceCache
 from serve_app.engine.weights.fused import FusedWeights, PreparedSwap, StalePreparation
 from tests.streams import RaceChecker
 
@@ -72,12 +73,13 @@ class History:
         assert isinstance(self.weights._fuser, BesideFuser)
         self.fuser: Any = self.weights._fuser
         self.fuser._side._stream = checker.side
-        cpu = torch.device("cpu")
-        cache = DeviceCache(self.chance.choice([0, 1, 2, 9]) * 400, lambda one: moved_to(one, cpu))
+        cache = DeviceCache(self.chance.choice([0, 1, 2, 9]) * 400, torch.device("cpu"))
+        copies: Any = cache._copies
+        copies._stream = checker.copies
         self.weights._cache, self.fuser._hold = cache, cache.holding
         if self.chance.random() < 0.5:
             self.weights.reserve(ahead=True)
-        break_it(self.fuser._side)
+        break_it({"side": self.fuser._side, "copies": copies})
 
     def composition(self) -> list[tuple[ParsedAdapter, Scale]]:
         count = self.chance.choice([0, 1, 1, 2, 3])
@@ -127,9 +129,9 @@ class History:
     def run_pass(self, *, is_preparing: bool) -> PreparedSwap | None:
         parameters = list(self.net.parameters())
         middle = len(parameters) // 2
-        nn.utils.get_total_norm(parameters[:middle])
+        torch.ops.aten._foreach_abs.default(parameters[:middle])  # reads them in one operation
         prepared = self.weights.prepare(self.composition()) if is_preparing else None
-        nn.utils.get_total_norm(parameters[middle:])
+        torch.ops.aten._foreach_abs.default(parameters[middle:])
         if self.chance.random() < 0.7:
             self.checker.wait_for(self.checker.main)
         return prepared
@@ -145,10 +147,42 @@ def races(monkeypatch: pytest.MonkeyPatch, break_it: Callable[[Any], None]) -> I
 
 
 def test_nothing_races(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(races(monkeypatch, lambda side: None)) == []
+    assert list(races(monkeypatch, lambda streams: None)) == []
 
 
-@pytest.mark.parametrize("missing", ["record_read_done", "wait_stream"])
-def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+@pytest.mark.parametrize(
+    ("stream", "missing"),
+    [(stream, missing) for stream in ("side", "copies") for missing in ("record_read_done", "wait_stream")]
+    + [("copies", "wait_for")],
+)
+def test_a_missing_wait_is_found(monkeypatch: pytest.MonkeyPatch, stream: str, missing: str) -> None:
     """The checker's own control."""
-    assert next(races(monkeypatch, lambda side: setattr(side, missing, lambda: None)), None)
+    assert next(races(monkeypatch, lambda streams: setattr(streams[stream], missing, lambda *given: None)), None)
+
+
+class Products(RaceChecker):
+    """Notes at each product how many pieces of adapters the stream that computes it has waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waited: list[int] = []
+
+    def _ran(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
+        if name in ("mm", "bmm"):
+            self.waited.append(self.side.clock.get("copies", 0))
+        super()._ran(name, read, written)
+
+
+def test_products_begin_before_the_last_piece_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    checker = Products()
+    monkeypatch.setattr(torch.cuda, "stream", checker.on)
+    monkeypatch.setattr(torch.cuda, "current_stream", checker.current_stream)
+    history = History(0, checker, lambda streams: None)
+    wide = max(adapters(), key=lambda one: len(stack_layers(one.components).stacks))
+    with torch.no_grad(), checker:
+        history.weights.apply([(wide, 1.0), (adapters()[0], 1.0)])
+    pieces = checker.copies.clock["copies"]
+    assert checker.waited == sorted(checker.waited)
+    assert checker.waited[0] == 1 < checker.waited[-1] <= pieces
+    assert checker.side.clock["copies"] == pieces
+    assert checker.races == []

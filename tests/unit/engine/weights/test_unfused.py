@@ -141,7 +141,7 @@ def test_an_adapter_that_cannot_be_bound_leaves_the_base_bound() -> None:
 def test_what_is_bound_is_held_on_the_device_and_let_go_with_the_next_swap() -> None:
     live = tiny_pipeline("sd15")
     manifest = manifest_of(live)
-    cache = DeviceCache(0, move=lambda adapter: adapter)
+    cache = DeviceCache(0, torch.device("cpu"))
     unfused = UnfusedAdapters({"unet": live.unet}, cache.holding)
     one, other = (parsed_adapter(manifest, seed=seed) for seed in range(2))
     for adapters in ([one], [one, other], [other]):
