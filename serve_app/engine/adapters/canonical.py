@@ -286,9 +286,10 @@ class FileChecksum:
             view = view[:whole]
         while view:
             part = view[: CHUNK_BYTES - self._length]
-            ti_tokens = numpy.frombuffer(part, numpy.uint64)
+            words = numpy.frombuffer(part, numpy.uint64)
             first = self._length // WORD_BYTES
-            self._sum += int((ti_tokens * _place_weights()[first : first + len(ti_tokens)]).sum(dtype=numpy.uint64))
+            # Products and their sum in one go, without memory for the products.
+            self._sum += int(numpy.einsum("i,i", words, _place_weights()[first : first + len(words)]))
             self._length += len(part)
             view = view[len(part) :]
             if self._length == CHUNK_BYTES:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve_app.engine.adapters.canonical import (
     CHUNK_BYTES,
@@ -18,6 +20,7 @@ from serve_app.engine.adapters.canonical import (
     write_canonical,
 )
 from serve_app.engine.adapters.deltas import Coverage, Delta, Dense, LowRank, ParsedAdapter, tensors_of
+from serve_app.engine.adapters.host_buffer import HostBuffers
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.base.manifest import manifest_of
 from serve_app.settings import AdapterLimits
@@ -74,6 +77,34 @@ def test_tensors_share_one_buffer_and_are_aligned(tmp_path: Path) -> None:
     ]
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
     assert all((tensor.storage_offset() * tensor.itemsize) % 64 == 0 for tensor in tensors)
+
+
+class Copies(TorchDispatchMode):
+    """Refuses to copy."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do an operation that only looks at memory."""
+        assert func.overloadpacket.__name__ not in ("copy_", "_to_copy", "clone", "cat")
+        return func(*args, **(kwargs or {}))
+
+
+class Takes(HostBuffers):
+    """Remembers what was taken."""
+
+    taken = 0
+
+    def take(self, size_bytes: int, *, pinned: bool = False) -> torch.Tensor:
+        """Count, and take."""
+        self.taken += 1
+        return super().take(size_bytes, pinned=pinned)
+
+
+def test_a_file_is_read_into_one_allocation_and_copied_no_further(tmp_path: Path) -> None:
+    write_canonical(adapter(tmp_path, "text"), tmp_path / "canonical")
+    buffers = Takes()
+    with Copies():
+        read_canonical(tmp_path / "canonical", buffers=buffers)
+    assert buffers.taken == 1
 
 
 def test_reading_twice_gives_two_buffers(tmp_path: Path) -> None:
