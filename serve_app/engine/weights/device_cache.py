@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.engine.adapters.deltas import Delta, Direction, LowRankStack, ParsedAdapter, SingleLayer, StackedLayers
+from serve_app.engine.adapters.deltas import Direction, LowRankStack, ParsedAdapter, SingleLayer, StackedLayers
 from serve_app.engine.adapters.stacks import stack_layers
 from serve_app.engine.weights.side_stream import SideStream
 from serve_app.store.budget import ByteBudget, EvictionPlan
@@ -142,16 +142,18 @@ def moved_to(adapter: ParsedAdapter, device: torch.device, copies: SideStream) -
 
     As it comes from a canonical file, stacked and in one buffer, it goes in pieces, stack by stack.
     """
-    buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in adapter.tensors()}
-    if len(buffers) != 1 or not isinstance(adapter.components, StackedLayers):
-        return HeldAdapter(_mapped(adapter, lambda tensor: tensor.to(device, non_blocking=True, copy=True)))
+    layers = stack_layers(adapter.components)
+    buffers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in layers.tensors()}
+    if len(buffers) != 1:
+        copied = _mapped(layers, lambda tensor: tensor.to(device, non_blocking=True, copy=True))
+        return HeldAdapter(replace(adapter, components=copied))
     (storage,) = buffers.values()
     source = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     target = torch.empty_like(source, device=device)
     copies.record_read_done()
     arrivals: list[tuple[int, Callable[[], None]]] = []
     with copies.stream_scope():
-        for start, end in pairwise(_piece_ends(adapter.components.stacks, len(source))):
+        for start, end in pairwise(_piece_ends(layers.stacks, len(source))):
             target[start:end].copy_(source[start:end], non_blocking=True)
             arrivals.append((end, partial(copies.wait_for, copies.mark())))
     moved = target.untyped_storage()
@@ -160,7 +162,7 @@ def moved_to(adapter: ParsedAdapter, device: torch.device, copies: SideStream) -
         empty = torch.empty(0, dtype=tensor.dtype, device=device)
         return empty.set_(moved, tensor.storage_offset(), tensor.size(), tensor.stride())
 
-    return HeldAdapter(_mapped(adapter, view), arrivals)
+    return HeldAdapter(replace(adapter, components=_mapped(layers, view)), arrivals)
 
 
 MoveAdapter = Callable[[ParsedAdapter, torch.device, SideStream], HeldAdapter]
@@ -181,17 +183,8 @@ def _end_of(stack: LowRankStack) -> int:
     return max((int(rows.storage_offset()) + len(rows) * rows.stride(0)) * rows.itemsize for rows in halves)
 
 
-def _mapped(adapter: ParsedAdapter, change: Callable[[Tensor], Tensor]) -> ParsedAdapter:
-    def changed(delta: Delta) -> Delta:
-        return _mapped_delta(delta, change)
-
-    if isinstance(adapter.components, StackedLayers):
-        return replace(adapter, components=adapter.components.mapped(change, changed))
-    components = {
-        component: {module: changed(delta) for module, delta in modules.items()}
-        for component, modules in adapter.components.items()
-    }
-    return replace(adapter, components=components)
+def _mapped(layers: StackedLayers, change: Callable[[Tensor], Tensor]) -> StackedLayers:
+    return layers.mapped(change, partial(_mapped_delta, change=change))
 
 
 def _mapped_delta(delta: Any, change: Callable[[Tensor], Tensor]) -> Any:
