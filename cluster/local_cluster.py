@@ -222,14 +222,13 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=4, help="worker nodes, each with one pretended GPU")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     shape = NodeShape(cpus=1, gpus=1)
     say = sys.stdout.write
     with local_cluster(options.nodes, shape, port=options.port) as cluster, tempfile.TemporaryDirectory() as cache:
-        config = AppConfig.model_validate(demo_config(options.nodes, Path(cache)))
-        serve.run(build(config), name="loraplex", route_prefix="/")
+        config = demo_config(options.nodes, Path(cache))
+        run_service(config)
         ask = f"""curl {cluster.url} -d '{{"inputs": "a blue star"}}'"""
         say(f"ready at {cluster.url} on {options.nodes} worker nodes\n\n")
         say(f"  {ask} -o star.jpg\n")

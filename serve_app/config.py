@@ -1,7 +1,8 @@
 """The whole configuration, validated before anything starts.
 
-Owns `AppConfig`, the `args:` of the application in a Serve file. Every model refuses unknown keys and names the nearest
-known one. Must not read the environment, files or the network: `serve_app.environment` does, once.
+Owns the `args:` of the applications in a Serve file, `BaseArguments` and `IngressArguments`, and `AppConfig`, the whole
+that an ingress goes by. Every model refuses unknown keys and names the nearest known one. Must not read the
+environment, files or the network: `serve_app.environment` does, once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import hashlib
 from math import isqrt
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -34,10 +34,12 @@ from serve_app.settings import (
     FusedAdapter,
     IngressAutoscaling,
     Limits,
+    MetricsSettings,
     ModelSource,
     ReplicaSettings,
     RouterSettings,
     StrictModel,
+    TracingSettings,
     nearest,
 )
 from serve_app.source_settings import AdapterSources
@@ -60,9 +62,11 @@ class BaseModelConfig(StrictModel):
     `fused` adapters, such as a distillation, are fused into the loaded weights once and belong to the base.
     `prompt_syntax` is that of requests which name none. `quantization` packs the denoiser's weights while they are
     loaded; adapters then lie beside its layers, unfused. The service is ready once every `required` base runs.
+    `application` is the name of its Serve application; None means its id with "--" for "/".
     """
 
     id: str
+    application: str | None = None
     aliases: tuple[str, ...] = ()
     required: bool = False
     source: ModelSource
@@ -163,6 +167,11 @@ class BaseModelConfig(StrictModel):
         """Every id that means this base."""
         return (self.id, *self.aliases)
 
+    @property
+    def application_name(self) -> str:
+        """The name of its Serve application."""
+        return self.application or self.id.replace("/", "--")
+
 
 class IngressSettings(StrictModel):
     """The ingress: its replicas, and the limits of a request.
@@ -192,7 +201,6 @@ class IngressSettings(StrictModel):
     decode_timeout_s: PositiveFloat = 10.0
     body_timeout_s: PositiveFloat = 30.0
     sse_ping_interval_s: PositiveFloat = 15.0
-    request_timeout_s: PositiveFloat = 300.0
     draw_pictures: bool = True
     max_retries: int = Field(default=2, ge=0)
     health_check_period_s: PositiveFloat = 5.0
@@ -283,59 +291,61 @@ class AuthSettings(StrictModel):
         return keys
 
 
-class TracingSettings(StrictModel):
-    """Where OpenTelemetry traces are sent, as OTLP over HTTP, such as `http://collector:4318`; None disables them.
+class SharedSettings(StrictModel):
+    """What the ingress and all bases of one service go by; a change restarts them all.
 
-    `sample` is the fraction of requests that are traced, unless a request's `traceparent` header decides.
-    """
-
-    endpoint: str | None = None
-    sample: float = Field(default=0.1, ge=0.0, le=1.0)
-
-    @field_validator("endpoint")
-    @classmethod
-    def _plain_address(cls, endpoint: str | None) -> str | None:
-        if endpoint is None:
-            return None
-        parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("endpoint must be the address of a collector, such as http://collector:4318")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError("endpoint is an address alone; credentials go into OTEL_EXPORTER_OTLP_HEADERS on nodes")
-        return endpoint.rstrip("/")
-
-
-class MetricsSettings(StrictModel):
-    """How many adapters have their own label in metrics: the most requested ones; all others share one."""
-
-    top_adapters: int = Field(default=20, ge=0, le=200)
-
-
-class AppConfig(StrictModel):
-    """One Loraplex application: its bases, its adapter sources, its ingress.
-
+    `service` is the name of the ingress' application. A request has `request_timeout_s` from its arrival to its answer.
     `cache_dir` is the folder of each node's files; None means a folder in the user's cache directory. `{node}` in it
     becomes the Ray node's id, for nodes that share a file system. `disk_cache` limits the admitted adapters in it.
     With `infotext`, PNGs say how they were drawn: prompt, seed, adapters, as A1111 writes it.
     """
 
     renamed = {"cache_size": "disk_cache"}
-    bases: tuple[BaseModelConfig, ...] = Field(min_length=1)
-    default_base: str | None = None
+    service: str = "loraplex"
     adapters: AdapterSources = AdapterSources()
-    ingress: IngressSettings = IngressSettings()
-    registry: RegistrySettings = RegistrySettings()
-    auth: AuthSettings = AuthSettings()
     tracing: TracingSettings = TracingSettings()
-    metrics: MetricsSettings = MetricsSettings()
+    request_timeout_s: PositiveFloat = 300.0
     infotext: bool = True
     cache_dir: Path | None = None
     disk_cache: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
+
+class BaseArguments(StrictModel):
+    """The `args` of a base's application; a change restarts this base alone, but for one of `shared`."""
+
+    shared: SharedSettings = SharedSettings()
+    base: BaseModelConfig
+
+
+class IngressArguments(StrictModel):
+    """The `args` of the ingress' application; a change restarts its replicas.
+
+    What may change without that, the bases among it, is its `user_config`: `serve_app.live_settings`.
+    """
+
+    shared: SharedSettings = SharedSettings()
+    ingress: IngressSettings = IngressSettings()
+    registry: RegistrySettings = RegistrySettings()
+    auth: AuthSettings = AuthSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+
+class AppConfig(SharedSettings):
+    """A whole service as its ingress knows it: the bases, and the settings of its `args` and `user_config`."""
+
+    bases: tuple[BaseModelConfig, ...] = Field(min_length=1)
+    default_base: str | None = None
+    ingress: IngressSettings = IngressSettings()
+    registry: RegistrySettings = RegistrySettings()
+    auth: AuthSettings = AuthSettings()
+    metrics: MetricsSettings = MetricsSettings()
+
     @field_validator("bases")
     @classmethod
     def _distinct_names(cls, bases: tuple[BaseModelConfig, ...]) -> tuple[BaseModelConfig, ...]:
+        if len({base.application_name for base in bases}) < len(bases):
+            raise ValueError("two bases have the same 'application'")
         seen: dict[str, str] = {}
         for base in bases:
             for name in base.names:

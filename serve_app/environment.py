@@ -10,16 +10,19 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from serve_app.config import AppConfig, Environment
+from serve_app.config import Environment, RegistrySettings, SharedSettings
 
 # As Serve's proxy imports it; the module itself is above this one.
 PROXY_GUARDS = "serve_app.deployments.proxy:guards"
 
 
-def read_environment(config: AppConfig) -> Environment:
-    """Return the values of the process environment; values of the configuration come first."""
+def read_environment(config: SharedSettings, registry: RegistrySettings | None = None) -> Environment:
+    """Return the values of the process environment; values of the configuration come first.
+
+    Where the aliases are is for their keeper alone, whose process has a `registry`.
+    """
     token = os.environ.get("HF_TOKEN")
-    redis = None if config.registry.path else os.environ.get("LORAPLEX_REGISTRY_REDIS")
+    redis = None if registry is None or registry.path else os.environ.get("LORAPLEX_REGISTRY_REDIS")
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Environment(
         hub_token=SecretStr(token) if token else None,

@@ -1,7 +1,7 @@
-"""What of a configuration can change while the service runs: the `user_config` of the ingress deployment.
+"""What of a service can change while its ingress runs: the `user_config` of the ingress deployment.
 
-Owns which settings these are. Serve hands a `user_config` that has changed to the running replicas of its deployment,
-and restarts none; a change of `args` restarts every replica of the application.
+Owns which settings these are: the bases, and some of its own. Serve hands a `user_config` that has changed to the
+running replicas of its deployment, and restarts none; a change of `args` restarts every replica of the application.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from serve_app.config import AppConfig
-from serve_app.settings import StrictModel, faults_of
+from serve_app.config import AppConfig, IngressArguments
+from serve_app.settings import StrictModel, faults_of, nearest
 
+BASES = ("bases", "default_base")
 # By section; all else is read when a replica starts.
 LIVE_SETTINGS: Mapping[str, frozenset[str]] = {
     "ingress": frozenset({
@@ -24,19 +25,24 @@ LIVE_SETTINGS: Mapping[str, frozenset[str]] = {
 }  # fmt: skip
 
 
-def with_live_settings(config: AppConfig, user_config: Mapping[str, Any]) -> AppConfig:
-    """Return a configuration with the settings of the ingress' `user_config`, in the form of `args`, over its own.
+def with_live_settings(arguments: IngressArguments, user_config: Mapping[str, Any]) -> AppConfig:
+    """Return the whole configuration: `args` with the settings of the `user_config`, in the same form, over its own.
 
     Raises:
-        ValueError: what is unknown, not valid, or needs a restart.
+        ValueError: what is missing, unknown, not valid, or needs a restart.
     """
     sections: dict[str, StrictModel] = {}
     for name, changes in user_config.items():
+        if name in BASES:
+            continue
+        if name not in AppConfig.model_fields:
+            raise ValueError(f"{name}: unknown key{nearest(name, [*BASES, *LIVE_SETTINGS])}")
         if name not in LIVE_SETTINGS:
-            raise ValueError(f"{name}: goes into args; only {' and '.join(LIVE_SETTINGS)} change without a restart")
+            live = ", ".join((*BASES, *LIVE_SETTINGS))
+            raise ValueError(f"{name}: goes into args; without a restart change {live}")
         if not isinstance(changes, Mapping):
             raise ValueError(f"{name}: is not a mapping of settings")
-        section: StrictModel = getattr(config, name)
+        section: StrictModel = getattr(arguments, name)
         try:
             sections[name] = type(section).model_validate({**section.model_dump(exclude_unset=True), **changes})
         except ValidationError as error:
@@ -45,4 +51,10 @@ def with_live_settings(config: AppConfig, user_config: Mapping[str, Any]) -> App
         if fixed:
             live = ", ".join(sorted(LIVE_SETTINGS[name]))
             raise ValueError(f"{name}.{fixed[0]}: goes into args; without a restart change {live}")
-    return config.model_copy(update=sections)
+    served = {name: user_config[name] for name in BASES if name in user_config}
+    own = {name: value for name, value in arguments if name != "shared"}
+    try:
+        return AppConfig.model_validate({**dict(arguments.shared), **own, **sections, **served})
+    except ValidationError as error:
+        # What is wrong with the whole has no place.
+        raise ValueError("; ".join(fault.removeprefix(": ") for fault in faults_of(error, ""))) from None

@@ -1,4 +1,4 @@
-"""The settings of one base, and the strict model that all settings share.
+"""The settings of one base, of traces and metrics, and the strict model that all settings share.
 
 Owns a base's source, limits, defaults, replicas, router and autoscaling. `serve_app.config` puts them together.
 """
@@ -9,6 +9,7 @@ import difflib
 import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -19,6 +20,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -235,7 +237,7 @@ class ReplicaSettings(StrictModel):
     has work and makes no progress for `stall_timeout_s`. None means 300 s, or 1200 s with `compile`; it must be longer
     than a whole batch, since a GPU's steps may be launched long before they run.
     `max_backlog_s` and `graceful_shutdown_timeout_s`, the time that a replica has to finish when it is to end, are
-    `ingress.request_timeout_s` where they are not set.
+    `shared.request_timeout_s` where they are not set.
     """
 
     renamed = {
@@ -306,3 +308,31 @@ class AdapterLimits(StrictModel):
     max_file: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
     max_tensors: PositiveInt = 20_000
     admission_timeout_s: PositiveFloat = 60.0
+
+
+class TracingSettings(StrictModel):
+    """Where OpenTelemetry traces are sent, as OTLP over HTTP, such as `http://collector:4318`; None disables them.
+
+    `sample` is the fraction of requests that are traced, unless a request's `traceparent` header decides.
+    """
+
+    endpoint: str | None = None
+    sample: float = Field(default=0.1, ge=0.0, le=1.0)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _plain_address(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("endpoint must be the address of a collector, such as http://collector:4318")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("endpoint is an address alone; credentials go into OTEL_EXPORTER_OTLP_HEADERS on nodes")
+        return endpoint.rstrip("/")
+
+
+class MetricsSettings(StrictModel):
+    """How many adapters have their own label in metrics: the most requested ones; all others share one."""
+
+    top_adapters: int = Field(default=20, ge=0, le=200)

@@ -274,10 +274,8 @@ def main() -> None:
     if options.strike:
         strike(options.strike, options.url, options.seconds)
         return
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     os.environ.update({"RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"})
     out = sys.stdout.write
@@ -289,7 +287,7 @@ def main() -> None:
             "cache_dir": f"{folder}/cache",
             "log_level": "WARNING",
         }
-        serve.run(build(AppConfig.model_validate(settings)), name="loraplex", route_prefix="/")
+        run_service(settings)
         url = f"http://127.0.0.1:{port}"
         # What a service holds that has drawn, and edited a picture as large as is taken: buffers, decoders.
         ends_at = time.monotonic() + options.seconds

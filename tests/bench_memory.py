@@ -257,10 +257,8 @@ def show(taken: dict[str, list[tuple[float, int]]], seconds: float) -> bool:
 
 
 def main() -> None:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0)
@@ -268,7 +266,7 @@ def main() -> None:
     # Else Ray's workers give way to whatever else runs on the machine.
     os.environ.update({"RAY_worker_niceness": "0"})
     with tempfile.TemporaryDirectory() as folder, HubServer() as hub, ray_cluster(Path(folder)) as port:
-        serve.run(build(AppConfig.model_validate(settings(folder, hub))), name="loraplex", route_prefix="/")
+        run_service(settings(folder, hub))
         with load_on(f"http://127.0.0.1:{port}", hub) as callers:
             taken = samples(seconds, lambda line: sys.stderr.write(f"{line}\n"))
         seen = sum((caller.seen for caller in callers), Counter[str]())

@@ -27,10 +27,8 @@ import httpx
 import psutil
 
 from serve_app.core import ScaledAdapter, UnresolvedRequest
-from serve_app.deployments.ingress.ingress import deployment_name
 from tests.service import Service, base_settings, ray_cluster
 
-APPLICATION = "loraplex"
 BASE = "demo/sd15"
 PROMPT = "a red circle on a blue background"
 ON_DEVICE = ("swap", "denoise", "decode")
@@ -89,10 +87,11 @@ def cpu_ms() -> dict[str, float]:
 
 def measured(service: Service, engine: DirectEngine, rounds: int, steps: int) -> list[dict[str, float]]:
     """One row a round: the call over HTTP with its stages, and the direct call."""
-    from ray import serve
 
     rows: list[dict[str, float]] = []
-    replica = serve.get_deployment_handle(deployment_name(BASE), APPLICATION)
+    from cluster.local_service import base_handle
+
+    replica = base_handle(BASE)
     for seed in range(rounds):
         started = time.perf_counter()
         reply = service.ask(PROMPT, model=BASE, seed=seed, num_inference_steps=steps)
@@ -124,21 +123,17 @@ def medians(rows: list[dict[str, float]]) -> dict[str, float]:
 
 @contextmanager
 def running(folder: Path, *, ingress_replicas: int) -> Iterator[Service]:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     with ray_cluster(folder) as port:
-        config = AppConfig.model_validate(
-            {
-                "bases": [base_settings(BASE)],
-                "adapters": {"embedded": True, "hub": {"enabled": False}},
-                "ingress": {"replicas": ingress_replicas, "num_cpus": 0.1},
-                "cache_dir": f"{folder}/cache",
-            }
-        )
-        serve.run(build(config), name=APPLICATION, route_prefix="/")
+        config = {
+            "bases": [base_settings(BASE)],
+            "adapters": {"embedded": True, "hub": {"enabled": False}},
+            "ingress": {"replicas": ingress_replicas, "num_cpus": 0.1},
+            "cache_dir": f"{folder}/cache",
+        }
+        run_service(config)
         yield Service(f"http://127.0.0.1:{port}")
 
 

@@ -128,10 +128,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    from ray import serve
 
-    from serve_app.app import assemble
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
     from tests.replicas.napping import NappingReplica
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,8 +140,8 @@ def main() -> None:
     # Else Ray's workers give way to whatever else runs on the machine.
     os.environ.update({"RAY_worker_niceness": "0"})
     with tempfile.TemporaryDirectory() as folder, ray_cluster(Path(folder)) as port:
-        config = AppConfig.model_validate(settings(folder, options.ingress_replicas))
-        serve.run(assemble(config, NappingReplica), name="loraplex", route_prefix="/")
+        config = settings(folder, options.ingress_replicas)
+        run_service(config, replica=NappingReplica)
         show(measured(f"http://127.0.0.1:{port}", options.minutes, options.times))
 
 

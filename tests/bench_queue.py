@@ -76,22 +76,17 @@ def run_service() -> Busy:
     from tests.service import Service, base_settings, ray_cluster
 
     with tempfile.TemporaryDirectory() as home, ray_cluster(Path(home)) as port:
-        from ray import serve
+        from cluster.local_service import base_handle, run_service
 
-        from serve_app.app import build
-        from serve_app.config import AppConfig
-
-        config = AppConfig.model_validate(
-            {
-                "bases": [base_settings("demo/sd15")],
-                "adapters": {"embedded": True, "hub": {"enabled": False}},
-                "ingress": {"replicas": 1, "num_cpus": 0.1},
-                "cache_dir": home,
-            }
-        )
-        serve.run(build(config), name="loraplex", route_prefix="/")
+        config = {
+            "bases": [base_settings("demo/sd15")],
+            "adapters": {"embedded": True, "hub": {"enabled": False}},
+            "ingress": {"replicas": 1, "num_cpus": 0.1},
+            "cache_dir": home,
+        }
+        run_service(config)
         service = Service(f"http://127.0.0.1:{port}")
-        replica = serve.get_deployment_handle("base-demo--sd15", "loraplex")
+        replica = base_handle("demo/sd15")
 
         def books() -> LoadStats:
             return replica.state.remote().result().work

@@ -193,7 +193,7 @@ def start(policy: str, seed: int, sleeps: Sleeps, folder: Path) -> None:
     if policy == OURS:
         bases = [{"id": "sleeping", "source": {"embedded": "demo/sd15"}, "router": {"stats_period_s": 0.1}}]
         config = AppConfig.model_validate({"bases": bases, "disk_cache": 0})
-        options["request_router_config"] = router_config(config.bases[0], config)
+        options["request_router_config"] = router_config(config.bases[0])
     elif policy in (LEAST, LATE):
         options["request_router_config"] = RequestRouterConfig(request_router_class=LeastLoadedRouter)  # type: ignore[arg-type]
     app = SleepingReplica.options(

@@ -105,21 +105,17 @@ def status_route(service: Service) -> dict[str, float]:
 
 
 def main() -> None:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     with tempfile.TemporaryDirectory() as folder, HubServer() as hub, ray_cluster(Path(folder)) as port:
-        config = AppConfig.model_validate(
-            {
-                "bases": [base_settings("demo/sdxl")],
-                "adapters": {"embedded": True, "hub": {"endpoint": hub.endpoint, "timeout_s": 60}},
-                "ingress": {"replicas": 1, "num_cpus": 0.1},
-                "cache_dir": f"{folder}/cache",
-            }
-        )
-        serve.run(build(config), name="loraplex", route_prefix="/")
+        config = {
+            "bases": [base_settings("demo/sdxl")],
+            "adapters": {"embedded": True, "hub": {"endpoint": hub.endpoint, "timeout_s": 60}},
+            "ingress": {"replicas": 1, "num_cpus": 0.1},
+            "cache_dir": f"{folder}/cache",
+        }
+        run_service(config)
         service = Service(f"http://127.0.0.1:{port}")
         results = {
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",

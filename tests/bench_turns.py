@@ -145,10 +145,8 @@ def configured(folder: str, *, has_turns: bool) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    from ray import serve
 
-    from serve_app.app import assemble
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
     from tests.replicas.stepping import SteppingReplica
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -158,8 +156,8 @@ def main() -> None:
     os.environ.update({"RAY_worker_niceness": "0"})
     with tempfile.TemporaryDirectory() as folder, ray_cluster(Path(folder)) as port:
         for name, has_turns in (("turns", True), ("whole", False)):
-            config = AppConfig.model_validate(configured(folder, has_turns=has_turns))
-            serve.run(assemble(config, SteppingReplica), name=name, route_prefix=f"/{name}")
+            config = configured(folder, has_turns=has_turns)
+            run_service(config, name=name, replica=SteppingReplica)
         sys.stdout.write(f"machine {platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}\n")
         asyncio.run(measured(port, options.seconds, options.seed))
 

@@ -122,23 +122,19 @@ def families(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
 def service(
     cluster: int, hub: HubServer, broken_root: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
 ) -> Service:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
-    config = AppConfig.model_validate(
-        {
-            "bases": [base_settings(base_id) for base_id in BASES],
-            "adapters": {
-                "embedded": True,
-                "folders": [str(broken_root)],
-                "hub": {"endpoint": hub.endpoint, "timeout_s": 60.0},
-            },
-            "ingress": {"replicas": 2, "num_cpus": 0.1},
-            "tracing": {"endpoint": collector.endpoint, "sample": 0.0},
-            "cache_dir": str(tmp_path_factory.mktemp("cache")),
-        }
-    )
-    serve.run(build(config), name="loraplex", route_prefix="/")
+    config: dict[str, Any] = {
+        "bases": [base_settings(base_id) for base_id in BASES],
+        "adapters": {
+            "embedded": True,
+            "folders": [str(broken_root)],
+            "hub": {"endpoint": hub.endpoint, "timeout_s": 60.0},
+        },
+        "ingress": {"replicas": 2, "num_cpus": 0.1},
+        "tracing": {"endpoint": collector.endpoint, "sample": 0.0},
+        "cache_dir": str(tmp_path_factory.mktemp("cache")),
+    }
+    run_service(config)
     return Service(f"http://127.0.0.1:{cluster}")

@@ -25,10 +25,8 @@ def settings(name: str, folder: Path) -> dict[str, Any]:
 
 def start_families(folder: Path, port: int) -> Service:
     """Start the service below a prefix of its own, and wait for a picture of each base that can be served."""
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
     from tests.tiny_families.build import tiny_family
 
     bases = []
@@ -39,8 +37,7 @@ def start_families(folder: Path, port: int) -> Service:
     (folder / "video" / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline"}))
     bases.append(settings("video", folder / "video"))
     arguments = {"bases": bases, "ingress": {"replicas": 1, "num_cpus": 0.1}, "cache_dir": str(folder / "cache")}
-    target = serve.RunTarget(build(AppConfig.model_validate(arguments)), name="families", route_prefix=PREFIX)
-    serve.run_many([target], wait_for_applications_running=False)
+    run_service(arguments, name="families", waits=False)
     service = Service(f"http://127.0.0.1:{port}{PREFIX}")
     service.http.timeout = 900  # the first request waits while nine bases start at once
     for name in FAMILIES:

@@ -27,7 +27,7 @@ from serve_app.api.pictures.decoder import PictureDecoder
 from serve_app.api.registry import pictures as adapter_pictures
 from serve_app.api.registry import routes as registry
 from serve_app.api.registry import usage
-from serve_app.config import IngressSettings
+from serve_app.config import IngressSettings, SharedSettings
 
 
 class LoraplexAPI(FastAPI):
@@ -44,6 +44,7 @@ def create_app(
     gateway: Gateway,
     settings: IngressSettings,
     *,
+    request_timeout_s: float = SharedSettings().request_timeout_s,
     access: Access | None = None,
     clock: Callable[[], float] = time.monotonic,
     new_request_id: Callable[[], str] = new_uuid,
@@ -70,7 +71,7 @@ def create_app(
             allow_headers=["*"],
         )
     decoder = decoder or PictureDecoder(max_pixels=settings.max_image_pixels, limit_s=settings.decode_timeout_s)
-    app.state.services = Services(gateway, settings, decoder, now)
+    app.state.services = Services(gateway, settings, request_timeout_s, decoder, now)
     for routed in (status, inference, images, models, registry, adapter_pictures, usage, document, pages):
         # Not `include_router`: that hides the routes, and access is decided by them.
         app.router.routes.extend(routed.router.routes)

@@ -31,7 +31,7 @@ from serve_app.catalog.sources.flat_folder import FlatFolderSource, FlatRoot
 from serve_app.catalog.sources.folder import FolderSource
 from serve_app.catalog.sources.hub import HubSource
 from serve_app.catalog.sources.object_stores import ObjectStoreSource
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.config import AppConfig, BaseModelConfig, Environment, SharedSettings
 from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
 from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound, StoreAccessDenied
 from serve_app.families.family import Family
@@ -334,7 +334,7 @@ def _known(info: AdapterInfo, spec: AdapterSpec) -> KnownAdapter:
 
 
 def build_sources(
-    config: AppConfig, environment: Environment, *, embedded_root: Path | None
+    config: SharedSettings, environment: Environment, *, embedded_root: Path | None
 ) -> tuple[AdapterSource, ...]:
     """Return the sources of a configuration, in the order in which they are asked.
 

@@ -82,13 +82,14 @@ class BaseState:
     """What a base does; `since_s` is in seconds since 1970, `expected_s` until a replica can draw, None if unknown.
 
     A base is "waiting" while no node has room for its replica, and "stopped" where the next request starts one. The
-    `reason` says why it waits or has failed.
+    `reason` says why it waits or has failed; `is_absent`, that it has failed since its application is not there.
     """
 
     state: Literal["running", "starting", "waiting", "failed", "stopped"]
     since_s: float | None = None
     expected_s: float | None = None
     reason: str | None = None
+    is_absent: bool = False
 
 
 # What was drawn is kept for so many days before the last one.

@@ -1,22 +1,23 @@
 """A Serve config file, read and validated strictly.
 
 Owns what `loraplex check` refuses: Ray Serve ignores unknown keys silently, so every mapping of the file is compared
-with the fields that Serve's own schema knows, and the application's `args` with `AppConfig`.
+with the fields that Serve's own schema knows, and the `args` of ours with their models. What several of our
+applications have to say alike is compared.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
-from serve_app.config import AppConfig
+from serve_app.config import AppConfig, BaseArguments, BaseModelConfig, IngressArguments, SharedSettings
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.families.config_files import missing_packer, unusable_reason
 from serve_app.families.single_file import unusable_file_reason
@@ -27,7 +28,11 @@ from serve_app.settings import faults_of, nearest
 if TYPE_CHECKING:
     from ray.serve.schema import DeploymentSchema
 
-IMPORT_PATH = "serve_app.app:build"
+T = TypeVar("T")
+A = TypeVar("A", BaseArguments, IngressArguments)
+
+INGRESS_PATH, BASE_PATH = "serve_app.app:ingress", "serve_app.app:base"
+FORMER_PATH = "serve_app.app:build"
 
 
 class ServeFileInvalid(Exception):
@@ -40,7 +45,7 @@ class ServeFileInvalid(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ServeFileReport:
-    """A valid file: its address, and its Loraplex applications."""
+    """A valid file: its address, and its Loraplex services."""
 
     url: str
     applications: tuple[AppConfig, ...]
@@ -85,8 +90,11 @@ def check_serve_file(path: Path) -> ServeFileReport:
         schema = ServeDeploySchema.model_validate(data)
     except ValidationError as error:
         raise ServeFileInvalid(faults + faults_of(error, "")) from None
-    listed = [(one.import_path, one.args, _user_configs(one.deployments)) for one in schema.applications]
-    applications = _applications(listed, faults)
+    listed = [
+        _Listed(place, one.name, one.import_path, one.args, one.route_prefix, _user_configs(one.deployments))
+        for place, one in _placed(schema.applications)
+    ]
+    applications = _services(listed, faults)
     options = schema.http_options
     disagreements = [
         fault for config in applications for fault in timeout_disagreements(config, options.request_timeout_s)
@@ -118,30 +126,30 @@ def gpus_for(replicas: Iterable[tuple[int, float]]) -> int:
 
 def timeout_disagreements(config: AppConfig, proxy_timeout_s: float | None) -> list[str]:
     """Return a fault for each two times of a configuration that do not go together; `proxy_timeout_s` is Serve's."""
-    limit_s = config.ingress.request_timeout_s
+    limit_s = config.request_timeout_s
     faults: list[str] = []
     if proxy_timeout_s is not None and proxy_timeout_s <= limit_s:
         faults.append(
-            f"http_options.request_timeout_s: {proxy_timeout_s:g} s must be over ingress.request_timeout_s, "
+            f"http_options.request_timeout_s: {proxy_timeout_s:g} s must be over shared.request_timeout_s, "
             f"{limit_s:g} s: callers would get Serve's bare 408 before our error"
         )
     for base in config.bases:
         grace_s, backlog_s = base.replica.graceful_shutdown_timeout_s, base.replica.max_backlog_s
         if grace_s is not None and grace_s < limit_s:
             faults.append(
-                f"{base.id}: replica.graceful_shutdown_timeout_s {grace_s:g} s is under ingress.request_timeout_s, "
+                f"{base.id}: replica.graceful_shutdown_timeout_s {grace_s:g} s is under shared.request_timeout_s, "
                 f"{limit_s:g} s: a scale-down would cut requests off"
             )
         if backlog_s is not None and backlog_s > limit_s:
             faults.append(
-                f"{base.id}: replica.max_backlog_s {backlog_s:g} s is over ingress.request_timeout_s, {limit_s:g} s: "
+                f"{base.id}: replica.max_backlog_s {backlog_s:g} s is over shared.request_timeout_s, {limit_s:g} s: "
                 "requests would be accepted that cannot be answered in time"
             )
     return faults
 
 
 def applications_of(path: Path) -> tuple[AppConfig, ...]:
-    """Return the Loraplex applications of a Serve file, without Ray; Serve's own keys are not checked.
+    """Return the services of a Serve file, without Ray; Serve's own keys are not checked.
 
     Raises:
         ServeFileInvalid: with every fault that was found.
@@ -149,8 +157,35 @@ def applications_of(path: Path) -> tuple[AppConfig, ...]:
     listed = _read(path).get("applications")
     if not isinstance(listed, list):
         raise ServeFileInvalid(["applications: is not a list"])
-    found = [one for one in listed if isinstance(one, dict)]
-    return _applications([(one.get("import_path"), one.get("args") or {}, {}) for one in found], [])
+    found = [
+        _Listed(
+            place,
+            one.get("name"),
+            one.get("import_path"),
+            one.get("args") or {},
+            one.get("route_prefix", "/"),
+            {each.get("name"): each.get("user_config") or {} for each in one.get("deployments") or []},
+        )
+        for place, one in _placed(listed)
+        if isinstance(one, dict)
+    ]
+    return _services(found, [])
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """One application of a file, its values as they are; `user_configs` are those of its deployments."""
+
+    place: str
+    name: Any
+    import_path: Any
+    args: Any
+    route_prefix: Any
+    user_configs: Mapping[str, Any]
+
+
+def _placed(applications: Iterable[T]) -> Iterator[tuple[str, T]]:
+    return ((f"applications.{index}", one) for index, one in enumerate(applications))
 
 
 def _user_configs(deployments: list[DeploymentSchema]) -> dict[str, Any]:
@@ -158,55 +193,127 @@ def _user_configs(deployments: list[DeploymentSchema]) -> dict[str, Any]:
     return {one.name: one.user_config for one in deployments if "user_config" in one.model_fields_set}
 
 
-def _applications(listed: Sequence[tuple[Any, Any, Mapping[str, Any]]], faults: list[str]) -> tuple[AppConfig, ...]:
-    """Return those of the (import path, args, user_config by deployment) listed that are Loraplex's; `faults` are those
-    found before."""
-    applications: list[AppConfig] = []
-    for index, (import_path, args, user_configs) in enumerate(listed):
-        if import_path != IMPORT_PATH:
-            continue
-        try:
-            applications.append(AppConfig.model_validate(args))
-            check_tracing(applications[-1].tracing)
-            check_stores(applications[-1].adapters.stores)
-            faults += _unusable_bases(applications[-1], f"applications.{index}.args.bases.")
-            faults += _live_faults(applications[-1], user_configs, f"applications.{index}.deployments")
-        except ValidationError as error:
-            faults += faults_of(error, f"applications.{index}.args.")
-        except (TracingUnavailable, StorePackageMissing) as error:
-            faults.append(f"applications.{index}.args: {error}")
-    if not applications and not faults:
-        faults.append(f"no application has import_path {IMPORT_PATH}")
+def _services(listed: Sequence[_Listed], faults: list[str]) -> tuple[AppConfig, ...]:
+    """Return the services of the applications listed that are Loraplex's; `faults` are those found before.
+
+    Raises:
+        ServeFileInvalid: with every fault that was found.
+    """
+    faults += [f"{one.place}: {what_to_write_instead(one.args)}" for one in listed if one.import_path == FORMER_PATH]
+    bases = {one.name: (one, args) for one, args in _with_arguments(listed, BASE_PATH, BaseArguments, faults)}
+    for one, args in bases.values():
+        faults += _unusable(args.base, f"{one.place}.args.base")
+        if one.route_prefix is not None:
+            faults.append(f"{one.place}.route_prefix: must be null: requests come through the ingress alone")
+    ingresses = _with_arguments(listed, INGRESS_PATH, IngressArguments, faults)
+    if not ingresses and not faults:
+        faults.append(f"no application has import_path {INGRESS_PATH}")
+    if faults:
+        # What is wrong with a base would be told once more, where the ingress refers to it.
+        raise ServeFileInvalid(faults)
+    services = [_service(one, args, bases, faults) for one, args in ingresses]
     if faults:
         raise ServeFileInvalid(faults)
-    return tuple(applications)
+    served = {base.application_name for service in services for base in service.bases}
+    faults += [
+        f"{one.place}: no ingress has it among its bases" for name, (one, _) in bases.items() if name not in served
+    ]
+    if faults:
+        raise ServeFileInvalid(faults)
+    return tuple(services)
 
 
-def _live_faults(config: AppConfig, user_configs: Mapping[str, Any], place: str) -> list[str]:
-    """Return a fault for each `user_config` that its deployment would not take."""
+def _service(
+    one: _Listed, args: IngressArguments, bases: Mapping[str, tuple[_Listed, BaseArguments]], faults: list[str]
+) -> Any:
+    """Return the service of an ingress, where nothing is wrong with it."""
+    faults += [
+        f"{one.place}.deployments: only {INGRESS_NAME} takes a user_config, not {name}"
+        for name in one.user_configs
+        if name != INGRESS_NAME
+    ]
+    try:
+        service = with_live_settings(args, one.user_configs.get(INGRESS_NAME) or {})
+    except ValueError as error:
+        faults.append(f"{one.place}.deployments: {INGRESS_NAME}: user_config.{error}")
+        return None
+    faults += _disagreements(one, args, service, bases)
+    return service
+
+
+def _with_arguments(listed: Sequence[_Listed], path: str, model: type[A], faults: list[str]) -> list[tuple[_Listed, A]]:
+    """Return the applications of an import path whose arguments are valid, with these."""
+    found = ((one, _arguments(one, model, faults)) for one in listed if one.import_path == path)
+    return [(one, args) for one, args in found if args is not None]
+
+
+def _arguments(one: _Listed, model: type[A], faults: list[str]) -> A | None:
+    try:
+        args = model.model_validate(one.args)
+        check_tracing(args.shared.tracing)
+        check_stores(args.shared.adapters.stores)
+        return args
+    except ValidationError as error:
+        faults += faults_of(error, f"{one.place}.args.")
+    except (TracingUnavailable, StorePackageMissing) as error:
+        faults.append(f"{one.place}.args: {error}")
+    return None
+
+
+def _disagreements(
+    one: _Listed, args: IngressArguments, service: AppConfig, bases: Mapping[str, tuple[_Listed, BaseArguments]]
+) -> list[str]:
+    """Return a fault for each thing that an ingress and the applications of its bases do not say alike."""
     faults: list[str] = []
-    for name, user_config in user_configs.items():
-        if name != INGRESS_NAME:
-            faults.append(f"{place}: only {INGRESS_NAME} takes a user_config, not {name}")
+    if args.shared.service != one.name:
+        faults.append(f"{one.place}: its name is {one.name}, and args.shared.service '{args.shared.service}'")
+    for base in service.bases:
+        found = bases.get(base.application_name)
+        if found is None:
+            faults.append(f"{one.place}: {base.id} is not deployed: add {application_line(base)}")
             continue
-        try:
-            with_live_settings(config, user_config)
-        except ValueError as error:
-            faults.append(f"{place}: {name}: user_config.{error}")
+        for what, own, other in (("base", base, found[1].base), ("shared", args.shared, found[1].shared)):
+            if own != other:
+                faults.append(f"{found[0].place}.args.{what}: differs from the ingress'; write it once, as an anchor")
     return faults
 
 
-def _unusable_bases(config: AppConfig, place: str) -> list[str]:
-    """Return a fault for each base whose folder or files are here and show that it cannot be served."""
-    faults: list[str] = []
-    for index, base in enumerate(config.bases):
-        folder = base.source.described_by.folder
-        reasons = [unusable_reason(folder)] if folder is not None and folder.exists() else []
-        reasons += [] if base.quantization is None else [missing_packer(base.quantization)]
-        files = [source.file for source in (base.source, *base.part_sources.values())]
-        reasons += [unusable_file_reason(file) for file in files if file is not None and file.exists()]
-        faults += [f"{place}{index}: {reason}" for reason in reasons if reason is not None]
-    return faults
+def application_line(base: BaseModelConfig) -> str:
+    """Return the application of a base as a line of a Serve file whose settings, and the shared ones, are anchors."""
+    anchor = base.application_name
+    return (
+        f"{{name: {anchor}, import_path: '{BASE_PATH}', route_prefix: null, "
+        f"args: {{shared: *shared, base: *{anchor}}}}}"
+    )
+
+
+def what_to_write_instead(args: Any) -> str:
+    """Return how a file of a former version, with these `args`, is to be changed."""
+    given = dict(args) if isinstance(args, dict) else {}
+    shared = [name for name in given if name in SharedSettings.model_fields]
+    ingress = given.get("ingress")
+    if isinstance(ingress, dict) and "request_timeout_s" in ingress:
+        shared.append("ingress.request_timeout_s")
+    ids = [str(base.get("id")) for base in given.get("bases") or [] if isinstance(base, dict)]
+    names = ", ".join(id_.replace("/", "--") for id_ in ids) or "OWNER--NAME"
+    return (
+        f"import_path {FORMER_PATH} is gone, since each base is an application of its own now: write {INGRESS_PATH}; "
+        f"move {', '.join(shared) or 'what bases share'} from args to 'args: {{shared: &shared {{...}}}}'; "
+        f"move bases and default_base to 'deployments: [{{name: {INGRESS_NAME}, user_config: {{...}}}}]', "
+        f"each base with an anchor; "
+        f"and add an application for each ({names}), such as {{name: OWNER--NAME, import_path: '{BASE_PATH}', "
+        "route_prefix: null, args: {shared: *shared, base: *ANCHOR}}. serve_config.yaml is an example"
+    )
+
+
+def _unusable(base: BaseModelConfig, place: str) -> list[str]:
+    """Return a fault for each reason why a base cannot be served that its folder or files show, if they are here."""
+    folder = base.source.described_by.folder
+    reasons = [unusable_reason(folder)] if folder is not None and folder.exists() else []
+    reasons += [] if base.quantization is None else [missing_packer(base.quantization)]
+    files = [source.file for source in (base.source, *base.part_sources.values())]
+    reasons += [unusable_file_reason(file) for file in files if file is not None and file.exists()]
+    return [f"{place}: {reason}" for reason in reasons if reason is not None]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from serve_app.config import AppConfig, BaseModelConfig
+from serve_app.config import BaseModelConfig
 from serve_app.core import GenerationRequest
 from serve_app.observability.metrics import RouterMetrics
 from serve_app.observability.tracing import record
@@ -42,7 +42,7 @@ MAX_ASKING = 8
 TYPICAL_BYTES = 100_000_000
 
 
-def router_config(base: BaseModelConfig, config: AppConfig) -> RequestRouterConfig:
+def router_config(base: BaseModelConfig) -> RequestRouterConfig:
     """Return what Serve is to route a base's requests with."""
     settings = base.router
     if settings.policy == "ray":

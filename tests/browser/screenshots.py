@@ -65,10 +65,8 @@ def main() -> None:
 
 
 def start(home: Path) -> None:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     fields = {
         "bases": [base_settings(base_id, autoscaling={"min_replicas": 2, "max_replicas": 2}) for base_id in BASES],
@@ -76,7 +74,7 @@ def start(home: Path) -> None:
         "ingress": {"replicas": 1, "num_cpus": 0.1},
         "cache_dir": str(home / "cache"),
     }
-    serve.run(build(AppConfig.model_validate(fields)), name="loraplex", route_prefix="/")
+    run_service(fields)
 
 
 async def draw(url: str, folder: Path) -> None:

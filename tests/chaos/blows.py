@@ -19,7 +19,6 @@ from ray.serve.context import _get_global_client
 from cluster.local_cluster import LocalCluster, NodeShape, raylet_of
 from tests.faults.breaking import Part, kill, parts
 
-APP = "loraplex"
 BASE, INGRESS, NODE = "base replica", "ingress replica", "node"
 # Drawn from like cards, and shuffled again when all are out. A node takes both with it, and so comes half as often.
 CARDS = (BASE, BASE, INGRESS, INGRESS, NODE)
@@ -126,7 +125,7 @@ class Breaker:
         blow.lost_so_far = {name: self.lost[name] for name in lost}
 
     def _present(self) -> list[Part]:
-        return [part for part in parts() if part.app == APP and part.deployment in self.wanted]
+        return [part for part in parts() if part.deployment in self.wanted]
 
     def _serving(self) -> list[Part]:
         """Return the replicas that run: Serve takes a dead one for running until it has noticed."""
@@ -146,6 +145,6 @@ class Breaker:
 def running_pids() -> set[int]:
     """Return the processes of the replicas that Serve takes for running; its public status only counts them."""
     details = _get_global_client().get_serve_details()
-    deployments = details["applications"][APP]["deployments"].values()
+    deployments = [one for app in details["applications"].values() for one in app["deployments"].values()]
     replicas = [replica for deployment in deployments for replica in deployment["replicas"]]
     return {replica["pid"] for replica in replicas if replica["state"] == "RUNNING"}

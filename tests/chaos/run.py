@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray import serve
 
 from cluster.local_cluster import LocalCluster, NodeShape, local_cluster
 from serve_app.environment import launch_environment
-from tests.chaos.blows import APP, INGRESS_DEPLOYMENT, Blow, Breaker
+from tests.chaos.blows import INGRESS_DEPLOYMENT, Blow, Breaker
 from tests.chaos.caller import OPENAI, RAW, STREAM, BatchOutput, Caller, Pixels, Refused, new_caller
 from tests.chaos.hub_trouble import HubTrouble, known_id
 from tests.chaos.pictures import Picture, all_pictures
@@ -243,7 +242,6 @@ def _cluster() -> Iterator[LocalCluster]:
 
 
 def _deploy(arguments: dict[str, Any]) -> None:
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
-    serve.run(build(AppConfig.model_validate(arguments)), name=APP, route_prefix="/")
+    run_service(arguments)

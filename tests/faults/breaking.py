@@ -41,11 +41,12 @@ def parts() -> list[Part]:
 
 
 def replica_pids(deployment_prefix: str, *, app: str | None = None) -> dict[int, str]:
-    """Return the process ids of the replicas of deployments whose name begins so, each with its node's id."""
+    """Return the process ids of the replicas of deployments whose name begins so, each with its node's id; `app` is the
+    service that they are of."""
     return {
         part.pid: part.node
         for part in parts()
-        if part.deployment.startswith(deployment_prefix) and app in (None, part.app)
+        if part.deployment.startswith(deployment_prefix) and (app is None or f"{part.app}-".startswith(f"{app}-"))
     }
 
 

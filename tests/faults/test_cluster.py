@@ -73,12 +73,10 @@ def config(hub: HubServer, cache: Path, *, max_steps: int) -> dict[str, Any]:
 
 
 def deploy(arguments: dict[str, Any]) -> None:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
-    serve.run(build(AppConfig.model_validate(arguments)), name="loraplex", route_prefix="/")
+    run_service(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +133,9 @@ def under_load(url: str, callers: int) -> Iterator[Load]:
 def running_replicas() -> int:
     from ray import serve
 
-    deployment = serve.status().applications["loraplex"].deployments["base-demo--sd15"]
+    from cluster.local_service import application_of
+
+    deployment = serve.status().applications[application_of("demo/sd15")].deployments["base-demo--sd15"]
     return int(deployment.replica_states.get("RUNNING", 0))
 
 

@@ -22,6 +22,7 @@ from cluster.ports import free_port
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from tests.faults.breaking import kill, replica_pids, until
 from tests.redis_server import Redis, needs_redis
+from tests.serve_files import applications
 from tests.service import Service, base_settings
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
@@ -58,8 +59,8 @@ class Nodes:
         with self._node("worker", "--address", self._address, "--num-cpus", "4") as pid:
             yield pid
 
-    def deploy(self, application: dict[str, Any]) -> None:
-        """Deploy an application, as `serve run` does, and leave it running."""
+    def deploy(self, service: dict[str, Any]) -> None:
+        """Deploy a service, as `serve run` does, and leave it running."""
         port = int(self.url.rpartition(":")[2])
         file = self._home / "serve.yaml"
         file.write_text(
@@ -67,7 +68,7 @@ class Nodes:
                 {
                     "proxy_location": "EveryNode",
                     "http_options": {"host": "127.0.0.1", "port": port},
-                    "applications": [application],
+                    "applications": applications(service),
                 }
             )
         )
@@ -102,15 +103,10 @@ def kill_node(pid: int) -> None:
 
 def settings(cache: Path) -> dict[str, Any]:
     return {
-        "name": "loraplex",
-        "route_prefix": "/",
-        "import_path": "serve_app.app:build",
-        "args": {
-            "bases": [base_settings("demo/sd15")],
-            "adapters": {"embedded": True, "hub": {"enabled": False}},
-            "ingress": {"replicas": 1, "num_cpus": 0.1},
-            "cache_dir": str(cache / "{node}"),
-        },
+        "bases": [base_settings("demo/sd15")],
+        "adapters": {"embedded": True, "hub": {"enabled": False}},
+        "ingress": {"replicas": 1, "num_cpus": 0.1},
+        "cache_dir": str(cache / "{node}"),
     }
 
 

@@ -16,12 +16,10 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from ray import serve
 
 from cluster.local_cluster import LocalCluster, NodeShape, local_cluster
+from cluster.local_service import run_service
 from cluster.ports import free_port
-from serve_app.app import build
-from serve_app.config import AppConfig
 from serve_app.environment import launch_environment
 from tests.chaos.blows import running_pids
 from tests.faults.breaking import has_ended, held, kill, replica_pids, talking_to, until
@@ -97,7 +95,7 @@ def nodes(arguments: dict[str, Any], workers_port: int) -> Iterator[LocalCluster
 
 
 def deploy(arguments: dict[str, Any]) -> None:
-    serve.run(build(AppConfig.model_validate(arguments)), name=APP, route_prefix="/")
+    run_service(arguments)
 
 
 @pytest.fixture(scope="module")

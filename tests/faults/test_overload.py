@@ -30,21 +30,17 @@ pytestmark = pytest.mark.timeout(1200)
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    from ray import serve
 
-    from serve_app.app import build
-    from serve_app.config import AppConfig
+    from cluster.local_service import run_service
 
     with ray_cluster(tmp_path_factory.mktemp("home")) as port:
-        config = AppConfig.model_validate(
-            {
-                "bases": [base_settings(BASE, replica=REPLICA, defaults=DEFAULTS)],
-                "adapters": {"embedded": True, "hub": {"enabled": False}},
-                "ingress": {"replicas": 2, "num_cpus": 0.1},
-                "cache_dir": str(tmp_path_factory.mktemp("cache")),
-            }
-        )
-        serve.run(build(config), name="loraplex", route_prefix="/")
+        config = {
+            "bases": [base_settings(BASE, replica=REPLICA, defaults=DEFAULTS)],
+            "adapters": {"embedded": True, "hub": {"enabled": False}},
+            "ingress": {"replicas": 2, "num_cpus": 0.1},
+            "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        }
+        run_service(config)
         yield Service(f"http://127.0.0.1:{port}")
 
 

@@ -16,10 +16,9 @@ import httpx
 import pytest
 from openai import AuthenticationError, OpenAI, PermissionDeniedError
 from PIL import Image
-from ray import serve
 
-from serve_app.app import build
-from serve_app.config import AppConfig, digest_of
+from cluster.local_service import delete_service, run_service
+from serve_app.config import digest_of
 from tests.access_matrix import KEYED, LISTED, MATRIX, NAMED, NOTHING, OPEN, request_of
 from tests.faults.breaking import until
 from tests.held_streams import LET_IN, HeldStreams
@@ -83,42 +82,41 @@ def guarded(cluster: int, hub: HubServer, tmp_path_factory: pytest.TempPathFacto
     hub.push_folder(PRIVATE, EMBEDDED / "sd15-night")
     hub.hide(PRIVATE, tokens=frozenset({ALICE, CAROL}))
     cache = tmp_path_factory.mktemp("guarded")
-    config = AppConfig.model_validate(
-        {
-            "bases": [
-                base_settings(
-                    "demo/sd15",
-                    limits={"min_side": 32, "max_side": 128, "max_steps": 1000},
-                    replica={"num_cpus": 0.1, "torch_threads": 1, "max_backlog_s": HOURS_S},
-                )
-            ],
-            "adapters": {
-                "embedded": True,
-                "hub": {
-                    "endpoint": hub.endpoint,
-                    "timeout_s": 60.0,
-                    "forward_tokens": True,
-                    "access_ttl_s": ACCESS_TTL_S,
-                },
+    config: dict[str, Any] = {
+        "bases": [
+            base_settings(
+                "demo/sd15",
+                limits={"min_side": 32, "max_side": 128, "max_steps": 1000},
+                replica={"num_cpus": 0.1, "torch_threads": 1, "max_backlog_s": HOURS_S},
+            )
+        ],
+        "adapters": {
+            "embedded": True,
+            "hub": {
+                "endpoint": hub.endpoint,
+                "timeout_s": 60.0,
+                "forward_tokens": True,
+                "access_ttl_s": ACCESS_TTL_S,
             },
-            "ingress": {"replicas": 2, "num_cpus": 0.1, "request_timeout_s": HOURS_S},
-            "auth": {
-                "keys": [
-                    {"name": "alice", "sha256": digest_of(USER)},
-                    {"name": "root", "sha256": digest_of(ADMIN), "admin": True},
-                    {"name": "few", "sha256": digest_of(LIMITED), "limits": {"concurrency": AT_ONCE}},
-                ]
-            },
-            "cache_dir": str(cache),
-        }
-    )
-    serve.run(build(config), name="guarded", route_prefix="/guarded")
+        },
+        "ingress": {"replicas": 2, "num_cpus": 0.1},
+        "request_timeout_s": HOURS_S,
+        "auth": {
+            "keys": [
+                {"name": "alice", "sha256": digest_of(USER)},
+                {"name": "root", "sha256": digest_of(ADMIN), "admin": True},
+                {"name": "few", "sha256": digest_of(LIMITED), "limits": {"concurrency": AT_ONCE}},
+            ]
+        },
+        "cache_dir": str(cache),
+    }
+    run_service(config, name="guarded")
     with httpx.Client(timeout=240, trust_env=False) as http:
         made = Guarded(f"http://127.0.0.1:{cluster}/guarded", cache, http)
         # An ingress that has not heard of the replica yet, and to which that is late to answer, would know nobody.
         everywhere(lambda: states(made) == ["RUNNING"])
         yield made
-    serve.delete("guarded")
+    delete_service("guarded")
 
 
 def states(guarded: Guarded) -> list[str]:
@@ -284,7 +282,7 @@ def test_a_replica_that_dies_with_a_caller_s_token_in_hand_leaves_it_nowhere(gua
         said: list[str] = []
         steps = steps_in(reply, said)
         reached = next(step for step in steps if step > 1)  # the replica has it in hand
-        process_of("guarded:base-demo--sd15").send_signal(signal.SIGABRT)
+        process_of("guarded-demo--sd15:").send_signal(signal.SIGABRT)
         told = pairwise(chain([reached], steps))
         assert any(later < earlier for earlier, later in told), "it begins again at the next replica"
     assert PLANTED_TOKEN not in "".join(said)
@@ -330,7 +328,7 @@ def test_each_ingress_replica_grants_its_share_of_a_key_s_limit_and_streams_hold
 
 def test_a_replica_that_hangs_shows_as_silent_and_does_not_hold_up_the_list(guarded: Guarded) -> None:
     everywhere(lambda: states(guarded) == ["RUNNING"])
-    process = process_of("guarded:base-demo--sd15")
+    process = process_of("guarded-demo--sd15:")
     process.suspend()
     try:
         # What was remembered from just before is shown for a second. As the replica hangs to the end, that there are

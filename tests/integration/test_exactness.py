@@ -17,9 +17,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
-from ray import serve
 
-from serve_app.deployments.ingress.ingress import deployment_name
+from cluster.local_service import base_handle
 from tests.replicas.controlled import APP, MAX_ONGOING, Device
 from tests.service import BASES, EMBEDDED, STYLES, Service
 
@@ -77,7 +76,7 @@ async def draw_all(url: str, asked: list[Asked]) -> list[Answer]:
 
 
 def on_each_base(method: str, *args: Any) -> dict[str, Any]:
-    handles = {base: serve.get_deployment_handle(deployment_name(base), APP) for base in BASES}
+    handles = {base: base_handle(base, APP) for base in BASES}
     return {base: getattr(handle, method).remote(*args).result() for base, handle in handles.items()}
 
 

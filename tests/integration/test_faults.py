@@ -19,6 +19,7 @@ import psutil
 import pytest
 from ray import serve
 
+from cluster.local_service import application_of
 from serve_app.store.quarantine import MAX_FAILURES, PERIOD_S, SAME_PASS_S
 from tests.faults.breaking import until
 from tests.replicas.controlled import (
@@ -36,7 +37,7 @@ from tests.replicas.controlled import (
 from tests.service import Service, pixels_of, process_of
 
 PROMPT = "a blue square on a red background"
-REPLICA = f"{APP}:base-demo--sd15"
+REPLICA = f"{application_of(BASE, APP)}:base-demo--sd15"
 NIGHT, STYLE, POPULAR = "demo/sd15-night", "demo/sd15-stripes", "demo/sd15-sepia"
 # Many more than one service takes.
 CALLERS = 5 * (MAX_ONGOING + MAX_QUEUED)

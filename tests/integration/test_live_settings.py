@@ -1,86 +1,113 @@
-"""Settings that a running service takes over: what callers see changes, and no process starts again."""
+"""What a running service takes over from its Serve file: settings and bases change, and nothing else starts again."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ray import serve
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
+from cluster.local_service import delete_service
 from serve_app.config import digest_of
 from serve_app.deployments.front.own_routes import INGRESS_NAME
-from tests.faults.breaking import until
+from tests.faults.breaking import replica_pids, until
+from tests.serve_files import applications
 from tests.service import Service, base_settings, processes_of
 from tests.written_files import logs
 
 NAME = "live"
+KEPT, OTHER, ADDED = "demo/sd15", "demo/sdxl", "demo/third"
 KEY = "a-key-of-the-test"
 PAGE = "https://pages.example"
 REFUSED = b"not taken over, the settings before hold on: ingress.replicas: goes into args"
 
 
+def base(base_id: str, **settings: Any) -> dict[str, Any]:
+    source = {"embedded": OTHER if base_id == OTHER else KEPT}
+    return base_settings(base_id, source=source, application=f"{NAME}-{base_id.replace('/', '--')}", **settings)
+
+
 class Deployed:
-    """A service from a Serve file, whose ingress can be given another `user_config`."""
+    """A service from a Serve file, which can be given another `user_config` and other bases."""
 
     def __init__(self, port: int, cache: Path) -> None:
         self.service = Service(f"http://127.0.0.1:{port}/{NAME}")
-        self._args = {
-            "bases": [base_settings("demo/sd15")],
+        self._settings = {
+            "service": NAME,
             "adapters": {"embedded": True, "hub": {"enabled": False}},
-            "ingress": {"replicas": 1, "num_cpus": 0.1},
             "cache_dir": str(cache),
+            "ingress": {"replicas": 1, "num_cpus": 0.1},
         }
+        self._bases = [base(KEPT)]
 
-    def deploy(self, user_config: dict[str, Any]) -> None:
-        """Do what `serve deploy` does with the file."""
-        application = {
-            "name": NAME, "route_prefix": f"/{NAME}", "import_path": "serve_app.app:build", "args": self._args,
-            "deployments": [{"name": INGRESS_NAME, "user_config": user_config}],
-        }  # fmt: skip
+    def deploy(
+        self, user_config: dict[str, Any], bases: list[dict[str, Any]] | None = None, *, missing: str = ""
+    ) -> None:
+        """Do what `serve deploy` does with the file; the application of a `missing` base is not in it."""
+        self._bases = self._bases if bases is None else bases
+        ingress, *others = applications({**self._settings, "bases": self._bases}, NAME)
+        ingress["route_prefix"] = f"/{NAME}"
+        ingress["deployments"][0]["user_config"] |= user_config
+        here = [one for one in others if one["args"]["base"]["id"] != missing]
         client = _get_global_client()
         assert client is not None, "Serve runs"
-        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [ingress, *here]}))
 
     def allowed(self) -> str | None:
         """Return the page that may read the service's answers, None where this one may not."""
         return self.service.http.get("/health", headers={"origin": PAGE}).headers.get("access-control-allow-origin")
 
+    def answers(self, model: str) -> tuple[int, str]:
+        """Return the status and the text of one request."""
+        reply = self.service.ask("a star", model=model, num_inference_steps=2)
+        return reply.status_code, "" if reply.status_code == 200 else reply.text
+
     @property
     def processes(self) -> set[int]:
-        return {process.pid for process in processes_of(f"ServeReplica:{NAME}:")}
+        return {process.pid for process in processes_of(f"ServeReplica:{NAME}")}
 
 
-@pytest.fixture
-def deployed(cluster: int, tmp_path: Path) -> Iterator[Deployed]:
-    running = Deployed(cluster, tmp_path / "cache")
+@pytest.fixture(scope="module")
+def deployed(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
+    running = Deployed(cluster, tmp_path_factory.mktemp("cache"))
     yield running
-    serve.delete(NAME)
+    delete_service(NAME)
 
 
-def test_limits_origins_and_keys_change_under_load_and_no_replica_starts_again(deployed: Deployed) -> None:
-    deployed.deploy({"ingress": {"max_body": "1KiB"}})
-    service, statuses, is_over = deployed.service, Counter[int](), threading.Event()
-    until(lambda: service.http.get("/health").status_code == 200, "ready")
-    assert service.ask("a star" + " " * 2000).status_code == 413
-    before = deployed.processes
-    assert len(before) == 3, "an ingress, a base and the keeper"
+@contextmanager
+def load(url: str, model: str = "") -> Iterator[Counter[int]]:
+    """Ask one time after another until the end of the block; count the statuses, of which there is one at first."""
+    statuses, is_over, caller = Counter[int](), threading.Event(), Service(url)
+    caller.http.headers["authorization"] = f"Bearer {KEY}"
 
     def ask_on() -> None:
-        caller = Service(service.url)
-        caller.http.headers["authorization"] = f"Bearer {KEY}"
         while not is_over.is_set():
-            statuses[caller.ask("a star", seed=1, num_inference_steps=2).status_code] += 1
+            statuses[caller.ask("a star", model=model, seed=1, num_inference_steps=2).status_code] += 1
 
     asking = threading.Thread(target=ask_on)
     asking.start()
     try:
         until(lambda: statuses[200] > 0, "an image")
+        yield statuses
+    finally:
+        is_over.set()
+        asking.join()
+
+
+def test_limits_origins_and_keys_change_under_load_and_no_replica_starts_again(deployed: Deployed) -> None:
+    deployed.deploy({"ingress": {"max_body": "1KiB"}})
+    service = deployed.service
+    until(lambda: service.http.get("/health").status_code == 200, "ready")
+    assert service.ask("a star" + " " * 2000).status_code == 413
+    before = deployed.processes
+    assert len(before) == 3, "an ingress, a base and the keeper"
+    with load(service.url) as statuses:
         deployed.deploy({"ingress": {"cors_origins": [PAGE]}})
         until(lambda: deployed.allowed() == PAGE, "the new origin")
         assert service.ask("a star" + " " * 2000, num_inference_steps=2).status_code == 200, "args' limit again"
@@ -94,8 +121,39 @@ def test_limits_origins_and_keys_change_under_load_and_no_replica_starts_again(d
         assert deployed.allowed() == PAGE
         drawn = statuses[200]
         until(lambda: statuses[200] > drawn, "an image for the key")
-    finally:
-        is_over.set()
-        asking.join()
     assert set(statuses) == {200}
     assert deployed.processes == before
+    deployed.deploy({})
+
+
+def test_bases_are_added_changed_and_removed_under_load_and_no_other_process_starts_again(deployed: Deployed) -> None:
+    deployed.deploy({}, [base(KEPT), base(OTHER)])
+    until(lambda: deployed.answers(OTHER)[0] == 200, "two bases")
+    (changed,) = replica_pids("base-demo--sdxl", app=NAME)
+    untouched = deployed.processes - {changed}
+    with ExitStack() as loads:
+        kept, other = (loads.enter_context(load(deployed.service.url, model)) for model in (KEPT, OTHER))
+
+        threads = {"num_cpus": 0.1, "torch_threads": 1, "max_batch_images": 1}
+        bases = [base(KEPT), base(OTHER, replica=threads), base(ADDED)]
+        deployed.deploy({"ingress": {"cors_origins": [PAGE]}}, bases)
+        until(lambda: deployed.answers(ADDED)[0] == 200, "the base that was added")
+        until(lambda: changed not in (now := replica_pids("base-demo--sdxl", app=NAME)) and len(now) == 1, "a new one")
+        drawn = other[200]
+        until(lambda: other[200] > drawn, "an image of the base that was changed")
+        assert set(other) == {200}
+        (added,) = replica_pids("base-demo--third", app=NAME)
+
+        deployed.deploy({}, [base(KEPT), base(ADDED)])
+        until(lambda: other[422] > 0, "the refusal of the base that was removed")
+        until(lambda: deployed.processes == untouched | {added}, "the end of its replica")
+    assert set(kept) == {200}
+    assert set(other) == {200, 422}, "a model that is not served"
+
+    # It comes back at zero, where no replica tells the ingress that it is there again.
+    deployed.deploy({}, [base(KEPT), base(ADDED), base(OTHER, autoscaling={"min_replicas": 0})], missing=OTHER)
+    until(lambda: deployed.answers(OTHER)[0] == 503, "the base to be listed")
+    assert f"there is no application {NAME}-demo--sdxl" in deployed.answers(OTHER)[1]
+    deployed.deploy({})
+    until(lambda: deployed.answers(OTHER)[0] == 200, "the base that came back")
+    assert deployed.processes >= untouched | {added}

@@ -27,7 +27,7 @@ def lines_of(request_id: str, *, until: Callable[[list[str]], bool]) -> list[str
     folder = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
     deadline = time.monotonic() + WAIT_S
     while True:
-        files = folder.glob("replica_loraplex_*.log")
+        files = folder.glob("replica_loraplex*.log")
         texts = [path.read_text("utf-8", "replace") for path in files]
         found = [line for text in texts for line in text.splitlines() if request_id in line]
         if until(found) or time.monotonic() > deadline:
@@ -51,9 +51,9 @@ def test_one_id_is_in_the_lines_of_ingress_router_admission_replica_and_device_t
     wanted = {
         "ingress": ("loraplex_LoraplexIngress", r"POST .* 200"),
         "router": ("loraplex_LoraplexIngress", r"for demo/sd15 goes to replica"),
-        "admission": ("loraplex_base-demo--sd15", f"{adapter}@.* was admitted"),
-        "device thread": ("loraplex_base-demo--sd15", r"begins on the device"),
-        "replica": ("loraplex_base-demo--sd15", r"denoise [0-9.]+ ms"),
+        "admission": ("loraplex-demo--sd15_base-demo--sd15", f"{adapter}@.* was admitted"),
+        "device thread": ("loraplex-demo--sd15_base-demo--sd15", r"begins on the device"),
+        "replica": ("loraplex-demo--sd15_base-demo--sd15", r"denoise [0-9.]+ ms"),
     }
 
     def missing(lines: list[str]) -> list[str]:

@@ -12,12 +12,10 @@ import numpy
 import psutil
 import pytest
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from ray import serve
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from serve_app.app import assemble
-from serve_app.config import AppConfig
+from cluster.local_service import delete_service, run_service
 from serve_app.deployments.replica.replica import BaseModelReplica
 from tests.apart import BUILD, ROOT
 from tests.full_size import full_size_sdxl
@@ -53,12 +51,9 @@ def service(port: int, folder: Path, *bases: dict[str, Any], adapters: Path | No
         "bases": bases, "adapters": {"embedded": True, "folders": folders, "hub": {"enabled": False}},
         "ingress": {"replicas": 1, "num_cpus": 0.1}, "cache_dir": str(folder / "cache"),
     }  # fmt: skip
-    target = serve.RunTarget(
-        assemble(AppConfig.model_validate(arguments), WithTorchao), name="made", route_prefix="/made"
-    )
-    serve.run_many([target], wait_for_applications_running=False)
+    run_service(arguments, name="made", replica=WithTorchao, waits=False)
     yield Service(f"http://127.0.0.1:{port}/made")
-    serve.delete("made")
+    delete_service("made")
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], base_id: str) -> None:

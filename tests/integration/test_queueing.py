@@ -104,7 +104,7 @@ def watched(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         num_replicas=REPLICAS,
         max_ongoing_requests=BEFORE + AFTER,
         ray_actor_options={"num_cpus": 0.1},
-        request_router_config=router_config(config.bases[0], config),
+        request_router_config=router_config(config.bases[0]),
     )
     yield serve.run(deployment.bind(sleeps, folder), name="watched", route_prefix=None)
     serve.delete("watched")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from ray import serve
 
+from cluster.local_service import base_handle
 from tests.service import BASES, Service, process_of
 
 PROMPT = "a blue square on a red background"
@@ -51,7 +51,7 @@ def row(service: Service, model: str) -> dict[str, Any]:
 
 def hits(adapter: str) -> int:
     """Return how often the replica was asked for an adapter, as it says itself at this moment."""
-    handle = serve.get_deployment_handle("base-demo--sd15", "loraplex")
+    handle = base_handle("demo/sd15")
     (report,) = handle.broadcast("report").results(timeout_s=SHOWN_EVERYWHERE_S)
     return sum(use.hits for use in report.uses if use.key.startswith(f"{adapter}@"))
 

@@ -67,7 +67,7 @@ def deploy(app: str, folder: Path, replicas: int, sleeps: Sleeps) -> None:
     deployment = SleepingReplica.options(
         num_replicas=replicas,
         ray_actor_options={"num_cpus": 0.1},
-        request_router_config=router_config(config.bases[0], config),
+        request_router_config=router_config(config.bases[0]),
     )
     serve.run(deployment.bind(sleeps, folder), name=app, route_prefix=None)
 

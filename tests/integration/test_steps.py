@@ -16,12 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from ray import serve
 from ray.exceptions import RayActorError
 
-from serve_app.app import assemble
-from serve_app.config import AppConfig, digest_of
-from serve_app.deployments.ingress.ingress import deployment_name
+from cluster.local_service import base_handle, delete_service, run_service
+from serve_app.config import digest_of
 from tests.faults.breaking import until
 from tests.replicas.stepping import SteppingReplica, colour_of
 from tests.replicas.wrapped import HOLD
@@ -39,20 +37,18 @@ class Stepping:
     def __init__(self, port: int, cache: Path, name: str, **scaling: Any) -> None:
         self.url = f"http://127.0.0.1:{port}/{name}"
         self.cache, self.name = cache, name
-        config = AppConfig.model_validate(
-            {
-                "bases": [base_settings(BASE, autoscaling=scaling, replica={"num_cpus": 0.1, "torch_threads": 1})],
-                "adapters": {"embedded": True, "hub": {"enabled": False}},
-                "auth": {"keys": [{"name": name, "sha256": digest_of(name)} for name in (ONE, MANY)]},
-                "ingress": {"replicas": 1, "num_cpus": 0.1},  # one that has routed before knows the replicas
-                "cache_dir": str(self.cache),
-            }
-        )
-        serve.run(assemble(config, SteppingReplica), name=name, route_prefix=f"/{name}")
+        config: dict[str, Any] = {
+            "bases": [base_settings(BASE, autoscaling=scaling, replica={"num_cpus": 0.1, "torch_threads": 1})],
+            "adapters": {"embedded": True, "hub": {"enabled": False}},
+            "auth": {"keys": [{"name": name, "sha256": digest_of(name)} for name in (ONE, MANY)]},
+            "ingress": {"replicas": 1, "num_cpus": 0.1},  # one that has routed before knows the replicas
+            "cache_dir": str(self.cache),
+        }
+        run_service(config, name=name, replica=SteppingReplica)
 
     def ask(self, method: str) -> list[Any]:
         """Return what each replica answers."""
-        return serve.get_deployment_handle(deployment_name(BASE), self.name).broadcast(method).results()
+        return base_handle(BASE, self.name).broadcast(method).results()
 
     def told(self) -> dict[int, int]:
         """The steps of each replica, by its process; nothing while one has just ended."""
@@ -100,7 +96,7 @@ class Stepping:
 @pytest.fixture(scope="module")
 def stepping(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stepping]:
     yield Stepping(cluster, tmp_path_factory.mktemp("cache"), "steps", min_replicas=2, max_replicas=2)
-    serve.delete("steps")
+    delete_service("steps")
 
 
 @pytest.fixture
@@ -108,7 +104,7 @@ def growing(cluster: int, tmp_path: Path) -> Iterator[Stepping]:
     """A service that starts a second replica where more than two requests are on the one."""
     scaling = {"policy": "ray", "target_ongoing_requests": 2.0, "look_back_period_s": 1.0}
     yield Stepping(cluster, tmp_path, "growing", min_replicas=1, max_replicas=2, **scaling)
-    serve.delete("growing")
+    delete_service("growing")
 
 
 def colours(images: list[dict[str, Any]]) -> list[Any]:

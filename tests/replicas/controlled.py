@@ -17,10 +17,9 @@ from urllib.parse import urlsplit
 
 from ray import serve
 
-from serve_app.app import assemble
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from cluster.local_service import base_handle, delete_service, run_service
+from serve_app.config import BaseModelConfig, Environment, SharedSettings
 from serve_app.core import GenerationRequest
-from serve_app.deployments.ingress.ingress import deployment_name
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
 from serve_app.engine.worker.turns import next_claim
@@ -102,8 +101,8 @@ def _overflowing(unet: Any, given: Any, made: tuple[Any, ...]) -> tuple[Any, ...
 class ControlledReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` on such a pipeline; its hold and its marks lie in the service's cache folder."""
 
-    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
-        await super().__init__(base, config, environment, keeper)
+    async def __init__(self, base: BaseModelConfig, shared: SharedSettings, environment: Environment) -> None:
+        await super().__init__(base, shared, environment)
         self._worker._pipeline = Controlled(self._worker._pipeline, environment.cache_dir, self._note_progress)
 
     async def choose_any_turn(self, is_so: bool) -> None:
@@ -121,7 +120,7 @@ class Device:
     """What the one replica of a base says of itself, and the hold on a controlled one with this cache."""
 
     def __init__(self, base: str, app: str, cache_dir: Path | None = None) -> None:
-        self._handle = serve.get_deployment_handle(deployment_name(base), app)
+        self._handle = base_handle(base, app)
         self._cache_dir = cache_dir
 
     def state(self) -> Any:
@@ -160,25 +159,24 @@ def controlled_service(port: int, cache_dir: Path) -> Iterator[tuple[Service, De
         "stall_timeout_s": STALL_AFTER_S,
         "health_check_period_s": 1.0,
     }
-    config = AppConfig.model_validate(
-        {
-            "bases": [
-                *(base_settings(base, replica=replica) for base in (BASE, "demo/sdxl")),
-                base_settings(LATE, source={"embedded": BASE}, replica=replica, autoscaling={"min_replicas": 0}),
-            ],
-            "adapters": {"embedded": True, "hub": {"enabled": False}},
-            "ingress": {"replicas": 1, "num_cpus": 0.1, "request_timeout_s": NO_LIMIT_S, "body_timeout_s": 5.0},
-            "cache_dir": str(cache_dir),
-        }
-    )
-    serve.run(assemble(config, ControlledReplica), name=APP, route_prefix=f"/{APP}")
+    config: dict[str, Any] = {
+        "bases": [
+            *(base_settings(base, replica=replica) for base in (BASE, "demo/sdxl")),
+            base_settings(LATE, source={"embedded": BASE}, replica=replica, autoscaling={"min_replicas": 0}),
+        ],
+        "adapters": {"embedded": True, "hub": {"enabled": False}},
+        "ingress": {"replicas": 1, "num_cpus": 0.1, "body_timeout_s": 5.0},
+        "request_timeout_s": NO_LIMIT_S,
+        "cache_dir": str(cache_dir),
+    }
+    run_service(config, name=APP, replica=ControlledReplica)
     service = Service(f"http://127.0.0.1:{port}/{APP}")
     # A new replica takes its time to start.
     service.http.timeout = 600
     try:
         yield service, Device(BASE, APP, cache_dir)
     finally:
-        serve.delete(APP)
+        delete_service(APP)
 
 
 @contextmanager

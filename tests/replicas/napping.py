@@ -12,7 +12,7 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.config import BaseModelConfig, Environment, SharedSettings
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
@@ -39,8 +39,8 @@ class Napping(WrappedPipeline):
 class NappingReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` on a device that naps."""
 
-    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
-        await super().__init__(base, config, environment, keeper)
+    async def __init__(self, base: BaseModelConfig, shared: SharedSettings, environment: Environment) -> None:
+        await super().__init__(base, shared, environment)
         self._worker._pipeline = Napping(self._worker._pipeline)
 
 

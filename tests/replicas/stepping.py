@@ -13,7 +13,7 @@ from typing import Any
 
 from ray import serve
 
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.config import BaseModelConfig, Environment, SharedSettings
 from serve_app.core import GenerationRequest, PixelImage
 from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.engine.drawing.pipeline import PassOutcome
@@ -66,8 +66,8 @@ class Stepping(WrappedPipeline):
 class SteppingReplica(BaseModelReplica.func_or_class):
     """`BaseModelReplica` on a device that naps by steps."""
 
-    async def __init__(self, base: BaseModelConfig, config: AppConfig, environment: Environment, keeper: Any) -> None:
-        await super().__init__(base, config, environment, keeper)
+    async def __init__(self, base: BaseModelConfig, shared: SharedSettings, environment: Environment) -> None:
+        await super().__init__(base, shared, environment)
         self._worker._pipeline = Stepping(self._worker._pipeline, environment.cache_dir / HOLD)
 
     async def told(self) -> tuple[int, int]:

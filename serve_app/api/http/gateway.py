@@ -156,6 +156,7 @@ class Services:
 
     gateway: Gateway
     settings: IngressSettings
+    request_timeout_s: float
     decoder: PictureDecoder
     now: Callable[[], float]
     drawing_picture: asyncio.Lock = field(default_factory=asyncio.Lock)

@@ -101,7 +101,7 @@ async def infer_with_model(id: str, request: Request, services: ServicesOf) -> R
 
 async def _answer(request: Request, services: Services, model: str | None) -> Response:
     stages: Stages = request.state.stages
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     priority = priority_of(request)
     form = choose_format(",".join(request.headers.getlist("accept")))
     read = replace(await _read_request(request, model, services, deadline), encoding=Encoding(form))

@@ -68,7 +68,7 @@ router = APIRouter(route_class=DrawingRoute, tags=["OpenAI shape"], responses=_R
 )
 async def generations(request: Request, services: ServicesOf) -> Response:
     """Draw images from a prompt."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     settings = services.settings
     body = await read_body(request, min(settings.max_json, settings.max_body), timeout_s=settings.body_timeout_s)
     asked = validate_model(ImageGeneration, await read_json(body, max_bytes=settings.max_json))
@@ -78,7 +78,7 @@ async def generations(request: Request, services: ServicesOf) -> Response:
 @router.post("/v1/images/edits", operation_id="edit_image", openapi_extra=_body("multipart/form-data", "ImageEditForm"))
 async def edits(request: Request, services: ServicesOf) -> Response:
     """Draw changed versions of a picture, or of the part of it where the mask is transparent."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     settings = services.settings
     body = await read_body(request, settings.max_body, timeout_s=settings.body_timeout_s)
     form = await read_form(request.headers, body)

@@ -53,7 +53,7 @@ router = APIRouter(route_class=DrawingRoute, tags=["Registry"], responses=_REPLI
 @router.get("/v1/pictures/{name:path}", operation_id="get_picture")
 async def picture(name: str, request: Request, services: ServicesOf) -> Response:
     """Return a small copy of the picture of an adapter or alias."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     found = await run_until_disconnect(request, _found(checked_name(name), request, services), deadline=deadline)
     if found is None:
         raise NoPicture(name)
@@ -67,7 +67,7 @@ async def picture(name: str, request: Request, services: ServicesOf) -> Response
 )
 async def draw(name: str, request: Request, services: ServicesOf) -> Response:
     """Return the picture of an adapter or alias; where it has none, draw one with its trigger words, and keep it."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     await read_body(request, MAX_BODY_BYTES)
     call = _found_or_drawn(checked_name(name), request, services, deadline)
     return _reply(request, await run_until_disconnect(request, call, deadline=deadline))

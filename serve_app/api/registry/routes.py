@@ -106,7 +106,7 @@ async def bases(services: ServicesOf) -> Response:
 )
 async def add(request: Request, services: ServicesOf) -> Response:
     """Give an adapter a further name, once it is known that it can be served."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     asked = validate_model(NewLora, parse_json(await read_body(request, MAX_BODY_BYTES)))
     call = services.gateway.registry.add_alias(
         Alias(asked.lora_name, _target(asked)),
@@ -126,7 +126,7 @@ async def add(request: Request, services: ServicesOf) -> Response:
 )
 async def preload(name: str, request: Request, services: ServicesOf) -> Response:
     """Have some replicas fetch an adapter into memory; the reply comes once they hold it."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     body = await read_body(request, MAX_BODY_BYTES)
     asked = validate_model(PreloadOrder, parse_json(body)) if body.strip() else PreloadOrder()
     call = services.gateway.registry.preload(checked_name(name), asked.replicas or 1, token=hub_token_of(request))
@@ -142,7 +142,7 @@ async def preload(name: str, request: Request, services: ServicesOf) -> Response
 )
 async def delete(name: str, request: Request, services: ServicesOf) -> Response:
     """Remove an alias, and have every replica forget the adapter once no request uses it."""
-    deadline = deadline_of(request, services.settings.request_timeout_s)
+    deadline = deadline_of(request, services.request_timeout_s)
     await read_body(request, MAX_BODY_BYTES)
     call = services.gateway.registry.remove(checked_name(name), token=hub_token_of(request))
     done = await run_until_disconnect(request, call, deadline=deadline)

@@ -167,8 +167,8 @@ class _Arriving:
 class CapacityHeaderMiddleware:
     """Tells the proxy how many requests ingress replicas may hold, and on such a refusal what one holds."""
 
-    def __init__(self, app: ASGIApp, *, replica: str, most: int, held: Callable[[], int | None]) -> None:
-        """`held` gives None while no base has too much."""
+    def __init__(self, app: ASGIApp, *, replica: str, most: Callable[[], int], held: Callable[[], int | None]) -> None:
+        """`most` is what all may hold; `held` gives None while no base has too much."""
         self._app = app
         self._most = most
         self._replica = replica
@@ -182,7 +182,7 @@ class CapacityHeaderMiddleware:
                 # A key's own limits are a 429 too, and say nothing of capacity.
                 held = self._held() if message["status"] == TOO_MANY else None
                 refusal = "" if held is None else f" {self._replica}={held}"
-                MutableHeaders(scope=message)[HELD_HEADER] = f"{self._most}{refusal}"
+                MutableHeaders(scope=message)[HELD_HEADER] = f"{self._most()}{refusal}"
             await send(message)
 
         await self._app(scope, receive, send_with_capacity)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,10 +16,10 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from ray.exceptions import ActorUnavailableError, RayActorError, RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import AppConfig
+from serve_app.config import BaseModelConfig, IngressSettings
 from serve_app.core import GenerationEvent, GenerationRequest, GenerationResult, GivenBack, Progress, Starting
 from serve_app.deployments.ingress.backpressure import Backpressure
 from serve_app.deployments.ingress.key_slots import KeySlots
@@ -28,6 +28,7 @@ from serve_app.deployments.ingress.starts import Starts
 from serve_app.errors import LoraplexError, QueueFull, ReplicaLost
 from serve_app.routing.known import known_replicas, on_joined, replicas_known
 from serve_app.routing.spread import parts_of, work_to_keep_s
+from serve_app.settings import ReplicaSettings
 from serve_app.store.quarantine import Quarantine
 from serve_app.work import work_units
 
@@ -54,28 +55,42 @@ class Dispatcher:
 
     def __init__(
         self,
-        config: AppConfig,
-        handles: dict[str, DeploymentHandle],
+        settings: IngressSettings,
+        handles: Mapping[str, DeploymentHandle],
         *,
         on_retry: Callable[[str, str], None],
+        renew: Callable[[str, DeploymentHandle], None] = lambda base, used: None,
         starts: Starts | None = None,
         resend_after_s: float = RESEND_AFTER_S,
     ) -> None:
-        """Send nothing yet; without `starts`, requests wait for replicas without a word."""
+        """Send nothing yet, and know no bases; without `starts`, requests wait for replicas without a word.
+
+        `renew` has a base found again whose application went, and may have come back.
+        """
         self._on_retry = on_retry
         self._resend_after_s = resend_after_s
-        self._attempts = config.ingress.max_retries + 1
+        self._attempts = settings.max_retries + 1
         self._quarantine = Quarantine(clock=time.monotonic)
-        self._replica_settings = {base.id: base.replica for base in config.bases}
-        self._pressures = {base.id: Backpressure(time.monotonic) for base in config.bases}
-        self._slots = {
-            base.id: KeySlots(partial(self._slots_of_mine, base.id), time.monotonic) for base in config.bases
-        }
-        self._ingresses = config.ingress.max_replicas
+        self._replica_settings: dict[str, ReplicaSettings] = {}
+        self._pressures: dict[str, Backpressure] = {}
+        self._slots: dict[str, KeySlots] = {}
+        self._ingresses = settings.max_replicas
         self._handles = handles
+        self._renew = renew
         self._starts = starts
         self._levelling: set[asyncio.Future[None]] = set()
         self._resending: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def serve(self, bases: Iterable[BaseModelConfig]) -> None:
+        """Take requests for these bases, and by these settings from now on; what is counted stays.
+
+        Bases that are served no more stay known, for the requests that are still with them.
+        """
+        for base in bases:
+            self._replica_settings[base.id] = base.replica
+            if base.id not in self._pressures:
+                self._pressures[base.id] = Backpressure(time.monotonic)
+                self._slots[base.id] = KeySlots(partial(self._slots_of_mine, base.id), time.monotonic)
 
     async def count_parts(self, request: GenerationRequest) -> tuple[int, ...]:
         """Return how many images each part of a request is to have, by what is known of the replicas now."""
@@ -130,6 +145,8 @@ class Dispatcher:
                     request = replace(request, waited_s=given.waited_s)
                 except QueueFull as full:
                     await self._wait_for_place(request, losses, full)
+                except DeploymentUnavailableError:
+                    await self._find_again(request.base_id)
                 except (RayActorError, ReplicaLost) as error:
                     losses.append(error)
                     await self._check_losses(request, losses)
@@ -160,6 +177,8 @@ class Dispatcher:
                     request = replace(request, waited_s=given.waited_s)
                 except QueueFull as full:
                     await self._wait_for_place(request, losses, full)
+                except DeploymentUnavailableError:
+                    await self._find_again(request.base_id)
                 except (RayActorError, ReplicaLost) as error:
                     losses.append(error)
                     if has_shown:
@@ -240,6 +259,18 @@ class Dispatcher:
         if not losses and not request.waited_s:
             raise full
         await asyncio.sleep(self._resend_after_s)
+
+    async def _find_again(self, base_id: str) -> None:
+        """Return where a base whose application went has one again.
+
+        Raises:
+            BaseUnusable: it has none, or one that has failed.
+        """
+        used = self._handles[base_id]
+        if self._starts is not None:
+            await self._starts.check(base_id)
+        await asyncio.sleep(self._resend_after_s)
+        self._renew(base_id, used)
 
     async def _check_losses(self, request: GenerationRequest, losses: list[Exception]) -> None:
         """Return where a request that lost its replica may be sent to another.

@@ -33,6 +33,8 @@ UNKNOWN_S = 10
 NO_ROOM_S = 30
 # Who comes back to the second finds a replica.
 SLACK_S = 1
+# Who waits for a replica that runs looks so often whether its application is still there.
+GONE_POLL_S = 2.0
 # A base is kept starting for so long for callers that were refused.
 WISH_S = 600.0
 
@@ -69,6 +71,7 @@ class Starts:
             async with aclosing(self._told(base, waited, due)) as told:
                 async for _ in told:
                     pass
+            await self._wait_while_there(base, waited)
             return await waited
         finally:
             await _let_go(waited)
@@ -83,6 +86,7 @@ class Starts:
             async with aclosing(self._told(base, first, due)) as told:
                 async for starting in told:
                     yield starting
+            await self._wait_while_there(base, first)
             try:
                 yield await first
             except StopAsyncIteration:
@@ -91,6 +95,26 @@ class Starts:
             await _let_go(first)
         async for event in iterator:
             yield event
+
+    async def check(self, base: str) -> None:
+        """Refuse what is for a base that cannot be served.
+
+        Raises:
+            BaseUnusable: with the reason.
+        """
+        state = await self._state(base)
+        if state.state == "failed":
+            raise BaseUnusable(base, state.reason or "it does not start")
+
+    async def _wait_while_there(self, base: str, work: asyncio.Future[Any]) -> None:
+        """Return once the work is done. Serve lets what waits in a handle wait for ever once the application is gone.
+
+        Raises:
+            BaseUnusable: the application is gone.
+        """
+        while not (await asyncio.wait({work}, timeout=GONE_POLL_S))[0]:
+            if (await self._state(base)).is_absent:
+                await self.check(base)
 
     async def _told(
         self, base: str, work: asyncio.Future[Any], due: WallClockDeadline | None

@@ -5,7 +5,7 @@ Owns that decision, which is pure, from what Serve says and how long starts took
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from serve_app.catalog.replica_report import BaseState
@@ -21,21 +21,24 @@ OVERDUE = 0.1
 
 
 class BaseStates:
-    """The states of all bases, by their ids."""
+    """The states of all bases, by their ids; those that are served no more stay known, for what is still with them."""
 
     def __init__(
         self,
-        bases: tuple[BaseModelConfig, ...],
         counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]],
         start_times_s: Callable[[], Mapping[str, float]],
         *,
         clock: Callable[[], float],
     ) -> None:
         """`start_times_s` says how long the last start of each base took; `clock` is in seconds since 1970."""
-        self._room = {base.id: room_of(base) for base in bases}
+        self._room: dict[str, str] = {}
         self._counts = counts
         self._start_times_s = start_times_s
         self._clock = clock
+
+    def add(self, bases: Iterable[BaseModelConfig]) -> None:
+        """Know these bases too, as they are configured now."""
+        self._room |= {base.id: room_of(base) for base in bases}
 
     async def __call__(self) -> Mapping[str, BaseState]:
         """Return them, at most a second old."""
@@ -53,7 +56,7 @@ def state_of(count: ReplicaCount | None, *, start_s: float | None, now_s: float,
     if count.running:
         return BaseState("running", expected_s=0.0)
     if count.failure is not None:
-        return BaseState("failed", reason=count.failure)
+        return BaseState("failed", reason=count.failure, is_absent=count.is_absent)
     if count.since_s is None:
         return BaseState("stopped", expected_s=start_s)
     lasted_s = max(0.0, now_s - count.since_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +30,7 @@ FORGET_TIMEOUT_S = 5.0
 
 
 class Fleet:
-    """The replicas of every base of one application."""
+    """The replicas of every base of one service."""
 
     def __init__(
         self,
@@ -38,9 +38,11 @@ class Fleet:
         counts: Callable[[], Awaitable[Mapping[str, ReplicaCount]]],
         *,
         clock: Callable[[], float],
+        bases: Iterable[str] | None = None,
         answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
-        """`counts` returns how many replicas of each base there are; `clock` is in monotonic seconds."""
+        """`bases` are those of `handles` that count, None for all; `counts` returns how many replicas of each base
+        there are; `clock` is in monotonic seconds."""
         self._handles = handles
         self._counts = counts
         self._clock = clock
@@ -48,17 +50,17 @@ class Fleet:
         self._lock = asyncio.Lock()
         self._reports: tuple[ReplicaReport, ...] = ()
         self._asked_at = float("-inf")
-        self._last: dict[str, dict[str, ReplicaReport]] = {base: {} for base in handles}
+        self._last: dict[str, dict[str, ReplicaReport]] = {base: {} for base in (handles if bases is None else bases)}
 
     async def reports(self, *, is_fresh: bool = False) -> tuple[ReplicaReport, ...]:
         """Return every replica, those that start and those that do not answer too; at most a second old."""
         async with self._lock:
             if is_fresh or self._clock() - self._asked_at > REPORTS_TTL_S:
-                asked = asyncio.gather(*map(self._report, self._handles))
+                asked = asyncio.gather(*map(self._report, self._last))
                 counts, replied = await asyncio.gather(self._counts(), asked)
                 self._reports = tuple(
                     report
-                    for base, replies in zip(self._handles, replied, strict=True)
+                    for base, replies in zip(self._last, replied, strict=True)
                     for report in self._complete(base, replies, counts.get(base, ReplicaCount(running=len(replies))))
                 )
                 self._asked_at = self._clock()
@@ -66,7 +68,7 @@ class Fleet:
 
     async def forget(self, model: str) -> tuple[str, ...]:
         """Have every replica forget an adapter once no request uses it; return those that held it."""
-        asked = (self._ask(base, "forget_adapter", model, timeout_s=FORGET_TIMEOUT_S) for base in self._handles)
+        asked = (self._ask(base, "forget_adapter", model, timeout_s=FORGET_TIMEOUT_S) for base in self._last)
         replies = [reply for replied in await asyncio.gather(*asked) for reply in replied]
         self._asked_at = float("-inf")
         for error in replies:

@@ -1,4 +1,4 @@
-"""State shared by the processes of an application: aliases, what was drawn, how long starts took, which node has which
+"""State shared by the processes of a service: aliases, what was drawn, how long starts took, which node has which
 adapter file, adapters in use.
 
 Owns the single-replica deployment around them. It runs on the head node, where the files of the first three lie, unless
@@ -20,7 +20,7 @@ from ray import serve
 from serve_app.catalog.replica_report import DayUsage
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
 from serve_app.catalog.resolving.redis_aliases import RedisAliasStore
-from serve_app.config import AppConfig, Environment, RegistrySettings
+from serve_app.config import Environment, RegistrySettings, SharedSettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.registry.ledger import Ledger
 from serve_app.deployments.registry.usage import UsageTracker
@@ -30,6 +30,7 @@ from serve_app.deployments.shared.sharing import NODE
 
 log = logging.getLogger(__name__)
 
+KEEPER_NAME = "Keeper"
 FILE_NAME = "registry.sqlite3"
 # Beside it.
 LEDGER_NAME = "usage.sqlite3"
@@ -41,21 +42,24 @@ HOLD_S = 2.0
 # Its callers ask without end, which would fill the access log.
 @serve.deployment(logging_config={"enable_access_log": False})
 class Keeper:
-    """The one keeper of an application; it tells each change of the aliases to those who follow, as it happens."""
+    """The one keeper of a service, in the ingress' application.
 
-    def __init__(self, config: AppConfig, environment: Environment) -> None:
+    It tells each change of the aliases to those who follow, as it happens.
+    """
+
+    def __init__(self, shared: SharedSettings, registry: RegistrySettings, environment: Environment) -> None:
         """Read the aliases.
 
         Raises:
             NotReady: they are in Redis, which does not answer; Serve starts another keeper.
         """
-        set_up_logging(config.log_level)
-        self._aliases = _alias_store(config.registry, environment)
-        self._ledger = Ledger(_file_of(config.registry, environment).with_name(LEDGER_NAME))
+        set_up_logging(shared.log_level)
+        self._aliases = _alias_store(registry, environment)
+        self._ledger = Ledger(_file_of(registry, environment).with_name(LEDGER_NAME))
         self._start_times_s = self._ledger.start_times_s()
         self._changed = asyncio.Condition()
         self._table = self._aliases.table()
-        sharing = config.adapters.sharing
+        sharing = shared.adapters.sharing
         self._files = DownloadCoordinator(
             patience_s=sharing.wait_timeout_s, budget_bytes=sharing.memory, clock=time.monotonic
         )

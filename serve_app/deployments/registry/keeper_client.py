@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.catalog.replica_report import DayUsage
 from serve_app.catalog.resolving.aliases import NOTHING_YET, Alias, AliasTable, TableVersion
 from serve_app.core import AdapterRef, AdapterSpec
-from serve_app.deployments.registry.keeper import HOLD_S
+from serve_app.deployments.registry.keeper import HOLD_S, KEEPER_NAME
 from serve_app.deployments.registry.usage import Drawn
 from serve_app.errors import LoraplexError, NotReady
 
@@ -32,6 +32,12 @@ RETRY_S = 0.5
 CHANGE_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
+
+
+def keeper_of(service: str) -> DeploymentHandle:
+    """Return the way to the keeper of a service; calls wait for it where its application starts later."""
+    # `get_deployment_handle` refuses what is not there yet.
+    return DeploymentHandle(KEEPER_NAME, service)
 
 
 class KeeperClient:

@@ -74,7 +74,8 @@ class ServiceRegistry:
 
     async def states(self) -> Mapping[str, BaseState]:
         """Return what each base does."""
-        return await self._states()
+        states = await self._states()
+        return {base.id: states[base.id] for base in self.bases() if base.id in states}
 
     async def usage(self, since: str) -> tuple[DayUsage, ...]:
         """Return what was drawn from a day on.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import ray.serve.context
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import DeploymentDetails, ServeInstanceDetails
+from ray.serve.schema import ApplicationDetails, DeploymentDetails, ServeInstanceDetails
 
 from serve_app.catalog.reading.blocking import run_blocking
 
@@ -28,7 +28,7 @@ class ReplicaCount:
     """How many replicas of one deployment run and how many start; `failure` says why none runs, where that is known.
 
     The oldest of those that start was asked for at `since_s`, in seconds since 1970; `is_placed` says that one of them
-    has a process on some node.
+    has a process on some node. `is_absent` says that there is no application of the base's name.
     """
 
     running: int = 0
@@ -36,6 +36,15 @@ class ReplicaCount:
     failure: str | None = None
     since_s: float | None = None
     is_placed: bool = False
+    is_absent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a base is deployed."""
+
+    application: str
+    deployment: str
 
 
 class ReplicaCounts:
@@ -67,26 +76,38 @@ class ReplicaCounts:
         return self._counts
 
 
-def count_replicas(app_name: str, deployments: Mapping[str, str]) -> Mapping[str, ReplicaCount]:
-    """Return the counts of an application's bases, whose deployments are given by their ids. Blocks."""
-    known = _deployments(app_name)
-    return {base: count_of(known[name]) for base, name in deployments.items() if name in known}
+def count_replicas(places: Mapping[str, Place]) -> Mapping[str, ReplicaCount]:
+    """Return the counts of bases by their ids; none of those whose applications are being built. Blocks."""
+    applications = _applications()
+    if applications is None:
+        return {}
+    counts = {base: _count_in(applications.get(place.application), place) for base, place in places.items()}
+    return {base: count for base, count in counts.items() if count is not None}
+
+
+def _count_in(application: ApplicationDetails | None, place: Place) -> ReplicaCount | None:
+    if application is None:
+        return ReplicaCount(failure=f"there is no application {place.application}", is_absent=True)
+    deployment = application.deployments.get(place.deployment)
+    if deployment is not None:
+        return count_of(deployment)
+    if application.status == "DEPLOY_FAILED":
+        return ReplicaCount(failure=f"application {place.application} cannot be built; the controller's log says why")
+    return None
 
 
 def asked_for_at(app_name: str, deployment: str, replica_id: str) -> float | None:
     """Return when Serve asked for a replica, in seconds since 1970; None where it does not know it. Blocks."""
-    found = _deployments(app_name).get(deployment)
+    application = (_applications() or {}).get(app_name)
+    found = None if application is None else application.deployments.get(deployment)
     replicas = () if found is None else found.replicas
     return next((one.start_time_s for one in replicas if one.replica_id == replica_id), None)
 
 
-def _deployments(app_name: str) -> Mapping[str, DeploymentDetails]:
+def _applications() -> Mapping[str, ApplicationDetails] | None:
     # `serve.status` asks the same, and leaves out the replicas.
     client = ray.serve.context._get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        return {}
-    application = ServeInstanceDetails(**client.get_serve_details()).applications.get(app_name)
-    return {} if application is None else application.deployments
+    return None if client is None else ServeInstanceDetails(**client.get_serve_details()).applications
 
 
 def count_of(deployment: DeploymentDetails) -> ReplicaCount:

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.catalog.catalog import Catalog, build_sources
 from serve_app.catalog.files import AdapterFiles
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.config import AppConfig, BaseModelConfig, Environment, SharedSettings
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.demo.embedded import embedded_root
 from serve_app.deployments.shared.sharing import SharedFiles, share
@@ -85,7 +85,7 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
 
 async def fuse_adapters(
     base: BaseModelConfig,
-    config: AppConfig,
+    shared: SharedSettings,
     environment: Environment,
     *,
     pipeline: BasePipeline,
@@ -100,10 +100,10 @@ async def fuse_adapters(
     from serve_app.engine.weights.fused import FusedWeights
 
     # They belong to this base even if their cards name another, and are read with the service's own token.
-    adapters = config.adapters.model_copy(
-        update={"hub": config.adapters.hub.model_copy(update={"forward_tokens": False})}
+    adapters = shared.adapters.model_copy(
+        update={"hub": shared.adapters.hub.model_copy(update={"forward_tokens": False})}
     )
-    config = config.model_copy(update={"bases": (base,), "default_base": None, "adapters": adapters})
+    config = AppConfig(bases=(base,), adapters=adapters)
     catalog = Catalog(config, build_sources(config, environment, embedded_root=embedded_root()), clock=time.monotonic)
     refs = tuple(AdapterRef(one.id, one.scale, one.revision, one.filename) for one in base.fused)
     try:
@@ -147,7 +147,7 @@ def choose_residence(base: BaseModelConfig, pipeline: BasePipeline, *, pass_byte
 
 def make_store(
     base: BaseModelConfig,
-    config: AppConfig,
+    shared: SharedSettings,
     environment: Environment,
     *,
     pipeline: BasePipeline,
@@ -163,10 +163,10 @@ def make_store(
     idle_bytes = min(IDLE_BUFFER_BYTES, base.replica.host_cache // 8)
     buffers = HostBuffers(idle_bytes)
     is_on_gpu = pipeline.device.type == "cuda"
-    files: AdapterFiles | SharedFiles = AdapterFiles(build_sources(config, environment, embedded_root=embedded_root()))
+    files: AdapterFiles | SharedFiles = AdapterFiles(build_sources(shared, environment, embedded_root=embedded_root()))
     if is_on_gpu:
         book_page_locked_at_its_size()
-    sharing = config.adapters.sharing
+    sharing = shared.adapters.sharing
     if sharing.enabled:
         files = share(files, keeper, sharing, cache_dir=environment.cache_dir, on_brought=on_brought)
 
@@ -181,7 +181,7 @@ def make_store(
     return AdapterStore(
         admitted=AdmittedFiles(
             environment.cache_dir / "admitted",
-            config.disk_cache,
+            shared.disk_cache,
             depends_on=(pipeline.manifest.fingerprint, reader_version(), base.adapter_limits.model_dump_json()),
             clock=time.time,
         ),
@@ -191,7 +191,7 @@ def make_store(
         size_of=lambda adapter: adapter.size_bytes,
         host_budget_bytes=base.replica.host_cache - idle_bytes,
         clock=time.monotonic,
-        failure_ttl_s=config.adapters.failure_ttl_s,
+        failure_ttl_s=shared.adapters.failure_ttl_s,
         release=files.release,
         free_space=files.free_space,
     )

@@ -15,12 +15,11 @@ from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from serve_app.autoscaling import replica_report
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.catalog.sources.token_context import use_hub_token
-from serve_app.config import AppConfig, BaseModelConfig, Environment
+from serve_app.config import BaseModelConfig, Environment, SharedSettings
 from serve_app.core import (
     AdapterSpec,
     GenerationRequest,
@@ -31,6 +30,7 @@ from serve_app.core import (
     Progress,
     Timings,
 )
+from serve_app.deployments.registry.keeper_client import keeper_of
 from serve_app.deployments.replica.encoding import encode_result
 from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_timeout_s
@@ -79,9 +79,8 @@ class BaseModelReplica:
     async def __init__(
         self,
         base: BaseModelConfig,
-        config: AppConfig,
+        shared: SharedSettings,
         environment: Environment,
-        keeper: DeploymentHandle,
     ) -> None:
         started = time.monotonic()
         # The engine brings torch; neither the ingress nor the process that builds the application ever loads it.
@@ -97,9 +96,10 @@ class BaseModelReplica:
             from serve_app.engine.worker.turns import SharingPolicy
             from serve_app.engine.worker.worker import EngineWorker
 
-        set_up_logging(config.log_level)
-        set_up_tracing(config.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
+        set_up_logging(shared.log_level)
+        set_up_tracing(shared.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
+        keeper = keeper_of(shared.service)
         pipeline = load_pipeline(base, environment)
         self._base = base = pipeline.config
         try_tasks(pipeline, base)
@@ -112,11 +112,11 @@ class BaseModelReplica:
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
         self._metrics = ReplicaMetrics(base.id)
         self._store = make_store(
-            base, config, environment, pipeline=pipeline, admission=self._admission,
+            base, shared, environment, pipeline=pipeline, admission=self._admission,
             keeper=keeper, on_brought=self._metrics.file_fetched,
         )  # fmt: skip
         if base.fused:
-            await fuse_adapters(base, config, environment, pipeline=pipeline, store=self._store)
+            await fuse_adapters(base, shared, environment, pipeline=pipeline, store=self._store)
         residence = choose_residence(base, pipeline, pass_bytes=pass_bytes)
         self._weights = FusedWeights(
             pipeline.components,
@@ -143,10 +143,10 @@ class BaseModelReplica:
             )
             if base.replica.step_sharing
             else None,
-            max_backlog_s=base.replica.max_backlog_s or config.ingress.request_timeout_s,
+            max_backlog_s=base.replica.max_backlog_s or shared.request_timeout_s,
             typical_units=typical_units(base, pipeline.family),
         )
-        self._writes_infotext, self._default_scheduler = config.infotext, pipeline.default_scheduler
+        self._writes_infotext, self._default_scheduler = shared.infotext, pipeline.default_scheduler
         self._fail_fast = FailFast(self._worker, base.id, stall_timeout_s=stall_timeout_s(base))
         self._watchdog = start_watchdog(base.replica)
         self._quarantine = Quarantine(clock=time.monotonic, on_change=self._metrics.quarantined)

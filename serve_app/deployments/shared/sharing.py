@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES = 64 * 1024**2
 # A chunk that takes longer than this to arrive is asked for no more: the Hub is the better peer then.
 CHUNK_TIMEOUT_S = 30.0
+# The keeper itself answers within the time that a file is waited for.
+KEEPER_MARGIN_S = 10.0
 NODE = "{node}"
 
 
@@ -81,7 +83,10 @@ class SharedFiles:
         copies: DownloadCache,
         node: str,
         on_brought: Callable[[str], None],
+        patience_s: float | None = None,
     ) -> None:
+        """`patience_s` is how long the keeper may take to answer: without its application a call would wait on."""
+        self._patience_s = patience_s
         self._files = files
         self._keeper: Any = keeper
         self._chunks = chunks
@@ -121,7 +126,8 @@ class SharedFiles:
         # A copy that fails is forgotten, and the next replica to ask fetches for all.
         for _ in range(2):
             try:
-                known = await self._keeper.claim.remote(key)
+                async with asyncio.timeout(self._patience_s):
+                    known = await self._keeper.claim.remote(key)
             except INDEX_FAILURES as error:
                 silence = type(error).__name__
                 log.warning("the index of shared files does not answer (%s): %s is fetched", silence, spec.id)
@@ -195,6 +201,7 @@ def share(
         copies=DownloadCache(cache_dir / "peers", settings.disk, clock=time.time),
         node=ray.get_runtime_context().get_node_id(),
         on_brought=on_brought,
+        patience_s=settings.wait_timeout_s + KEEPER_MARGIN_S,
     )
 
 

@@ -32,7 +32,7 @@ class BoundedGateway(FakeGateway):
             yield event
 
 
-APP = create_app(BoundedGateway(), IngressSettings(request_timeout_s=5))
+APP = create_app(BoundedGateway(), IngressSettings(), request_timeout_s=5)
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 # What a base can draw is not in the document, so that not all that fits the document is accepted.
 load_all_checks()

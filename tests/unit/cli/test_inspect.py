@@ -15,6 +15,7 @@ import yaml
 from serve_app.demo.embedded import embedded_root
 from tests.broken_adapters import FILE, write_broken_adapters
 from tests.hub_server import CDN, HubServer
+from tests.serve_files import applications
 from tests.unit.cli.conftest import Run
 
 SEPIA = embedded_root() / "demo" / "sdxl-sepia" / FILE
@@ -39,9 +40,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def serve_file(folder: Path, bases: list[dict[str, Any]], **adapters: Any) -> Path:
     arguments = {"bases": bases, "adapters": adapters, "cache_dir": str(folder / "cache")}
-    application = {"name": "loraplex", "import_path": "serve_app.app:build", "args": arguments}
     path = folder / "serve.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
+    path.write_text(yaml.safe_dump({"applications": applications(arguments)}))
     return path
 
 

@@ -16,6 +16,7 @@ from serve_app.demo.embedded import embedded_root
 from tests.broken_adapters import FILE
 from tests.hub_server import CDN, HubServer
 from tests.hub_server import FILE as FILE_KIND
+from tests.serve_files import applications
 from tests.unit.cli.conftest import Run
 
 
@@ -38,9 +39,8 @@ def config(tmp_path: Path, hub: HubServer) -> Path:
         "adapters": {"embedded": True, "hub": {"endpoint": hub.endpoint}},
         "cache_dir": str(tmp_path / "cache"),
     }
-    application = {"name": "loraplex", "import_path": "serve_app.app:build", "args": arguments}
     path = tmp_path / "serve.yaml"
-    path.write_text(yaml.safe_dump({"applications": [application]}))
+    path.write_text(yaml.safe_dump({"applications": applications(arguments)}))
     return path
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -29,9 +30,9 @@ def test_the_shipped_file_is_valid() -> None:
         ("proxy_location", "proxy_locaton", "proxy_locaton: unknown key; did you mean 'proxy_location'?"),
         ("host:", "hots:", "http_options.hots: unknown key; did you mean 'host'?"),
         ("import_path", "import_paht", "applications.0.import_paht: unknown key"),
-        ("num_cpus: 0.4", "num_cpu: 0.4", "applications.0.args.bases.0.replica: unknown key 'num_cpu'"),
-        ("max_replicas: 2", "max_replicas: two", "applications.0.args.bases.0.autoscaling.max_replicas"),
-        ("default_base", "default_bass", "unknown key 'default_bass'; did you mean 'default_base'?"),
+        ("num_cpus: 0.4", "num_cpu: 0.4", "applications.1.args.base.replica: unknown key 'num_cpu'"),
+        ("max_replicas: 2", "max_replicas: two", "applications.1.args.base.autoscaling.max_replicas"),
+        ("default_base", "default_bass", "user_config.default_bass: unknown key; did you mean 'default_base'?"),
     ],
 )
 def test_a_planted_typo_is_found_and_placed(tmp_path: Path, right: str, typo: str, place: str) -> None:
@@ -50,7 +51,7 @@ def test_a_typo_in_a_deployment_override_is_found(tmp_path: Path) -> None:
 
 def test_a_file_without_our_application_is_refused(tmp_path: Path) -> None:
     text = "applications: [{name: other, import_path: 'other:app'}]"
-    assert "no application has import_path serve_app.app:build" in faults(tmp_path, text)
+    assert "no application has import_path serve_app.app:ingress" in faults(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "a: [", "\x00"])
@@ -61,24 +62,24 @@ def test_what_is_no_mapping_is_refused_in_a_line(tmp_path: Path, text: str) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"request_timeout_s": 400}, "http_options.request_timeout_s: 330 s must be over ingress.request_timeout_s"),
-        ({"graceful_shutdown_timeout_s": 20}, "graceful_shutdown_timeout_s 20 s is under ingress.request_timeout_s"),
-        ({"max_backlog_s": 900}, "max_backlog_s 900 s is over ingress.request_timeout_s"),
+        ({"request_timeout_s": 400}, "http_options.request_timeout_s: 330 s must be over shared.request_timeout_s"),
+        ({"graceful_shutdown_timeout_s": 20}, "graceful_shutdown_timeout_s 20 s is under shared.request_timeout_s"),
+        ({"max_backlog_s": 900}, "max_backlog_s 900 s is over shared.request_timeout_s"),
     ],
 )
 def test_times_that_do_not_go_together_are_found(tmp_path: Path, change: dict[str, int], told: str) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
-    args = data["applications"][0]["args"]
-    part = (
-        args.setdefault("ingress", {}) if "request_timeout_s" in change else args["bases"][0].setdefault("replica", {})
-    )
-    part.update(change)
+    args = data["applications"][1]["args"]
+    # What the ingress refers to is the same object.
+    (args["shared"] if "request_timeout_s" in change else args["base"]["replica"]).update(change)
     assert told in faults(tmp_path, yaml.safe_dump(data))
 
 
 def test_a_store_whose_client_is_not_installed_is_told_with_the_extra(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
-    data["applications"][0]["args"]["adapters"] = {"stores": [{"url": "s3://bucket"}, {"url": "gs://bucket/adapters"}]}
+    data["applications"][0]["args"]["shared"]["adapters"] = {
+        "stores": [{"url": "s3://bucket"}, {"url": "gs://bucket/adapters"}]
+    }
     assert "gs://bucket/adapters, but gcsfs is not installed: pip install 'loraplex[gs]'" in faults(
         tmp_path, yaml.safe_dump(data)
     )
@@ -122,3 +123,34 @@ def test_a_user_config_that_its_deployment_would_not_take_is_found(tmp_path: Pat
 )
 def test_fractions_of_gpus_are_packed(replicas: list[tuple[int, float]], gpus: int) -> None:
     assert gpus_for(replicas) == gpus
+
+
+def test_what_applications_do_not_say_alike_is_found(tmp_path: Path) -> None:
+    data = json.loads(json.dumps(yaml.safe_load(SHIPPED.read_text())))  # nothing is the same object any more
+    ingress, sdxl, sd15 = data["applications"]
+    sdxl["args"]["base"]["limits"]["max_steps"] = 51
+    sdxl["args"]["shared"]["service"] = "other"
+    sd15["name"] = "mine"
+    told = faults(tmp_path, yaml.safe_dump(data))
+    assert "applications.1.args.base: differs from the ingress'; write it once, as an anchor" in told
+    assert "applications.1.args.shared: differs from the ingress'" in told
+    assert "applications.0: demo/sd15 is not deployed: add {name: demo--sd15, import_path: 'serve_app.app:base'" in told
+
+    ingress["name"], sd15["name"], sd15["route_prefix"] = "mine", "demo--sd15", "/sd15"
+    assert "applications.2.route_prefix: must be null" in faults(tmp_path, yaml.safe_dump(data))
+    sd15["route_prefix"] = None
+    assert "its name is mine, and args.shared.service 'loraplex'" in faults(tmp_path, yaml.safe_dump(data))
+
+
+def test_an_application_without_an_ingress_is_found(tmp_path: Path) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    data["applications"][0]["deployments"][0]["user_config"]["bases"].pop()
+    assert "applications.2: no ingress has it among its bases" in faults(tmp_path, yaml.safe_dump(data))
+
+
+def test_the_owner_of_a_file_of_one_application_is_told_what_to_write(tmp_path: Path) -> None:
+    args = {"adapters": {}, "ingress": {"request_timeout_s": 9}, "bases": [{"id": "demo/sd15"}]}
+    data = {"applications": [{"name": "loraplex", "import_path": "serve_app.app:build", "args": args}]}
+    told = faults(tmp_path, yaml.safe_dump(data))
+    assert "move adapters, ingress.request_timeout_s from args to 'args: {shared: &shared {...}}'" in told
+    assert "add an application for each (demo--sd15)" in told

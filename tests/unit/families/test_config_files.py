@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from serve_app.cli.serve_file import ServeFileInvalid, applications_of
 from serve_app.families.config_files import unusable_reason
+from tests.serve_files import applications
 
 
 def base_folder(folder: Path, index: dict[str, Any], **configs: dict[str, Any]) -> Path:
@@ -93,15 +94,15 @@ def test_loraplex_check_names_each_base_and_the_cause(tmp_path: Path) -> None:
     ]
     bases: list[dict[str, Any]] = [{"id": f"a/{number}", "source": source} for number, source in enumerate(sources)]
     bases.append({"id": "a/nf4", "source": {"folder": str(good)}, "quantization": "nf4"})
-    application = {"import_path": "serve_app.app:build", "args": {"bases": bases}}
     serve_file = tmp_path / "serve.yaml"
-    serve_file.write_text(json.dumps({"applications": [application]}))
+    serve_file.write_text(json.dumps({"applications": applications({"bases": bases})}))
     with pytest.raises(ServeFileInvalid) as caught:
         applications_of(serve_file)
-    assert [fault.removeprefix("applications.0.args.bases.") for fault in caught.value.faults] == [
-        "0: LTXPipeline makes videos, and only images are served",
-        "1: its single file is quantised (fp8 with scales), and single files are read with plain weights only",
-        "2: LTXPipeline makes videos, and only images are served",
-        "2: its single file is missing, cut off or not in safetensors form",
-        "4: it needs the package bitsandbytes, which is not installed (pip install bitsandbytes)",
+    assert [fault.removeprefix("applications.") for fault in caught.value.faults] == [
+        "1.args.base: LTXPipeline makes videos, and only images are served",
+        "2.args.base: its single file is quantised (fp8 with scales), "
+        "and single files are read with plain weights only",
+        "3.args.base: LTXPipeline makes videos, and only images are served",
+        "3.args.base: its single file is missing, cut off or not in safetensors form",
+        "5.args.base: it needs the package bitsandbytes, which is not installed (pip install bitsandbytes)",
     ]

@@ -10,8 +10,8 @@ import pytest
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 
-from serve_app.app import build
-from serve_app.config import AppConfig
+from serve_app.app import base as deployed
+from serve_app.config import BaseArguments
 from serve_app.core import GenerationRequest, Priority
 from serve_app.routing.known import known_replicas, on_joined, replicas_known
 from serve_app.routing.router import MAX_ASKING, MAX_RANKED, LeastWorkRouter, by_turns
@@ -205,9 +205,8 @@ async def test_a_hundred_full_replicas_are_asked_no_more_often_than_by_serves_ow
 
 def routed_by(router: Any) -> str:
     base = {"id": BASE, "source": {"embedded": BASE}, "router": router}
-    application = build(AppConfig.model_validate({"bases": [base]}))
-    handles = application._bound_deployment.init_args[2]
-    chosen = handles[BASE]._bound_deployment._deployment_config.request_router_config.request_router_class
+    application = deployed(BaseArguments.model_validate({"base": base}))
+    chosen = application._bound_deployment._deployment_config.request_router_config.request_router_class
     return str(chosen)
 
 

@@ -65,7 +65,7 @@ def test_an_unexpected_failure_tells_the_caller_nothing_and_the_log_everything(
 
 def test_a_request_that_takes_too_long_is_cancelled_and_answered(gateway: FakeGateway) -> None:
     gateway.is_stuck = True
-    client = TestClient(create_app(gateway, IngressSettings(request_timeout_s=0.05)))
+    client = TestClient(create_app(gateway, IngressSettings(), request_timeout_s=0.05))
     response = client.post("/", json={"inputs": "elephant"})
     assert response.status_code == 504
     assert response.json()["error"] == "the request took longer than 0.05 s and was stopped"

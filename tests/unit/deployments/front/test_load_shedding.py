@@ -83,7 +83,7 @@ async def test_the_proxy_hears_what_is_held_and_the_caller_does_not() -> None:
     service = Service(429, {"retry-after": "12"})
     service.may_answer.set()
     layer = LoadSheddingMiddleware(
-        CapacityHeaderMiddleware(service, replica="a", most=80, held=lambda: 33), lambda: None, clock=Clock()
+        CapacityHeaderMiddleware(service, replica="a", most=lambda: 80, held=lambda: 33), lambda: None, clock=Clock()
     )
     status, headers, _ = await asked(layer)
     assert (status, headers) == (429, {"retry-after": "12"})
@@ -94,7 +94,7 @@ async def test_a_key_s_own_limit_tells_nothing_of_room() -> None:
     service = Service(429, {"retry-after": "12"})
     service.may_answer.set()
     layer = LoadSheddingMiddleware(
-        CapacityHeaderMiddleware(service, replica="a", most=80, held=lambda: None), lambda: None, clock=Clock()
+        CapacityHeaderMiddleware(service, replica="a", most=lambda: 80, held=lambda: None), lambda: None, clock=Clock()
     )
     _, headers, _ = await asked(layer)
     assert HELD_HEADER not in headers

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.config import AppConfig
 from serve_app.core import GenerationRequest, GivenBack, PixelImage, Preview, Progress
@@ -67,12 +68,17 @@ def full() -> BackPressureError:
     return BackPressureError(num_queued_requests=PLACES, max_queued_requests=PLACES)
 
 
-def dispatcher(handle: Any) -> Dispatcher:
-    settings = {"max_ongoing_requests": PLACES / 2, "max_queued_requests": PLACES / 2}
-    base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": settings}
-    config = AppConfig.model_validate({"bases": [base], "ingress": {"replicas": 1}})
+def settings() -> AppConfig:
+    replica = {"max_ongoing_requests": PLACES / 2, "max_queued_requests": PLACES / 2}
+    base = {"id": BASE, "source": {"embedded": "demo/sd15"}, "replica": replica}
+    return AppConfig.model_validate({"bases": [base], "ingress": {"replicas": 1}})
 
-    return Dispatcher(config, {BASE: handle}, on_retry=lambda _, __: None, resend_after_s=0)
+
+def dispatcher(handle: Any) -> Dispatcher:
+    config = settings()
+    dispatch = Dispatcher(config.ingress, {BASE: handle}, on_retry=lambda _, __: None, resend_after_s=0)
+    dispatch.serve(config.bases)
+    return dispatch
 
 
 async def test_what_a_replica_gives_back_is_sent_again_with_the_time_that_it_has_waited() -> None:
@@ -108,6 +114,31 @@ async def test_what_finds_no_place_at_first_is_refused() -> None:
     handle.calls[-1].outcome.set_exception(full())
     with pytest.raises(QueueFull):
         await call
+
+
+async def test_a_base_whose_application_came_back_is_asked_through_a_new_handle() -> None:
+    gone, back = Handle(), Handle()
+    handles = {BASE: gone}
+
+    def renew(base: str, used: Handle) -> None:
+        assert (base, used) == (BASE, gone)
+        handles[base] = back
+
+    config = settings()
+    dispatch = Dispatcher(
+        config.ingress,
+        handles,
+        on_retry=lambda _, __: None,
+        renew=renew,
+        resend_after_s=0,  # type: ignore[arg-type]
+    )
+    dispatch.serve(config.bases)
+    call = asyncio.create_task(dispatch(request()))
+    assert await gone.has_sent(1)
+    gone.calls[0].outcome.set_exception(DeploymentUnavailableError(DeploymentID(name="base", app_name="app")))
+    assert await back.has_sent(1)
+    back.calls[0].outcome.set_result("images")
+    assert await call == "images"
 
 
 async def test_of_a_request_s_parts_that_lost_their_replicas_one_at_a_time_is_sent_again() -> None:

@@ -57,6 +57,7 @@ def due(left_s: float, *, waits: bool = True) -> WallClockDeadline:
 @pytest.fixture(autouse=True)
 def _asks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starts, "POLL_S", 0.01)
+    monkeypatch.setattr(starts, "GONE_POLL_S", 0.01)
 
 
 async def _forever() -> None:
@@ -73,6 +74,12 @@ async def test_who_waits_for_a_base_that_fails_is_told_why() -> None:
     with pytest.raises(BaseUnusable, match=f"{BASE} cannot be served: it makes videos"):
         await bases.starts().result(BASE, _forever(), due(60))
     assert (bases.asked, bases.waits) == (2, ["failed"])
+
+
+async def test_who_waits_in_front_of_replicas_is_told_that_their_application_is_gone() -> None:
+    bases = Bases(RUNS, RUNS, RUNS, BaseState("failed", reason="there is no application base", is_absent=True))
+    with pytest.raises(BaseUnusable, match="there is no application base"):
+        await bases.starts().result(BASE, _forever(), due(60))
 
 
 async def test_a_stream_of_a_base_that_fails_is_told_why() -> None:

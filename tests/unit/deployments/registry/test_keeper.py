@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.catalog.resolving.aliases import NOTHING_YET, Alias
-from serve_app.config import AppConfig, Environment
+from serve_app.config import Environment, RegistrySettings, SharedSettings
 from serve_app.core import AdapterRef
 from serve_app.deployments.registry.keeper import Keeper
 from tests.redis_server import Redis, needs_redis
 
 
 def keeper(head: Path, **registry: str) -> Any:
-    bases = [{"id": "demo/sd15", "source": {"embedded": "demo/sd15"}}]
-    config = AppConfig.model_validate({"bases": bases, "registry": registry})
-    return Keeper.func_or_class(config, Environment(cache_dir=head))  # type: ignore[operator]
+    settings = RegistrySettings.model_validate(registry)
+    return Keeper.func_or_class(SharedSettings(), settings, Environment(cache_dir=head))  # type: ignore[operator]
 
 
 @needs_redis

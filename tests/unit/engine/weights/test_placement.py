@@ -91,7 +91,8 @@ BASES = {
 }
 SD15, SDXL, FLUX = BASES
 CONFIG: Any = yaml.safe_load(Path("cluster/serve_config.gpu.yaml").read_text())
-REPLICAS = {base["id"]: base["replica"] for base in CONFIG["applications"][0]["args"]["bases"]}
+_, *DEPLOYED = CONFIG["applications"]
+REPLICAS = {one["args"]["base"]["id"]: one["args"]["base"]["replica"] for one in DEPLOYED}
 
 
 def placed(card: str, base_id: str) -> tuple[WeightPlacement, int]:
