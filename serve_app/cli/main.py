@@ -16,7 +16,7 @@ from rich.text import Text
 from serve_app.cli import bench, key
 from serve_app.cli.generate import generate
 from serve_app.cli.inspect import inspect
-from serve_app.cli.models import models
+from serve_app.cli.models import bases, models
 from serve_app.cli.pull import pull
 from serve_app.cli.terminal import (
     FAILED,
@@ -156,6 +156,7 @@ app.command(rich_help_panel="Drawing")(models)
 app.command(rich_help_panel="Drawing", no_args_is_help=True)(generate)
 app.command(rich_help_panel="Adapters", no_args_is_help=True)(inspect)
 app.command(rich_help_panel="Adapters", no_args_is_help=True)(pull)
+app.add_typer(bases, name="bases", rich_help_panel="The service")
 app.add_typer(key.app, name="key", rich_help_panel="The service")
 app.add_typer(bench.app, name="bench", rich_help_panel="The service")
 

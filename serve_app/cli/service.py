@@ -35,6 +35,16 @@ class ServedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedBase:
+    """What a base of the service does; `expected_s` until it can draw, None if unknown, `reason` why it cannot."""
+
+    id: str
+    state: str
+    expected_s: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Pictures:
     """The input files as bytes: an image, and optionally a mask of the part to repaint."""
 
@@ -107,6 +117,18 @@ class ServiceClient:
                 query = {"after": page["last_id"]}
             except (KeyError, TypeError):
                 raise self._stranger() from None
+
+    def bases(self) -> tuple[ServedBase, ...]:
+        """Return what each base does.
+
+        Raises:
+            CommandFailed: the service is away, or refuses.
+        """
+        rows = self._ask("GET", "/v1/bases")
+        try:
+            return tuple(ServedBase(row["id"], row["state"], row["expected_s"], row["reason"]) for row in rows)
+        except (KeyError, TypeError):
+            raise self._stranger() from None
 
     def draw(
         self,

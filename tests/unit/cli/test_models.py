@@ -43,6 +43,12 @@ def test_adapters_are_listed_below_their_base(run: Run, url: str) -> None:
     ]
 
 
+def test_what_bases_do_is_listed(run: Run, url: str) -> None:
+    result = run("bases", "status", "--url", url)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == ["demo/sdxl: running"]
+
+
 def test_the_address_may_come_from_the_environment_and_end_in_a_slash(run: Run, url: str) -> None:
     assert run("models", LORAPLEX_URL=f"{url}/").exit_code == 0
 
