@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.serve import Application
 
-from serve_app.autoscaling import ray_settings
+from serve_app.autoscaling.policy import ray_settings
 from serve_app.catalog.sources.bucket import check_stores
 from serve_app.config import (
     BaseArguments,
@@ -80,7 +80,7 @@ def base_application(args: BaseArguments, kind: Any) -> Application:
         name=deployment_name(args.base.id),
         max_ongoing_requests=replica.max_ongoing_requests,
         max_queued_requests=replica.max_queued_requests,
-        autoscaling_config=ray_settings(args.base.autoscaling),
+        autoscaling_config=ray_settings(args.base.autoscaling, gpus=replica.num_gpus),
         ray_actor_options={
             "num_cpus": replica.num_cpus,
             "num_gpus": replica.num_gpus,

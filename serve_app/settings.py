@@ -179,14 +179,18 @@ class IngressAutoscaling(StrictModel):
 
 
 class AutoscalingSettings(StrictModel):
-    """Autoscaling of one deployment; all but the first two are Ray Serve's own settings.
+    """Autoscaling of one deployment; all but the first four are Ray Serve's own settings.
 
     The policy "predicted_work" aims at no more than `target_wait_s` of predicted work waiting for each replica; "ray"
     is Serve's own policy and uses `target_ongoing_requests`. The first request to a base without replicas starts one.
+    Where bases want more GPUs than there are, a second of a base's work counts `weight` seconds. `cluster_gpus` is how
+    many GPUs the cluster may grow to; without it, those that are there are shared.
     """
 
     policy: Literal["predicted_work", "ray"] = "predicted_work"
     target_wait_s: PositiveFloat = 10.0
+    weight: PositiveFloat = 1.0
+    cluster_gpus: PositiveFloat | None = None
     min_replicas: int = Field(default=1, ge=0)
     initial_replicas: int | None = Field(default=None, ge=0)
     max_replicas: PositiveInt = 1

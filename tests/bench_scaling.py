@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from serve_app.autoscaling import ray_settings
+from serve_app.autoscaling.policy import ray_settings
 from serve_app.settings import AutoscalingSettings
 from tests.replicas.sleeper import Sleeper, sleeping_request
 from tests.service import ray_cluster

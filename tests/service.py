@@ -68,7 +68,8 @@ def _start_ray() -> None:
 
     for is_last in (False, False, True):
         try:
-            ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+            # GPUs that are counted alone: nothing that asks for none sees them.
+            ray.init(address="local", num_cpus=4, num_gpus=4, include_dashboard=False, log_to_driver=False)
             return
         except Exception as error:
             if is_last or "timed out during startup" not in str(error):

@@ -186,7 +186,7 @@ def _fleets(
     max_replicas: int,
     max_ongoing: int,
 ) -> dict[str, Fleet]:
-    from serve_app.autoscaling import ScalingRule
+    from serve_app.autoscaling.desired import ScalingRule
     from serve_app.bench.simulation.simulator import Fleet
 
     fleets: dict[str, Fleet] = {}

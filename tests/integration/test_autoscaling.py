@@ -10,7 +10,7 @@ import pytest
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.autoscaling import ray_settings
+from serve_app.autoscaling.policy import ray_settings
 from serve_app.core import GenerationResult
 from serve_app.settings import AutoscalingSettings
 from tests.replicas.sleeper import Sleeper, sleeping_request

@@ -7,7 +7,7 @@ import time
 
 from ray import serve
 
-from serve_app.autoscaling import replica_report
+from serve_app.autoscaling.policy import replica_report
 from serve_app.core import AdapterSpec, GenerationRequest, GenerationResult, ScaledAdapter, Timings
 from serve_app.engine.worker.pace import LoadTracker
 from serve_app.work import LatencyModel, work_units
@@ -33,9 +33,11 @@ def sleeping_use(name: str) -> ScaledAdapter:
 
 @serve.deployment
 class Sleeper:
-    """Sleeps `UNIT_S` for each unit of work, and reports itself as a real replica does."""
+    """Sleeps `UNIT_S` for each unit of work, and before that for its start; reports itself as a real replica does."""
 
-    async def __init__(self) -> None:
+    async def __init__(self, start_s: float = 0.1) -> None:
+        self._start_s = start_s
+        await asyncio.sleep(start_s)
         self._books = LoadTracker(LatencyModel(fixed_s=0.0, unit_s=UNIT_S), typical_units=5.0)
         self._waiting: list[float] = []
         self._device = asyncio.Lock()
@@ -63,5 +65,5 @@ class Sleeper:
             request_s=work.request_s,
             load=work.load,
             requests=len(self._waiting) + self._device.locked(),
-            start_s=0.1,
+            start_s=self._start_s,
         )

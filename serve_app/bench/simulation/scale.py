@@ -1,7 +1,7 @@
 """How many replicas the simulated service has, by production's own rule.
 
 Owns the life of replicas: asked for, starting, open, draining, gone. How many there should be is
-`serve_app.autoscaling.desired_replicas`'s to say.
+`serve_app.autoscaling.desired.desired_replicas`'s to say.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 
 import numpy as np
 
-from serve_app.autoscaling import Load, ScalingRule, desired_replicas
+from serve_app.autoscaling.desired import Load, ScalingRule, desired_replicas
 from serve_app.bench.simulation.pool import Pool
 
 PERIOD_S = 1.0

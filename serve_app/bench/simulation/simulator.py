@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from serve_app.autoscaling import ScalingRule
+from serve_app.autoscaling.desired import ScalingRule
 from serve_app.bench.simulation.device import Counts
 from serve_app.bench.simulation.job import Job, Jobs, Setting
 from serve_app.bench.simulation.pool import Pool

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from serve_app.autoscaling import replica_report
+from serve_app.autoscaling.policy import replica_report
 from serve_app.catalog.replica_report import ReplicaReport
 from serve_app.catalog.sources.token_context import use_hub_token
 from serve_app.config import BaseModelConfig, Environment, SharedSettings

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve_app.autoscaling import ScalingRule
+from serve_app.autoscaling.desired import ScalingRule
 from serve_app.bench.simulation.compare import compare, figures_of, policies_named
 from serve_app.bench.simulation.profile import BaseTimings, LinearCost, Profile, TierCosts, read_profile
 from serve_app.bench.simulation.routers import POLICIES, Policy

@@ -11,14 +11,8 @@ from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
-from serve_app.autoscaling import (
-    Load,
-    PredictedWorkPolicy,
-    ScalingRule,
-    desired_replicas,
-    ray_settings,
-    replica_report,
-)
+from serve_app.autoscaling.desired import Load, ScalingRule, desired_replicas
+from serve_app.autoscaling.policy import PredictedWorkPolicy, ray_settings, replica_report
 from serve_app.settings import AutoscalingSettings
 
 RULE = ScalingRule(target_wait_s=10.0, max_replicas=20)

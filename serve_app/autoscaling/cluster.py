@@ -1,0 +1,115 @@
+"""The bases that share a cluster's GPUs, as their policies in Serve's controller see them.
+
+Owns what the policies of all applications know of each other; they run in one process, one after the other. Must not
+decide who gets a GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+from serve_app.autoscaling.sharing import BaseNeed, History, Share, share_gpus
+
+# Serve asks each policy once a round. It does not ask the policy of a base that has requests and no running replica:
+# one that is left out for so many rounds is such a base.
+SILENT_ROUNDS = 3
+# So long the number of GPUs is taken to be what it was.
+COUNTED_FOR_S = 5.0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A base as it was when its policy was asked last; `cluster_gpus` is what it was told that the cluster may have."""
+
+    need: BaseNeed
+    cluster_gpus: float | None
+    history: History = field(default_factory=History)
+    asked_in: int = 0
+    silent_since_s: float | None = None
+
+
+class Cluster:
+    """What is known of all bases. A base is gone with its policy."""
+
+    def __init__(self, count_gpus: Callable[[], float], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._count_gpus = count_gpus
+        self.clock = clock
+        self._rows: WeakKeyDictionary[object, _Row] = WeakKeyDictionary()
+        self._round = 0
+        self._shares: dict[object, Share] = {}
+        self._counted: tuple[float, float] | None = None
+
+    def join(self, policy: object, *, gpus: float, weight: float, cluster_gpus: float | None) -> None:
+        """Take in a base that Serve has just been told of."""
+        self._rows[policy] = _Row(BaseNeed(gpus, weight), cluster_gpus, asked_in=self._round)
+
+    def share(self, policy: object, need: Callable[[BaseNeed], BaseNeed], *, running: int, is_quiet: bool) -> Share:
+        """Return what a base is to have, from what has become of its need."""
+        now_s = self.clock()
+        row = self._rows[policy]
+        if row.asked_in == self._round:
+            self._round += 1
+            self._shares = {}
+        row.asked_in, row.silent_since_s = self._round, None
+        row.history.see(running, is_quiet=is_quiet, now_s=now_s)
+        history = row.history
+        row.need = replace(
+            need(row.need), came_s=history.came_s, grew_s=history.grew_s, quiet_s=history.quiet_s
+        )  # fmt: skip
+        if not row.need.gpus:
+            return Share(row.need.wanted)
+        if policy not in self._shares:
+            self._shares = self._decide(now_s)
+        share = self._shares[policy]
+        if share.is_taken:
+            # Serve may not ask again: the base then has requests, and waits.
+            row.need = replace(row.need, present=share.replicas)
+        return share
+
+    def _decide(self, now_s: float) -> dict[object, Share]:
+        needs = {policy: self._need(row, now_s) for policy, row in self._rows.items() if row.need.gpus}
+        told = max((row.cluster_gpus for row in self._rows.values() if row.cluster_gpus is not None), default=None)
+        # A cluster that may grow does so for replicas that find no room: only who waits now is a reason to take some.
+        if told is None and all(need.waits_s is None for need in needs.values()):
+            return {policy: Share(need.wanted) for policy, need in needs.items()}
+        gpus = self._counted_gpus(now_s) if told is None else told
+        return share_gpus(needs, gpus, now_s) if gpus else {key: Share(need.wanted) for key, need in needs.items()}
+
+    def _need(self, row: _Row, now_s: float) -> BaseNeed:
+        """Return what a base has and wants now, though its policy may not be asked."""
+        if self._round - row.asked_in < SILENT_ROUNDS:
+            return row.need
+        if row.silent_since_s is None:
+            row.silent_since_s = now_s
+            row.history.see(0, is_quiet=False, now_s=now_s)
+        if row.need.present:
+            return replace(row.need, is_asked=False)
+        return replace(row.need, waits_s=row.silent_since_s, wanted=1)
+
+    def _counted_gpus(self, now_s: float) -> float:
+        if self._counted is None or now_s - self._counted[0] >= COUNTED_FOR_S:
+            self._counted = (now_s, self._count_gpus())
+        return self._counted[1]
+
+
+def ray_gpus() -> float:
+    """Return how many GPUs the nodes of the Ray cluster have now."""
+    import ray
+
+    resources: dict[str, float] = cast("Any", ray).cluster_resources()
+    return resources.get("GPU", 0.0)
+
+
+_CLUSTER = Cluster(ray_gpus)
+
+
+def this_cluster() -> Cluster:
+    """Return what the policies of all applications share: each is asked in Serve's one controller process.
+
+    A function, since Serve carries a copy of the policy's module there, with copies of the objects that it names.
+    """
+    return _CLUSTER
