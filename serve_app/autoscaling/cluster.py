@@ -43,31 +43,27 @@ class Cluster:
         self._shares: dict[object, Share] = {}
         self._counted: tuple[float, float] | None = None
 
-    def join(self, policy: object, *, gpus: float, weight: float, cluster_gpus: float | None) -> None:
+    def join(self, policy: object, need: BaseNeed, cluster_gpus: float | None) -> None:
         """Take in a base that Serve has just been told of."""
-        self._rows[policy] = _Row(BaseNeed(gpus, weight), cluster_gpus, asked_in=self._round)
+        self._rows[policy] = _Row(need, cluster_gpus, asked_in=self._round)
 
-    def share(self, policy: object, need: Callable[[BaseNeed], BaseNeed], *, running: int, is_quiet: bool) -> Share:
-        """Return what a base is to have, from what has become of its need."""
+    def share(self, policy: object, need: BaseNeed, *, running: int, is_quiet: bool) -> Share:
+        """Return what a base is to have that has this need now, of which the cluster knows when what became so."""
+        if not need.gpus:
+            return Share(need.wanted)
         now_s = self.clock()
         row = self._rows[policy]
         if row.asked_in == self._round:
             self._round += 1
             self._shares = {}
-        row.asked_in, row.silent_since_s = self._round, None
+        row.asked_in, row.silent_since_s, row.need = self._round, None, need
         row.history.see(running, is_quiet=is_quiet, now_s=now_s)
-        history = row.history
-        row.need = replace(
-            need(row.need), came_s=history.came_s, grew_s=history.grew_s, quiet_s=history.quiet_s
-        )  # fmt: skip
-        if not row.need.gpus:
-            return Share(row.need.wanted)
         if policy not in self._shares:
             self._shares = self._decide(now_s)
         share = self._shares[policy]
         if share.is_taken:
             # Serve may not ask again: the base then has requests, and waits.
-            row.need = replace(row.need, present=share.replicas)
+            row.need = replace(need, present=share.replicas)
         return share
 
     def _decide(self, now_s: float) -> dict[object, Share]:
@@ -82,7 +78,8 @@ class Cluster:
     def _need(self, row: _Row, now_s: float) -> BaseNeed:
         """Return what a base has and wants now, though its policy may not be asked."""
         if self._round - row.asked_in < SILENT_ROUNDS:
-            return row.need
+            past = row.history
+            return replace(row.need, came_s=past.came_s, grew_s=past.grew_s, quiet_s=past.quiet_s)
         if row.silent_since_s is None:
             row.silent_since_s = now_s
             row.history.see(0, is_quiet=False, now_s=now_s)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from serve_app.autoscaling.cluster import Cluster, this_cluster
@@ -100,7 +99,8 @@ class PredictedWorkPolicy:
         self._target_wait_s = target_wait_s
         self._said: Decision | None = None
         self._cluster = cluster or this_cluster()
-        self._cluster.join(self, gpus=gpus, weight=weight, cluster_gpus=cluster_gpus)
+        self._gpus, self._weight = gpus, weight
+        self._cluster.join(self, BaseNeed(gpus, weight), cluster_gpus)
 
     def __call__(self, ctx: Context) -> tuple[int, dict[str, Any]]:
         """Return what Serve makes the number of replicas of that there should be, and what to remember."""
@@ -120,18 +120,16 @@ class PredictedWorkPolicy:
 
     def _shared(self, ctx: Context, alone: Decision, load: Load, rule: ScalingRule) -> Decision:
         """Return the decision among all bases of the cluster; `alone` is what this one would have by itself."""
-
-        def need(before: BaseNeed) -> BaseNeed:
-            return replace(
-                before,
-                least=rule.min_replicas,
-                present=ctx.target_num_replicas,
-                needed=needed_replicas(load, rule),
-                wanted=alone.replicas,
-                work_s=load.work_s,
-                start_s=rule.start_s or UNKNOWN_START_S,
-            )
-
+        need = BaseNeed(
+            self._gpus,
+            self._weight,
+            least=rule.min_replicas,
+            present=ctx.target_num_replicas,
+            needed=needed_replicas(load, rule),
+            wanted=alone.replicas,
+            work_s=load.work_s,
+            start_s=rule.start_s or UNKNOWN_START_S,
+        )
         share = self._cluster.share(self, need, running=load.running, is_quiet=load.requests <= 0)
         if share.is_taken:
             # This context is made for one answer: the delays of the next are the configured ones again.
