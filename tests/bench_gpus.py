@@ -54,12 +54,13 @@ def line(name: str, latencies_s: list[float]) -> str:
     )
 
 
-def told(outcome: Outcome) -> str:
-    """Return what is printed of waits and starts."""
+def told(outcome: Outcome, limit_s: float) -> str:
+    """Return what is printed of waits and starts; `limit_s` is the bound, with the longest drain that there was."""
     waits, hours = sorted(outcome.waits_s), outcome.lasted_s / 3600
     return (
         f"    {len(waits)} waits of a base for a replica: p50 {quantile(waits, 0.5):.1f}, "
-        f"p95 {quantile(waits, 0.95):.1f}, longest {waits[-1]:.1f} s; {outcome.starts / hours:.1f} starts an hour, "
+        f"p95 {quantile(waits, 0.95):.1f}, longest {waits[-1]:.1f} of at most {limit_s:.0f} s; "
+        f"{outcome.starts / hours:.1f} starts an hour, "
         f"{outcome.back / hours:.1f} of a base that left within 10 minutes before, "
         f"{outcome.taken / hours:.1f} replicas taken"
     )
@@ -78,21 +79,18 @@ def main() -> None:
         calls = day(options.bases, requests, seed)
         names = sorted({call.base for call in calls})
         top = max(sum(call.base == name for call in calls) for name in names) / len(calls)
-        drain_s = max(call.takes_s for call in calls)
         busy = sum(call.takes_s for call in calls) / options.gpus / (UNTIL_S - FROM_S)
         limit = longest_wait([(0, 1.0)] * options.bases, options.gpus)
         assert limit
         print(  # noqa: T201
             f"{options.bases} bases on {options.gpus} GPUs, {len(calls)} requests in 9 hours (most popular base "
-            f"{top:.0%}, GPUs {busy:.0%} busy), start {options.start:g} s, seed {seed}; a wait lasts at most "
-            f"{limit.seconds(start_s=options.start, drain_s=drain_s) + 4 * ROUND_S:.0f} s",
+            f"{top:.0%}, GPUs {busy:.0%} busy), start {options.start:g} s, seed {seed}",
             flush=True,
         )
-        for hands_back in (True, False):
-            sharing = Sharing(options.gpus, options.start, max_replicas=options.gpus, hands_back=hands_back)
-            outcome = GpuSimulation(names, sharing).run(calls)
-            name = "shared" if hands_back else "shared, replicas finish all that they accepted"
-            print(line(name, outcome.latencies_s), told(outcome), sep="\n", flush=True)  # noqa: T201
+        sharing = Sharing(options.gpus, options.start, max_replicas=options.gpus)
+        outcome = GpuSimulation(names, sharing).run(calls)
+        limit_s = limit.seconds(start_s=options.start, drain_s=outcome.drain_s) + 4 * ROUND_S
+        print(line("shared", outcome.latencies_s), told(outcome, limit_s), sep="\n", flush=True)  # noqa: T201
         found = {patience_s: pinned(calls, options.gpus, options.start, patience_s) for patience_s in PATIENCES_S}
         best = min(found, key=lambda one: quantile(sorted(found[one]), 0.95))
         print(line(f"pinned, best patience {best:g} s", found[best]), flush=True)  # noqa: T201

@@ -160,22 +160,22 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class LongestWait:
-    """How long a base without a replica waits at most for one to run: so many starts, so many ends of begun work."""
+    """How long a base without a replica waits at most for one to run: so many starts, so many ends of accepted work."""
 
     starts: float
     drains: int
 
     def seconds(self, *, start_s: float, drain_s: float) -> float:
-        """Return it in seconds, of the slowest start and of the longest time in which begun work is finished."""
+        """Return it in seconds, of the slowest start and of the longest time in which accepted work is finished."""
         return self.starts * start_s + self.drains * drain_s
 
 
 def longest_wait(bases: Iterable[tuple[int, float]], gpus: float) -> LongestWait | None:
     """Return the longest wait of bases of (fewest replicas, GPUs each); None where one may wait for ever.
 
-    The worst that can be: every base has work all the time and those that have the GPUs have just come. Each round all
-    that have them stay, finish what they have begun and make room; those that have waited longest start. Replicas are
-    taken to be of the size of the largest.
+    The worst that can be: every base has work all the time, and those before this one are just coming, where others
+    still finish what they have accepted. In each round all that came stay for their time, finish and make room, and
+    those that have waited longest start. Replicas are taken to be of the size of the largest.
     """
     listed = [(least, each) for least, each in bases if each > 0]
     sharing = [each for least, each in listed if not least]
@@ -184,7 +184,5 @@ def longest_wait(bases: Iterable[tuple[int, float]], gpus: float) -> LongestWait
     places = math.floor((gpus - sum(least * each for least, each in listed)) / max(sharing) + LEAST_GPU)
     if places < 1:
         return None
-    if len(sharing) <= places:
-        return LongestWait(1.0, 1)
-    rounds = math.ceil((len(sharing) - places) / places)
-    return LongestWait(rounds * (STAY_STARTS + 1.0), rounds)
+    rounds = math.ceil(max(0, len(sharing) - places) / places)
+    return LongestWait(1.0 + rounds * (STAY_STARTS + 1.0), 1 + rounds)

@@ -34,7 +34,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """The cluster and the settings of its bases; with `hands_back` a replica that goes finishes only what it draws."""
+    """The cluster and the settings of its bases; a replica takes on `max_ongoing` requests, and finishes those."""
 
     gpus: int
     start_s: float
@@ -42,18 +42,22 @@ class Sharing:
     max_replicas: int = 2
     downscale_delay_s: float = 300.0
     max_ongoing: int = 64
-    hands_back: bool = True
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of it. `waits_s` are the times in which a base had requests and no replica that ran."""
+    """What came of it. `waits_s` are the times in which a base had requests and no replica that ran.
+
+    `drain_s` is the longest that a replica took to finish what it had accepted, `taken` how often some had to go for
+    others, `back` how many starts were of a base that had left less than `BACK_WITHIN_S` before.
+    """
 
     latencies_s: list[float] = field(default_factory=list)
     waits_s: list[float] = field(default_factory=list)
     starts: int = 0
     back: int = 0
     taken: int = 0
+    drain_s: float = 0.0
     lasted_s: float = 0.0
 
 
@@ -61,9 +65,13 @@ class Outcome:
 class _Replica:
     base: _Base
     is_running: bool = False
-    is_draining: bool = False
     calls: deque[Call] = field(default_factory=deque)
+    drains_since_s: float | None = None
     is_drawing: bool = False
+
+    @property
+    def is_draining(self) -> bool:
+        return self.drains_since_s is not None
 
 
 @dataclass(slots=True)
@@ -219,22 +227,19 @@ class GpuSimulation:
             self._stop(replica)
 
     def _stop(self, replica: _Replica) -> None:
-        replica.is_draining = True
+        replica.drains_since_s = self._now_s
         if replica in self._pending:
             self._pending.remove(replica)
             replica.base.replicas.remove(replica)
             return
-        if self._sharing.hands_back:
-            kept = 1 if replica.is_drawing else 0
-            while len(replica.calls) > kept:
-                replica.base.waiting.appendleft(replica.calls.pop())
-            self._hand_out(replica.base)
         if replica.is_running and not replica.base.running:
             replica.base.left_s = self._now_s
         if not replica.calls:
             self._end(replica)
 
     def _end(self, replica: _Replica) -> None:
+        assert replica.drains_since_s is not None
+        self.outcome.drain_s = max(self.outcome.drain_s, self._now_s - replica.drains_since_s)
         replica.base.replicas.remove(replica)
         self._used -= 1
         self._place()

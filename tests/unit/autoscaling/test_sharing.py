@@ -132,11 +132,11 @@ def test_the_sum_never_exceeds_the_gpus_and_minima_hold(bases: list[BaseNeed], g
 @pytest.mark.parametrize(
     ("bases", "gpus", "wait"),
     [
-        ([(0, 1.0)] * 8, 4, LongestWait(5, 1)),
-        ([(0, 1.0)] * 9, 4, LongestWait(10, 2)),
+        ([(0, 1.0)] * 8, 4, LongestWait(6, 2)),
+        ([(0, 1.0)] * 9, 4, LongestWait(11, 3)),
         ([(0, 1.0)] * 4, 4, LongestWait(1, 1)),
-        ([(1, 1.0), *[(0, 1.0)] * 4], 2, LongestWait(15, 3)),
-        ([(0, 0.5)] * 8, 2, LongestWait(5, 1)),
+        ([(1, 1.0), *[(0, 1.0)] * 4], 2, LongestWait(16, 4)),
+        ([(0, 0.5)] * 8, 2, LongestWait(6, 2)),
         ([(1, 1.0), (0, 1.0)], 1, None),
         ([(2, 1.0)], 2, LongestWait(0, 0)),
         ([(0, 0.0)], 0, LongestWait(0, 0)),
