@@ -1,13 +1,19 @@
 """Bases of the published popularity on fewer GPUs, simulated: `python -m tests.bench_gpus [bases] [gpus] [requests]`.
 
 Production's policies, one for each base, share the GPUs over the busy part of a day. Beside them stands the best of the
-placements that never change: each base pinned to one GPU, chosen by all the work of the day.
+placements that never change: each base pinned to one GPU, chosen by all the work of the day. With `--ray SECONDS`
+eight bases that sleep are asked for so long on real Ray, on four pretended GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
+import random
+import tempfile
+import time
+from pathlib import Path
 
 from serve_app.autoscaling.sharing import longest_wait
 from serve_app.bench.simulation.gpus import ROUND_S, Call, GpuSimulation, Outcome, Sharing, pinned
@@ -66,6 +72,29 @@ def told(outcome: Outcome, limit_s: float) -> str:
     )
 
 
+async def ask_on_ray(seconds: float, each_s: float = 1.0) -> list[float]:
+    """Return how long requests took that came every second by chance, for bases by their popularity."""
+    from tests.replicas.shared_gpus import sleeping_bases
+    from tests.replicas.sleeper import sleeping_request
+
+    rng = random.Random(0)
+    latencies: list[float] = []
+    with sleeping_bases() as bases:
+
+        async def ask(number: int, base: int) -> None:
+            began = time.monotonic()
+            await bases[base].generate.remote(sleeping_request(number))
+            latencies.append(time.monotonic() - began)
+
+        ends, calls = time.monotonic() + seconds, list[asyncio.Task[None]]()
+        while time.monotonic() < ends:
+            base = rng.choices(range(len(bases)), popularity(len(bases)))[0]
+            calls.append(asyncio.create_task(ask(len(calls), base)))
+            await asyncio.sleep(rng.expovariate(1 / each_s))
+        await asyncio.gather(*calls)
+    return latencies
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -74,7 +103,14 @@ def main() -> None:
     parser.add_argument("requests", type=int, nargs="*", default=[4_494, 7_000])
     parser.add_argument("--start", type=float, default=5.0)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--ray", type=float, metavar="SECONDS")
     options = parser.parse_args()
+    if options.ray:
+        from tests.service import ray_cluster
+
+        with tempfile.TemporaryDirectory() as home, ray_cluster(Path(home)):
+            print(line("on Ray", asyncio.run(ask_on_ray(options.ray))))  # noqa: T201
+        return
     for requests, seed in itertools.product(options.requests, range(options.seeds)):
         calls = day(options.bases, requests, seed)
         names = sorted({call.base for call in calls})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
@@ -33,6 +33,7 @@ from serve_app.cli.terminal import (
 from serve_app.demo.embedded import embedded_serve_file
 
 if TYPE_CHECKING:
+    from serve_app.autoscaling.sharing import LongestWait
     from serve_app.cli.serve_file import ServeFileReport
 
 STARTER = Path(__file__).with_name("loraplex.yaml")
@@ -76,14 +77,29 @@ def check(
             raise CommandFailed(f"{config}: {fault}", "too_few_gpus")
     if as_json:
         bases = [base.id for application in report.applications for base in application.bases]
-        needed = {"fewest_replicas": least, "most_replicas": most}
+        needed: dict[str, Any] = {"fewest_replicas": least, "most_replicas": most}
+        if gpus is not None:
+            wait = report.longest_wait(gpus)
+            needed["longest_wait"] = None if wait is None else {"starts": wait.starts, "drains": wait.drains}
         print_json({"valid": True, "url": report.url, "bases": bases, "gpus": needed})
         return
     out.print(f"{config}: valid; " + ", ".join(report.summary), soft_wrap=True)
     if most:
-        needed = f"GPUs: {least} for the fewest replicas of all bases, {most} for the most"
-        short = f"; with {gpus} some replicas wait for a GPU when all bases are busy" if gpus and most > gpus else ""
-        out.print(needed + short, soft_wrap=True)
+        text = f"GPUs: {least} for the fewest replicas of all bases, {most} for the most"
+        short = f"; with {gpus} {_turns(report.longest_wait(gpus))}" if gpus and most > gpus else ""
+        out.print(text + short, soft_wrap=True)
+
+
+def _turns(wait: LongestWait | None) -> str:
+    """Return what it means that bases want more GPUs than there are."""
+    if wait is None:
+        return "those with `min_replicas: 0` never get one, as the guaranteed replicas have all: lower min_replicas"
+    if not wait.drains:
+        return "some bases have fewer replicas than they could use when all are busy"
+    return (
+        f"bases take turns when all are busy: one without a replica waits for at most {wait.starts:g} starts, and "
+        f"{wait.drains} times for others to finish what they accepted"
+    )
 
 
 @app.command(rich_help_panel="The service")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from serve_app.autoscaling.sharing import LongestWait, longest_wait
 from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
 from serve_app.config import AppConfig, BaseArguments, BaseModelConfig, IngressArguments, SharedSettings
 from serve_app.deployments.front.own_routes import INGRESS_NAME
@@ -62,6 +63,11 @@ class ServeFileReport:
         least = [(base.autoscaling.min_replicas, base.replica.num_gpus) for base in bases]
         most = [(base.autoscaling.max_replicas, base.replica.num_gpus) for base in bases]
         return gpus_for(least), gpus_for(most)
+
+    def longest_wait(self, gpus: int) -> LongestWait | None:
+        """Return how long a base without a replica waits at most with so many GPUs; None where one may for ever."""
+        bases = [base for config in self.applications for base in config.bases]
+        return longest_wait([(base.autoscaling.min_replicas, base.replica.num_gpus) for base in bases], gpus)
 
     @property
     def what_to_try(self) -> str:

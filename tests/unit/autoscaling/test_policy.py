@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
+from serve_app.autoscaling.cluster import SILENT_ROUNDS
+from serve_app.autoscaling.cluster import Cluster as GpuCluster
 from serve_app.autoscaling.desired import Load, ScalingRule, desired_replicas
 from serve_app.autoscaling.policy import PredictedWorkPolicy, ray_settings, replica_report
 from serve_app.settings import AutoscalingSettings
@@ -177,6 +179,86 @@ def test_ray_accepts_what_it_is_told(policy: str) -> None:
         # As Serve's controller makes it, from the pickled class.
         made = config.policy.get_policy()(**config.policy.policy_kwargs)
         assert made(Asked(total_num_requests=9, raw_metrics=reported(a=report(backlog_s=9.0))))[0] == 9
+
+
+class Cluster:
+    """Serve's controller with the policies of bases that start from zero, asked by Serve's own rules."""
+
+    def __init__(self, gpus: float, **bases: dict[str, Any]) -> None:
+        self.now_s = 0.0
+        shared = GpuCluster(lambda: gpus, clock=lambda: self.now_s)
+        self.contexts: dict[str, Asked] = {}
+        self._policies: dict[str, Any] = {}
+        for name, settings in bases.items():
+            chosen = AutoscalingSettings.model_validate({"min_replicas": 0, "max_replicas": 4, **settings})
+            config = AutoscalingConfig(**ray_settings(chosen, gpus=1.0))
+            policy = config.policy.get_policy()(**config.policy.policy_kwargs, cluster=shared)
+            self._policies[name] = _apply_autoscaling_config(policy)
+            self.contexts[name] = Asked(0, 0, 0, 4, config=config)
+
+    def remove(self, name: str) -> None:
+        del self._policies[name], self.contexts[name]
+
+    def rounds(self, count: int, **requests: int) -> dict[str, int]:
+        """Ask all policies so often, with so many requests; return the targets. Replicas start where a test says so."""
+        for _ in range(count):
+            self.now_s += 0.1
+            for name, base in self.contexts.items():
+                base.total_num_requests = requests.get(name, 0)
+                metrics = reported(a=report(2.0 * base.total_num_requests, int(base.total_num_requests), start_s=5.0))
+                ctx = replace(base, raw_metrics=metrics if base.current_num_replicas else None)
+                base.target_num_replicas, base.policy_state = self._policies[name](ctx)
+                base.current_num_replicas = min(base.current_num_replicas, base.target_num_replicas)
+        return {name: base.target_num_replicas for name, base in self.contexts.items()}
+
+    def start(self, name: str) -> None:
+        self.contexts[name].current_num_replicas = self.contexts[name].target_num_replicas
+
+
+def test_an_idle_base_gives_way_at_once_and_not_after_its_delay() -> None:
+    cluster = Cluster(1, a={}, b={})
+    assert cluster.rounds(5, a=1) == {"a": 1, "b": 0}
+    cluster.start("a")
+    assert cluster.rounds(60) == {"a": 1, "b": 0}
+    assert cluster.rounds(SILENT_ROUNDS + 2, b=1) == {"a": 0, "b": 1}
+
+
+def test_a_base_with_its_own_work_gives_way_once_it_has_stayed_and_comes_back_when_the_other_has() -> None:
+    cluster = Cluster(1, a={}, b={})
+    cluster.rounds(1, a=1)
+    cluster.start("a")
+    assert cluster.rounds(190, a=1, b=1) == {"a": 1, "b": 1}
+    assert cluster.rounds(20, a=1, b=1)["b"] == 1
+    assert cluster.contexts["a"].current_num_replicas == 0
+    # Serve asks for its next replica at once; Ray has one GPU, for the other.
+    cluster.start("b")
+    assert cluster.rounds(190, a=1, b=1)["b"] == 1
+    cluster.rounds(20, a=1, b=1)
+    assert cluster.contexts["b"].current_num_replicas == 0
+
+
+def test_without_a_shortage_the_delays_are_the_configured_ones() -> None:
+    cluster = Cluster(2, a={}, b={})
+    cluster.rounds(1, a=1)
+    cluster.start("a")
+    assert cluster.rounds(200, b=1) == {"a": 1, "b": 1}
+
+
+def test_replicas_that_find_no_room_yet_are_asked_for_where_the_cluster_may_grow() -> None:
+    now, later = Cluster(1, a={"cluster_gpus": 1}), Cluster(1, a={})
+    for cluster, target in ((now, 1), (later, 4)):
+        cluster.rounds(1, a=40)
+        cluster.start("a")
+        assert cluster.rounds(5, a=40) == {"a": target}
+
+
+def test_a_base_that_is_gone_claims_nothing() -> None:
+    cluster = Cluster(1, a={}, b={})
+    cluster.rounds(1, a=1)
+    cluster.start("a")
+    cluster.rounds(2, b=1)
+    cluster.remove("b")
+    assert cluster.rounds(100) == {"a": 1}
 
 
 @pytest.mark.parametrize(("requests", "replicas"), [(0, 0), (1, 1), (40, 1)])

@@ -65,9 +65,20 @@ def test_check_compares_the_gpus_that_bases_need_with_those_there_are(run: Run, 
     path.write_text(SHIPPED.read_text().replace("num_cpus: 0.4", "num_cpus: 0.4, num_gpus: 1"))
     said, enough, short = run("check", path), run("check", path, "--gpus", 2), run("check", path, "--gpus", 1)
     assert "GPUs: 2 for the fewest replicas of all bases, 4 for the most" in said.stdout
-    assert "with 2 some replicas wait for a GPU when all bases are busy" in enough.stdout
+    assert "with 2 some bases have fewer replicas than they could use when all are busy" in enough.stdout
     assert (said.exit_code, enough.exit_code, short.exit_code) == (0, 0, 1)
     assert "the fewest replicas of all bases need 2 GPUs, and there are 1: lower min_replicas" in short.stderr
+
+
+def test_check_says_how_long_a_base_waits_for_a_gpu_at_most(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    on_gpus = SHIPPED.read_text().replace("num_cpus: 0.4", "num_cpus: 0.4, num_gpus: 1")
+    path.write_text(on_gpus.replace("min_replicas: 1", "min_replicas: 0"))
+    said, told = run("check", path, "--gpus", 1), run("check", path, "--gpus", 1, "--json")
+    assert "one without a replica waits for at most 6 starts, and 2 times for others to finish" in said.stdout
+    assert json.loads(told.stdout)["gpus"]["longest_wait"] == {"starts": 6.0, "drains": 2}
+    path.write_text(on_gpus.replace("min_replicas: 1", "min_replicas: 0", 1))
+    assert "those with `min_replicas: 0` never get one" in run("check", path, "--gpus", 1).stdout
 
 
 def test_check_prints_the_faults_of_an_invalid_file(run: Run, tmp_path: Path) -> None:
