@@ -72,14 +72,14 @@ def told(outcome: Outcome, limit_s: float) -> str:
     )
 
 
-async def ask_on_ray(seconds: float, each_s: float = 1.0) -> list[float]:
+async def ask_on_ray(seconds: float, start_s: float, each_s: float = 1.0) -> list[float]:
     """Return how long requests took that came every second by chance, for bases by their popularity."""
     from tests.replicas.shared_gpus import sleeping_bases
     from tests.replicas.sleeper import sleeping_request
 
     rng = random.Random(0)
     latencies: list[float] = []
-    with sleeping_bases() as bases:
+    with sleeping_bases(start_s) as bases:
 
         async def ask(number: int, base: int) -> None:
             began = time.monotonic()
@@ -109,7 +109,7 @@ def main() -> None:
         from tests.service import ray_cluster
 
         with tempfile.TemporaryDirectory() as home, ray_cluster(Path(home)):
-            print(line("on Ray", asyncio.run(ask_on_ray(options.ray))))  # noqa: T201
+            print(line("on Ray", asyncio.run(ask_on_ray(options.ray, options.start))))  # noqa: T201
         return
     for requests, seed in itertools.product(options.requests, range(options.seeds)):
         calls = day(options.bases, requests, seed)

@@ -15,12 +15,11 @@ from tests.replicas.sleeper import Sleeper
 
 GPUS = 4
 BASES = 2 * GPUS
-START_S = 5.0
 
 
 @contextmanager
-def sleeping_bases() -> Iterator[list[DeploymentHandle]]:
-    """Run twice as many bases as there are GPUs, from zero."""
+def sleeping_bases(start_s: float) -> Iterator[list[DeploymentHandle]]:
+    """Run twice as many bases as there are GPUs, from zero; each replica sleeps for `start_s` before it runs."""
     settings = AutoscalingSettings(min_replicas=0, max_replicas=2, cluster_gpus=GPUS)
     deployment = Sleeper.options(
         autoscaling_config=ray_settings(settings, gpus=1.0),
@@ -29,6 +28,6 @@ def sleeping_bases() -> Iterator[list[DeploymentHandle]]:
         graceful_shutdown_timeout_s=10,
     )
     names = [f"base-{number}-{secrets.token_hex(4)}" for number in range(BASES)]
-    yield [serve.run(deployment.bind(START_S), name=name, route_prefix=None) for name in names]
+    yield [serve.run(deployment.bind(start_s), name=name, route_prefix=None) for name in names]
     for name in names:
         serve.delete(name, _blocking=False)

@@ -223,7 +223,7 @@ def test_an_idle_base_gives_way_at_once_and_not_after_its_delay() -> None:
     assert cluster.rounds(SILENT_ROUNDS + 2, b=1) == {"a": 0, "b": 1}
 
 
-def test_a_base_with_its_own_work_gives_way_once_it_has_stayed_and_comes_back_when_the_other_has() -> None:
+def test_bases_that_have_work_all_the_time_take_turns_once_each_has_stayed() -> None:
     cluster = Cluster(1, a={}, b={})
     cluster.rounds(1, a=1)
     cluster.start("a")
