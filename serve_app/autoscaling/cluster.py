@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary
 
 from serve_app.autoscaling.sharing import BaseNeed, History, Share, share_gpus
 
-# Serve asks each policy once a round. It does not ask the policy of a base that has requests and no running replica:
-# one that is left out for so many rounds is such a base.
+# Serve asks each policy once a round. One that is left out for so many rounds is of an application that is being
+# deleted: it keeps what it has until it is gone.
 SILENT_ROUNDS = 3
 # So long the number of GPUs is taken to be what it was.
 COUNTED_FOR_S = 5.0
@@ -29,7 +29,7 @@ class _Row:
     cluster_gpus: float | None
     history: History = field(default_factory=History)
     asked_in: int = 0
-    silent_since_s: float | None = None
+    waits_since_s: float | None = None
 
 
 class Cluster:
@@ -56,36 +56,34 @@ class Cluster:
         if row.asked_in == self._round:
             self._round += 1
             self._shares = {}
-        row.asked_in, row.silent_since_s, row.need = self._round, None, need
         row.history.see(running, is_quiet=is_quiet, now_s=now_s)
+        if running or is_quiet:
+            row.waits_since_s = None
+        elif row.waits_since_s is None:
+            row.waits_since_s = now_s
+        if row.waits_since_s is not None:
+            is_starting = need.present > 0
+            need = replace(need, is_fixed=is_starting, waits_s=None if is_starting else row.waits_since_s)
+        row.asked_in, row.need = self._round, need
         if policy not in self._shares:
             self._shares = self._decide(now_s)
-        share = self._shares[policy]
-        if share.is_taken:
-            # Serve may not ask again: the base then has requests, and waits.
-            row.need = replace(need, present=share.replicas)
-        return share
+        return self._shares[policy]
 
     def _decide(self, now_s: float) -> dict[object, Share]:
-        needs = {policy: self._need(row, now_s) for policy, row in self._rows.items() if row.need.gpus}
+        needs = {policy: self._need(row) for policy, row in self._rows.items() if row.need.gpus}
         told = max((row.cluster_gpus for row in self._rows.values() if row.cluster_gpus is not None), default=None)
-        # A cluster that may grow does so for replicas that find no room: only who waits now is a reason to take some.
-        if told is None and all(need.waits_s is None for need in needs.values()):
+        # A cluster that may grow does so for replicas that find no room: only for a base without any are some taken.
+        if told is None and not any(need.waits_s is not None or need.is_fixed for need in needs.values()):
             return {policy: Share(need.wanted) for policy, need in needs.items()}
         gpus = self._counted_gpus(now_s) if told is None else told
         return share_gpus(needs, gpus, now_s) if gpus else {key: Share(need.wanted) for key, need in needs.items()}
 
-    def _need(self, row: _Row, now_s: float) -> BaseNeed:
+    def _need(self, row: _Row) -> BaseNeed:
         """Return what a base has and wants now, though its policy may not be asked."""
-        if self._round - row.asked_in < SILENT_ROUNDS:
-            past = row.history
-            return replace(row.need, came_s=past.came_s, grew_s=past.grew_s, quiet_s=past.quiet_s)
-        if row.silent_since_s is None:
-            row.silent_since_s = now_s
-            row.history.see(0, is_quiet=False, now_s=now_s)
-        if row.need.present:
-            return replace(row.need, is_asked=False)
-        return replace(row.need, waits_s=row.silent_since_s, wanted=1)
+        if self._round - row.asked_in >= SILENT_ROUNDS:
+            return replace(row.need, wanted=0, waits_s=None, is_fixed=True)
+        past = row.history
+        return replace(row.need, came_s=past.came_s, grew_s=past.grew_s, quiet_s=past.quiet_s)
 
     def _counted_gpus(self, now_s: float) -> float:
         if self._counted is None or now_s - self._counted[0] >= COUNTED_FOR_S:
@@ -99,6 +97,25 @@ def ray_gpus() -> float:
 
     resources: dict[str, float] = cast("Any", ray).cluster_resources()
     return resources.get("GPU", 0.0)
+
+
+def ask_at_zero(is_ours: Callable[[Any], bool]) -> None:
+    """Have Serve ask our policies too where requests wait and no replica runs; `is_ours` is given Ray's context.
+
+    Serve answers there itself and starts a replica at once, so that those that have just given way would take the next
+    GPU before those that have waited longer: among replicas that find no room, Ray keeps to no order.
+    """
+    from ray.serve import autoscaling_policy as serve
+
+    answer = serve._get_cold_start_scale_up_replicas  # pyright: ignore[reportPrivateUsage]
+    if hasattr(answer, "leaves_out_ours"):
+        return
+
+    def answer_others(ctx: Any) -> int | None:
+        return None if is_ours(ctx) else answer(ctx)
+
+    answer_others.leaves_out_ours = True  # pyright: ignore[reportFunctionMemberAccess]
+    serve._get_cold_start_scale_up_replicas = answer_others  # pyright: ignore[reportPrivateUsage]
 
 
 _CLUSTER = Cluster(ray_gpus)

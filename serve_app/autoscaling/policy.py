@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from serve_app.autoscaling.cluster import Cluster, this_cluster
+from serve_app.autoscaling.cluster import Cluster, ask_at_zero, this_cluster
 from serve_app.autoscaling.desired import Decision, Load, ScalingRule, desired_replicas, needed_replicas
 from serve_app.autoscaling.sharing import UNKNOWN_START_S, BaseNeed
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # The policy runs in Serve's controller, whose log has handlers for this name alone.
 log = logging.getLogger("ray.serve.loraplex")
+
+POLICY = f"{__name__}:PredictedWorkPolicy"
 
 # Fields of a replica's report, each a number of seconds but the last two.
 BACKLOG = "loraplex_backlog_s"
@@ -35,7 +37,7 @@ def ray_settings(settings: AutoscalingSettings, *, gpus: float = 0.0) -> dict[st
     if settings.policy == "ray":
         return fields
     policy = {
-        "policy_function": f"{__name__}:{PredictedWorkPolicy.__name__}",
+        "policy_function": POLICY,
         "policy_kwargs": {
             "target_wait_s": settings.target_wait_s,
             "gpus": gpus,
@@ -85,7 +87,7 @@ class PredictedWorkPolicy:
     """Ray Serve's way to the decisions, asked ten times a second for each base.
 
     Remembers, in Ray's policy state, how long a replica takes to start and a request to run, for the time when there
-    is none to ask. Where requests wait and no replica runs, Serve does not ask but starts one.
+    is none to ask.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class PredictedWorkPolicy:
         self._target_wait_s = target_wait_s
         self._said: Decision | None = None
         self._cluster = cluster or this_cluster()
+        ask_at_zero(_is_ours)
         self._gpus, self._weight = gpus, weight
         self._cluster.join(self, BaseNeed(gpus, weight), cluster_gpus)
 
@@ -114,7 +117,11 @@ class PredictedWorkPolicy:
             min_replicas=ctx.capacity_adjusted_min_replicas,
             max_replicas=ctx.capacity_adjusted_max_replicas,
         )
-        decision = self._shared(ctx, desired_replicas(load, rule), load, rule)
+        alone = desired_replicas(load, rule)
+        if load.requests and not load.running:
+            # What a burst needs is known once one replica runs.
+            alone = Decision(max(1, load.starting), "requests wait and no replica runs")
+        decision = self._shared(ctx, alone, load, rule)
         self._say(decision, load, rule)
         return decision.replicas, {START: start_s, REQUEST: request_s}
 
@@ -147,6 +154,10 @@ class PredictedWorkPolicy:
                 decision.replicas, load.running, load.starting, rule.start_s, decision.reason,
             )  # fmt: skip
         self._said = decision
+
+
+def _is_ours(ctx: Context) -> bool:
+    return str(ctx.config.policy.policy_function) == POLICY
 
 
 def _load(ctx: Context, reported: Mapping[str, Mapping[Any, float]], request_s: float) -> Load:

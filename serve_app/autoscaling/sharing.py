@@ -30,8 +30,8 @@ class BaseNeed:
     `present` replicas run or start; `needed` are what its work needs now, `wanted` what it would have by itself, which
     goes down more slowly. A second of its work counts `weight` seconds. `came_s` is when it had its first replica after
     none, `grew_s` when it had its last further one, `quiet_s` since when it has no request; None where that is not so.
-    A base `waits_s` since then where it has requests and no replica; it has the next GPU that is free, whatever is
-    decided here, since Serve starts it by itself. One that is not `asked` has replicas and cannot be told anything.
+    A base `waits_s` since then where it has requests and no replica. What it has is `fixed` while its first one starts,
+    and where it cannot be told anything.
     """
 
     gpus: float
@@ -46,12 +46,12 @@ class BaseNeed:
     grew_s: float | None = None
     quiet_s: float | None = None
     waits_s: float | None = None
-    is_asked: bool = True
+    is_fixed: bool = False
 
     @property
     def replicas(self) -> int:
         """How many replicas it has or would have."""
-        return 1 if self.waits_s is not None else max(self.present, self.wanted)
+        return max(self.present, self.wanted)
 
     def stays(self, now_s: float) -> bool:
         """Whether its first replica may not be taken yet."""
@@ -85,8 +85,7 @@ def share_gpus(bases: Mapping[K, BaseNeed], gpus: float, now_s: float) -> dict[K
     """
     left = gpus - sum(base.gpus * base.replicas for base in bases.values())
     if left >= -LEAST_GPU:
-        return {key: Share(max(base.wanted, base.replicas) if base.waits_s is not None else base.wanted)
-                for key, base in bases.items()}  # fmt: skip
+        return {key: Share(base.wanted) for key, base in bases.items()}
     keys = list(bases)
     claims = sorted(
         claim
@@ -110,7 +109,7 @@ def share_gpus(bases: Mapping[K, BaseNeed], gpus: float, now_s: float) -> dict[K
 def _share(base: BaseNeed, granted: int) -> Share:
     if granted < base.present:
         return Share(granted, is_taken=True)
-    return Share(granted if base.waits_s is not None else min(granted, base.wanted))
+    return Share(min(granted, base.wanted))
 
 
 def _claims(base: BaseNeed, number: int, now_s: float) -> Iterable[_Claim]:
@@ -120,7 +119,7 @@ def _claims(base: BaseNeed, number: int, now_s: float) -> Iterable[_Claim]:
         is_present = index < base.present
         if index < base.least:
             rank = (0.0, index)
-        elif not base.is_asked or (index == 0 and is_present and base.stays(now_s)):
+        elif base.is_fixed or (index == 0 and is_present and base.stays(now_s)):
             rank = (1.0, index)
         elif base.waits_s is not None:
             rank = (2.0, base.waits_s)

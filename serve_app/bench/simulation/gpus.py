@@ -1,8 +1,7 @@
 """Many bases on few GPUs in simulated time: production's policies in rounds, as Serve's controller asks them.
 
-Owns the passing of time, and what Serve does with an answer: its delays, its start from zero without asking, its order
-of stopping, and Ray's placing of replicas in the order in which they were asked for. Requests are drawn one after the
-other, without adapters. Must not decide how many replicas a base has.
+Owns the passing of time, and what Serve does with an answer: its delays, and its order of stopping. Requests are drawn
+one after the other, without adapters. Must not decide how many replicas a base has.
 """
 
 from __future__ import annotations
@@ -173,11 +172,8 @@ class GpuSimulation:
 
     def _ask(self, base: _Base) -> None:
         """Do what Serve does with one base in one round."""
-        if not base.running and base.requests:
-            if base.waits_since_s is None:
-                base.waits_since_s = self._now_s
-            self._follow(base, max(1, base.target))
-            return
+        if not base.running and base.requests and base.waits_since_s is None:
+            base.waits_since_s = self._now_s
         delays = _Delays(self._sharing.downscale_delay_s)
         asked = _Asked(
             len(base.running), base.target, base.requests, self._reports(base), delays, base.state,

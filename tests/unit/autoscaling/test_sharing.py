@@ -24,7 +24,7 @@ BUSY = BaseNeed(1.0, present=1, needed=1, wanted=1, work_s=10.0, start_s=5.0, ca
 # Nobody asks for it any more; its own delay would keep it.
 IDLE = replace(BUSY, needed=0, wanted=0, work_s=0.0, quiet_s=NOW_S - 60)
 FRESH = replace(BUSY, came_s=NOW_S - 1)
-WAITING = BaseNeed(1.0, waits_s=NOW_S)
+WAITING = BaseNeed(1.0, wanted=1, waits_s=NOW_S)
 
 
 def shares(gpus: float, **bases: BaseNeed) -> dict[str, tuple[int, bool]]:
@@ -76,8 +76,13 @@ def test_a_replica_moves_only_where_there_is_much_more_work_for_it() -> None:
     assert found == {"a": (2, True), "b": (2, False)}
 
 
-def test_a_base_whose_policy_is_not_asked_keeps_what_it_has() -> None:
-    assert shares(1, a=replace(IDLE, is_asked=False), b=WAITING) == {"a": (0, False), "b": (0, False)}
+def test_a_base_that_is_just_starting_keeps_its_place() -> None:
+    assert shares(1, a=replace(BUSY, is_fixed=True), b=WAITING) == {"a": (1, False), "b": (0, False)}
+
+
+def test_who_has_waited_longest_comes_first() -> None:
+    found = shares(1, a=IDLE, b=WAITING, c=replace(WAITING, waits_s=NOW_S - 1))
+    assert found == {"a": (0, True), "b": (0, False), "c": (1, False)}
 
 
 def test_fractions_of_gpus_are_added_up() -> None:
@@ -108,7 +113,7 @@ needs = st.builds(
     came_s=times,
     grew_s=times,
     quiet_s=times,
-) | st.builds(BaseNeed, gpus=st.sampled_from([0.5, 1.0]), waits_s=st.floats(0, NOW_S))
+) | st.builds(BaseNeed, gpus=st.sampled_from([0.5, 1.0]), wanted=st.just(1), waits_s=st.floats(0, NOW_S))
 
 
 @given(st.lists(needs, min_size=1, max_size=8), st.integers(1, 12), st.data())
