@@ -17,6 +17,8 @@ from serve_app.autoscaling.sharing import BaseNeed, History, Share, share_gpus
 # Serve asks each policy once a round. One that is left out for so many rounds is of an application that is being
 # deleted: it keeps what it has until it is gone.
 SILENT_ROUNDS = 3
+# What Serve calls to answer in place of a policy, in `ray.serve.autoscaling_policy`.
+AT_ZERO = "_get_cold_start_scale_up_replicas"
 # So long the number of GPUs is taken to be what it was.
 COUNTED_FOR_S = 5.0
 
@@ -107,15 +109,15 @@ def ask_at_zero(is_ours: Callable[[Any], bool]) -> None:
     """
     from ray.serve import autoscaling_policy as serve
 
-    answer = serve._get_cold_start_scale_up_replicas  # pyright: ignore[reportPrivateUsage]
-    if hasattr(answer, "leaves_out_ours"):
+    answer = getattr(serve, AT_ZERO, None)
+    if answer is None or hasattr(answer, "leaves_out_ours"):
         return
 
     def answer_others(ctx: Any) -> int | None:
         return None if is_ours(ctx) else answer(ctx)
 
     answer_others.leaves_out_ours = True  # pyright: ignore[reportFunctionMemberAccess]
-    serve._get_cold_start_scale_up_replicas = answer_others  # pyright: ignore[reportPrivateUsage]
+    setattr(serve, AT_ZERO, answer_others)
 
 
 _CLUSTER = Cluster(ray_gpus)

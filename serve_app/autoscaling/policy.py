@@ -100,8 +100,10 @@ class PredictedWorkPolicy:
     ) -> None:
         self._target_wait_s = target_wait_s
         self._said: Decision | None = None
+        if cluster is None:
+            # In Serve's controller.
+            ask_at_zero(is_ours)
         self._cluster = cluster or this_cluster()
-        ask_at_zero(_is_ours)
         self._gpus, self._weight = gpus, weight
         self._cluster.join(self, BaseNeed(gpus, weight), cluster_gpus)
 
@@ -156,7 +158,8 @@ class PredictedWorkPolicy:
         self._said = decision
 
 
-def _is_ours(ctx: Context) -> bool:
+def is_ours(ctx: Context) -> bool:
+    """Whether Ray's context is of a base with this policy."""
     return str(ctx.config.policy.policy_function) == POLICY
 
 

@@ -12,8 +12,9 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.autoscaling.cluster import Cluster as GpuCluster
+from serve_app.autoscaling.cluster import ask_at_zero
 from serve_app.autoscaling.desired import Load, ScalingRule, desired_replicas
-from serve_app.autoscaling.policy import PredictedWorkPolicy, ray_settings, replica_report
+from serve_app.autoscaling.policy import PredictedWorkPolicy, is_ours, ray_settings, replica_report
 from serve_app.settings import AutoscalingSettings
 
 RULE = ScalingRule(target_wait_s=10.0, max_replicas=20)
@@ -184,6 +185,7 @@ class Cluster:
     """Serve's controller with the policies of bases that start from zero, asked by Serve's own rules."""
 
     def __init__(self, gpus: float, **bases: dict[str, Any]) -> None:
+        ask_at_zero(is_ours)
         self.now_s = 0.0
         shared = GpuCluster(lambda: gpus, clock=lambda: self.now_s)
         self.contexts: dict[str, Asked] = {}
