@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from serve_app.autoscaling.sharing import BaseNeed, History, Share, share_gpus
@@ -17,8 +16,6 @@ from serve_app.autoscaling.sharing import BaseNeed, History, Share, share_gpus
 # Serve asks each policy once a round. One that is left out for so many rounds is of an application that is being
 # deleted: it keeps what it has until it is gone.
 SILENT_ROUNDS = 3
-# What Serve calls to answer in place of a policy, in `ray.serve.autoscaling_policy`.
-AT_ZERO = "_get_cold_start_scale_up_replicas"
 # So long the number of GPUs is taken to be what it was.
 COUNTED_FOR_S = 5.0
 
@@ -91,41 +88,3 @@ class Cluster:
         if self._counted is None or now_s - self._counted[0] >= COUNTED_FOR_S:
             self._counted = (now_s, self._count_gpus())
         return self._counted[1]
-
-
-def ray_gpus() -> float:
-    """Return how many GPUs the nodes of the Ray cluster have now."""
-    import ray
-
-    resources: dict[str, float] = cast("Any", ray).cluster_resources()
-    return resources.get("GPU", 0.0)
-
-
-def ask_at_zero(is_ours: Callable[[Any], bool]) -> None:
-    """Have Serve ask our policies too where requests wait and no replica runs; `is_ours` is given Ray's context.
-
-    Serve answers there itself and starts a replica at once, so that those that have just given way would take the next
-    GPU before those that have waited longer: among replicas that find no room, Ray keeps to no order.
-    """
-    from ray.serve import autoscaling_policy as serve
-
-    answer = getattr(serve, AT_ZERO, None)
-    if answer is None or hasattr(answer, "leaves_out_ours"):
-        return
-
-    def answer_others(ctx: Any) -> int | None:
-        return None if is_ours(ctx) else answer(ctx)
-
-    answer_others.leaves_out_ours = True  # pyright: ignore[reportFunctionMemberAccess]
-    setattr(serve, AT_ZERO, answer_others)
-
-
-_CLUSTER = Cluster(ray_gpus)
-
-
-def this_cluster() -> Cluster:
-    """Return what the policies of all applications share: each is asked in Serve's one controller process.
-
-    A function, since Serve carries a copy of the policy's module there, with copies of the objects that it names.
-    """
-    return _CLUSTER

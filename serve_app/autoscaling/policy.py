@@ -10,7 +10,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from serve_app.autoscaling.cluster import Cluster, ask_at_zero, this_cluster
+from serve_app.autoscaling.cluster import Cluster
 from serve_app.autoscaling.desired import Decision, Load, ScalingRule, desired_replicas, needed_replicas
 from serve_app.autoscaling.sharing import UNKNOWN_START_S, BaseNeed
 
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # The policy runs in Serve's controller, whose log has handlers for this name alone.
 log = logging.getLogger("ray.serve.loraplex")
 
-POLICY = f"{__name__}:PredictedWorkPolicy"
+# The class that Serve makes of it.
+POLICY = "serve_app.autoscaling.serve_policy:ServePolicy"
 
 # Fields of a replica's report, each a number of seconds but the last two.
 BACKLOG = "loraplex_backlog_s"
@@ -87,7 +88,7 @@ class PredictedWorkPolicy:
     """Ray Serve's way to the decisions, asked ten times a second for each base.
 
     Remembers, in Ray's policy state, how long a replica takes to start and a request to run, for the time when there
-    is none to ask.
+    is none to ask. Without a cluster, a base shares its GPUs with no other.
     """
 
     def __init__(
@@ -100,10 +101,7 @@ class PredictedWorkPolicy:
     ) -> None:
         self._target_wait_s = target_wait_s
         self._said: Decision | None = None
-        if cluster is None:
-            # In Serve's controller.
-            ask_at_zero(is_ours)
-        self._cluster = cluster or this_cluster()
+        self._cluster = cluster or Cluster(lambda: 0.0)
         self._gpus, self._weight = gpus, weight
         self._cluster.join(self, BaseNeed(gpus, weight), cluster_gpus)
 

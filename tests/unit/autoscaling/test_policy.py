@@ -12,7 +12,7 @@ from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.autoscaling.cluster import Cluster as GpuCluster
-from serve_app.autoscaling.cluster import ask_at_zero
+from serve_app.autoscaling.controller import ask_at_zero
 from serve_app.autoscaling.desired import Load, ScalingRule, desired_replicas
 from serve_app.autoscaling.policy import PredictedWorkPolicy, is_ours, ray_settings, replica_report
 from serve_app.settings import AutoscalingSettings
@@ -193,7 +193,7 @@ class Cluster:
         for name, settings in bases.items():
             chosen = AutoscalingSettings.model_validate({"min_replicas": 0, "max_replicas": 4, **settings})
             config = AutoscalingConfig(**ray_settings(chosen, gpus=1.0))
-            policy = config.policy.get_policy()(**config.policy.policy_kwargs, cluster=shared)
+            policy = PredictedWorkPolicy(**config.policy.policy_kwargs, cluster=shared)
             self._policies[name] = _apply_autoscaling_config(policy)
             self.contexts[name] = Asked(0, 0, 0, 4, config=config)
 
