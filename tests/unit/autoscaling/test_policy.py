@@ -260,7 +260,7 @@ def test_a_base_that_is_gone_claims_nothing() -> None:
 
 @pytest.mark.parametrize(("requests", "replicas"), [(0, 0), (1, 1), (40, 1)])
 def test_from_zero_one_replica_starts_at_once(requests: int, replicas: int) -> None:
-    config = AutoscalingConfig(**ray_settings(AutoscalingSettings(min_replicas=0, max_replicas=20)))
+    config = AutoscalingConfig(**ray_settings(AutoscalingSettings(min_replicas=0, max_replicas=20, upscale_delay_s=60)))
     policy = config.policy.get_policy()(**config.policy.policy_kwargs)
     waiting: Any = Asked(0, 0, total_num_requests=requests, config=config)
     assert _apply_autoscaling_config(policy)(waiting)[0] == replicas
