@@ -25,6 +25,7 @@ NAME = "live"
 KEPT, OTHER, ADDED = "demo/sd15", "demo/sdxl", "demo/third"
 KEY = "a-key-of-the-test"
 PAGE = "https://pages.example"
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
 REFUSED = b"not taken over, the settings before hold on: ingress.replicas: goes into args"
 
 

@@ -49,7 +49,8 @@ class Sender:
     def __init__(self) -> None:
         config = AppConfig.model_validate({"bases": [{"id": BASE, "source": {"embedded": "demo/sd15"}}]})
         handle = serve.get_deployment_handle("Mortal", "mortal")
-        self._dispatcher = Dispatcher(config, {BASE: handle}, on_retry=lambda base, why: None)
+        self._dispatcher = Dispatcher(config.ingress, {BASE: handle}, on_retry=lambda base, why: None)
+        self._dispatcher.serve(config.bases)
 
     async def send(self, number: int, style: str) -> str:
         call: Any = self._dispatcher(sleeping_request(number, *([sleeping_use(f"me/{style}")] if style else [])))

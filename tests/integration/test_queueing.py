@@ -64,7 +64,8 @@ def test_an_unknown_priority_is_refused_and_a_known_one_served(service: Service)
 async def test_whoever_is_refused_by_a_full_queue_is_told_when_to_ask_again(app: str) -> None:
     base = {"id": BASE, "source": {"embedded": BASE}, "replica": {"max_queued_requests": 6}}
     config = AppConfig.model_validate({"bases": [base]})
-    dispatch = Dispatcher(config, {BASE: deploy(app, 1)}, on_retry=lambda _, __: None)
+    dispatch = Dispatcher(config.ingress, {BASE: deploy(app, 1)}, on_retry=lambda _, __: None)
+    dispatch.serve(config.bases)
     began_s = time.monotonic()
     for number in range(2):
         await dispatch(sleeping_request(number))
