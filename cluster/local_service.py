@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.app import base_application, ingress_application
-from serve_app.config import AppConfig, BaseArguments, IngressArguments, SharedSettings
+from serve_app.config import AppConfig, BaseArguments, IngressArguments, SharedSettings, serve_name
 from serve_app.deployments.ingress.base_handles import deployment_name
 from serve_app.deployments.replica.replica import BaseModelReplica
 
@@ -41,7 +41,7 @@ def run_service(
 
 def application_of(base_id: str, service: str = NAME) -> str:
     """Return the application of a base in a service that was deployed so."""
-    return f"{service}-{base_id.replace('/', '--')}"
+    return f"{service}-{serve_name(base_id)}"
 
 
 def delete_service(name: str) -> None:

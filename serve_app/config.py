@@ -50,6 +50,11 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 HALF_PRECISION_VAES = {"stabilityai/stable-diffusion-xl-base-1.0": "madebyollin/sdxl-vae-fp16-fix"}
 
 
+def serve_name(base_id: str) -> str:
+    """Return what a base is called in Serve, which forbids slashes in names."""
+    return base_id.replace("/", "--")
+
+
 class BaseModelConfig(StrictModel):
     """One base model: its public id, where it comes from, and how it is served.
 
@@ -170,7 +175,7 @@ class BaseModelConfig(StrictModel):
     @property
     def application_name(self) -> str:
         """The name of its Serve application."""
-        return self.application or self.id.replace("/", "--")
+        return self.application or serve_name(self.id)
 
 
 class IngressSettings(StrictModel):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from serve_app.cli.serve_file import BASE_PATH, INGRESS_PATH
-from serve_app.config import IngressArguments, SharedSettings
+from serve_app.config import IngressArguments, SharedSettings, serve_name
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 
 
@@ -24,7 +24,7 @@ def applications(settings: Mapping[str, Any], name: str = "loraplex") -> list[di
         ingress,
         *(
             {
-                "name": base.get("application", base["id"].replace("/", "--")),
+                "name": base.get("application", serve_name(base["id"])),
                 "route_prefix": None,
                 "import_path": BASE_PATH,
                 "args": {"shared": shared, "base": base},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -140,7 +140,7 @@ class History:
     came_s: float | None = None
     grew_s: float | None = None
     quiet_s: float | None = None
-    running: int = field(default=0)
+    running: int = 0
 
     def see(self, running: int, *, is_quiet: bool, now_s: float) -> None:
         """Take in how many replicas run, and whether the base has no request."""

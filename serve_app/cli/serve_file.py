@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from serve_app.autoscaling.sharing import LongestWait, longest_wait
+from serve_app.autoscaling.sharing import LEAST_GPU, LongestWait, longest_wait
 from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
-from serve_app.config import AppConfig, BaseArguments, BaseModelConfig, IngressArguments, SharedSettings
+from serve_app.config import AppConfig, BaseArguments, BaseModelConfig, IngressArguments, SharedSettings, serve_name
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from serve_app.families.config_files import missing_packer, unusable_reason
 from serve_app.families.single_file import unusable_file_reason
@@ -54,20 +54,26 @@ class ServeFileReport:
     @property
     def summary(self) -> list[str]:
         """A short description of each served model."""
-        return [f"{base.id} ({base.dtype})" for config in self.applications for base in config.bases]
+        return [f"{base.id} ({base.dtype})" for base in self._bases]
 
     @property
     def gpus(self) -> tuple[int, int]:
         """How many GPUs all bases need with their fewest replicas, and with their most."""
-        bases = [base for config in self.applications for base in config.bases]
-        least = [(base.autoscaling.min_replicas, base.replica.num_gpus) for base in bases]
-        most = [(base.autoscaling.max_replicas, base.replica.num_gpus) for base in bases]
-        return gpus_for(least), gpus_for(most)
+        most = [(base.autoscaling.max_replicas, base.replica.num_gpus) for base in self._bases]
+        return gpus_for(self._fewest), gpus_for(most)
 
     def longest_wait(self, gpus: int) -> LongestWait | None:
         """Return how long a base without a replica waits at most with so many GPUs; None where one may for ever."""
-        bases = [base for config in self.applications for base in config.bases]
-        return longest_wait([(base.autoscaling.min_replicas, base.replica.num_gpus) for base in bases], gpus)
+        return longest_wait(self._fewest, gpus)
+
+    @property
+    def _bases(self) -> list[BaseModelConfig]:
+        return [base for config in self.applications for base in config.bases]
+
+    @property
+    def _fewest(self) -> list[tuple[int, float]]:
+        """The fewest replicas of each base, and the GPUs that each of them takes."""
+        return [(base.autoscaling.min_replicas, base.replica.num_gpus) for base in self._bases]
 
     @property
     def what_to_try(self) -> str:
@@ -121,8 +127,7 @@ def gpus_for(replicas: Iterable[tuple[int, float]]) -> int:
     free: list[float] = []
     for count, each in sorted(listed, key=lambda one: -one[1]):
         for _ in range(count if 0 < each < 1 else 0):
-            # Ray counts GPUs in ten-thousandths.
-            room = next((index for index, left in enumerate(free) if left >= each - 1e-4), None)
+            room = next((index for index, left in enumerate(free) if left >= each - LEAST_GPU), None)
             if room is None:
                 free.append(1 - each)
             else:
@@ -301,7 +306,7 @@ def what_to_write_instead(args: Any) -> str:
     if isinstance(ingress, dict) and "request_timeout_s" in ingress:
         shared.append("ingress.request_timeout_s")
     ids = [str(base.get("id")) for base in given.get("bases") or [] if isinstance(base, dict)]
-    names = ", ".join(id_.replace("/", "--") for id_ in ids) or "OWNER--NAME"
+    names = ", ".join(map(serve_name, ids)) or "OWNER--NAME"
     return (
         f"import_path {FORMER_PATH} is gone, since each base is an application of its own now: write {INGRESS_PATH}; "
         f"move {', '.join(shared) or 'what bases share'} from args to 'args: {{shared: &shared {{...}}}}'; "

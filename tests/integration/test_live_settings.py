@@ -13,7 +13,7 @@ import pytest
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
-from cluster.local_service import delete_service
+from cluster.local_service import application_of, delete_service
 from serve_app.config import digest_of
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from tests.faults.breaking import replica_pids, until
@@ -31,7 +31,7 @@ REFUSED = b"not taken over, the settings before hold on: ingress.replicas: goes 
 
 def base(base_id: str, **settings: Any) -> dict[str, Any]:
     source = {"embedded": OTHER if base_id == OTHER else KEPT}
-    return base_settings(base_id, source=source, application=f"{NAME}-{base_id.replace('/', '--')}", **settings)
+    return base_settings(base_id, source=source, application=application_of(base_id, NAME), **settings)
 
 
 class Deployed:

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import BaseModelConfig
+from serve_app.config import BaseModelConfig, serve_name
 from serve_app.deployments.registry.replica_counts import Place
 
 
 def deployment_name(base_id: str) -> str:
-    """Return the Serve deployment that serves a base; Serve forbids slashes in names."""
-    return "base-" + base_id.replace("/", "--")
+    """Return the Serve deployment that serves a base."""
+    return "base-" + serve_name(base_id)
 
 
 class BaseHandles(Mapping[str, DeploymentHandle]):

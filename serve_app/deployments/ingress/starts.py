@@ -104,7 +104,7 @@ class Starts:
         """
         state = await self._state(base)
         if state.state == "failed":
-            raise BaseUnusable(base, state.reason or "it does not start")
+            raise unusable(base, state)
 
     async def _wait_while_there(self, base: str, work: asyncio.Future[Any]) -> None:
         """Return once the work is done. Serve lets what waits in a handle wait for ever once the application is gone.
@@ -155,7 +155,7 @@ class Starts:
         """
         if state.state == "failed":
             self._on_waited(base, "failed")
-            raise BaseUnusable(base, state.reason or "it does not start")
+            raise unusable(base, state)
         if due is None:
             return POLL_S
         left_s = due.at - self._clock() - MARGIN_S
@@ -164,6 +164,11 @@ class Starts:
             self._on_waited(base, "refused")
             raise not_ready(base, state)
         return left_s
+
+
+def unusable(base: str, state: BaseState) -> BaseUnusable:
+    """Return what to tell a caller of a base that has failed."""
+    return BaseUnusable(base, state.reason or "it does not start")
 
 
 def not_ready(base: str, state: BaseState) -> NotReady:
