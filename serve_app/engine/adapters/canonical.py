@@ -1,14 +1,13 @@
 """The canonical form of an admitted adapter: one flat aligned body and a table, read back in one pass.
 
 Owns the layout and its integrity: a preamble (magic, table length, body length), a JSON table, at the next page a
-body in which every tensor is aligned and layers that are alike lie together, and a seal over all of it. Files are this
-service's own, written after admission; one that is damaged anywhere is recognised, so that the adapter can be admitted
-again.
+body in which every tensor is aligned and layers that are alike lie together, and an XXH3 checksum over all of it. Files
+are this service's own, written after admission; one that is damaged anywhere is recognised, so that the adapter can be
+admitted again.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -20,8 +19,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
+import xxhash
 from torch import Tensor
 
 from serve_app.engine.adapters.deltas import (
@@ -44,10 +43,12 @@ from serve_app.engine.adapters.stacks import memory_of, row_stride, rows_of, sta
 from serve_app.errors import LoraplexError
 from serve_app.families import spellings
 
-MAGIC = b"LPXADPT3"
+MAGIC = b"LPXADPT4"
 PREAMBLE = struct.Struct("<8sQQ")
 TENSOR_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
+CHUNK_BYTES = 1024**2
+CHECKSUM_BYTES = 16
 KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
 
 
@@ -75,7 +76,7 @@ def reader_version() -> str:
 def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
     """Write an adapter so that it appears under `path` whole or not at all.
 
-    Does not wait for the disk: the seal shows a file torn by a crash of the machine, and the source is admitted
+    Does not wait for the disk: the checksum shows a file torn by a crash of the machine, and the source is admitted
     again.
     """
     body = _Body()
@@ -83,14 +84,14 @@ def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
     head = PREAMBLE.pack(MAGIC, len(table), body.size) + table
     head += b"\0" * (_body_start(len(table)) - len(head))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    seal = FileChecksum(head)
+    checksum = xxhash.xxh3_128(head)
     try:
         with partial.open("wb") as file:
             file.write(head)
             for chunk in body.chunks():
-                seal.add(chunk)
+                checksum.update(chunk)
                 file.write(chunk)
-            file.write(seal.value())
+            file.write(checksum.digest())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -107,9 +108,9 @@ def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | N
     with path.open("rb", buffering=0) as file:
         head, table_size, body_size = _read_head(file, path)
         body = (buffers or HostBuffers(0)).take(body_size, pinned=pinned)
-        seal = FileChecksum(head)
-        _fill(file, body, seal, path)
-        if file.read(SEAL_BYTES) != seal.value():
+        checksum = xxhash.xxh3_128(head)
+        _fill(file, body, checksum, path)
+        if file.read(CHECKSUM_BYTES) != checksum.digest():
             raise DamagedCanonicalFile(path.stem)
     table = json.loads(head[PREAMBLE.size : PREAMBLE.size + table_size])
     matched, in_file, unmatched, ranks = table["coverage"]
@@ -224,7 +225,7 @@ def _read_head(file: FileIO, path: Path) -> tuple[bytes, int, int]:
         raise DamagedCanonicalFile(path.stem)
     _, table_size, body_size = PREAMBLE.unpack(preamble)
     start = _body_start(table_size)
-    if os.fstat(file.fileno()).st_size != start + body_size + SEAL_BYTES or body_size % TENSOR_ALIGNMENT:
+    if os.fstat(file.fileno()).st_size != start + body_size + CHECKSUM_BYTES or body_size % TENSOR_ALIGNMENT:
         raise DamagedCanonicalFile(path.stem)
     head = preamble
     while len(head) < start:
@@ -235,8 +236,8 @@ def _read_head(file: FileIO, path: Path) -> tuple[bytes, int, int]:
     return head, table_size, body_size
 
 
-def _fill(file: FileIO, body: Tensor, seal: FileChecksum, path: Path) -> None:
-    """Read the body piece by piece, sealing each while the processor still has it at hand."""
+def _fill(file: FileIO, body: Tensor, checksum: xxhash.xxh3_128, path: Path) -> None:
+    """Read the body piece by piece, adding each to the checksum while it is in the processor's cache."""
     view, filled = bytes_of(body), 0
     while filled < len(view):
         end = min(filled + CHUNK_BYTES, len(view))
@@ -244,63 +245,5 @@ def _fill(file: FileIO, body: Tensor, seal: FileChecksum, path: Path) -> None:
             count = file.readinto(view[filled:end])
             if not count:
                 raise DamagedCanonicalFile(path.stem)
-            seal.add(view[filled : filled + count])
+            checksum.update(view[filled : filled + count])
             filled += count
-
-
-CHUNK_BYTES = 1024**2
-WORD_BYTES = 8
-SEAL_BYTES = 32
-
-
-@functools.cache
-def _place_weights() -> numpy.ndarray[Any, numpy.dtype[numpy.uint64]]:
-    """Return an odd weight for each word of a chunk: the numbers of the splitmix64 generator."""
-    mixed = numpy.arange(1, CHUNK_BYTES // WORD_BYTES + 1, dtype=numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> numpy.uint64(shift))) * numpy.uint64(factor)
-    return (mixed ^ (mixed >> numpy.uint64(31))) | numpy.uint64(1)
-
-
-class FileChecksum:
-    """Takes bytes in pieces of any size; the value does not depend on where they were cut.
-
-    Each chunk of `CHUNK_BYTES` is added up in 64-bit words, each multiplied by an odd weight of its place: any single
-    change shows, and so do words or pages that changed places. The sums, in order, and the head are hashed, so that
-    chunks cannot change places either.
-    """
-
-    def __init__(self, head: bytes) -> None:
-        self._digest = hashlib.sha256(head)
-        self._sum = 0
-        self._length = 0  # in the chunk that is being added up
-        self._rest = b""  # less than a word
-
-    def add(self, piece: bytes | memoryview) -> None:
-        """Take the next bytes."""
-        view = memoryview(piece)
-        if self._rest or len(view) % WORD_BYTES:  # pieces of odd length are few and small
-            view = memoryview(self._rest + bytes(view))
-            whole = len(view) - len(view) % WORD_BYTES
-            self._rest = bytes(view[whole:])
-            view = view[:whole]
-        while view:
-            part = view[: CHUNK_BYTES - self._length]
-            words = numpy.frombuffer(part, numpy.uint64)
-            first = self._length // WORD_BYTES
-            # Products and their sum in one go, without memory for the products.
-            self._sum += int(numpy.einsum("i,i", words, _place_weights()[first : first + len(words)]))
-            self._length += len(part)
-            view = view[len(part) :]
-            if self._length == CHUNK_BYTES:
-                self._close_chunk()
-
-    def value(self) -> bytes:
-        """Return the seal of what was taken, of `SEAL_BYTES` bytes; nothing can be added afterwards."""
-        self.add(b"\0" * (-len(self._rest) % WORD_BYTES))
-        self._close_chunk()
-        return self._digest.digest()
-
-    def _close_chunk(self) -> None:
-        self._digest.update((self._sum % 2**64).to_bytes(WORD_BYTES, "little"))
-        self._sum = self._length = 0

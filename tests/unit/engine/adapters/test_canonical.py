@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from serve_app.engine.adapters.canonical import (
     CHUNK_BYTES,
     DamagedCanonicalFile,
-    FileChecksum,
     read_canonical,
     reader_version,
     write_canonical,
@@ -125,7 +124,7 @@ def test_a_cut_file_is_said_to_be_damaged(size: int, tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_anywhere_is_said_to_be_damage(tmp_path: Path) -> None:
-    """Magic, sizes, table, padding, tensors and seal alike; never another error, never another adapter."""
+    """Magic, sizes, table, padding, tensors and checksum alike; never another error, never another adapter."""
     path, chance = tmp_path / "canonical", random.Random(0)
     write_canonical(adapter(tmp_path, "text"), path)
     whole = path.read_bytes()
@@ -153,22 +152,6 @@ def test_bytes_that_changed_places_are_said_to_be_damage(tmp_path: Path) -> None
     assert torch.equal(read_canonical(path).components["unet"]["layer"].weight, big["unet"]["layer"].weight)
 
 
-def test_a_seal_does_not_depend_on_where_its_bytes_were_cut() -> None:
-    chance = random.Random(1)
-    content = chance.randbytes(2 * CHUNK_BYTES + 1234)
-    whole = FileChecksum(b"head")
-    whole.add(content)
-    expected = whole.value()
-    for _ in range(5):
-        cut = FileChecksum(b"head")
-        position = 0
-        while position < len(content):
-            size = chance.choice((1, 7, 8, 4096, CHUNK_BYTES, CHUNK_BYTES + 3))
-            cut.add(content[position : position + size])
-            position += size
-        assert cut.value() == expected
-
-
 def test_a_large_adapter_lies_in_memory_that_can_be_written_and_sent_on(tmp_path: Path) -> None:
     weight = torch.randn(1500, 1000)
     write_canonical(ParsedAdapter("digest", {"unet": {"layer": Dense(weight)}}, Coverage(1, 1)), tmp_path / "canonical")
@@ -194,7 +177,6 @@ def test_nothing_is_left_behind_where_writing_fails(tmp_path: Path) -> None:
 
 
 def test_exchanged_pages_are_noticed(tmp_path: Path) -> None:
-    """A plain sum of words would not see them, within one chunk."""
     path = tmp_path / "canonical"
     write_canonical(_large(), path)
     content = bytearray(path.read_bytes())
