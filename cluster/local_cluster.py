@@ -55,11 +55,12 @@ ISOLATION = {
 
 @dataclass(frozen=True, slots=True)
 class NodeShape:
-    """What one node claims to have."""
+    """What one node claims to have, and what its processes have in their environment besides."""
 
     cpus: float = 1
     gpus: float = 0
     resources: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
         """Return the shape as Ray's own arguments."""
@@ -68,6 +69,7 @@ class NodeShape:
             "num_gpus": self.gpus,
             "resources": dict(self.resources),
             "object_store_memory": OBJECT_STORE_BYTES,
+            "env_vars": dict(self.environment),
         }
 
 

@@ -96,7 +96,7 @@ def base_application(args: BaseArguments, kind: Any) -> Application:
 
 def _environment_of(shared: SharedSettings, registry: RegistrySettings | None = None) -> Environment:
     check_tracing(shared.tracing)
-    check_stores(shared.adapters.stores)
+    check_stores(shared.all_stores)
     return read_environment(shared, registry)
 
 

@@ -42,7 +42,7 @@ from serve_app.settings import (
     TracingSettings,
     nearest,
 )
-from serve_app.source_settings import AdapterSources
+from serve_app.source_settings import AdapterSources, AdapterStore, BaseFileSettings
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -308,12 +308,18 @@ class SharedSettings(StrictModel):
     renamed = {"cache_size": "disk_cache"}
     service: str = "loraplex"
     adapters: AdapterSources = AdapterSources()
+    base_files: BaseFileSettings = BaseFileSettings()
     tracing: TracingSettings = TracingSettings()
     request_timeout_s: PositiveFloat = 300.0
     infotext: bool = True
     cache_dir: Path | None = None
     disk_cache: ByteSize = Field(default=ByteSize(20 * 1024**3), validate_default=True)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @property
+    def all_stores(self) -> tuple[AdapterStore, ...]:
+        """Every object store that a node reads."""
+        return (*self.adapters.stores, *self.base_files.stores)
 
 
 class BaseArguments(StrictModel):

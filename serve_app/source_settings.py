@@ -1,4 +1,4 @@
-"""Where adapters come from: the part of the configuration under `adapters`.
+"""Where adapters come from, and the files of bases: the configuration under `adapters` and `base_files`.
 
 Must not read the environment, files or the network, as `serve_app.config`.
 """
@@ -6,10 +6,10 @@ Must not read the environment, files or the network, as `serve_app.config`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import ByteSize, Field, PositiveFloat, field_validator, model_validator
+from pydantic import AfterValidator, ByteSize, Field, PositiveFloat, model_validator
 
 from serve_app.settings import StrictModel
 
@@ -66,6 +66,20 @@ class AdapterFolder(StrictModel):
         return {"path": data} if isinstance(data, str | Path) else data
 
 
+def _address_alone(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in STORE_EXTRAS or not parts.netloc:
+        raise ValueError("url must be a bucket and perhaps a prefix, such as s3://bucket/adapters; gs:// or az://")
+    if "@" in parts.netloc or ":" in parts.netloc or "?" in url or "#" in url:
+        raise ValueError("url is an address alone; credentials go into the environment of each node")
+    if any(part in ("", ".", "..") for part in url.rstrip("/").split("/")[3:]):
+        raise ValueError("url must not hold empty parts, '.' or '..'")
+    return url.rstrip("/")
+
+
+StoreAddress = Annotated[str, AfterValidator(_address_alone)]
+
+
 class AdapterStore(StrictModel):
     """A bucket of adapters, or a part of one: `s3://bucket/prefix`, `gs://` or `az://`, in a layout of `AdapterFolder`.
 
@@ -73,23 +87,11 @@ class AdapterStore(StrictModel):
     appear, change or go are noticed after at most `listing_ttl_s`.
     """
 
-    url: str
+    url: StoreAddress
     layout: Literal["hub", "flat"] = "hub"
     timeout_s: PositiveFloat = 10.0
     download_timeout_s: PositiveFloat = 600.0
     listing_ttl_s: PositiveFloat = 30.0
-
-    @field_validator("url")
-    @classmethod
-    def _address_alone(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in STORE_EXTRAS or not parts.netloc:
-            raise ValueError("url must be a bucket and perhaps a prefix, such as s3://bucket/adapters; gs:// or az://")
-        if "@" in parts.netloc or ":" in parts.netloc or "?" in url or "#" in url:
-            raise ValueError("url is an address alone; credentials go into the environment of each node")
-        if any(part in ("", ".", "..") for part in url.rstrip("/").split("/")[3:]):
-            raise ValueError("url must not hold empty parts, '.' or '..'")
-        return url.rstrip("/")
 
     @property
     def scheme(self) -> str:
@@ -107,3 +109,20 @@ class AdapterSources(StrictModel):
     sharing: SharingSettings = SharingSettings()
     resolution_ttl_s: PositiveFloat = 300.0
     failure_ttl_s: PositiveFloat = 15.0
+
+
+class BaseFileSettings(StrictModel):
+    """Where a node gets the files of bases that are on the Hub from, before the Hub.
+
+    With `from_peers` the nodes that have a base's weights give them to those that do not. `store` is a mirror such as
+    `s3://bucket/prefix`, in which a file lies under `<owner>/<name>/<file>`; credentials as for `adapters.stores`.
+    A file counts only with the digest that the Hub names.
+    """
+
+    from_peers: bool = False
+    store: StoreAddress | None = None
+
+    @property
+    def stores(self) -> tuple[AdapterStore, ...]:
+        """The mirror, if any; files of gigabytes take their time."""
+        return () if self.store is None else (AdapterStore(url=self.store, download_timeout_s=3600.0),)

@@ -262,7 +262,7 @@ def _arguments(one: _Listed, model: type[A], faults: list[str]) -> A | None:
     try:
         args = model.model_validate(one.args)
         check_tracing(args.shared.tracing)
-        check_stores(args.shared.adapters.stores)
+        check_stores(args.shared.all_stores)
         return args
     except ValidationError as error:
         faults += faults_of(error, f"{one.place}.args.")

@@ -80,6 +80,7 @@ LOOKUPS = MetricSpec(
     "loraplex_adapter_lookups", "Adapters requested, by the tier they were found on.", ("base", "tier")
 )
 FILES = MetricSpec("loraplex_file_fetches", "Adapter files copied to a node, by source.", ("base", "source"))
+BASE_BYTES = MetricSpec("loraplex_base_fetched_bytes", "A base's files brought, by source.", ("base", "source"))
 EVICTIONS = MetricSpec("loraplex_evictions", "Adapters that left host memory.", ("base",))
 RESIDENT = MetricSpec("loraplex_resident_bytes", "Adapters in host memory.", ("base",))
 # A label's value stays as long as its process, so only few adapters get one.
@@ -126,7 +127,7 @@ DECLARED = (
     ALIASES, ACCESS,
     REQUESTS, REFUSALS, RETRIES, LOST,
     SUSPENDED, SLOWDOWN, CHANGES, CHANGING, SHARE, SHARE_IMAGES, START_WAITS,
-    QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, LOOKUPS, FILES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
+    QUEUE, FETCH, SWAP, DENOISE, DECODE, BATCH, LOOKUPS, FILES, BASE_BYTES, EVICTIONS, RESIDENT, CANCELLED, SELF_CHECKS,
     QUARANTINED, SHORTAGES, BACKLOG, PREDICTED, BUSY, START, WARMED, ROUTED, BY_ADAPTER, DEVICE_BY_ADAPTER, SPANS,
 )  # fmt: skip
 
@@ -291,6 +292,7 @@ class ReplicaMetrics:
         self._batch = factory.histogram(BATCH)
         self._lookups = factory.counter(LOOKUPS)
         self._files = factory.counter(FILES)
+        self._base_bytes = factory.counter(BASE_BYTES)
         self._evictions = factory.counter(EVICTIONS)
         self._resident = factory.gauge(RESIDENT)
         self._cancelled = factory.counter(CANCELLED)
@@ -347,6 +349,11 @@ class ReplicaMetrics:
     def file_fetched(self, source: str) -> None:
         """Count one file that was copied to this node, from the "hub", a "store" or a "peer"."""
         self._files.inc(1, {**self._base, "source": source})
+
+    def base_fetched(self, came: Mapping[str, int]) -> None:
+        """Count the bytes of the base's files that a start found missing, by where they came from."""
+        for source, size_bytes in came.items():
+            self._base_bytes.inc(size_bytes, {**self._base, "source": source})
 
     def host_tier(self, *, used_bytes: int, evictions: int) -> None:
         """Report the state of the host tier; `evictions` counts since the replica's start."""

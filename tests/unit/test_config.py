@@ -99,6 +99,7 @@ def test_a_base_that_cannot_work_is_refused(fields: dict[str, object], reason: s
 )
 def test_an_object_store_is_a_bucket_and_a_prefix_and_nothing_else(url: str, reason: str) -> None:
     assert reason in refusal(adapters={"stores": [{"url": url}]})
+    assert reason in refusal(base_files={"store": url})
 
 
 def test_sizes_may_be_written_with_units() -> None:

@@ -19,7 +19,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "torch.hub.load"
 CLIENTS = {"httpx", "httpx2", "requests", "aiohttp", "urllib3", "urllib.request", "http.client", "huggingface_hub",
            "socket", "ftplib"}  # fmt: skip
 # The Hub that is configured, and the command line, which talks to the service it is told of.
-FETCHES = ("catalog/sources/", "engine/base/fetching.py", "cli/", "bench/")
+FETCHES = ("catalog/sources/", "engine/base/fetching.py", "deployments/shared/hub_cache.py", "cli/", "bench/")
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -60,7 +60,7 @@ def check_stores(stores: Sequence[AdapterStore]) -> None:
         package = STORE_EXTRAS[store.scheme]
         if find_spec(package) is None:
             extra = f"pip install 'loraplex[{store.scheme}]'"
-            raise StorePackageMissing(f"adapters.stores has {store.url}, but {package} is not installed: {extra}")
+            raise StorePackageMissing(f"{store.url} is configured, but {package} is not installed: {extra}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 """State shared by the processes of a service: aliases, what was drawn, how long starts took, which node has which
-adapter file, adapters in use.
+files, adapters in use.
 
 Owns the single-replica deployment around them. It runs on the head node, where the files of the first three lie, unless
 aliases are in Redis; the rest is in memory alone, and losing it costs a fetch for each file that is still wanted.
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import ray
 from ray import serve
 
 from serve_app.catalog.replica_report import DayUsage
@@ -24,7 +25,7 @@ from serve_app.config import Environment, RegistrySettings, SharedSettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.registry.ledger import Ledger
 from serve_app.deployments.registry.usage import UsageTracker
-from serve_app.deployments.shared.file_index import DownloadCoordinator, SharedFile
+from serve_app.deployments.shared.file_index import DownloadCoordinator, HubSnapshot, OfferedBases, SharedFile
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import NODE
 
@@ -63,6 +64,7 @@ class Keeper:
         self._files = DownloadCoordinator(
             patience_s=sharing.wait_timeout_s, budget_bytes=sharing.memory, clock=time.monotonic
         )
+        self._bases = OfferedBases()
         self._usage: defaultdict[str, UsageTracker] = defaultdict(lambda: UsageTracker(time.monotonic))
         log.info("the registry holds %d aliases at version %d", len(self._table.aliases), self._table.version.number)
 
@@ -125,6 +127,15 @@ class Keeper:
     async def invalidate(self, key: str, sha256: str) -> None:
         """Forget a file whose bytes could not be had."""
         self._files.invalidate(key, sha256)
+
+    async def offer_base(self, snapshots: Sequence[HubSnapshot]) -> None:
+        """Know which files of a base a node has."""
+        self._bases.offer(snapshots)
+
+    async def base_offers(self, repositories: Sequence[str]) -> tuple[HubSnapshot, ...]:
+        """Return which nodes have which files of Hub repositories, what was offered last first."""
+        nodes = await asyncio.to_thread(ray.nodes)
+        return self._bases.of(repositories, {node["NodeID"] for node in nodes if node["Alive"]})
 
     async def _publish(self, table: AliasTable, what: str) -> AliasTable:
         async with self._changed:

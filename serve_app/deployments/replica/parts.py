@@ -9,11 +9,12 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import ray
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.catalog.catalog import Catalog, build_sources
@@ -21,6 +22,8 @@ from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig, Environment, SharedSettings
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.shared.base_files import BaseFiles
+from serve_app.deployments.shared.hub_cache import HubCache
 from serve_app.deployments.shared.sharing import SharedFiles, share
 from serve_app.errors import BaseUnusable, HubUnavailable, LoraplexError
 from serve_app.families.family import Family
@@ -59,6 +62,29 @@ def typical_units(base: BaseModelConfig, family: Family) -> float:
     defaults = base.defaults
     runs = family.evaluations(defaults.guidance_scale, None, has_negative_prompt=False)
     return image_units(defaults.steps, runs, defaults.width, defaults.height)
+
+
+async def bring_base(
+    base: BaseModelConfig,
+    shared: SharedSettings,
+    environment: Environment,
+    *,
+    keeper: DeploymentHandle,
+    on_brought: Callable[[Mapping[str, int]], None],
+) -> BaseFiles:
+    """Bring the files of a base from peers and the mirror, before the Hub's client is asked for them; `on_brought` is
+    told how many bytes came from where."""
+    from serve_app.engine.base.fetching import hub_needs
+
+    files = BaseFiles(
+        shared.base_files,
+        hub_needs(base),
+        keeper,
+        node=ray.get_runtime_context().get_node_id(),
+        cache=HubCache(token=environment.token),
+    )
+    on_brought(await files.bring())
+    return files
 
 
 def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeline:

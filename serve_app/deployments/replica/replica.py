@@ -36,6 +36,7 @@ from serve_app.deployments.replica.fail_fast import FailFast
 from serve_app.deployments.replica.health import stall_timeout_s
 from serve_app.deployments.replica.multiplexed_ids import MultiplexedIds
 from serve_app.deployments.replica.parts import (
+    bring_base,
     choose_residence,
     fuse_adapters,
     load_pipeline,
@@ -100,7 +101,12 @@ class BaseModelReplica:
         set_up_tracing(shared.tracing, part=f"replica of {base.id}", on_sent=TracingMetrics().sent)
         environment = on_this_node(environment)
         keeper = keeper_of(shared.service)
+        self._metrics = ReplicaMetrics(base.id)
+        self._base_files = await bring_base(
+            base, shared, environment, keeper=keeper, on_brought=self._metrics.base_fetched
+        )
         pipeline = load_pipeline(base, environment)
+        self._base_files.offer()
         self._base = base = pipeline.config
         try_tasks(pipeline, base)
         torch_threads = base.replica.torch_threads or max(1, int(base.replica.num_cpus))
@@ -110,7 +116,6 @@ class BaseModelReplica:
             pass_bytes = warmth.pass_bytes
             log.info("%s is warm after %.1f s, for %d images", base.id, warmth.seconds, warmth.images)
         self._admission = AdmissionProcess(pipeline.manifest, base.adapter_limits)
-        self._metrics = ReplicaMetrics(base.id)
         self._store = make_store(
             base, shared, environment, pipeline=pipeline, admission=self._admission,
             keeper=keeper, on_brought=self._metrics.file_fetched,

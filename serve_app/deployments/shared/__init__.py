@@ -1,1 +1,1 @@
-"""Parts shared by the deployments: logs, the watchdog process, and adapter files shared between nodes."""
+"""Parts shared by the deployments: logs, the watchdog process, and files of adapters and bases between nodes."""

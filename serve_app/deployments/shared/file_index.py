@@ -1,4 +1,5 @@
-"""Which adapter files the nodes of a cluster have, and which node fetches which: the index behind `sharing`.
+"""Which files the nodes of a cluster have: of adapters, and which node fetches which, for `sharing`; of bases, for
+`base_files`.
 
 Owns the claims and the references to announced files; it holds no bytes. Must not know Ray, or how files are fetched,
 copied or checked.
@@ -7,7 +8,7 @@ copied or checked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,3 +77,42 @@ class DownloadCoordinator:
         # Dropping the references frees the chunks in Ray's object store.
         for key in keys:
             self._known.pop(key, None)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository; `digest` is what the Hub calls its bytes: a SHA-256, of a small file the git blob id."""
+
+    name: str
+    digest: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class HubSnapshot:
+    """Files of a Hub repository at a commit, which `revision` was when a node asked; `node` has them."""
+
+    repository: str
+    revision: str
+    commit: str
+    files: tuple[HubFile, ...]
+    node: str = ""
+
+
+class OfferedBases:
+    """Which nodes have which files of bases, as they said last. Nodes that went are forgotten."""
+
+    def __init__(self) -> None:
+        self._offers: dict[tuple[str, str, str], HubSnapshot] = {}
+
+    def offer(self, snapshots: Sequence[HubSnapshot]) -> None:
+        """Know from now on what a node has."""
+        for one in snapshots:
+            key = one.node, one.repository, one.revision
+            self._offers.pop(key, None)  # the newest is the last
+            self._offers[key] = one
+
+    def of(self, repositories: Collection[str], alive: Collection[str]) -> tuple[HubSnapshot, ...]:
+        """Return what the nodes that are alive have of some repositories, what was offered last first."""
+        self._offers = {key: one for key, one in self._offers.items() if one.node in alive}
+        return tuple(one for one in reversed(self._offers.values()) if one.repository in repositories)

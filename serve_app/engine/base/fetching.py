@@ -6,10 +6,14 @@ Owns the ways from a configured source to files on this machine. Must not load a
 from __future__ import annotations
 
 import contextlib
+import glob
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx2
+from diffusers.pipelines.pipeline_loading_utils import variant_compatible_siblings
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import (
@@ -20,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from serve_app.config import BaseModelConfig
 from serve_app.engine.base.parts import CONFIGURATION_FILES, files_of
@@ -61,6 +66,44 @@ class HubAccess:
 
     token: str | None = None
     cache_dir: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HubNeed:
+    """What a base has of one Hub repository: what fits the patterns, and the weights of `whole`, if that is said.
+
+    The Hub's client has the last word: what is left out here it fetches, and what is too much lies there unused.
+    """
+
+    repository: str
+    revision: str | None
+    patterns: tuple[str, ...]
+    whole: BaseModelConfig | None = None
+
+    def choose(self, names: Collection[str]) -> set[str]:
+        """Return those of a repository's files that are needed."""
+        chosen = set(filter_repo_objects(names, allow_patterns=list(self.patterns)))
+        if self.whole is None:
+            return chosen
+        tensors = {name for name in names if name.endswith(".safetensors")}
+        weights: Any = variant_compatible_siblings(tensors, variant=self.whole.variant)[0]
+        replaced = self.whole.part_sources
+        return chosen | {name for name in weights if name.partition("/")[0] not in replaced}
+
+
+def hub_needs(config: BaseModelConfig) -> tuple[HubNeed, ...]:
+    """Return what the functions of this module would fetch from the Hub for a base."""
+    source, described = config.source, config.source.described_by
+    needs: list[HubNeed] = []
+    if described.hub is not None:
+        whole = config if source.config is None else None
+        needs.append(HubNeed(described.hub, described.revision, tuple(CONFIGURATION_FILES), whole))
+    parts = config.part_sources
+    for name, place in (*parts.items(), *([("", source)] if source.filename is not None else [])):
+        if place.hub is not None:
+            patterns = files_of(name) if place.filename is None else [glob.escape(place.filename)]
+            needs.append(HubNeed(place.hub, place.revision, tuple(patterns)))
+    return tuple(needs)
 
 
 def resolve_source(source: ModelSource, embedded_root: Path | None) -> ResolvedSource:

@@ -77,12 +77,14 @@ def test_times_that_do_not_go_together_are_found(tmp_path: Path, change: dict[st
 
 def test_a_store_whose_client_is_not_installed_is_told_with_the_extra(tmp_path: Path) -> None:
     data = yaml.safe_load(SHIPPED.read_text())
-    data["applications"][0]["args"]["shared"]["adapters"] = {
-        "stores": [{"url": "s3://bucket"}, {"url": "gs://bucket/adapters"}]
-    }
-    assert "gs://bucket/adapters, but gcsfs is not installed: pip install 'loraplex[gs]'" in faults(
-        tmp_path, yaml.safe_dump(data)
-    )
+    shared = data["applications"][0]["args"]["shared"]
+    shared["adapters"] = {"stores": [{"url": "s3://bucket"}, {"url": "gs://bucket/adapters"}]}
+    needs = "is configured, but gcsfs is not installed: pip install 'loraplex[gs]'"
+    assert f"gs://bucket/adapters {needs}" in faults(tmp_path, yaml.safe_dump(data))
+    shared["adapters"], shared["base_files"] = {}, {"store": "gs://bucket/bases"}
+    assert f"gs://bucket/bases {needs}" in faults(tmp_path, yaml.safe_dump(data))
+    shared["base_files"] = {"store": "/srv/bases"}
+    assert "shared.base_files.store: url must be a bucket" in faults(tmp_path, yaml.safe_dump(data))
 
 
 def test_the_default_times_go_together() -> None:

@@ -218,6 +218,7 @@ def test_every_declared_metric_is_reported_by_someone(points: list[tuple[str, fl
     replica.changed(changes=1, changing_s=1.0)
     replica.adapter_found("host")
     replica.file_fetched("hub")
+    replica.base_fetched({"peer": 1})
     replica.host_tier(used_bytes=1, evictions=1)
     replica.cancelled("queued")
     replica.self_checked(sound=1, is_corrupt=False)

@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
+from serve_app.config import BaseModelConfig
+from serve_app.engine.base.fetching import hub_needs
+from serve_app.settings import ModelSource
 from tests.engine_cases import load, one_image, request
-from tests.hub_server import ErrorDetail, HubServer
+from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.single_files import original_vae, write_single_file
 from tests.tiny import tiny_folder, tiny_pipeline
 
@@ -90,17 +93,34 @@ def loader(hub: HubServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     made.close()
 
 
+def weights_needed(repository: str, files: dict[str, Any], **source: Any) -> set[str]:
+    """Return the weights of a repository that peers would be asked for."""
+    vae = source.pop("vae", None)
+    base = BaseModelConfig(id="tiny/base", source=ModelSource(**source), vae=vae)
+    chosen = [name for need in hub_needs(base) if need.repository == repository for name in need.choose(files)]
+    return {name for name in chosen if name.endswith(".safetensors")}
+
+
+def weights_fetched(hub: HubServer, repository: str) -> set[str]:
+    """Return the weights of a repository that the Hub's client fetched."""
+    asked = [one for one in hub.requests if one.repo_id == repository and one.kind == CDN]
+    return {one.path.split("/", 5)[5] for one in asked}
+
+
 def files_of(folder: Path) -> dict[str, bytes | Path]:
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_base_comes_from_the_hub_and_then_from_its_cache(hub: HubServer, loader: Loader) -> None:
     files = files_of(tiny_folder("sd15"))
-    hub.push("me/base", {**files, "unet/diffusion_pytorch_model.bin": b"pickled", "big.ckpt": b"pickled"})
+    more = dict.fromkeys(("unet/diffusion_pytorch_model.fp16.safetensors", "all.safetensors"), b"not asked for")
+    files |= {**more, "unet/diffusion_pytorch_model.bin": b"pickled", "big.ckpt": b"pickled"}
+    hub.push("me/base", files)
     expected = hashlib.sha256(one_image(load("sd15"), request()).pixels).hexdigest()
     first = loader.load("me/base")
     assert first["image"] == expected
     assert not [asked for asked in hub.requests if asked.path.endswith((".bin", ".ckpt"))]
+    assert weights_fetched(hub, "me/base") == weights_needed("me/base", files, hub="me/base") != set()
     hub.fail("me/base", ErrorDetail(status=503))
     assert loader.load("me/base") == first
 
@@ -117,6 +137,10 @@ def test_a_single_file_comes_from_the_hub_with_the_configuration_of_another_repo
     assert loader.load("me/checkpoints", **source)["image"] == expected
     weights = [asked.path for asked in hub.requests if "me/configuration" in asked.path and "safetensors" in asked.path]
     assert weights == []
+    assert weights_needed("me/configuration", files_of(tiny_folder("sd15")), hub="me/checkpoints", **source) == set()
+    names = dict.fromkeys(("sd.safetensors", "other.safetensors"), b"")
+    needed = weights_needed("me/checkpoints", names, hub="me/checkpoints", **source)
+    assert needed == weights_fetched(hub, "me/checkpoints")
     refused = loader.load("me/checkpoints", filename="other.safetensors", config={"hub": "me/configuration"})
     assert refused["message"] == "tiny/base cannot be served: its repository has no file other.safetensors"
     for repository in ("me/checkpoints", "me/configuration"):
@@ -127,12 +151,16 @@ def test_a_single_file_comes_from_the_hub_with_the_configuration_of_another_repo
 def test_a_part_that_a_single_file_replaces_is_not_fetched_with_its_base(
     hub: HubServer, loader: Loader, tmp_path: Path
 ) -> None:
-    hub.push("me/other-base", files_of(tiny_folder("sd15")))
+    files = files_of(tiny_folder("sd15"))
+    hub.push("me/other-base", files)
     vae = {name: tensor.contiguous() for name, tensor in original_vae(tiny_pipeline("sd15").vae).items()}
     save_file(vae, tmp_path / "vae.safetensors")
     expected = hashlib.sha256(one_image(load("sd15"), request()).pixels).hexdigest()
-    assert loader.load("me/other-base", vae={"file": str(tmp_path / "vae.safetensors")})["image"] == expected
+    place = {"file": str(tmp_path / "vae.safetensors")}
+    assert loader.load("me/other-base", vae=place)["image"] == expected
     assert not [asked for asked in hub.requests if "me/other-base" in asked.path and "vae/diffusion" in asked.path]
+    needed = weights_needed("me/other-base", files, hub="me/other-base", vae=place)
+    assert needed == weights_fetched(hub, "me/other-base")
 
 
 def test_a_base_that_the_hub_cannot_give_is_refused_with_the_reason(hub: HubServer, loader: Loader) -> None:

@@ -1,0 +1,137 @@
+"""The Hub client's cache on this node: which files of bases lie there, which there are to be, and how one is added that
+came another way.
+
+Owns the layout of that folder as far as this needs it. A file appears there only with the digest that it is called by,
+so that the Hub's client takes it for its own. Every call may block.
+
+    <folder>/models--<owner>--<name>/blobs/<digest>
+                                     snapshots/<commit>/<file>       a link to its blob
+                                     refs/<revision>                 the commit
+    <folder>/.locks/models--<owner>--<name>/<digest>.lock            held while a blob is made, by that client too
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import httpx2
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import WeakFileLock, validate_repo_id
+
+from serve_app.catalog.sources.download_cache import PartialDownload
+from serve_app.deployments.shared.file_index import HubFile, HubSnapshot
+
+DEFAULT_REVISION = "main"
+TIMEOUT_S = 10.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class HubCache:
+    """The files of models in one cache folder of the Hub's client, and the Hub that they are of."""
+
+    def __init__(self, folder: Path | None = None, *, endpoint: str | None = None, token: str | None = None) -> None:
+        """Open nothing yet; what is None is as the Hub's client has it on this node."""
+        self._root = folder or Path(constants.HF_HUB_CACHE)
+        self._api = HfApi(endpoint, token)
+
+    def listed(self, repository: str, revision: str) -> HubSnapshot | None:
+        """Return what the Hub has at a revision now; None where it does not answer.
+
+        Raises:
+            RepositoryNotFoundError, RevisionNotFoundError: it is not there, or not for this token.
+        """
+        try:
+            info = self._api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError):
+            return None
+        files = [
+            HubFile(one.rfilename, str(one.lfs.sha256 if one.lfs else one.blob_id), one.size or 0)
+            for one in info.siblings or ()
+        ]
+        return HubSnapshot(repository, revision, str(info.sha), tuple(files))
+
+    def blob(self, repository: str, digest: str) -> Path:
+        """Return where the bytes of a digest lie, if they do.
+
+        Raises:
+            ValueError: this names no repository or no digest, and might lead anywhere.
+        """
+        if _DIGEST.fullmatch(digest) is None:
+            raise ValueError("a blob is called by its digest")
+        return self._folder(repository) / "blobs" / digest
+
+    def commit(self, repository: str, revision: str) -> str | None:
+        """Return the commit that a revision was when the Hub was asked last."""
+        if _COMMIT.fullmatch(revision):
+            return revision
+        ref = self._folder(repository) / "refs" / revision
+        return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
+
+    def snapshot(self, repository: str, revision: str, node: str) -> HubSnapshot | None:
+        """Return what lies here of a repository, to be offered to others; None where it is nothing."""
+        commit = self.commit(repository, revision)
+        if commit is None:
+            return None
+        folder = self._folder(repository) / "snapshots" / commit
+        links = (path for path in folder.rglob("*") if path.is_symlink() and path.is_file())
+        named = ((path, Path(os.readlink(path)).name) for path in links)
+        files = [
+            HubFile(path.relative_to(folder).as_posix(), digest, path.stat().st_size)
+            for path, digest in named
+            if _DIGEST.fullmatch(digest)
+        ]
+        return HubSnapshot(repository, revision, commit, tuple(files), node) if files else None
+
+    def missing(self, repository: str, files: Iterable[HubFile]) -> list[HubFile]:
+        """Return those files whose bytes are not here."""
+        return [file for file in files if not self.blob(repository, file.digest).is_file()]
+
+    def add(self, repository: str, file: HubFile, bring: Callable[[PartialDownload], bool]) -> None:
+        """Have `bring` write a file that is not here, unless another process of this node does; it is here afterwards
+        if `bring` returns true: the bytes are those of the digest.
+
+        Raises:
+            OSError: the disk failed.
+        """
+        blob = self.blob(repository, file.digest)
+        lock = self._root / ".locks" / self._folder(repository).name / f"{file.digest}.lock"
+        for folder in (blob.parent, lock.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(lock):
+            if blob.is_file():
+                return
+            # A name of its own, as the Hub's client has it: where a file system has no locks, two only bring it twice.
+            draft_path = blob.with_name(f"{file.digest}.{uuid.uuid4().hex[:8]}.incomplete")
+            draft = PartialDownload(draft_path, draft_path.open("w+b", buffering=0))
+            try:
+                if bring(draft):
+                    draft_path.replace(blob)
+            finally:
+                draft.close()
+
+    def link(self, snapshot: HubSnapshot) -> None:
+        """Make files that are here those of a commit, and the commit its revision's, as the Hub's client would."""
+        folder = self._folder(snapshot.repository)
+        for file in snapshot.files:
+            blob, link = self.blob(snapshot.repository, file.digest), folder / "snapshots" / snapshot.commit / file.name
+            if blob.is_file() and not link.is_file():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(os.path.relpath(blob, link.parent))
+        if snapshot.revision != snapshot.commit:
+            ref = folder / "refs" / snapshot.revision
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            ref.write_text(snapshot.commit, encoding="utf-8")
+
+    def _folder(self, repository: str) -> Path:
+        validate_repo_id(repository)
+        return self._root / repo_folder_name(repo_id=repository, repo_type="model")
