@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from serve_app.catalog.sources.download_cache import PartialDownload
 from serve_app.deployments.shared.base_files import BaseFiles, Peer, PeerChunks, read_chunk
-from serve_app.deployments.shared.file_index import HubSnapshot, OfferedBases
+from serve_app.deployments.shared.file_index import HubFile, HubSnapshot, OfferedBases
 from serve_app.deployments.shared.hub_cache import HubCache
 from serve_app.source_settings import BaseFileSettings
+from tests.hub_responses import sha256
 from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.s3_server import S3Server
 from tests.unit.deployments.local_handle import LocalHandle
@@ -193,12 +196,21 @@ async def test_peers_open_no_repository_that_the_hub_does_not_open(hub: HubServe
     assert nodes.blobs("b", "me/private") == []
 
 
-async def test_replicas_that_start_together_on_a_node_bring_a_file_once(hub: HubServer, nodes: Nodes) -> None:
-    hub.push("me/together", FILES)
-    await nodes.filled("a", "me/together")
-    came = await asyncio.gather(*(nodes.node("b", "me/together").bring() for _ in range(3)))
-    assert sum(one["peer"] for one in came) == SIZE
-    assert len(nodes.asked) == len(FILES) - 1
+def test_one_process_of_a_node_brings_a_file_while_others_wait_the_hubs_client_among_them(tmp_path: Path) -> None:
+    file = HubFile("model.safetensors", sha256(WEIGHTS), len(WEIGHTS))
+    brought: list[str] = []
+
+    def bring(draft: PartialDownload) -> bool:
+        (lock,) = tmp_path.glob(f".locks/models--me--base/{file.digest}.lock")
+        with lock.open() as held, pytest.raises(BlockingIOError):
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        draft.add(WEIGHTS)
+        brought.append(file.name)
+        return True
+
+    for _ in range(2):  # the second has waited meanwhile
+        HubCache(tmp_path).add("me/base", file, bring)
+    assert brought == [file.name]
 
 
 async def test_a_file_of_many_chunks_is_never_as_a_whole_in_memory(hub: HubServer, nodes: Nodes) -> None:
