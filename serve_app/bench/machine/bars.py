@@ -44,7 +44,7 @@ BARS = (
     *_swap_bars("sd15", 5),
     *_swap_bars("sdxl", 15),
     *_swap_bars("flux", 60),
-    Bar("start", "load and touch over reading the file", "at most", 1.5),
+    Bar("start", "load and touch over reading the file", "at most", 1.3),
     Bar("admission", "a new file ready in host memory, ms", "at most", 300),
     Bar("pipeline", "most waits of the host in a step", "at most", 0),
 )

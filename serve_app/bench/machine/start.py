@@ -1,4 +1,4 @@
-"""The start benchmark: loading a denoiser against reading its file's bytes, in one run.
+"""The start benchmark: loading a denoiser as a replica does against reading its file's bytes, in one run.
 
 Owns the folder that is loaded, shaped like a Hub repository, and the order of the measurements. The file is in the
 page cache throughout, so that this measures the cost of loading over a disk as fast as memory.
@@ -7,17 +7,17 @@ page cache throughout, so that this measures the cost of loading over a disk as 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import diffusers
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,13 +25,15 @@ from serve_app.bench.measuring.hardware import describe_machine
 from serve_app.bench.measuring.memory import OVERHEAD_BYTES, check_room, free_bytes
 from serve_app.bench.measuring.options import StartOptions
 from serve_app.bench.measuring.report import Machine, Row, StartReport
-from serve_app.bench.measuring.timing import Stopwatch, Timing
+from serve_app.bench.measuring.timing import Stopwatch, Timing, median_of
 from serve_app.bench.measuring.torch_setup import quiet, threads
 from serve_app.bench.models.denoisers import Outline, fill_outline, outline_of
 from serve_app.config import BaseModelConfig
 from serve_app.engine.adapters.deltas import bytes_of, dtype_named
 from serve_app.engine.base.fetching import HubAccess, ResolvedSource
 from serve_app.engine.base.loading import load_base
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.integrity import IntegrityChecker
 from serve_app.settings import ModelSource
 
 CPU = torch.device("cpu")
@@ -43,11 +45,9 @@ class StartStep(StrEnum):
     """Everything that is timed."""
 
     READ = "file.read"
-    READ_WHOLE = "file.read_to_new_memory"
-    LOAD = "loraplex.from_pretrained"
-    TOUCH = "loraplex.touch"
     LOAD_BASE = "loraplex.load_base"
-    CONSTRUCT = "torch.construct"
+    TOUCH = "loraplex.touch"
+    CHECKSUMS = "loraplex.checksums"
 
 
 def run_start(options: StartOptions) -> StartReport:
@@ -72,7 +72,6 @@ class _StartRun:
     def __init__(self, options: StartOptions, outline: Outline, folder: Path) -> None:
         self._options, self._folder = options, folder
         self._architecture, self._parameters = outline.architecture, outline.parameters
-        self._dtype = dtype_named(options.dtype)
         self._stopwatch = Stopwatch[StartStep](CPU)
         denoiser = fill_outline(outline, options.as_swap())
         # The index that makes the folder a base for `load_base`; it weighs nothing.
@@ -80,18 +79,24 @@ class _StartRun:
         denoiser.pipeline.register_modules(vae=vae)
         denoiser.pipeline.save_pretrained(folder, max_shard_size="1TB")
         [self._file] = (folder / self._architecture.component).glob("*.safetensors")
+        with self._file.open("rb") as written:
+            os.fsync(written.fileno())  # not while it is measured
 
     def report(self, machine: Machine) -> StartReport:
         """Measure everything; a first round, which imports and fills the page cache, counts random values instead."""
         with _Drawn() as loading:
             self._round()
         self._stopwatch.forget()
+        gc.freeze()  # what was imported, as a replica does
         for _ in range(self._options.repeats):
             self._round()
-        with _Drawn() as constructing:
-            self._construct()
+        gc.unfreeze()
         medians = self._stopwatch.medians()
-        read, ready = medians[StartStep.READ], medians[StartStep.LOAD] + medians[StartStep.TOUCH]
+        load, touch = (self._stopwatch.timings(step) for step in (StartStep.LOAD_BASE, StartStep.TOUCH))
+        rounds = [
+            (loaded + touched, read)
+            for loaded, touched, read in zip(load, touch, self._stopwatch.timings(StartStep.READ), strict=True)
+        ]
         return StartReport(
             command=self._options.command(),
             date=datetime.now(UTC).date().isoformat(),
@@ -101,49 +106,33 @@ class _StartRun:
             parameters=self._parameters,
             file_bytes=self._file.stat().st_size,
             rows=tuple(_row(step, timing) for step, timing in medians.items()),
-            ready=_row("loraplex.ready", ready),
-            ready_over_read_wall=ready.wall_ms / read.wall_ms,
-            ready_over_read_cpu=ready.cpu_ms / read.cpu_ms,
+            ready=_row("loraplex.ready", median_of([ready for ready, _ in rounds])),
+            ready_over_read_wall=median(ready.wall_ms / read.wall_ms for ready, read in rounds),
+            ready_over_read_cpu=median(ready.cpu_ms / read.cpu_ms for ready, read in rounds),
             drawn_by_load=loading.values,
-            drawn_by_constructing=constructing.values,
         )
 
     def _round(self) -> None:
         with self._stopwatch.timed(StartStep.READ):
-            _read(self._file, torch.empty(READ_BYTES, dtype=torch.uint8))
-        with self._stopwatch.timed(StartStep.READ_WHOLE):
-            _read(self._file, torch.empty(self._file.stat().st_size, dtype=torch.uint8))
-        with self._stopwatch.timed(StartStep.LOAD):
-            pipeline = self._load()
+            _read(self._file)
+        with self._stopwatch.timed(StartStep.LOAD_BASE):
+            pipeline = self._load_base()
         with self._stopwatch.timed(StartStep.TOUCH):
             _touch(getattr(pipeline, self._architecture.component))
         del pipeline
         gc.collect()  # modules lie in cycles
-        with self._stopwatch.timed(StartStep.LOAD_BASE):
-            self._load_base()
+        pipeline = self._load_base()  # with no page touched, as a replica has it
+        with self._stopwatch.timed(StartStep.CHECKSUMS):
+            component = self._architecture.component
+            weights = FusedWeights({component: getattr(pipeline, component)})
+            IntegrityChecker(weights.checksummed_tensors)
+        del pipeline, weights
         gc.collect()
 
-    def _load(self) -> Any:
-        """Load as `load_base` does, without what it does afterwards."""
-        return DiffusionPipeline.from_pretrained(
-            self._folder, dtype=self._dtype, use_safetensors=True, local_files_only=True
-        )
-
-    def _load_base(self) -> None:
+    def _load_base(self) -> Any:
         source = ModelSource(folder=self._folder)
         config = BaseModelConfig(id="benchmark", source=source, dtype=self._options.dtype.value)
-        load_base(config, ResolvedSource(folder=self._folder), {}, device=CPU, hub=HubAccess())
-
-    def _construct(self) -> None:
-        """Build the module as its class does by itself: every weight is initialised, to be overwritten by a load."""
-        model_class = getattr(diffusers, self._architecture.denoiser)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self._dtype)
-        try:
-            with self._stopwatch.timed(StartStep.CONSTRUCT):
-                model_class(**self._architecture.configuration(is_narrow=False))
-        finally:
-            torch.set_default_dtype(before)
+        return load_base(config, ResolvedSource(folder=self._folder), {}, device=CPU, hub=HubAccess()).pipeline
 
 
 class _Drawn(TorchDispatchMode):
@@ -161,13 +150,11 @@ class _Drawn(TorchDispatchMode):
         return outcome
 
 
-def _read(path: Path, buffer: torch.Tensor) -> None:
-    """Read a whole file through a buffer, from its start again where the file is longer."""
-    view = bytes_of(buffer)
+def _read(path: Path) -> None:
+    view = bytes_of(torch.empty(READ_BYTES, dtype=torch.uint8))
     with path.open("rb", buffering=0) as file:
-        filled = 0
-        while count := file.readinto(view[filled : filled + READ_BYTES]):
-            filled = (filled + count) % len(view)
+        while file.readinto(view):
+            pass
 
 
 def _touch(module: nn.Module) -> None:

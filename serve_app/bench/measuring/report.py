@@ -160,9 +160,9 @@ class SwapReport:
 class StartReport:
     """The time of loading a denoiser beside that of reading its file.
 
-    `ready_over_read` is a load with every page touched over one pass through the file's bytes, by either clock.
-    `drawn_by_load` and `drawn_by_constructing` count random values that were drawn into memory: parameters that are
-    initialised.
+    `ready_over_read` is a load with every page touched over the pass through the file's bytes before it, by either
+    clock: the median of the rounds' own ratios. `drawn_by_load` counts random values that were drawn into memory:
+    parameters that are initialised.
     """
 
     command: str
@@ -177,7 +177,6 @@ class StartReport:
     ready_over_read_wall: float
     ready_over_read_cpu: float
     drawn_by_load: int
-    drawn_by_constructing: int
 
     def row(self, step: str) -> Row | None:
         """Return a step's row, or None where it was not run."""

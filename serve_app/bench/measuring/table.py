@@ -40,14 +40,12 @@ LABELS = {
 }
 START_LABELS = {
     "file.read": "read the file's bytes, through 8 MiB",
-    "file.read_to_new_memory": "read the file's bytes into new memory",
-    "loraplex.from_pretrained": "load the pipeline",
+    "loraplex.load_base": "load_base",
     "loraplex.touch": "touch every page of its weights",
-    "loraplex.load_base": "load_base of a folder: digest included",
-    "torch.construct": "construct the module alone, initialised; once",
-    "loraplex.ready": "ready: load and touch",
+    "loraplex.checksums": "slabs and checksums instead, as a replica does",
+    "loraplex.ready": "ready: load_base and touch",
 }
-UNRATED = ("loraplex.touch", "torch.construct")
+UNRATED = ("loraplex.touch",)
 
 
 def render(report: SwapReport) -> Group:
@@ -70,7 +68,7 @@ def render_start(report: StartReport) -> Group:
         f"{options.model} ({report.source})\n{report.parameters / 1e6:.1f} M parameters in {options.dtype}, "
         f"a file of {report.file_bytes / 1e9:.3g} GB in the page cache\n{_machine(report.machine)}"
     )
-    table = Table(title=f"medians of {options.repeats} interleaved repeats", title_justify="left")
+    table = Table(title=f"medians of {options.repeats} rounds", title_justify="left")
     table.add_column("step")
     for clock in ("wall, s", "CPU, s", "GB/s"):
         table.add_column(clock, justify="right", no_wrap=True)
@@ -79,8 +77,8 @@ def render_start(report: StartReport) -> Group:
         style = "bold" if row is report.ready else None
         table.add_row(START_LABELS[row.step], f"{row.wall_ms / 1e3:.3f}", f"{row.cpu_ms / 1e3:.3f}", rate, style=style)
     ratio = f"{report.ready_over_read_wall:.2f} wall, {report.ready_over_read_cpu:.2f} processor time"
-    drawn = f"{report.drawn_by_load} by loading, {report.drawn_by_constructing} by constructing"
-    return Group(heading, table, _facts((("ready / reading the bytes", ratio), ("random values drawn", drawn))))
+    facts = (("ready / reading the bytes", ratio), ("random values drawn", str(report.drawn_by_load)))
+    return Group(heading, table, _facts(facts))
 
 
 def render_admission(report: AdmissionReport) -> Group:

@@ -6,7 +6,7 @@ Owns the clocks and the medians. On a shared machine the processor's time is the
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,7 +98,11 @@ class Stopwatch(Generic[Named]):
 
     def medians(self) -> dict[Named, Timing]:
         """Return the median of each clock for each step that was timed, in the order of their definition."""
-        return {step: _median(self._timings[step]) for step in sorted(self._timings, key=_place)}
+        return {step: median_of(self._timings[step]) for step in sorted(self._timings, key=_place)}
+
+    def timings(self, step: Named) -> Sequence[Timing]:
+        """Return the measurements of a step in their order."""
+        return self._timings[step]
 
     def _events(self) -> tuple[torch.cuda.Event | None, torch.cuda.Event | None]:
         if self._device.type != "cuda":
@@ -114,7 +118,8 @@ def _place(step: StrEnum) -> int:
     return list(type(step)).index(step)
 
 
-def _median(timings: list[Timing]) -> Timing:
+def median_of(timings: Sequence[Timing]) -> Timing:
+    """Return the median of each clock."""
     device = [timing.device_ms for timing in timings if timing.device_ms is not None]
     return Timing(
         median(timing.wall_ms for timing in timings),

@@ -6,17 +6,24 @@ adapters. Weights are read from safetensors alone, and no code of a repository i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import diffusers
+import safetensors.torch
 import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.quantizers.pipe_quant_config import PipelineQuantizationConfig
+from torch import Tensor
 
 from serve_app.config import BaseModelConfig, DTypeName
 from serve_app.engine.base.fetching import (
@@ -44,6 +51,12 @@ from serve_app.families.config_files import read_card
 # These overflow nowhere in half precision but in SDXL's own VAE, which its configuration says
 # (`force_upcast`). Newer families were trained in bfloat16 and overflow in float16.
 _FLOAT16_FAMILIES = ("StableDiffusion", "StableDiffusionXL", "LatentConsistencyModel")
+
+# Linux' name for bringing in the pages of mapped files, as if they were read; kernels before 5.14 refuse it.
+_POPULATE_READ = 22
+# Between two pieces others may change the process's memory map.
+_PIECE_BYTES = 64 << 20
+PAGES_THREAD = "pages of a base"
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, BaseUnusable)
 
@@ -87,24 +100,27 @@ def load_base(
         dtype = resolve_dtype(config.dtype, check_folder(folder), device)
         packing = packing_of(config, folder, _denoiser(folder), dtype=dtype, device=device)
         load = partial(_load_part, config, folder=folder, dtype=dtype, device=device, packing=packing, hub=hub)
-        replaced = {name: load(name, part) for name, part in parts.items()}
         pipeline: Any
-        if source.is_single_file:
-            pipeline = load_single_file(single_file(config.id, source, hub), folder, dtype, replaced)
-        else:
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
-                trust_remote_code=False, **replaced,
-                quantization_config=PipelineQuantizationConfig(quant_mapping=packing) if packing else None,
-            )  # fmt: skip
+        with _bringing_in_pages():
+            replaced = {name: load(name, part) for name, part in parts.items()}
+            if source.is_single_file:
+                pipeline = load_single_file(single_file(config.id, source, hub), folder, dtype, replaced)
+            else:
+                pipeline = DiffusionPipeline.from_pretrained(
+                    folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
+                    trust_remote_code=False, **replaced,
+                    quantization_config=PipelineQuantizationConfig(quant_mapping=packing) if packing else None,
+                )  # fmt: skip
     except _LOADING_ERRORS as error:
         places = (source, source.config or source, *parts.values())
         raise refusal(config.id, error, is_hub=any(place.hub is not None for place in places)) from error
     if not adaptable_components(pipeline) or getattr(pipeline, "vae", None) is None:
         raise BaseUnusable(config.id, f"{type(pipeline).__name__} draws no images that adapters could change")
-    if any(map(is_quantised, adaptable_components(pipeline).values())) and config.needs_full_weights is not None:
+    if config.needs_full_weights is not None and any(map(is_quantised, adaptable_components(pipeline).values())):
         raise BaseUnusable(config.id, config.needs_full_weights)
-    _freeze(pipeline.to(device))
+    _freeze(pipeline, config.id)
+    if device.type != "cpu":  # where they are already, which diffusers would ask every module
+        pipeline.to(device)
     configure_pipeline(pipeline, config)
     return LoadedBase(pipeline, read_card(folder), compile_denoiser(pipeline) if config.compile else None)
 
@@ -166,9 +182,54 @@ def _load_part(
     return load_part(name, place, dtype, packing.get(name))
 
 
-def _freeze(pipeline: Any) -> None:
-    """Clear gradients everywhere: matmul kernels are chosen by `requires_grad`, so bits would depend on it."""
+@contextmanager
+def _bringing_in_pages() -> Iterator[None]:
+    """Have a thread bring in a file's pages once it is mapped, while the modules are built and weights are used.
+
+    Reading maps a file, and each page costs at its first use; diffusers has no parameter for this.
+    """
+    load_file = safetensors.torch.load_file
+
+    def load_and_bring_in(*given: Any, **options: Any) -> dict[str, Tensor]:
+        tensors = load_file(*given, **options)
+        # The thread's own list keeps the file mapped.
+        Thread(target=_bring_in, args=(list(tensors.values()),), name=PAGES_THREAD, daemon=True).start()
+        return tensors
+
+    safetensors.torch.load_file = load_and_bring_in
+    try:
+        yield
+    finally:
+        safetensors.torch.load_file = load_file
+
+
+def _bring_in(tensors: Sequence[Tensor]) -> None:
+    """Bring in the pages of a file whose tensors lie in one piece; where it fails they come when they are used."""
+    start = min((tensor.data_ptr() for tensor in tensors), default=0) & -mmap.PAGESIZE
+    stop = max((tensor.data_ptr() + tensor.nbytes for tensor in tensors), default=0)
+    is_one_piece = stop - start <= sum(tensor.nbytes for tensor in tensors) + _PIECE_BYTES
+    if sys.platform != "linux" or not is_one_piece:
+        return
+    advise = ctypes.CDLL(None).madvise
+    for piece in range(start, stop, _PIECE_BYTES):
+        size = min(_PIECE_BYTES, stop - piece)
+        if advise(ctypes.c_void_p(piece), ctypes.c_size_t(size), _POPULATE_READ) != 0:
+            return
+
+
+def _freeze(pipeline: Any, base_id: str) -> None:
+    """Clear gradients everywhere: matmul kernels are chosen by `requires_grad`, so bits would depend on it.
+
+    Raises:
+        BaseUnusable: weights are missing in its files; diffusers leaves such parameters without memory.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    for component in pipeline.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(requires_grad=False).eval()
+    for name, component in pipeline.components.items():
+        if not isinstance(component, torch.nn.Module):
+            continue
+        for parameter in component.parameters():
+            if parameter.is_meta:
+                raise BaseUnusable(base_id, f"its files lack weights of '{name}'")
+            parameter.requires_grad_(False)
+        if component.training:  # those that were read are not
+            component.eval()

@@ -23,7 +23,7 @@ TILES = 2
 
 def configure_pipeline(pipeline: Any, config: BaseModelConfig) -> None:
     """Set up a pipeline that is on its device; to be called once, before anything else looks at its weights."""
-    is_on_gpu = pipeline.device.type == "cuda"
+    is_on_gpu = pipeline.vae.device.type == "cuda"  # the pipeline would look at all of its modules
     if config.memory_format == "channels_last" or (config.memory_format == "auto" and is_on_gpu):
         set_memory_format(pipeline, torch.channels_last)
     decode_one_by_one(pipeline.vae)

@@ -7,7 +7,8 @@ that it fits between two requests. Checksums are computed where the tensors lie.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,10 @@ class IntegrityChecker:
             size = slice_bytes or _SLICE_BYTES.get(device.type, 4 << 20)
             count = max(size // _WORD_BYTES, 1)
             self._weights[device] = torch.arange(1, 2 * count, 2, dtype=torch.int64, device=device)
-            slices += self._slice({name: one for name, one in tensors.items() if one.device == device}, size)
+            cut = _cut({name: one for name, one in tensors.items() if one.device == device}, size)
+            # One thread reads slower than a CPU's memory gives. Weights that are mapped get their pages here.
+            with ThreadPoolExecutor(torch.get_num_threads() if device.type == "cpu" else 1) as readers:
+                slices += readers.map(self._take, cut)
         self._slices = tuple(slices)
         self._next = 0
         self.completed_rounds = 0
@@ -91,21 +95,7 @@ class IntegrityChecker:
             (CorruptTensor(name) for name, now, then in pairs if now != then and not self._is_written(name)), None
         )
 
-    def _slice(self, tensors: Mapping[str, Tensor], size: int) -> Iterator[_Slice]:
-        """Yield slices of about `size` bytes: many small tensors of one device, or a part of a large one."""
-        pending: list[tuple[str, Tensor]] = []
-        filled = 0
-        for name, tensor in tensors.items():
-            for part in _parts_of(tensor, size):
-                if filled and filled + part.nbytes > size:
-                    yield self._take(pending)
-                    pending, filled = [], 0
-                pending.append((name, part))
-                filled += part.nbytes
-        if pending:
-            yield self._take(pending)
-
-    def _take(self, pending: list[tuple[str, Tensor]]) -> _Slice:
+    def _take(self, pending: Sequence[tuple[str, Tensor]]) -> _Slice:
         parts = tuple(part for _, part in pending)
         return _Slice(tuple(name for name, _ in pending), parts, self._checksums(parts))
 
@@ -155,6 +145,21 @@ def checksum(words: Tensor, weights: Tensor) -> Tensor:
     words = words.to(torch.int64)
     # CUDA has no dot product of integers; a CPU's needs no intermediate.
     return torch.dot(words, weights) if words.device.type == "cpu" else (words * weights).sum()
+
+
+def _cut(tensors: Mapping[str, Tensor], size: int) -> Iterator[Sequence[tuple[str, Tensor]]]:
+    """Yield slices of about `size` bytes: many small tensors of one device, or a part of a large one."""
+    pending: list[tuple[str, Tensor]] = []
+    filled = 0
+    for name, tensor in tensors.items():
+        for part in _parts_of(tensor, size):
+            if filled and filled + part.nbytes > size:
+                yield pending
+                pending, filled = [], 0
+            pending.append((name, part))
+            filled += part.nbytes
+    if pending:
+        yield pending
 
 
 def _parts_of(tensor: Tensor, size: int) -> Iterator[Tensor]:

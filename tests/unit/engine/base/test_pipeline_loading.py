@@ -137,6 +137,14 @@ def test_a_base_with_broken_files_is_refused_without_naming_paths(folder: Path, 
     assert str(folder) not in str(caught.value)
 
 
+def test_a_base_whose_file_lacks_a_weight_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / UNET)
+    del tensors["conv_in.bias"]
+    save_file(tensors, folder / UNET)
+    with pytest.raises(BaseUnusable, match="its files lack weights of 'unet'"):
+        load_from(folder)
+
+
 def test_the_fingerprint_is_that_of_the_structure_and_the_dtype(folder: Path) -> None:
     fingerprint = load_from(folder).manifest.fingerprint
     assert load_from(tiny_folder("sd15")).manifest.fingerprint == fingerprint

@@ -1,0 +1,99 @@
+"""The host memory of a loaded base: the pages of its files, once for all replicas of a node."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.config import BaseModelConfig
+from serve_app.engine.base.fetching import HubAccess, ResolvedSource
+from serve_app.engine.base.loading import PAGES_THREAD, load_base
+from serve_app.engine.base.manifest import adaptable_components
+from serve_app.engine.weights.fused import FusedWeights
+from serve_app.engine.weights.integrity import IntegrityChecker
+from serve_app.settings import ModelSource
+from tests.tiny import sd15_unet, tiny_pipeline
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system has no /proc")
+
+REPLICA = """
+import json, sys
+from pathlib import Path
+from tests.unit.engine.base.test_file_pages import FILE, kilobytes_of, load, ready
+
+folder = Path(sys.argv[1])
+before = kilobytes_of()["Anonymous"]
+weights, check = ready(load(folder))
+grown = kilobytes_of()["Anonymous"] - before
+print(json.dumps({"checksum": weights.checksum(), "file": kilobytes_of(folder / FILE), "grown": grown}))
+"""
+FILE = "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base whose denoiser is some 70 MB."""
+    pipeline: Any = tiny_pipeline("sd15")
+    pipeline.register_modules(unet=sd15_unet(block_out_channels=(128, 320)))
+    folder = tmp_path_factory.mktemp("base")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    config = BaseModelConfig(id="base", source=ModelSource(folder=folder))
+    return load_base(config, ResolvedSource(folder=folder), {}, device=torch.device("cpu"), hub=HubAccess()).pipeline
+
+
+def ready(pipeline: Any) -> tuple[FusedWeights, IntegrityChecker]:
+    """Do what a replica does with loaded weights, which reads all of them."""
+    weights = FusedWeights(adaptable_components(pipeline))
+    return weights, IntegrityChecker(weights.checksummed_tensors)
+
+
+def kilobytes_of(file: Path | None = None) -> dict[str, int]:
+    """Return what the kernel says of this process's memory, or of its pages of one file."""
+    is_wanted, found = file is None, dict[str, int]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if not value.endswith(" kB"):  # a mapping's first line, or one of its flags, which come last
+            is_wanted = file is None or line.endswith(str(file))
+        elif is_wanted:
+            found[name] = found.get(name, 0) + int(value.split()[0])
+    return found
+
+
+def test_a_second_replica_takes_no_second_copy_of_the_file(folder: Path) -> None:
+    weights, _check = ready(load(folder))
+    command = [sys.executable, "-c", REPLICA, str(folder)]
+    second = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout)
+    size_kb = (folder / FILE).stat().st_size // 1024
+    assert second["checksum"] == weights.checksum()
+    assert second["file"]["Rss"] >= size_kb
+    assert second["file"]["Pss"] <= second["file"]["Rss"] / 2 + 64
+    assert second["file"]["Private_Dirty"] == 0
+    assert second["file"]["Anonymous"] == 0
+    assert second["grown"] < size_kb / 2
+
+
+def test_the_pages_of_a_file_are_there_before_anyone_looks_at_its_weights(folder: Path) -> None:
+    with (folder / FILE).open("rb") as opened, mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        try:
+            mapped.madvise(22)
+        except OSError:
+            pytest.skip("the kernel is older than 5.14")
+    before = kilobytes_of(folder / FILE).get("Rss", 0)
+    pipeline = load(folder)
+    for thread in threading.enumerate():
+        if thread.name == PAGES_THREAD:
+            thread.join()
+    there = kilobytes_of(folder / FILE)["Rss"] - before
+    assert there * 1024 >= sum(weight.nbytes for weight in pipeline.unet.parameters())
