@@ -183,7 +183,7 @@ class Kit:
         """Run `bench start`."""
         from serve_app.bench.machine.start import run_start
 
-        options = StartOptions(Model.SD15 if self.is_on_gpu else Model.TINY, repeats=3 if self.is_on_gpu else 1)
+        options = StartOptions(Model.SDXL if self.is_on_gpu else Model.TINY, repeats=3 if self.is_on_gpu else 1)
         self.commands.append(options.command())
         report = run_start(options)
         return {"load and touch over reading the file": report.ready_over_read_wall} | {
