@@ -158,6 +158,14 @@ class ModelNotFound(LoraplexError):
     template = "model {model} was not found: {detail}"
 
 
+class BaseRemoved(ModelNotFound):
+    """A base that was served and is no longer listed; `served` are those that are."""
+
+    served: str = "none"
+    code = "base_removed"
+    template = "base {model} is not served any more; served are {served}"
+
+
 class NoPicture(LoraplexError):
     """An adapter of which no picture can be shown."""
 

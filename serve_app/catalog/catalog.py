@@ -33,7 +33,7 @@ from serve_app.catalog.sources.hub import HubSource
 from serve_app.catalog.sources.object_stores import ObjectStoreSource
 from serve_app.config import AppConfig, BaseModelConfig, Environment, SharedSettings
 from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
-from serve_app.errors import AccessDenied, HubUnavailable, LoraplexError, ModelNotFound, StoreAccessDenied
+from serve_app.errors import AccessDenied, BaseRemoved, HubUnavailable, LoraplexError, ModelNotFound, StoreAccessDenied
 from serve_app.families.family import Family
 from serve_app.refusals import NotAnAdapter
 from serve_app.settings import nearest
@@ -91,6 +91,7 @@ class Catalog:
         resolve_alias: Callable[[AdapterRef], AdapterRef] = lambda ref: ref,
         on_access_check: Callable[[str], None] = lambda _: None,
         counting_unknown: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext,
+        was_base: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """Start with empty caches.
 
@@ -101,7 +102,9 @@ class Catalog:
             resolve_alias: Replaces an alias by its target and returns any other name unchanged.
             on_access_check: Called with the outcome of each check of a caller's access.
             counting_unknown: Entered around each look-up of an unknown id on behalf of a caller.
+            was_base: Whether a name means a base that is served, or once did.
         """
+        self._was_base = was_base
         self._counting_unknown = counting_unknown
         self._config = config
         self._resolve_alias = resolve_alias
@@ -207,6 +210,7 @@ class Catalog:
 
         Raises:
             ModelNotFound, AccessDenied, HubUnavailable: it cannot be read.
+            BaseRemoved: it is a base that was served.
             RefusedAdapter: it exists but cannot be served; the subclass says why.
         """
         info = (await (self._found(ref, token) if is_listing else self._counted(ref, token))).finding
@@ -274,7 +278,11 @@ class Catalog:
 
     async def _counted(self, ref: AdapterRef, token: HubToken | None) -> _ResolvedAdapter:
         """Return an adapter that a caller named; an unknown id is counted."""
-        if self._infos.knows(_Key(ref.id, ref.revision, ref.filename)) or not is_valid_name(ref.id):
+        if (
+            self._infos.knows(_Key(ref.id, ref.revision, ref.filename))
+            or self._was_base(ref.id)
+            or not is_valid_name(ref.id)
+        ):
             return await self._found(ref, token)
         async with self._counting_unknown():
             return await self._found(ref, token)
@@ -283,6 +291,8 @@ class Catalog:
         """Return an adapter as seen without a token, or else as the caller sees it."""
         if self._config.base(ref.id) is not None:
             raise NotAnAdapter(ref.id, "it is a base model")
+        if self._was_base(ref.id):
+            raise BaseRemoved(ref.id, served=", ".join(base.id for base in self._config.bases))
         key = _Key(ref.id, ref.revision, ref.filename)
         try:
             return _ResolvedAdapter(await self._infos.get(key, lambda: self._inspect(key)))

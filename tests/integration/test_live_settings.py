@@ -146,10 +146,11 @@ def test_bases_are_added_changed_and_removed_under_load_and_no_other_process_sta
         (added,) = replica_pids("base-demo--third", app=NAME)
 
         deployed.deploy({}, [base(KEPT), base(ADDED)])
-        until(lambda: other[422] > 0, "the refusal of the base that was removed")
+        until(lambda: other[404] > 0, "the refusal of the base that was removed")
         until(lambda: deployed.processes == untouched | {added}, "the end of its replica")
     assert set(kept) == {200}
-    assert set(other) == {200, 422}, "a model that is not served"
+    assert set(other) == {200, 404}
+    assert f"base {OTHER} is not served any more; served are {KEPT}, {ADDED}" in deployed.answers(OTHER)[1]
 
     # It comes back at zero, where no replica tells the ingress that it is there again.
     deployed.deploy({}, [base(KEPT), base(ADDED), base(OTHER, autoscaling={"min_replicas": 0})], missing=OTHER)

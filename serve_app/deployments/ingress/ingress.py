@@ -91,6 +91,7 @@ class Ingress:
             starts=Starts(self._states, Wishes(self._handles).wish, on_waited=self._metrics.start_waited),
         )
         self._config: AppConfig | None = None
+        self._named: set[str] = set()
         # For the start of an application, which comes before `reconfigure`; no request does.
         self._app: Any = Starlette()
 
@@ -99,6 +100,7 @@ class Ingress:
         self._handles.add(config.bases)
         self._states.add(config.bases)
         self._dispatcher.serve(config.bases)
+        self._named.update(name for base in config.bases for name in base.names)
         catalog = Catalog(
             config,
             self._sources,
@@ -106,6 +108,8 @@ class Ingress:
             resolve_alias=self._keeper.resolve_alias,
             on_access_check=self._metrics.access_checked,
             counting_unknown=self._unknown_ids.counting,
+            # A replica of the ingress that is new knows from the keeper what ran before.
+            was_base=lambda name: name in self._named or name in self._keeper.start_times_s(),
         )
 
         async def is_ready() -> bool:

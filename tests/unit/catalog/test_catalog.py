@@ -5,6 +5,7 @@ import contextlib
 import sys
 import threading
 from collections import Counter
+from collections.abc import AsyncGenerator
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from safetensors.numpy import save
 
 from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig
-from serve_app.errors import BaseMismatch, LoraplexError, ModelNotFound, TooLarge
+from serve_app.errors import BaseMismatch, BaseRemoved, LoraplexError, ModelNotFound, TooLarge
 from serve_app.refusals import (
     AmbiguousFile,
     BaseNotServed,
@@ -267,6 +268,23 @@ async def test_a_file_over_the_limit_of_its_base_is_too_large(world: World):
 async def test_a_base_is_no_adapter(world: World):
     with pytest.raises(NotAnAdapter, match="base model"):
         await world.catalog().resolve("big", (ref("small"),))
+
+
+async def test_a_base_that_went_is_told_from_what_was_never_known_and_is_not_looked_up(world: World):
+    counted: list[None] = []
+
+    @contextlib.asynccontextmanager
+    async def counting() -> AsyncGenerator[None]:
+        counted.append(None)
+        yield
+
+    catalog = world.catalog(was_base=lambda name: name in ("me/gone", "big"), counting_unknown=counting)
+    with pytest.raises(BaseRemoved, match="^base me/gone is not served any more; served are demo/sd, big$") as went:
+        await catalog.resolve("me/gone", ())
+    assert (went.value.status, world.hub.count(), counted) == (404, 0, [])
+    assert (await catalog.resolve("big", ())).base.id == "big"
+    with pytest.raises(ModelNotFound, match="neither a served base nor an adapter"):
+        await catalog.resolve("me/never", ())
 
 
 # What is known
