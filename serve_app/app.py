@@ -17,7 +17,6 @@ from serve_app.config import (
     Environment,
     IngressArguments,
     IngressSettings,
-    RegistrySettings,
     SharedSettings,
 )
 from serve_app.deployments.front.own_routes import INGRESS_NAME
@@ -28,6 +27,7 @@ from serve_app.deployments.replica.replica import BaseModelReplica
 from serve_app.environment import read_environment
 from serve_app.observability.tracing import check_tracing
 from serve_app.routing.router import router_config
+from serve_app.settings import RegistrySettings
 
 # Ray gives the head node, and no other, one of this.
 HEAD_NODE = "node:__internal_head__"

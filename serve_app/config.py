@@ -10,10 +10,9 @@ from __future__ import annotations
 import hashlib
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import (
-    AfterValidator,
     ByteSize,
     Field,
     NonNegativeFloat,
@@ -30,12 +29,15 @@ from serve_app.families.quantised import Quantization
 from serve_app.settings import (
     AdapterLimits,
     AutoscalingSettings,
+    Canary,
     Defaults,
     FusedAdapter,
     IngressAutoscaling,
     Limits,
     MetricsSettings,
     ModelSource,
+    RedisAddress,
+    RegistrySettings,
     ReplicaSettings,
     RouterSettings,
     StrictModel,
@@ -226,26 +228,6 @@ class IngressSettings(StrictModel):
         return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
-def _redis_address(url: SecretStr | None) -> SecretStr | None:
-    if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
-        raise ValueError("must begin with 'redis://' or 'rediss://'")
-    return url
-
-
-class RegistrySettings(StrictModel):
-    """Where aliases are kept: in the file `path` on the head node, None being `registry.sqlite3` in `cache_dir`, or in
-    Redis at an address such as `redis://redis:6379/1`, which outlives the head."""
-
-    path: Path | None = None
-    redis: Annotated[SecretStr | None, AfterValidator(_redis_address)] = None
-
-    @model_validator(mode="after")
-    def _one_place(self) -> RegistrySettings:
-        if self.path is not None and self.redis is not None:
-            raise ValueError("give either 'path' or 'redis', not both")
-        return self
-
-
 class KeyLimits(StrictModel):
     """The limits of an API key; None means no limit. `burst` None means one second's requests."""
 
@@ -284,7 +266,7 @@ class AuthSettings(StrictModel):
 
     keys: tuple[ApiKey, ...] = ()
     keys_file: Path | None = None
-    limits_redis: Annotated[SecretStr | None, AfterValidator(_redis_address)] = None
+    limits_redis: RedisAddress = None
 
     @field_validator("keys")
     @classmethod
@@ -347,6 +329,7 @@ class AppConfig(SharedSettings):
 
     bases: tuple[BaseModelConfig, ...] = Field(min_length=1)
     default_base: str | None = None
+    canaries: dict[str, Canary] = Field(default_factory=dict)
     ingress: IngressSettings = IngressSettings()
     registry: RegistrySettings = RegistrySettings()
     auth: AuthSettings = AuthSettings()
@@ -376,6 +359,10 @@ class AppConfig(SharedSettings):
         """Return the base that an id or alias means, or None."""
         return next((base for base in self.bases if name in base.names), None)
 
+    def original_of(self, base_id: str) -> str | None:
+        """Return the base some of whose requests a canary draws, None for what is no canary."""
+        return next((base for base, canary in self.canaries.items() if canary.base == base_id), None)
+
     @property
     def default(self) -> BaseModelConfig:
         """The base for requests that name none."""
@@ -389,7 +376,7 @@ class Environment(StrictModel):
     hub_token: SecretStr | None = None
     hub_endpoint: str | None = None
     cache_dir: Path
-    registry_redis: Annotated[SecretStr | None, AfterValidator(_redis_address)] = None
+    registry_redis: RedisAddress = None
 
     @property
     def token(self) -> str | None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from serve_app.config import Environment, RegistrySettings, SharedSettings
+from serve_app.config import Environment, SharedSettings
+from serve_app.settings import RegistrySettings
 
 # As Serve's proxy imports it; the module itself is above this one.
 PROXY_GUARDS = "serve_app.deployments.proxy:guards"

@@ -2,6 +2,8 @@
 
 Owns which settings these are: the bases, and some of its own. Serve hands a `user_config` that has changed to the
 running replicas of its deployment, and restarts none; a change of `args` restarts every replica of the application.
+Canaries are apart from the bases, whose settings are also the `args` of their applications: a change of a share is to
+restart none.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pydantic import ValidationError
 from serve_app.config import AppConfig, IngressArguments
 from serve_app.settings import StrictModel, faults_of, nearest
 
-BASES = ("bases", "default_base")
+BASES = ("bases", "default_base", "canaries")
 # By section; all else is read when a replica starts.
 LIVE_SETTINGS: Mapping[str, frozenset[str]] = {
     "ingress": frozenset({
@@ -54,7 +56,34 @@ def with_live_settings(arguments: IngressArguments, user_config: Mapping[str, An
     served = {name: user_config[name] for name in BASES if name in user_config}
     own = {name: value for name, value in arguments if name != "shared"}
     try:
-        return AppConfig.model_validate({**dict(arguments.shared), **own, **sections, **served})
+        config = AppConfig.model_validate({**dict(arguments.shared), **own, **sections, **served})
     except ValidationError as error:
         # What is wrong with the whole has no place.
         raise ValueError("; ".join(fault.removeprefix(": ") for fault in faults_of(error, ""))) from None
+    _check_canaries(config)
+    return config
+
+
+def _check_canaries(config: AppConfig) -> None:
+    """Refuse canaries that could not draw for their bases, or would for others.
+
+    Raises:
+        ValueError: for the first of them.
+    """
+    bases = {base.id: base for base in config.bases}
+    canaries = [canary.base for canary in config.canaries.values()]
+    for original, canary in config.canaries.items():
+        for name in (original, canary.base):
+            if name not in bases:
+                raise ValueError(f"canaries: '{name}' is not the id of a base{nearest(name, list(bases))}")
+        if canary.base in config.canaries:
+            raise ValueError(f"canaries: {canary.base} has a canary, and cannot be one")
+        if canaries.count(canary.base) > 1:
+            raise ValueError(f"canaries: {canary.base} is the canary of two bases")
+        if canary.base == config.default.id:
+            raise ValueError(f"canaries: {canary.base} is the default base; name another as default_base")
+        if not bases[canary.base].autoscaling.min_replicas:
+            raise ValueError(
+                f"canaries: {canary.base} needs min_replicas of 1 or more: at zero it draws nothing, and nothing "
+                "starts it"
+            )

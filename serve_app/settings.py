@@ -1,6 +1,6 @@
-"""The settings of one base, of traces and metrics, and the strict model that all settings share.
+"""The settings of one base, of aliases, traces and metrics, and the strict model that all settings share.
 
-Owns a base's source, limits, defaults, replicas, router and autoscaling. `serve_app.config` puts them together.
+Owns a base's source, limits, defaults, replicas, router, autoscaling and canary. `serve_app.config` puts them together.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 import logging
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ByteSize,
     ConfigDict,
@@ -19,6 +20,7 @@ from pydantic import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -312,6 +314,36 @@ class AdapterLimits(StrictModel):
     max_file: ByteSize = Field(default=ByteSize(4 * 1024**3), validate_default=True)
     max_tensors: PositiveInt = 20_000
     admission_timeout_s: PositiveFloat = 60.0
+
+
+class Canary(StrictModel):
+    """A base that draws the `share` of another one's requests."""
+
+    base: str
+    share: float = Field(gt=0, lt=1)
+
+
+def _redis_address(url: SecretStr | None) -> SecretStr | None:
+    if url is not None and not url.get_secret_value().startswith(("redis://", "rediss://")):
+        raise ValueError("must begin with 'redis://' or 'rediss://'")
+    return url
+
+
+RedisAddress = Annotated[SecretStr | None, AfterValidator(_redis_address)]
+
+
+class RegistrySettings(StrictModel):
+    """Where aliases are kept: in the file `path` on the head node, None being `registry.sqlite3` in `cache_dir`, or in
+    Redis at an address such as `redis://redis:6379/1`, which outlives the head."""
+
+    path: Path | None = None
+    redis: RedisAddress = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> RegistrySettings:
+        if self.path is not None and self.redis is not None:
+            raise ValueError("give either 'path' or 'redis', not both")
+        return self
 
 
 class TracingSettings(StrictModel):

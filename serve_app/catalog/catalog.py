@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from serve_app.core import AdapterRef, AdapterSpec, HubToken, ScaledAdapter
 from serve_app.errors import AccessDenied, BaseRemoved, HubUnavailable, LoraplexError, ModelNotFound, StoreAccessDenied
 from serve_app.families.family import Family
 from serve_app.refusals import NotAnAdapter
-from serve_app.settings import nearest
+from serve_app.settings import Canary, nearest
 from serve_app.source_settings import AdapterFolder
 
 # Folders are cheap to read again, and people edit them in place.
@@ -123,7 +123,7 @@ class Catalog:
             self._sources = [hub.read_as(None) if source is hub else source for source in self._sources]
 
             async def inspect_as(key: _Key, token: HubToken) -> AdapterInfo:
-                inspector = AdapterInspector(config.bases, (hub.read_as(token),), architectures, self._card)
+                inspector = AdapterInspector(config, (hub.read_as(token),), architectures, self._card)
                 return await inspector.inspect(key.id, key.revision, key.filename)
 
             self._access = CallerAccess(
@@ -133,7 +133,7 @@ class Catalog:
                 clock=clock,
                 on_check=on_access_check,
             )
-        self._inspector = AdapterInspector(config.bases, self._sources, architectures, self._card)
+        self._inspector = AdapterInspector(config, self._sources, architectures, self._card)
         self._families = BaseFamilies(architectures)
         self._index = BackgroundIndex(self._sources, self._refresh)
 
@@ -144,6 +144,10 @@ class Catalog:
     def default(self) -> BaseModelConfig:
         """Return the base for requests that name none."""
         return self._config.default
+
+    def canaries(self) -> Mapping[str, Canary]:
+        """Return the canaries, by the bases some of whose requests they draw."""
+        return self._config.canaries
 
     async def family(self, base: BaseModelConfig) -> Family | None:
         """Return the family of a base, None while its files are not read."""

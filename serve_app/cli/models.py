@@ -56,8 +56,9 @@ def status(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> 
             return
         for base in found:
             expected = f"{base.expected_s:.0f} s to go" if base.expected_s and base.state == "starting" else ""
-            more = base.reason or expected
-            print_line((base.id, "bold"), f": {base.state}" + (f", {more}" if more else ""))
+            drawn = f"{base.share:.2%} of the requests for {base.canary_of}" if base.share else ""
+            more = [part for part in (base.reason or expected, drawn) if part]
+            print_line((base.id, "bold"), f": {', '.join([base.state, *more])}")
 
 
 @bases.callback()

@@ -36,12 +36,17 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class ServedBase:
-    """What a base of the service does; `expected_s` until it can draw, None if unknown, `reason` why it cannot."""
+    """What a base of the service does; `expected_s` until it can draw, None if unknown, `reason` why it cannot.
+
+    A canary draws the `share` of the requests for the base that it is `canary_of`.
+    """
 
     id: str
     state: str
     expected_s: float | None
     reason: str | None
+    canary_of: str | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,8 @@ class ServiceClient:
         """
         rows = self._ask("GET", "/v1/bases")
         try:
-            return tuple(ServedBase(row["id"], row["state"], row["expected_s"], row["reason"]) for row in rows)
+            names = [field.name for field in dataclasses.fields(ServedBase)]
+            return tuple(ServedBase(**{name: row[name] for name in names}) for row in rows)
         except (KeyError, TypeError):
             raise self._stranger() from None
 

@@ -58,7 +58,7 @@ class Sources:
 
         sources = [one for one in self.adapter_sources if one.origin != "embedded" or self.config.adapters.embedded]
         inspector = AdapterInspector(
-            self.config.bases, sources, BaseArchitectureReader(self.adapter_sources, time.monotonic), card_of
+            self.config, sources, BaseArchitectureReader(self.adapter_sources, time.monotonic), card_of
         )
         return inspector
 

@@ -22,7 +22,7 @@ from tests.service import Service, base_settings, processes_of
 from tests.written_files import logs
 
 NAME = "live"
-KEPT, OTHER, ADDED = "demo/sd15", "demo/sdxl", "demo/third"
+KEPT, OTHER, ADDED, NEXT = "demo/sd15", "demo/sdxl", "demo/third", "demo/next"
 KEY = "a-key-of-the-test"
 PAGE = "https://pages.example"
 pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]
@@ -159,3 +159,26 @@ def test_bases_are_added_changed_and_removed_under_load_and_no_other_process_sta
     deployed.deploy({})
     until(lambda: deployed.answers(OTHER)[0] == 200, "the base that came back")
     assert deployed.processes >= untouched | {added}
+
+
+def test_a_canary_draws_its_share_and_is_taken_back_and_no_other_process_starts_again(deployed: Deployed) -> None:
+    def drawn_by() -> Counter[str]:
+        replies = [deployed.service.ask("a star", model=KEPT, seed=seed, num_inference_steps=2) for seed in range(16)]
+        assert {reply.status_code for reply in replies} == {200}
+        return Counter(reply.headers["x-base-model"] for reply in replies)
+
+    deployed.deploy({}, [base(KEPT)])
+    until(lambda: deployed.answers(OTHER)[0] != 200 and deployed.answers(KEPT)[0] == 200, "one base")
+    until(lambda: len(deployed.processes) == 3, "an ingress, a base and the keeper")
+    before = deployed.processes
+    with load(deployed.service.url, KEPT) as statuses:
+        deployed.deploy({"canaries": {KEPT: {"base": NEXT, "share": 0.5}}}, [base(KEPT), base(NEXT)])
+        until(lambda: set(drawn_by()) == {KEPT, NEXT}, "the share of the canary")
+        (canary,) = [row for row in deployed.service.http.get("/v1/bases").json() if row["canary_of"]]
+        assert (canary["id"], canary["canary_of"], canary["share"]) == (NEXT, KEPT, 0.5)
+
+        deployed.deploy({})
+        until(lambda: set(drawn_by()) == {KEPT}, "the end of its share")
+        deployed.deploy({}, [base(KEPT)])
+        until(lambda: deployed.processes == before, "the end of its replica")
+    assert set(statuses) == {200}

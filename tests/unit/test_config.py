@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from serve_app.config import AppConfig, BaseModelConfig, RegistrySettings, SharedSettings
+from serve_app.config import AppConfig, BaseModelConfig, SharedSettings
 from serve_app.environment import read_environment
+from serve_app.settings import RegistrySettings
 
 SOURCE = {"embedded": "demo/sd15"}
 

@@ -35,7 +35,10 @@ def test_live_settings_replace_those_of_args_and_leave_the_rest() -> None:
         ({}, "bases: Field required"),
         ({"bases": [BASE | {"limit": {}}]}, "bases.0: unknown key 'limit'; did you mean 'limits'?"),
         ({"bases": [BASE], "default_base": "demo/sdxl"}, "default_base 'demo/sdxl' is not a base"),
-        ({"registry": {}}, "registry: goes into args; without a restart change bases, default_base, ingress, auth"),
+        (
+            {"registry": {}},
+            "registry: goes into args; without a restart change bases, default_base, canaries, ingress, auth",
+        ),
         ({"default_bas": "demo/sd15"}, "default_bas: unknown key; did you mean 'default_base'?"),
         ({"ingress": {"replicas": 4}}, "ingress.replicas: goes into args; without a restart change body_timeout_s, "),
         ({"ingress": {"max_bdy": 4}}, "ingress: unknown key 'max_bdy'; did you mean 'max_body'?"),

@@ -27,6 +27,7 @@ from serve_app.catalog.replica_report import (
 from serve_app.catalog.resolving.aliases import Alias
 from serve_app.config import BaseModelConfig, IngressSettings
 from serve_app.core import GenerationEvent, GenerationResult, HubToken, UnresolvedRequest
+from serve_app.settings import Canary
 
 
 class Registry(Protocol):
@@ -41,6 +42,10 @@ class Registry(Protocol):
 
     def default_base(self) -> BaseModelConfig:
         """Return the base that serves a request which names none."""
+        ...
+
+    def canaries(self) -> Mapping[str, Canary]:
+        """Return the canaries, by the bases some of whose requests they draw."""
         ...
 
     async def states(self) -> Mapping[str, BaseState]:

@@ -95,7 +95,10 @@ async def bases(services: ServicesOf) -> Response:
         _base(base, known.get(base.id), states.get(base.id, BaseState("starting")), is_default=base.id == default.id)
         for base in served
     ]
-    return Response(_BASES.dump_json(told), media_type="application/json")
+    rows = {row.id: row for row in told}
+    for original, canary in registry.canaries().items():
+        rows[canary.base] = rows[canary.base].model_copy(update={"canary_of": original, "share": canary.share})
+    return Response(_BASES.dump_json(list(rows.values())), media_type="application/json")
 
 
 @router.post(

@@ -239,6 +239,8 @@ class Base(BaseModel):
     id: str
     aliases: list[str]
     is_default: bool
+    canary_of: str | None = Field(default=None, description="the base some of whose requests it draws")
+    share: float | None = Field(default=None, description="of that base's requests, those that it draws")
     state: Literal["running", "starting", "waiting", "failed", "stopped"] = Field(
         description="waiting: no node has room for a replica; stopped: it has none, and the next request starts one"
     )

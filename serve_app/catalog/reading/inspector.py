@@ -26,7 +26,7 @@ from serve_app.catalog.reading.repository import (
     is_valid_name,
 )
 from serve_app.catalog.reading.selection import Candidate, embeddings_beside
-from serve_app.config import BaseModelConfig
+from serve_app.config import AppConfig, BaseModelConfig
 from serve_app.core import AdapterSpec
 from serve_app.errors import AccessDenied, BaseMismatch, ModelNotFound, TooLarge
 from serve_app.families.few_step import few_step_defaults
@@ -95,6 +95,10 @@ class AdapterInfo:
             settings=self.settings,
         )
 
+    def fits(self, base_id: str) -> bool:
+        """Whether a base that a request names may serve it."""
+        return base_id in (*self.base_match.bases, *self.base_match.by_name)
+
     def require_served(self, served: Sequence[str]) -> None:
         """Refuse an adapter none of whose bases is served; `served` are all base ids, for the message.
 
@@ -121,7 +125,7 @@ class AdapterInfo:
             BaseNotServed: none of its bases is served, and it does not fit this one.
             BaseMismatch: it is for another one that is served.
         """
-        if base.id in (*self.base_match.bases, *self.base_match.by_name):
+        if self.fits(base.id):
             return
         self.require_served(served)
         raise BaseMismatch(self.id, self.base_match.made_for, base.id)
@@ -141,13 +145,13 @@ class AdapterInspector:
 
     def __init__(
         self,
-        bases: Sequence[BaseModelConfig],
+        config: AppConfig,
         sources: Sequence[AdapterSource],
         facts: BaseArchitectureReader,
         card_of: Callable[[str], Awaitable[Card | None]],
     ) -> None:
-        self._bases = bases
-        self._names = BaseNames(bases)
+        self._config = config
+        self._names = BaseNames(config.bases)
         self._sources = sources
         self._facts = facts
         self._card_of = card_of
@@ -204,7 +208,9 @@ class AdapterInspector:
 
     async def _place(self, model: str, card: Card, header: HeaderFacts) -> BaseMatch:
         claimed = await self._served_bases(card) or self._served(card.base_hints)
-        facts = [await self._facts.facts(base) for base in self._bases]
+        # A canary of the same structure would leave it open which base is meant.
+        bases = [base for base in self._config.bases if claimed or self._config.original_of(base.id) is None]
+        facts = [await self._facts.facts(base) for base in bases]
         return match_bases(model, card.claims, claimed, header, facts)
 
     async def _served_bases(self, card: Card) -> tuple[str, ...]:
@@ -221,7 +227,9 @@ class AdapterInspector:
         return self._served(claims)
 
     def _served(self, claims: Sequence[str]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(base_id for name in claims for base_id in self._names.served_as(name)))
+        found = tuple(dict.fromkeys(base_id for name in claims for base_id in self._names.served_as(name)))
+        # A canary may be another revision of the very repository that a card names.
+        return tuple(base_id for base_id in found if self._config.original_of(base_id) is None) or found
 
     async def _parent(self, model: str) -> Card | None:
         try:

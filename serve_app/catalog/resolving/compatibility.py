@@ -63,7 +63,10 @@ def spec_on(finding: AdapterInfo, base: BaseModelConfig, config: AppConfig) -> A
         BaseMismatch: it is for another one.
         RefusedAdapter: it is over a limit of the base.
     """
-    finding.require_fit(base, _served_ids(config))
+    original = config.original_of(base.id)
+    # What is for a base is for its canary.
+    if original is None or not finding.fits(original):
+        finding.require_fit(base, _served_ids(config))
     return finding.spec_for(base)
 
 

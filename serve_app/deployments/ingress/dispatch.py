@@ -23,6 +23,7 @@ from serve_app.core import (
     UnresolvedRequest,
 )
 from serve_app.deployments.ingress.adapter_defaults import resolve_with_adapters
+from serve_app.deployments.ingress.canaries import Canaries
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import LoraplexError
 from serve_app.observability.tracing import request_span, span
@@ -80,6 +81,7 @@ class ServiceGateway:
         registry: ServiceRegistry,
         draw_seed: Callable[[], int],
         is_ready: Callable[[], Awaitable[bool]],
+        canaries: Canaries,
         on_refusal: Callable[[str], None],
         on_drawn: OnDrawn = lambda key, request, result: None,
         weight_of: Callable[[str | None], float] = lambda key: 1.0,
@@ -90,6 +92,7 @@ class ServiceGateway:
         self._registry = registry
         self._draw_seed = draw_seed
         self._is_ready = is_ready
+        self._canaries = canaries
         self._on_refusal = on_refusal
         self._on_drawn = on_drawn
         self._weight_of = weight_of
@@ -137,13 +140,26 @@ class ServiceGateway:
             unresolved, resolution = await self._resolved(unresolved)
         case.resolution = resolution
         seed = self._draw_seed()
-        family = await self._catalog.family(resolution.base)
-        request = resolve_with_adapters(unresolved, resolution, request_id=request_id, seed=seed, family=family)
+        request = await self._with_defaults(unresolved, resolution, request_id, seed)
+        canary = await self._canaries.instead_of(resolution.base, seed=request.seed, prompt=request.prompt)
+        if canary is not None:
+            try:
+                drawn = await self._resolve(replace(unresolved, model=canary.id))
+                request = await self._with_defaults(unresolved, drawn, request_id, seed)
+                case.resolution = resolution = drawn
+            except LoraplexError as error:  # the caller asked for the base, which takes the request
+                log.info("request %s is not drawn by the canary %s: %s", request_id, canary.id, error)
         # A caller's token goes no further than it is needed.
         token = unresolved.hub_token if resolution.is_private else None
         request = replace(request, share_weight=self._weight_of(unresolved.key), hub_token=token)
         request_span().describe(request)
         return request_span().carried_by(request)
+
+    async def _with_defaults(
+        self, unresolved: UnresolvedRequest, resolution: Resolution, request_id: str, seed: int
+    ) -> GenerationRequest:
+        family = await self._catalog.family(resolution.base)
+        return resolve_with_adapters(unresolved, resolution, request_id=request_id, seed=seed, family=family)
 
     async def _resolved(self, unresolved: UnresolvedRequest) -> tuple[UnresolvedRequest, Resolution]:
         """Return the request with its syntax known and the adapters of its prompt among its own, and what they are."""

@@ -28,6 +28,7 @@ from serve_app.deployments.front.load_shedding import CapacityHeaderMiddleware
 from serve_app.deployments.ingress.adapter_defaults import check_defaults
 from serve_app.deployments.ingress.backpressure import most_held
 from serve_app.deployments.ingress.base_handles import BaseHandles
+from serve_app.deployments.ingress.canaries import Canaries
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.dispatcher import Dispatcher
 from serve_app.deployments.ingress.fan_out import FanOut
@@ -43,7 +44,7 @@ from serve_app.deployments.registry.replica_counts import ReplicaCounts, count_r
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import on_this_node
 from serve_app.deployments.shared.watchdog import start_watchdog
-from serve_app.live_settings import with_live_settings
+from serve_app.live_settings import BASES, with_live_settings
 from serve_app.observability.metrics import AdapterMetrics, IngressMetrics, TracingMetrics
 from serve_app.observability.tracing import answered, set_up_tracing
 
@@ -83,12 +84,13 @@ class Ingress:
         counts = ReplicaCounts(lambda: count_replicas(self._handles.places()), clock=time.monotonic)
         self._states = BaseStates(counts, self._keeper.start_times_s, clock=time.time)
         self._counts = counts
+        self._starts = Starts(self._states, Wishes(self._handles).wish, on_waited=self._metrics.start_waited)
         self._dispatcher = Dispatcher(
             arguments.ingress,
             self._handles,
             on_retry=self._metrics.retried,
             renew=self._handles.renew,
-            starts=Starts(self._states, Wishes(self._handles).wish, on_waited=self._metrics.start_waited),
+            starts=self._starts,
         )
         self._config: AppConfig | None = None
         self._named: set[str] = set()
@@ -112,8 +114,10 @@ class Ingress:
             was_base=lambda name: name in self._named or name in self._keeper.start_times_s(),
         )
 
+        originals = [base for base in config.bases if config.original_of(base.id) is None]
+
         async def is_ready() -> bool:
-            return is_service_ready(config.bases, await self._states())
+            return is_service_ready(originals, await self._states())
 
         self._gateway = ServiceGateway(
             catalog,
@@ -128,6 +132,7 @@ class Ingress:
             ),
             draw_seed=lambda: secrets.randbits(SEED_BITS),
             is_ready=is_ready,
+            canaries=Canaries(config, is_running=self._starts.is_running, family_of=catalog.family),
             on_refusal=self._metrics.refused,
             on_drawn=self._note_drawn,
             weight_of=self._keys.weight_of,
@@ -184,7 +189,7 @@ class Ingress:
             return
         self._unknown_ids.allow(live.ingress.unknown_ids_per_minute)
         before, self._config = self._config, live
-        if before is None or (before.bases, before.default_base) != (live.bases, live.default_base):
+        if before is None or any(getattr(before, name) != getattr(live, name) for name in BASES):
             self._serve_bases(live)
             self._dispatcher.watch_replicas()
             self._most = most_held(live)

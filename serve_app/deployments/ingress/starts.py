@@ -96,6 +96,10 @@ class Starts:
         async for event in iterator:
             yield event
 
+    async def is_running(self, base: str) -> bool:
+        """Whether a replica of a base runs."""
+        return self._runs(base) or (await self._state(base)).state == "running"
+
     async def check(self, base: str) -> None:
         """Refuse what is for a base that cannot be served.
 

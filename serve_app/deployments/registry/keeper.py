@@ -21,13 +21,14 @@ from ray import serve
 from serve_app.catalog.replica_report import DayUsage
 from serve_app.catalog.resolving.aliases import Alias, AliasStore, AliasTable, TableVersion
 from serve_app.catalog.resolving.redis_aliases import RedisAliasStore
-from serve_app.config import Environment, RegistrySettings, SharedSettings
+from serve_app.config import Environment, SharedSettings
 from serve_app.core import AdapterSpec
 from serve_app.deployments.registry.ledger import Ledger
 from serve_app.deployments.registry.usage import UsageTracker
 from serve_app.deployments.shared.file_index import DownloadCoordinator, HubSnapshot, OfferedBases, SharedFile
 from serve_app.deployments.shared.logs import set_up_logging
 from serve_app.deployments.shared.sharing import NODE
+from serve_app.settings import RegistrySettings
 
 log = logging.getLogger(__name__)
 

@@ -34,6 +34,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterRef, AdapterSpec, HubToken
 from serve_app.errors import LoraplexError, MalformedRequest, NameTaken, NotReady
 from serve_app.families.family import Family
+from serve_app.settings import Canary
 
 if TYPE_CHECKING:
     from serve_app.deployments.registry.fleet import Fleet
@@ -71,6 +72,10 @@ class ServiceRegistry:
     def default_base(self) -> BaseModelConfig:
         """Return the base that serves a request which names none."""
         return self._catalog.default()
+
+    def canaries(self) -> Mapping[str, Canary]:
+        """Return the canaries, by the bases some of whose requests they draw."""
+        return self._catalog.canaries()
 
     async def states(self) -> Mapping[str, BaseState]:
         """Return what each base does."""

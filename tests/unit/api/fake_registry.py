@@ -22,7 +22,7 @@ from serve_app.config import BaseModelConfig
 from serve_app.core import AdapterSpec, HubToken, Scales
 from serve_app.errors import ModelNotFound
 from serve_app.families.abilities import BaseAbilities
-from serve_app.settings import FusedAdapter, ModelSource
+from serve_app.settings import Canary, FusedAdapter, ModelSource
 
 BASE = BaseModelConfig(
     id="demo/sdxl",
@@ -72,6 +72,7 @@ class FakeRegistry:
             ),
         )  # fmt: skip
         self.served: tuple[BaseModelConfig, ...] = (BASE,)
+        self.shared: dict[str, Canary] = {}
         self.does = BaseState("running", expected_s=0.0)
         self.drawn: tuple[DayUsage, ...] = ()
         self.usage_asked: list[str] = []
@@ -87,6 +88,9 @@ class FakeRegistry:
 
     def default_base(self) -> BaseModelConfig:
         return BASE
+
+    def canaries(self) -> dict[str, Canary]:
+        return self.shared
 
     async def states(self) -> dict[str, BaseState]:
         return {base.id: self.does for base in self.served}

@@ -11,6 +11,7 @@ from starlette.routing import Route
 
 from serve_app.catalog.replica_report import ModelInfo
 from serve_app.errors import Unauthorized
+from serve_app.settings import Canary
 from tests.unit.api.fakes import FakeGateway, served
 from tests.unit.cli.conftest import Doorkeeper, Run
 
@@ -47,6 +48,12 @@ def test_what_bases_do_is_listed(run: Run, url: str) -> None:
     result = run("bases", "status", "--url", url)
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines() == ["demo/sdxl: running"]
+
+
+def test_a_canary_is_listed_with_its_share(run: Run, url: str, gateway: FakeGateway) -> None:
+    gateway.registry.shared = {"demo/other": Canary(base="demo/sdxl", share=0.05)}
+    result = run("bases", "status", "--url", url)
+    assert result.stdout.splitlines() == ["demo/sdxl: running, 5.00% of the requests for demo/other"]
 
 
 def test_the_address_may_come_from_the_environment_and_end_in_a_slash(run: Run, url: str) -> None:

@@ -23,7 +23,8 @@ async function loadCatalog() {
   try {
     const [bases, loras] = await Promise.all([service.list("v1/bases"), service.list("v1/loras")]);
     showAdapters(loras, question);
-    composer.bases = bases;
+    // A canary draws for its base; who wants it alone calls it by its id.
+    composer.bases = bases.filter((base) => !base.canary_of);
     byId("summary").textContent = `${plural(bases.length, "base")}, ${plural(loras.length, "adapter")}`;
     lock(false);
     replicas.start();

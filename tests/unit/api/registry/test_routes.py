@@ -12,6 +12,8 @@ from serve_app.catalog.replica_report import DayUsage, QuarantinedAdapters
 from serve_app.config import IngressSettings
 from serve_app.core import AdapterRef
 from serve_app.errors import HubUnavailable, NameTaken, NotReady
+from serve_app.settings import Canary
+from tests.unit.api.fake_registry import BASE
 from tests.unit.api.fakes import FakeGateway
 
 SOURCE = {"uri": "acme/sketch"}
@@ -78,6 +80,15 @@ def test_bases_say_what_a_form_must_know(client: TestClient) -> None:
     assert (base["family"], base["tokens"], base["has_previews"]) == ("SDXL", 77, True)
     assert base["fuses_adapters"] is True
     assert (base["state"], base["since"], base["expected_s"], base["reason"]) == ("running", None, 0.0, None)
+
+
+def test_a_canary_says_of_which_base_and_for_what_share(client: TestClient, gateway: FakeGateway) -> None:
+    (base,) = client.get("/v1/bases").json()
+    assert (base["canary_of"], base["share"]) == (None, None)
+    gateway.registry.served = (BASE, BASE.model_copy(update={"id": "demo/next", "aliases": ()}))
+    gateway.registry.shared = {"demo/sdxl": Canary(base="demo/next", share=0.05)}
+    told = {base["id"]: (base["canary_of"], base["share"]) for base in client.get("/v1/bases").json()}
+    assert told == {"demo/sdxl": (None, None), "demo/next": ("demo/sdxl", 0.05)}
 
 
 def test_usage_is_listed_by_day_key_and_base(client: TestClient, gateway: FakeGateway) -> None:

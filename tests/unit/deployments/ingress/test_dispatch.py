@@ -25,6 +25,7 @@ from serve_app.core import (
     UnresolvedRequest,
 )
 from serve_app.deployments.ingress.adapter_defaults import check_defaults
+from serve_app.deployments.ingress.canaries import Canaries
 from serve_app.deployments.ingress.dispatch import OnDrawn, ServiceGateway
 from serve_app.deployments.registry.registry import ServiceRegistry
 from serve_app.errors import OutOfBounds, QueueFull, ReplicaLost
@@ -92,6 +93,7 @@ def gateway(
         ),
         draw_seed=lambda: 5,
         is_ready=is_ready,
+        canaries=Canaries(config, is_running=cast(Any, None), family_of=catalog.family),
         on_refusal=(refusals if refusals is not None else []).append,
         on_drawn=on_drawn,
     )

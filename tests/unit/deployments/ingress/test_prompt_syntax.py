@@ -22,6 +22,7 @@ from serve_app.core import (
     UnresolvedRequest,
 )
 from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.ingress.canaries import Canaries
 from serve_app.deployments.ingress.dispatch import ServiceGateway
 from serve_app.deployments.ingress.resolve_defaults import resolve_defaults
 from serve_app.errors import BadRequest, BaseMismatch, MalformedRequest, ModelNotFound, OutOfBounds
@@ -53,6 +54,7 @@ async def settled(tmp_path: Path, **asked: Any) -> GenerationRequest:
         registry=cast(Any, None),
         draw_seed=lambda: 5,
         is_ready=cast(Any, None),
+        canaries=Canaries(config, is_running=cast(Any, None), family_of=cast(Any, None)),
         on_refusal=lambda code: None,
         prompt_syntax_of=lambda key: cast(Any, KEYS.get(key or "")),
     )

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.catalog.resolving.aliases import NOTHING_YET, Alias
-from serve_app.config import Environment, RegistrySettings, SharedSettings
+from serve_app.config import Environment, SharedSettings
 from serve_app.core import AdapterRef
 from serve_app.deployments.registry.keeper import Keeper
+from serve_app.settings import RegistrySettings
 from tests.redis_server import Redis, needs_redis
 
 
