@@ -356,7 +356,7 @@ class Accepted:
 
 @dataclass(frozen=True, slots=True)
 class Starting:
-    """No replica of the base runs: one will in `expected_s`, None where that is not known or depends on room."""
+    """No replica of the base runs: one will in `expected_s`, from when there is room; None where that is not known."""
 
     expected_s: float | None
     has_room: bool = True

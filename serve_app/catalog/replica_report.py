@@ -81,8 +81,9 @@ class ReplicaReport:
 class BaseState:
     """What a base does; `since_s` is in seconds since 1970, `expected_s` until a replica can draw, None if unknown.
 
-    A base is "waiting" while no node has room for its replica, and "stopped" where the next request starts one. The
-    `reason` says why it waits or has failed; `is_absent`, that it has failed since its application is not there.
+    A base is "waiting" while no node has room for its replica, with `expected_s` from when one has, and "stopped" where
+    the next request starts one. The `reason` says why it waits or has failed; `is_absent`, that it has failed since its
+    application is not there.
     """
 
     state: Literal["running", "starting", "waiting", "failed", "stopped"]

@@ -184,7 +184,8 @@ class ServiceClient:
                 if event.get("type", "").endswith(".progress"):
                     on_step(Step(event["queue_position"], event["step"], event["steps"]))
                 elif event.get("type", "").endswith(".starting"):
-                    on_step(Step(None, 0, 0, is_starting=True, expected_s=event["expected_s"]))
+                    expected_s = event["expected_s"] if event["state"] == "starting" else None
+                    on_step(Step(None, 0, 0, is_starting=True, expected_s=expected_s))
                 elif event.get("type", "").endswith(".completed"):
                     images.append(event)
         if not images:

@@ -219,7 +219,9 @@ class StartingEvent(BaseModel):
     type: str = Field(json_schema_extra={"enum": _event_types("starting")})
     base_model: str
     state: Literal["starting", "waiting"] = Field(description="waiting: no node has room for a replica")
-    expected_s: float | None = Field(description="seconds until one runs, by the last start; null where unknown")
+    expected_s: float | None = Field(
+        description="seconds until one runs, by the last start; if it waits, from when it has room; null if unknown"
+    )
 
 
 class ImageEvent(BaseModel):

@@ -245,7 +245,9 @@ class Base(BaseModel):
         description="waiting: no node has room for a replica; stopped: it has none, and the next request starts one"
     )
     since: float | None = Field(description="when the start began, in seconds since 1970")
-    expected_s: float | None = Field(description="seconds until a replica runs, by the last start; null where unknown")
+    expected_s: float | None = Field(
+        description="seconds until one runs, by the last start; if it waits, from when it has room; null if unknown"
+    )
     reason: str | None = Field(description="why it waits, or has failed")
     defaults: BaseDefaults
     limits: BaseLimits

@@ -28,7 +28,7 @@ Outcome = Literal["started", "refused", "failed"]
 POLL_S = 1.0
 # Who waits is told so long before its deadline that its base still starts: at the deadline nobody would know why.
 MARGIN_S = 0.5
-# When to come back, where it is not known how long a start takes, and where it depends on room.
+# When to come back, where it is not known how long a start takes, and how long to wait for room before it.
 UNKNOWN_S = 10
 NO_ROOM_S = 30
 # Who comes back to the second finds a replica.
@@ -178,7 +178,7 @@ def unusable(base: str, state: BaseState) -> BaseUnusable:
 def not_ready(base: str, state: BaseState) -> NotReady:
     """Return what to tell a caller of a base that does not run."""
     if state.state == "waiting":
-        return NotReady(base, NO_ROOM_S, "waits for a node with room for it")
+        return NotReady(base, NO_ROOM_S + math.ceil(state.expected_s or 0.0), "waits for a node with room for it")
     return NotReady(base, UNKNOWN_S if state.expected_s is None else math.ceil(state.expected_s) + SLACK_S)
 
 

@@ -61,7 +61,7 @@ def state_of(count: ReplicaCount | None, *, start_s: float | None, now_s: float,
         return BaseState("stopped", expected_s=start_s)
     lasted_s = max(0.0, now_s - count.since_s)
     if not count.is_placed and lasted_s > PLACING_S:
-        return BaseState("waiting", count.since_s, reason=f"no node has room for a replica, which takes {room}")
+        return BaseState("waiting", count.since_s, start_s, f"no node has room for a replica, which takes {room}")
     expected_s = None if start_s is None else max(start_s - lasted_s, OVERDUE * start_s)
     return BaseState("starting", count.since_s, expected_s)
 

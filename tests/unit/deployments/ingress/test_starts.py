@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -145,6 +146,7 @@ async def test_a_stream_of_a_base_that_runs_gives_its_events_alone() -> None:
         (BaseState("starting", 0.0, 0.4), due(600, waits=False), "owner/base is starting; try again in 2 s"),
         (BaseState("starting", 0.0), due(600, waits=False), "owner/base is starting; try again in 10 s"),
         (BaseState("starting", 0.0), due(0.3), "owner/base is starting; try again in 10 s"),
+        (replace(NO_ROOM, expected_s=19.2), due(19), "owner/base waits for a node with room for it; try again in 50 s"),
         (NO_ROOM, due(600, waits=False), "owner/base waits for a node with room for it; try again in 30 s"),
     ],
 )

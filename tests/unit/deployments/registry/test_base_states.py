@@ -30,7 +30,7 @@ def starting(lasted_s: float, *, is_placed: bool) -> ReplicaCount:
         (starting(70.0, is_placed=True), 20.0, BaseState("starting", 930.0, 2.0)),
         (
             starting(70.0, is_placed=False), 20.0,
-            BaseState("waiting", 930.0, reason="no node has room for a replica, which takes 1 GPU"),
+            BaseState("waiting", 930.0, 20.0, "no node has room for a replica, which takes 1 GPU"),
         ),
     ],
 )  # fmt: skip
