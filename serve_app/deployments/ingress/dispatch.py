@@ -14,8 +14,10 @@ from typing import Protocol
 
 from serve_app.catalog.catalog import Catalog, Resolution
 from serve_app.catalog.replica_report import ModelInfo
+from serve_app.config import BaseModelConfig
 from serve_app.core import (
     Accepted,
+    AdapterRef,
     GenerationEvent,
     GenerationRequest,
     GenerationResult,
@@ -144,7 +146,7 @@ class ServiceGateway:
         canary = await self._canaries.instead_of(resolution.base, seed=request.seed, prompt=request.prompt)
         if canary is not None:
             try:
-                drawn = await self._resolve(replace(unresolved, model=canary.id))
+                drawn = await self._resolve(_naming(canary, unresolved, resolution))
                 request = await self._with_defaults(unresolved, drawn, request_id, seed)
                 case.resolution = resolution = drawn
             except LoraplexError as error:  # the caller asked for the base, which takes the request
@@ -213,6 +215,13 @@ class ServiceGateway:
             for alias, known in await self._registry.aliased()
         ]
         return (*bases, *adapters, *aliases)
+
+
+def _naming(canary: BaseModelConfig, draft: UnresolvedRequest, resolution: Resolution) -> UnresolvedRequest:
+    """Return a request with a canary in place of its base; the adapter that it may name instead stays."""
+    if draft.model is None or draft.model in resolution.base.names:
+        return replace(draft, model=canary.id)
+    return replace(draft, model=canary.id, adapters=(AdapterRef(draft.model), *draft.adapters))
 
 
 def _owner(model: str) -> str:
