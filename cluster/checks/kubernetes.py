@@ -23,7 +23,7 @@ from serve_app.cli.serve_file import ServeFileInvalid, check_serve_file
 KUBERNETES = "1.33"
 OVERLAYS = ("one-gpu", "many-gpus", "cpu-demo")
 OWN_SCHEMAS = {"RayService": "kuberay", "PodMonitor": "pod-monitor"}
-# Overlays that serve a file of this folder, word for word.
+# Overlays that serve a file of this folder, word for word but for how many GPUs the cluster may grow to.
 SERVED = {"many-gpus": "serve_config.gpu.yaml", "cpu-demo": "serve_config.demo.yaml"}
 
 
@@ -41,6 +41,8 @@ def served_faults(cluster: Path) -> Iterator[str]:
     for overlay, name in SERVED.items():
         (patch,) = schemas.documents(cluster / "kuberay" / "overlays" / overlay / "serve.yaml")
         served = yaml.safe_load(patch["spec"]["serveConfigV2"])
+        for scaling in _autoscaling_of(served):
+            scaling.pop("cluster_gpus", None)
         if served != yaml.safe_load((cluster / name).read_text(encoding="utf-8")):
             yield f"{overlay}/serve.yaml no longer serves what {name} says"
 
@@ -111,7 +113,31 @@ def _ray_service(spec: dict[str, Any], where: str) -> Iterator[str]:
         template = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}}
         yield from _core(template | {"template": group.get("template")}, f"{where}: {name}")
         yield from _grace(group, spec.get("serveConfigV2", ""), f"{where}: {name}")
+    yield from _gpus(ray_cluster.get("workerGroupSpecs", []), spec.get("serveConfigV2", ""), where)
     yield from serve_text_faults(spec.get("serveConfigV2", ""), f"{where}: serveConfigV2")
+
+
+def _autoscaling_of(served: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield how each base is scaled; a mapping that YAML repeats comes again."""
+    for application in served.get("applications", []):
+        yield (application.get("args", {}).get("base") or {}).get("autoscaling", {})
+
+
+def _gpus(groups: list[dict[str, Any]], serve_text: str, where: str) -> Iterator[str]:
+    """Bases give way once the cluster has as many GPUs as they are told; one that grows must tell them."""
+    fewest, most = (
+        sum(_gpus_of(group) * group.get(end, 0) for group in groups) for end in ("minReplicas", "maxReplicas")
+    )
+    scaled = _autoscaling_of(yaml.safe_load(serve_text) or {})
+    told = max((scaling.get("cluster_gpus") or 0 for scaling in scaled), default=0)
+    if fewest < most != told:
+        yield f"{where}: cluster_gpus is {told or 'not given'}, but the workers may grow to {most} GPUs"
+
+
+def _gpus_of(group: dict[str, Any]) -> int:
+    containers = group.get("template", {}).get("spec", {}).get("containers", [])
+    limits = (container.get("resources", {}).get("limits", {}) for container in containers)
+    return sum(int(limit.get("nvidia.com/gpu", 0)) for limit in limits)
 
 
 def _grace(group: dict[str, Any], serve_text: str, where: str) -> Iterator[str]:

@@ -94,6 +94,8 @@ TYPOS = [
         "max_replicas: 9",
         "no longer",
     ),
+    (overlay("many-gpus"), "kuberay/overlays/many-gpus/serve.yaml", "cluster_gpus: 10", "weight: 1", "grow to 10 GPUs"),
+    (overlay("many-gpus"), "kuberay/overlays/many-gpus/workers.yaml", "maxReplicas: 8", "maxReplicas: 9", "11 GPUs"),
     (kubernetes.single_faults, "kuberay/secret.example.yaml", "stringData", "stringDta", "stringDta"),
     (kubernetes.single_faults, "kuberay/pod-monitor.yaml", "interval", "intervall", "intervall"),
 ]
