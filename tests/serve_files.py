@@ -8,12 +8,13 @@ from typing import Any
 from serve_app.cli.serve_file import BASE_PATH, INGRESS_PATH
 from serve_app.config import IngressArguments, SharedSettings, serve_name
 from serve_app.deployments.front.own_routes import INGRESS_NAME
+from serve_app.live_settings import BASES
 
 
 def applications(settings: Mapping[str, Any], name: str = "loraplex") -> list[dict[str, Any]]:
     shared = {key: value for key, value in settings.items() if key in SharedSettings.model_fields}
     own = {key: value for key, value in settings.items() if key in IngressArguments.model_fields}
-    live = {key: value for key, value in settings.items() if key in ("bases", "default_base")}
+    live = {key: value for key, value in settings.items() if key in BASES}
     ingress = {
         "name": name,
         "import_path": INGRESS_PATH,

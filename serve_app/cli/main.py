@@ -14,9 +14,10 @@ import typer
 from rich.text import Text
 
 from serve_app.cli import bench, key
+from serve_app.cli.bases.commands import bases
 from serve_app.cli.generate import generate
 from serve_app.cli.inspect import inspect
-from serve_app.cli.models import bases, models
+from serve_app.cli.models import models
 from serve_app.cli.pull import pull
 from serve_app.cli.terminal import (
     FAILED,

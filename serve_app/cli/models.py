@@ -1,6 +1,6 @@
-"""`loraplex models` and `loraplex bases status`: what a running service has, and what its bases do.
+"""`loraplex models`: what a running service has.
 
-Owns both lists, and the completion of model names in a shell, which asks the same service.
+Owns the list, and the completion of model names in a shell, which asks the same service.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ TIMEOUT_S = 60.0
 COMPLETION_TIMEOUT_S = 2.0
 
 
-bases = typer.Typer(no_args_is_help=True, help="What the bases of a running service do.")
-
-
 def models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
     """List the bases of a running service and the adapters it knows so far."""
     with reporting(as_json=as_json):
@@ -43,27 +40,6 @@ def models(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> 
         bases = [model for model in found if model.base_id is None]
         adapters = plural(len(found) - len(bases), "adapter")
         print_line((f"{plural(len(bases), 'base')} and {adapters} at {url}", "dim"))
-
-
-@bases.command()
-def status(url: Url = DEFAULT_URL, key: Key = None, as_json: AsJson = False) -> None:
-    """Say of each base that it runs, starts, waits for room or is stopped, or has failed and why."""
-    with reporting(as_json=as_json):
-        with ServiceClient(url, key, timeout_s=TIMEOUT_S) as service:
-            found = service.bases()
-        if as_json:
-            print_json({"url": url, "bases": [asdict(base) for base in found]})
-            return
-        for base in found:
-            expected = f"{base.expected_s:.0f} s to go" if base.expected_s and base.state == "starting" else ""
-            drawn = f"{base.share:.2%} of the requests for {base.canary_of}" if base.share else ""
-            more = [part for part in (base.reason or expected, drawn) if part]
-            print_line((base.id, "bold"), f": {', '.join([base.state, *more])}")
-
-
-@bases.callback()
-def _bases() -> None:
-    """Make `status` a command of its own, although it is the only one."""
 
 
 def complete_model(context: typer.Context, incomplete: str) -> list[str]:

@@ -94,9 +94,17 @@ def check_serve_file(path: Path) -> ServeFileReport:
     Raises:
         ServeFileInvalid: with every fault that was found.
     """
+    return checked(_read(path))
+
+
+def checked(data: dict[str, Any]) -> ServeFileReport:
+    """Return what a Serve file says after checking every key and value of its data.
+
+    Raises:
+        ServeFileInvalid: with every fault that was found.
+    """
     from ray.serve.schema import ServeDeploySchema
 
-    data = _read(path)
     faults = _unknown_keys(data, ServeDeploySchema, "")
     try:
         schema = ServeDeploySchema.model_validate(data)

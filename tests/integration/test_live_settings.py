@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.serve._private.client import ServeControllerClient
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from cluster.local_service import application_of, delete_service
+from serve_app.cli.bases.changes import Change, with_base, without_base
 from serve_app.config import digest_of
 from serve_app.deployments.front.own_routes import INGRESS_NAME
 from tests.faults.breaking import replica_pids, until
@@ -32,6 +34,12 @@ REFUSED = b"not taken over, the settings before hold on: ingress.replicas: goes 
 def base(base_id: str, **settings: Any) -> dict[str, Any]:
     source = {"embedded": OTHER if base_id == OTHER else KEPT}
     return base_settings(base_id, source=source, application=application_of(base_id, NAME), **settings)
+
+
+def _client() -> ServeControllerClient:
+    client = _get_global_client()
+    assert client is not None, "Serve runs"
+    return client
 
 
 class Deployed:
@@ -56,9 +64,14 @@ class Deployed:
         ingress["route_prefix"] = f"/{NAME}"
         ingress["deployments"][0]["user_config"] |= user_config
         here = [one for one in others if one["args"]["base"]["id"] != missing]
-        client = _get_global_client()
-        assert client is not None, "Serve runs"
-        client.deploy_apps(ServeDeploySchema.model_validate({"applications": [ingress, *here]}))
+        self._carry_out({"applications": [ingress, *here]})
+
+    def change(self, change_of: Callable[[dict[str, Any]], Change]) -> None:
+        """Do what `loraplex bases` does, with what Serve says without a dashboard."""
+        self._carry_out(change_of(_client().get_serve_details()).serve_file)
+
+    def _carry_out(self, serve_file: dict[str, Any]) -> None:
+        _client().deploy_apps(ServeDeploySchema.model_validate(serve_file))
 
     def allowed(self) -> str | None:
         """Return the page that may read the service's answers, None where this one may not."""
@@ -136,8 +149,8 @@ def test_bases_are_added_changed_and_removed_under_load_and_no_other_process_sta
         kept, other = (loads.enter_context(load(deployed.service.url, model)) for model in (KEPT, OTHER))
 
         threads = {"num_cpus": 0.1, "torch_threads": 1, "max_batch_images": 1}
-        bases = [base(KEPT), base(OTHER, replica=threads), base(ADDED)]
-        deployed.deploy({"ingress": {"cors_origins": [PAGE]}}, bases)
+        deployed.deploy({"ingress": {"cors_origins": [PAGE]}}, [base(KEPT), base(OTHER, replica=threads)])
+        deployed.change(lambda details: with_base(details, base(ADDED), NAME))
         until(lambda: deployed.answers(ADDED)[0] == 200, "the base that was added")
         until(lambda: changed not in (now := replica_pids("base-demo--sdxl", app=NAME)) and len(now) == 1, "a new one")
         drawn = other[200]
@@ -145,7 +158,7 @@ def test_bases_are_added_changed_and_removed_under_load_and_no_other_process_sta
         assert set(other) == {200}
         (added,) = replica_pids("base-demo--third", app=NAME)
 
-        deployed.deploy({}, [base(KEPT), base(ADDED)])
+        deployed.change(lambda details: without_base(details, OTHER, NAME))
         until(lambda: other[404] > 0, "the refusal of the base that was removed")
         until(lambda: deployed.processes == untouched | {added}, "the end of its replica")
     assert set(kept) == {200}
