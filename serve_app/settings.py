@@ -235,6 +235,9 @@ class ReplicaSettings(StrictModel):
     and requests that need no swap may overtake a waiting one `max_overtakes` times and for `max_overtaken_s`. A request
     of priority "batch" is queued as if it had arrived `batch_priority_delay_s` later.
 
+    With `idle: host` each node where the base ran keeps the files of its weights in memory, within
+    `shared.base_files.idle_memory`, after its last replica has gone, so that the next one there copies them.
+
     Requests are refused with more than
     `max_backlog_s` of predicted work waiting. A new replica fetches the adapters that others use most before it takes
     requests, within `warm_up_timeout_s` and `warm_up_size`.
@@ -278,6 +281,7 @@ class ReplicaSettings(StrictModel):
     fused_cache: ByteSize = Field(default=ByteSize(2 * 1024**3), validate_default=True)
     prefetch_swap: Literal["auto", "always", "never"] = "auto"
     base_weights: Literal["auto", "device", "host"] = "auto"
+    idle: Literal["disk", "host"] = "disk"
     health_check_period_s: PositiveFloat = 5.0
     health_check_timeout_s: PositiveFloat = 10.0
     stall_timeout_s: PositiveFloat | None = None

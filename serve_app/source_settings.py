@@ -117,10 +117,12 @@ class BaseFileSettings(StrictModel):
     With `from_peers` the nodes that have a base's weights give them to those that do not. `store` is a mirror such as
     `s3://bucket/prefix`, in which a file lies under `<owner>/<name>/<file>`; credentials as for `adapters.stores`.
     A file counts only with the digest that the Hub names.
+    `idle_memory` is the host memory of each node for files of bases with `replica.idle: host`.
     """
 
     from_peers: bool = False
     store: StoreAddress | None = None
+    idle_memory: ByteSize = Field(default=ByteSize(32 * 1024**3), validate_default=True)
 
     @property
     def stores(self) -> tuple[AdapterStore, ...]:

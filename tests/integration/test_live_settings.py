@@ -174,6 +174,24 @@ def test_bases_are_added_changed_and_removed_under_load_and_no_other_process_sta
     assert deployed.processes >= untouched | {added}
 
 
+def held_in_memory() -> dict[str, str]:
+    """Return the rights of mapped files of weights, by the parts of a base, in the process that holds them."""
+    maps = [Path(f"/proc/{process.pid}/maps").read_text() for process in processes_of("ray::IdleWeights")]
+    lines = [line.split() for text in maps for line in text.splitlines() if line.endswith(".safetensors")]
+    return {Path(line[-1]).parent.name: line[1] for line in lines}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system has no /proc")
+def test_the_weights_of_a_base_stay_in_memory_while_its_application_is_there(deployed: Deployed) -> None:
+    idle = {"num_cpus": 0.1, "torch_threads": 1, "idle": "host"}
+    deployed.deploy({}, [base(KEPT), base(ADDED, replica=idle)])
+    until(lambda: deployed.answers(ADDED)[0] == 200, "the base that stays in memory")
+    until(lambda: {"unet", "vae", "text_encoder"} <= set(held_in_memory()), "its files in memory")
+    assert not any("w" in rights for rights in held_in_memory().values()), "none can be written"
+    deployed.deploy({}, [base(KEPT)])
+    until(lambda: not processes_of("ray::IdleWeights"), "the end of what held it")
+
+
 def test_a_canary_draws_its_share_and_is_taken_back_and_no_other_process_starts_again(deployed: Deployed) -> None:
     def drawn_by() -> Counter[str]:
         replies = [deployed.service.ask("a star", model=KEPT, seed=seed, num_inference_steps=2) for seed in range(16)]

@@ -22,6 +22,7 @@ from serve_app.catalog.files import AdapterFiles
 from serve_app.config import AppConfig, BaseModelConfig, Environment, SharedSettings
 from serve_app.core import AdapterRef, AdapterSpec
 from serve_app.demo.embedded import embedded_root
+from serve_app.deployments.replica.idle_weights import keep_in_memory
 from serve_app.deployments.shared.base_files import BaseFiles
 from serve_app.deployments.shared.hub_cache import HubCache
 from serve_app.deployments.shared.sharing import SharedFiles, share
@@ -87,8 +88,8 @@ async def bring_base(
     return files
 
 
-def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeline:
-    """Load a base onto its device.
+def load_pipeline(base: BaseModelConfig, shared: SharedSettings, environment: Environment) -> BasePipeline:
+    """Load a base onto its device, and have its node keep its files in memory where it is to.
 
     Raises:
         BaseUnusable: it cannot be loaded as configured.
@@ -100,13 +101,16 @@ def load_pipeline(base: BaseModelConfig, environment: Environment) -> BasePipeli
 
     device = default_device()
     fence_share(device, base.replica.num_gpus)
-    return BasePipeline.load(
+    pipeline = BasePipeline.load(
         base,
         resolve_source(base.source, embedded_root()),
         parts={name: resolve_source(part, embedded_root()) for name, part in base.part_sources.items()},
         device=device,
         hub=HubAccess(token=environment.token),
     )
+    if base.replica.idle == "host":
+        keep_in_memory(shared, base.id, pipeline.weight_files)
+    return pipeline
 
 
 async def fuse_adapters(

@@ -105,7 +105,7 @@ class BaseModelReplica:
         self._base_files = await bring_base(
             base, shared, environment, keeper=keeper, on_brought=self._metrics.base_fetched
         )
-        pipeline = load_pipeline(base, environment)
+        pipeline = load_pipeline(base, shared, environment)
         self._base_files.offer()
         self._base = base = pipeline.config
         try_tasks(pipeline, base)

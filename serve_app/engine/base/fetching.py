@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,24 @@ class HubNeed:
         chosen = set(filter_repo_objects(names, allow_patterns=list(self.patterns)))
         if self.whole is None:
             return chosen
-        tensors = {name for name in names if name.endswith(".safetensors")}
-        weights: Any = variant_compatible_siblings(tensors, variant=self.whole.variant)[0]
-        replaced = self.whole.part_sources
-        return chosen | {name for name in weights if name.partition("/")[0] not in replaced}
+        return chosen | _weights_among(names, self.whole)
+
+
+def _weights_among(names: Iterable[str], config: BaseModelConfig) -> set[str]:
+    """Return the files of a base's folder from which diffusers reads weights, without parts that are replaced."""
+    tensors = {name for name in names if name.endswith(".safetensors")}
+    weights: Any = variant_compatible_siblings(tensors, variant=config.variant)[0]
+    return {name for name in weights if name.partition("/")[0] not in config.part_sources}
+
+
+def weights_in(place: Path, config: BaseModelConfig) -> tuple[Path, ...]:
+    """Return the files of weights that are read from the folder of a base or of a part, or from a single file."""
+    if place.is_file():
+        return (place,)
+    names = {path.relative_to(place).as_posix() for path in place.rglob("*.safetensors")}
+    if (place / INDEX).exists():  # whose own folder may hold a single file of the same weights
+        names = _weights_among((name for name in names if "/" in name), config)
+    return tuple(place / name for name in sorted(names))
 
 
 def hub_needs(config: BaseModelConfig) -> tuple[HubNeed, ...]:

@@ -35,6 +35,7 @@ from serve_app.engine.base.fetching import (
     part_place,
     resolve_source,
     single_file,
+    weights_in,
 )
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.packing import is_quantised
@@ -63,11 +64,13 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, RuntimeError, 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device, the text of its model card where it has one, and its compiler, if any."""
+    """A frozen pipeline on its device, the text of its model card where it has one, its compiler, if any, and the files
+    of its weights."""
 
     pipeline: Any
     card: str = ""
     compiler: CountingCompiler | None = None
+    files: tuple[Path, ...] = ()
 
 
 def default_device() -> torch.device:
@@ -94,18 +97,23 @@ def load_base(
         HubUnavailable: the Hub did not answer and the local cache does not have all files.
     """
     _quieten()
+    read_from: list[Path] = []
     try:
         folder = base_folder(config, source, hub)
         check_base_folder(config.id, folder)
         dtype = resolve_dtype(config.dtype, check_folder(folder), device)
         packing = packing_of(config, folder, _denoiser(folder), dtype=dtype, device=device)
-        load = partial(_load_part, config, folder=folder, dtype=dtype, device=device, packing=packing, hub=hub)
+        load = partial(
+            _load_part, config, folder=folder, dtype=dtype, device=device, packing=packing, hub=hub, read_from=read_from
+        )
         pipeline: Any
         with _bringing_in_pages():
             replaced = {name: load(name, part) for name, part in parts.items()}
             if source.is_single_file:
-                pipeline = load_single_file(single_file(config.id, source, hub), folder, dtype, replaced)
+                read_from.append(single_file(config.id, source, hub))
+                pipeline = load_single_file(read_from[-1], folder, dtype, replaced)
             else:
+                read_from.append(folder)
                 pipeline = DiffusionPipeline.from_pretrained(
                     folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
                     trust_remote_code=False, **replaced,
@@ -122,7 +130,8 @@ def load_base(
     if device.type != "cpu":  # where they are already, which diffusers would ask every module
         pipeline.to(device)
     configure_pipeline(pipeline, config)
-    return LoadedBase(pipeline, read_card(folder), compile_denoiser(pipeline) if config.compile else None)
+    files = tuple(file for place in read_from for file in weights_in(place, config))
+    return LoadedBase(pipeline, read_card(folder), compile_denoiser(pipeline) if config.compile else None, files)
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:
@@ -173,9 +182,10 @@ def _denoiser(folder: Path) -> str:
 
 def _load_part(
     config: BaseModelConfig, name: str, source: ResolvedSource, *, folder: Path, dtype: torch.dtype,
-    device: torch.device, packing: Mapping[str, Any], hub: HubAccess,
+    device: torch.device, packing: Mapping[str, Any], hub: HubAccess, read_from: list[Path],
 ) -> Any:  # fmt: skip
     place = part_place(config.id, name, source, hub)
+    read_from.append(place)
     if source.is_single_file:
         return load_part_file(name, place, folder, dtype)
     check_part(config, name, place, device, is_to_pack=name in packing)

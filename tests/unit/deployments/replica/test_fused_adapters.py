@@ -39,7 +39,7 @@ async def replica(
     sources = {"embedded": True, "folders": folders, "stores": stores, "hub": {"enabled": False}}
     config = AppConfig.model_validate({"bases": [base, named_by_cards], "adapters": sources})
     environment = Environment(cache_dir=cache)
-    pipeline = load_pipeline(config.bases[0], environment)
+    pipeline = load_pipeline(config.bases[0], config, environment)
     admission = AdmissionProcess(pipeline.manifest, config.bases[0].adapter_limits)
     keeper: Any = None  # only nodes that share files ask it
     store = make_store(
