@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import diffusers
@@ -58,6 +58,8 @@ _POPULATE_READ = 22
 # Between two pieces others may change the process's memory map.
 _PIECE_BYTES = 64 << 20
 PAGES_THREAD = "pages of a base"
+# Of two loads at once the second would take the first one's wrapper for the original, and leave it behind.
+_WRAPPING = Lock()
 
 _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, BaseUnusable)
 
@@ -198,19 +200,21 @@ def _bringing_in_pages() -> Iterator[None]:
 
     Reading maps a file, and each page costs at its first use; diffusers has no parameter for this.
     """
-    load_file = safetensors.torch.load_file
+    with _WRAPPING:
+        load_file = safetensors.torch.load_file
 
-    def load_and_bring_in(*given: Any, **options: Any) -> dict[str, Tensor]:
-        tensors = load_file(*given, **options)
-        # The thread's own list keeps the file mapped.
-        Thread(target=_bring_in, args=(list(tensors.values()),), name=PAGES_THREAD, daemon=True).start()
-        return tensors
+        def load_and_bring_in(*given: Any, **options: Any) -> dict[str, Tensor]:
+            tensors = load_file(*given, **options)
+            # The thread's own list keeps the file mapped. What was read to a GPU is not mapped.
+            mapped = [tensor for tensor in tensors.values() if tensor.device.type == "cpu"]
+            Thread(target=_bring_in, args=(mapped,), name=PAGES_THREAD, daemon=True).start()
+            return tensors
 
-    safetensors.torch.load_file = load_and_bring_in
-    try:
-        yield
-    finally:
-        safetensors.torch.load_file = load_file
+        safetensors.torch.load_file = load_and_bring_in
+        try:
+            yield
+        finally:
+            safetensors.torch.load_file = load_file
 
 
 def _bring_in(tensors: Sequence[Tensor]) -> None:

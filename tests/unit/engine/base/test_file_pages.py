@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from serve_app.config import BaseModelConfig
 from serve_app.engine.base.fetching import HubAccess, ResolvedSource
-from serve_app.engine.base.loading import PAGES_THREAD, load_base
+from serve_app.engine.base.loading import PAGES_THREAD, _bringing_in_pages, load_base
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.integrity import IntegrityChecker
@@ -97,3 +100,21 @@ def test_the_pages_of_a_file_are_there_before_anyone_looks_at_its_weights(folder
             thread.join()
     there = kilobytes_of(folder / FILE)["Rss"] - before
     assert there * 1024 >= sum(weight.nbytes for weight in pipeline.unet.parameters())
+
+
+def test_loads_at_once_leave_the_reader_of_files_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = safetensors.torch.load_file
+    monkeypatch.setattr(safetensors.torch, "load_file", before)  # put back, should this fail
+    inside, most = 0, 0
+
+    def enter(_: int) -> None:
+        nonlocal inside, most
+        with _bringing_in_pages():
+            inside += 1
+            most = max(most, inside)
+            os.sched_yield()
+            inside -= 1
+
+    with ThreadPoolExecutor(4) as loads:
+        list(loads.map(enter, range(400)))
+    assert (most, safetensors.torch.load_file) == (1, before)
