@@ -215,7 +215,8 @@ class BaseFiles:
         missing = self._cache.missing(need.repository, files)
         offers = await self._offers(need.repository) if missing else ()
         came = await asyncio.to_thread(self._fetch_all, need.repository, missing, offers)
-        if listed is None:
+        # A part of a base would pass for the whole one, which then cannot be loaded.
+        if listed is None and not self._cache.missing(need.repository, files):
             await asyncio.to_thread(self._cache.link, replace(snapshot, files=tuple(files)))
         return came
 

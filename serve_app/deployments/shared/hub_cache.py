@@ -16,11 +16,12 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import WeakFileLock, validate_repo_id
 
@@ -29,6 +30,8 @@ from serve_app.deployments.shared.file_index import HubFile, HubSnapshot
 
 DEFAULT_REVISION = "main"
 TIMEOUT_S = 10.0
+# Below 500, yet no answer about a repository: time-outs and limits.
+_TRANSIENT = (408, 425, 429)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
@@ -46,12 +49,15 @@ class HubCache:
 
         Raises:
             RepositoryNotFoundError, RevisionNotFoundError: it is not there, or not for this token.
+            HfHubHTTPError: the Hub refuses it in another way, as for a token that is not valid.
         """
         try:
             info = self._api.model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except (HfHubHTTPError, OfflineModeIsEnabled, httpx2.TransportError):
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500 and error.response.status_code not in _TRANSIENT:
+                raise
+            return None
+        except (OfflineModeIsEnabled, httpx2.TransportError):
             return None
         files = [
             HubFile(one.rfilename, str(one.lfs.sha256 if one.lfs else one.blob_id), one.size or 0)
@@ -126,11 +132,15 @@ class HubCache:
             if blob.is_file() and not link.is_file():
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.unlink(missing_ok=True)
-                link.symlink_to(os.path.relpath(blob, link.parent))
+                with suppress(FileExistsError):  # another replica of this node was quicker
+                    link.symlink_to(os.path.relpath(blob, link.parent))
         if snapshot.revision != snapshot.commit:
             ref = folder / "refs" / snapshot.revision
             ref.parent.mkdir(parents=True, exist_ok=True)
-            ref.write_text(snapshot.commit, encoding="utf-8")
+            # Whole at once, for the Hub's client of another replica may read it now.
+            draft = ref.with_name(f"{ref.name}.{uuid.uuid4().hex[:8]}.tmp")
+            draft.write_text(snapshot.commit, encoding="utf-8")
+            draft.replace(ref)
 
     def _folder(self, repository: str) -> Path:
         validate_repo_id(repository)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from serve_app.catalog.sources.download_cache import PartialDownload
 from serve_app.deployments.shared.base_files import BaseFiles, Peer, PeerChunks, read_chunk
@@ -182,6 +182,28 @@ async def test_where_the_hub_does_not_answer_what_the_peers_have_is_the_base(hub
     assert await asyncio.to_thread(nodes.client, "b", "me/away", local_files_only=True) == FILES
     nodes.is_keeper_away = True
     assert await nodes.node("c", "me/away").bring() == {}
+
+
+async def test_a_part_of_what_the_peers_said_does_not_pass_for_the_base(hub: HubServer, nodes: Nodes) -> None:
+    hub.push("me/part", FILES)
+    await nodes.filled("a", "me/part")
+    HubCache(nodes.root / "a").blob("me/part", sha256(WEIGHTS)).unlink()
+    hub.fail("me/part", ErrorDetail(status=503))
+    assert (await nodes.node("b", "me/part").bring())["hub"] >= len(WEIGHTS)
+    with pytest.raises(LocalEntryNotFoundError):
+        nodes.client("b", "me/part", local_files_only=True)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_hub_that_refuses_the_token_has_answered(hub: HubServer, nodes: Nodes, status: int) -> None:
+    repository = f"me/refused-{status}"
+    hub.push(repository, FILES)
+    await nodes.filled("a", repository)
+    # What the Hub says to a token that is not valid, which its client does not take for a missing repository.
+    headers = {"x-error-message": "Invalid credentials in Authorization header"}
+    hub.fail(repository, ErrorDetail(status=status, headers=headers))
+    assert await nodes.node("b", repository).bring() == {}
+    assert nodes.blobs("b", repository) == []
 
 
 async def test_peers_open_no_repository_that_the_hub_does_not_open(hub: HubServer, nodes: Nodes) -> None:
