@@ -359,6 +359,11 @@ class AppConfig(SharedSettings):
         """Return the base that an id or alias means, or None."""
         return next((base for base in self.bases if name in base.names), None)
 
+    @property
+    def originals(self) -> tuple[BaseModelConfig, ...]:
+        """The bases that are no canaries."""
+        return tuple(base for base in self.bases if self.original_of(base.id) is None)
+
     def original_of(self, base_id: str) -> str | None:
         """Return the base some of whose requests a canary draws, None for what is no canary."""
         return next((base for base, canary in self.canaries.items() if canary.base == base_id), None)

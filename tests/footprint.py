@@ -71,3 +71,15 @@ def _kind(command: str) -> str | None:
         if (found := re.search(pattern, command)) is not None:
             return found.expand(name)
     return None
+
+
+def kilobytes_of(file: Path | None = None) -> dict[str, int]:
+    """Return what the kernel says of this process's memory, or of its pages of one file."""
+    is_wanted, found = file is None, dict[str, int]()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if not value.endswith(" kB"):  # a mapping's first line, or one of its flags, which come last
+            is_wanted = file is None or line.endswith(str(file))
+        elif is_wanted:
+            found[name] = found.get(name, 0) + int(value.split()[0])
+    return found

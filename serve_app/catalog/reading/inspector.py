@@ -209,7 +209,7 @@ class AdapterInspector:
     async def _place(self, model: str, card: Card, header: HeaderFacts) -> BaseMatch:
         claimed = await self._served_bases(card) or self._served(card.base_hints)
         # A canary of the same structure would leave it open which base is meant.
-        bases = [base for base in self._config.bases if claimed or self._config.original_of(base.id) is None]
+        bases = self._config.bases if claimed else self._config.originals
         facts = [await self._facts.facts(base) for base in bases]
         return match_bases(model, card.claims, claimed, header, facts)
 

@@ -114,10 +114,8 @@ class Ingress:
             was_base=lambda name: name in self._named or name in self._keeper.start_times_s(),
         )
 
-        originals = [base for base in config.bases if config.original_of(base.id) is None]
-
         async def is_ready() -> bool:
-            return is_service_ready(originals, await self._states())
+            return is_service_ready(config.originals, await self._states())
 
         self._gateway = ServiceGateway(
             catalog,

@@ -94,7 +94,7 @@ def load_pipeline(base: BaseModelConfig, shared: SharedSettings, environment: En
     Raises:
         BaseUnusable: it cannot be loaded as configured.
     """
-    from serve_app.engine.base.fetching import HubAccess, resolve_source
+    from serve_app.engine.base.fetching import HubAccess, resolve_source, weights_in
     from serve_app.engine.base.loading import default_device
     from serve_app.engine.drawing.pipeline import BasePipeline
     from serve_app.engine.weights.placement import fence_share
@@ -109,7 +109,8 @@ def load_pipeline(base: BaseModelConfig, shared: SharedSettings, environment: En
         hub=HubAccess(token=environment.token),
     )
     if base.replica.idle == "host":
-        keep_in_memory(shared, base.id, pipeline.weight_files)
+        files = [file for place in pipeline.read_from for file in weights_in(place, base)]
+        keep_in_memory(shared, base.id, files)
     return pipeline
 
 

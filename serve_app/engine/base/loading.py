@@ -35,7 +35,6 @@ from serve_app.engine.base.fetching import (
     part_place,
     resolve_source,
     single_file,
-    weights_in,
 )
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.packing import is_quantised
@@ -66,13 +65,13 @@ _LOADING_ERRORS = (OSError, ValueError, KeyError, AttributeError, RuntimeError, 
 
 @dataclass(frozen=True, slots=True)
 class LoadedBase:
-    """A frozen pipeline on its device, the text of its model card where it has one, its compiler, if any, and the files
-    of its weights."""
+    """A frozen pipeline on its device, the text of its model card where it has one, its compiler, if any, and the
+    folders and single files that it was read from."""
 
     pipeline: Any
     card: str = ""
     compiler: CountingCompiler | None = None
-    files: tuple[Path, ...] = ()
+    read_from: tuple[Path, ...] = ()
 
 
 def default_device() -> torch.device:
@@ -132,8 +131,8 @@ def load_base(
     if device.type != "cpu":  # where they are already, which diffusers would ask every module
         pipeline.to(device)
     configure_pipeline(pipeline, config)
-    files = tuple(file for place in read_from for file in weights_in(place, config))
-    return LoadedBase(pipeline, read_card(folder), compile_denoiser(pipeline) if config.compile else None, files)
+    compiler = compile_denoiser(pipeline) if config.compile else None
+    return LoadedBase(pipeline, read_card(folder), compiler, tuple(read_from))
 
 
 def fetch(config: BaseModelConfig, hub: HubAccess) -> tuple[Path, ...]:

@@ -85,7 +85,7 @@ class BasePipeline:
         self._tokenizer_name = _widest_tokenizer(loaded.pipeline)
         self.device: torch.device = loaded.pipeline.device
         self.compiler = loaded.compiler
-        self.weight_files = loaded.files
+        self.read_from = loaded.read_from
         self._latent_colours: LatentColours | None = None
         self.manifest: BaseManifest = manifest_of(loaded.pipeline)
 

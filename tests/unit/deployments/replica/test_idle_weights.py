@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.deployments.replica.idle_weights import HeldBases, hold_file
+from tests.footprint import kilobytes_of
 
 SIZE_BYTES = 64 * 1024
 
@@ -17,18 +18,6 @@ def files(tmp_path: Path) -> list[Path]:
     for path in paths:
         path.write_bytes(bytes(SIZE_BYTES))
     return paths
-
-
-def kilobytes_of(path: Path) -> dict[str, int]:
-    """Return what the kernel says of this process's pages of a file."""
-    is_wanted, found = False, dict[str, int]()
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if not value.endswith(" kB"):
-            is_wanted = line.endswith(str(path))
-        elif is_wanted:
-            found[name] = int(value.split()[0])
-    return found
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the system has no /proc")

@@ -23,6 +23,7 @@ from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.weights.fused import FusedWeights
 from serve_app.engine.weights.integrity import IntegrityChecker
 from serve_app.settings import ModelSource
+from tests.footprint import kilobytes_of
 from tests.tiny import sd15_unet, tiny_pipeline
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="the system has no /proc")
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), re
 REPLICA = """
 import json, sys
 from pathlib import Path
-from tests.unit.engine.base.test_file_pages import FILE, kilobytes_of, load, ready
+from tests.footprint import kilobytes_of
+from tests.unit.engine.base.test_file_pages import FILE, load, ready
 
 folder = Path(sys.argv[1])
 before = kilobytes_of()["Anonymous"]
@@ -60,18 +62,6 @@ def ready(pipeline: Any) -> tuple[FusedWeights, IntegrityChecker]:
     """Do what a replica does with loaded weights, which reads all of them."""
     weights = FusedWeights(adaptable_components(pipeline))
     return weights, IntegrityChecker(weights.checksummed_tensors)
-
-
-def kilobytes_of(file: Path | None = None) -> dict[str, int]:
-    """Return what the kernel says of this process's memory, or of its pages of one file."""
-    is_wanted, found = file is None, dict[str, int]()
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if not value.endswith(" kB"):  # a mapping's first line, or one of its flags, which come last
-            is_wanted = file is None or line.endswith(str(file))
-        elif is_wanted:
-            found[name] = found.get(name, 0) + int(value.split()[0])
-    return found
 
 
 def test_a_second_replica_takes_no_second_copy_of_the_file(folder: Path) -> None:
