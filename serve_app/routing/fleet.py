@@ -16,6 +16,9 @@ from serve_app.work import LatencyModel
 
 # A choice that did not lead to an acceptance so soon did not lead to one.
 RESERVATION_TTL_S = 2.0
+# An accepted request that a report leaves out so much later has ended: where this process stood still for longer than
+# the request took, its end is heard of before its acceptance, and no other end follows.
+UNREPORTED_TTL_S = 10.0
 # Reported work counts as done while no report comes, but no further than this: the replica may have stopped.
 MAX_DECAY_S = 2.0
 # Between the id of a request and what tells its parts apart.
@@ -133,12 +136,13 @@ class ReplicaStates:
         return ReplicaView(id_, ahead_s, stats.pace, (known.held, coming), fused)
 
     def _unreported(self, known: _Replica, now_s: float) -> list[_Sent]:
-        """Return what a replica was sent and has not reported; drop what never came to it."""
+        """Return what a replica was sent and has not reported; drop what never came to it or is no longer there."""
         unreported: list[_Sent] = []
         for request_id, sent in list(known.sent.items()):
             if sent.tag in known.stats.counted:
                 continue
-            if not sent.is_accepted and now_s > sent.at_s + RESERVATION_TTL_S:
+            never_came = not sent.is_accepted and now_s > sent.at_s + RESERVATION_TTL_S
+            if never_came or known.heard_s > sent.at_s + UNREPORTED_TTL_S:
                 self.withdraw(request_id)
             else:
                 unreported.append(sent)

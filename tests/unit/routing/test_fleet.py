@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.routing.cost import STALLED_S, ReplicaView, load_of, rank, tier_of
-from serve_app.routing.fleet import MAX_DECAY_S, RESERVATION_TTL_S, ReplicaStates
+from serve_app.routing.fleet import MAX_DECAY_S, RESERVATION_TTL_S, UNREPORTED_TTL_S, ReplicaStates
 from serve_app.routing.stats import ReplicaStats, encode, request_tag
 from tests.routing_cases import PACE, generation, key
 
@@ -75,6 +75,20 @@ def test_a_request_that_ended_counts_no_more_whether_it_was_reported_or_not(stat
     seen(states, a=report(2, 10.0, 1))
     states.finish("a", "i1")
     assert view(states, "a").ahead_s == 10.0 - work_s
+
+
+def test_a_request_whose_end_was_heard_of_before_its_acceptance_counts_until_a_late_report(
+    states: ReplicaStates,
+) -> None:
+    send(states, "a", 0, is_accepted=False)
+    states.finish("a", "i0")
+    assert view(states, "a").ahead_s == 0
+    work_s = send(states, "a", 0)
+    for sequence, later_s, ahead_s in ((2, UNREPORTED_TTL_S, work_s), (3, UNREPORTED_TTL_S + 0.1, 0)):
+        seen(states, NOW_S + later_s, a=report(sequence))
+        there = view(states, "a", NOW_S + later_s)
+        assert there.ahead_s == ahead_s
+        assert there.holds(key("a")) is bool(ahead_s)
 
 
 def test_a_request_that_a_replica_refused_counts_where_it_went_then(states: ReplicaStates) -> None:
