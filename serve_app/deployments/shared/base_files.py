@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -43,8 +44,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KEEPER_TIMEOUT_S = 5.0
-# A peer has that long for a chunk, and for starting the process that reads the first.
-CHUNK_TIMEOUT_S = 60.0
+# A peer has that long to begin, and then as long as a file takes at the least pace.
+PEER_TIMEOUT_S = 60.0
+LEAST_BYTES_PER_S = 4 * 1024**2
 CHUNK_BYTES = 16 * 1024**2
 # That many are asked for ahead: one is written while the next are read and travel.
 CHUNKS_AHEAD = 3
@@ -54,24 +56,6 @@ GIT_ID = 40  # hex digits
 HERE = "here"
 
 _FAILURES = (*INDEX_FAILURES, *HUB_FAILURES, LoraplexError)
-
-
-class Source(Protocol):
-    """Where a file may come from."""
-
-    @property
-    def name(self) -> str:
-        """What the log and the metric call it."""
-        ...
-
-    def write(self, repository: str, file: HubFile, draft: PartialDownload) -> None:
-        """Write a file to an empty draft.
-
-        Raises:
-            ModelNotFound: it is not there, which others may be.
-            RayError, LoraplexError, OSError, ValueError: this source is of no use.
-        """
-        ...
 
 
 def read_chunk(repository: str, digest: str, start: int, size_bytes: int, cache: HubCache | None = None) -> Any:
@@ -87,15 +71,16 @@ class PeerChunks:
 
     def __init__(self) -> None:
         self._read = ray.remote(num_cpus=0, max_retries=0)(read_chunk)
+        self.clock = time.monotonic
 
     def ask(self, node: str, repository: str, digest: str, start: int, size_bytes: int) -> Any:
         """Have a chunk read on a node."""
         there = NodeAffinitySchedulingStrategy(node, soft=False)
         return self._read.options(scheduling_strategy=there).remote(repository, digest, start, size_bytes)
 
-    def get(self, asked: Any) -> memoryview:
-        """Have a chunk brought to this node."""
-        return memoryview(ray.get(asked, timeout=CHUNK_TIMEOUT_S))
+    def get(self, asked: Any, until: float) -> memoryview:
+        """Have a chunk brought to this node, by a time of `clock`."""
+        return memoryview(ray.get(asked, timeout=max(0.0, until - self.clock())))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +94,27 @@ class Peer:
     name: str = "peer"
 
     def write(self, repository: str, file: HubFile, draft: PartialDownload) -> None:
-        """Write a file that this node has."""
+        """Write a file that this node has.
+
+        Raises:
+            ModelNotFound, FileNotFoundError: this node has not offered it, or has lost it.
+            RayError: this node is gone or too slow.
+        """
         if file.digest not in self.digests:
             raise ModelNotFound(repository, f"{file.name} is not on this peer")
         asked: deque[Any] = deque()
+        begun = self.chunks.clock()
+
+        def take() -> None:
+            until = begun + PEER_TIMEOUT_S + draft.size_bytes / LEAST_BYTES_PER_S
+            draft.add(self.chunks.get(asked.popleft(), until))
+
         for start in range(0, file.size_bytes, self.chunk_bytes):
             asked.append(self.chunks.ask(self.node, repository, file.digest, start, self.chunk_bytes))
             if len(asked) == CHUNKS_AHEAD:
-                draft.add(self.chunks.get(asked.popleft()))
+                take()
         while asked:
-            draft.add(self.chunks.get(asked.popleft()))
+            take()
 
 
 class Mirror:
@@ -202,6 +198,7 @@ class BaseFiles:
         return [one for one in found if one is not None]
 
     async def _bring(self, need: HubNeed) -> Counter[str]:
+        await asyncio.to_thread(self._cache.clear_drafts, need.repository)
         try:
             listed = await run_blocking(lambda: self._cache.listed(need.repository, _revision(need)))
         except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -245,7 +242,7 @@ class BaseFiles:
     def _fetch_all(self, repository: str, files: Sequence[HubFile], offers: Sequence[HubSnapshot]) -> Counter[str]:
         # Each node asks the others in an order of its own, so that many that start together ask not all the first.
         peers = sorted({one.node for one in offers}, key=lambda node: zlib.crc32(f"{self._node} {node}".encode()))
-        sources: list[Source] = [
+        sources: list[Peer | Mirror] = [
             Peer(node, frozenset(file.digest for one in offers if one.node == node for file in one.files), self._chunks)
             for node in peers
         ]
@@ -256,8 +253,11 @@ class BaseFiles:
         del came[HERE]
         return came
 
-    def _fetch(self, repository: str, file: HubFile, sources: list[Source]) -> str:
-        """Bring one file; return where it came from. A source that fails is removed: it would hold up every file."""
+    def _fetch(self, repository: str, file: HubFile, sources: list[Peer | Mirror]) -> str:
+        """Bring one file; return where it came from.
+
+        A source that fails, or gives what is another file, is removed: it would hold up every file.
+        """
         came = HERE
 
         def bring(draft: PartialDownload) -> bool:
@@ -266,16 +266,16 @@ class BaseFiles:
                 draft.restart()
                 try:
                     source.write(repository, file, draft)
-                except ModelNotFound:
+                    if file.digest == (draft.git_id() if len(file.digest) == GIT_ID else draft.sha256()):
+                        came = source.name
+                        return True
+                    reason = "another digest"
+                except (ModelNotFound, FileNotFoundError):  # it may have the others
                     continue
                 except _FAILURES as error:
-                    log.warning("no %s for %s of %s (%s)", source.name, file.name, repository, type(error).__name__)
-                    sources.remove(source)
-                    continue
-                if file.digest == (draft.git_id() if len(file.digest) == GIT_ID else draft.sha256()):
-                    came = source.name
-                    return True
-                log.warning("%s of %s from a %s has another digest", file.name, repository, source.name)
+                    reason = type(error).__name__
+                log.warning("no %s for %s of %s (%s)", source.name, file.name, repository, reason)
+                sources.remove(source)
             came = "hub"
             return False
 

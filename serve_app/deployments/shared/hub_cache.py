@@ -101,6 +101,13 @@ class HubCache:
         """Return those files whose bytes are not here."""
         return [file for file in files if not self.blob(repository, file.digest).is_file()]
 
+    def clear_drafts(self, repository: str) -> None:
+        """Remove what was left by processes that ended while they wrote a file, the Hub's client among them."""
+        for draft in self._folder(repository).glob("blobs/*.*.incomplete"):
+            # Who writes it holds the lock of its digest, and would let this wait in vain.
+            with suppress(OSError), WeakFileLock(self._lock(repository, draft.name.split(".")[0]), timeout=0.1):
+                draft.unlink(missing_ok=True)
+
     def add(self, repository: str, file: HubFile, bring: Callable[[PartialDownload], bool]) -> None:
         """Have `bring` write a file that is not here, unless another process of this node does; it is here afterwards
         if `bring` returns true: the bytes are those of the digest.
@@ -108,8 +115,7 @@ class HubCache:
         Raises:
             OSError: the disk failed.
         """
-        blob = self.blob(repository, file.digest)
-        lock = self._root / ".locks" / self._folder(repository).name / f"{file.digest}.lock"
+        blob, lock = self.blob(repository, file.digest), self._lock(repository, file.digest)
         for folder in (blob.parent, lock.parent):
             folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(lock):
@@ -141,6 +147,9 @@ class HubCache:
             draft = ref.with_name(f"{ref.name}.{uuid.uuid4().hex[:8]}.tmp")
             draft.write_text(snapshot.commit, encoding="utf-8")
             draft.replace(ref)
+
+    def _lock(self, repository: str, digest: str) -> Path:
+        return self._root / ".locks" / self._folder(repository).name / f"{digest}.lock"
 
     def _folder(self, repository: str) -> Path:
         validate_repo_id(repository)

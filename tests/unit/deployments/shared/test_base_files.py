@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,8 @@ from typing import Any, cast
 import pytest
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import WeakFileLock
+from ray.exceptions import GetTimeoutError, RayTaskError
 
 from serve_app.catalog.sources.download_cache import PartialDownload
 from serve_app.deployments.shared.base_files import BaseFiles, Peer, PeerChunks, read_chunk
@@ -49,6 +52,7 @@ class Nodes(PeerChunks):
         self.is_keeper_away = False
         self.asked: list[str] = []
         self.unread = self.most_unread = 0
+        self.now_s, self.chunk_s = 0.0, 0.0
 
     # The keeper
 
@@ -68,10 +72,19 @@ class Nodes(PeerChunks):
         self.most_unread = max(self.unread, self.most_unread)
         return self.root / node, repository, digest, start, size_bytes
 
-    def get(self, asked: Any) -> memoryview:
+    def get(self, asked: Any, until: float) -> memoryview:
         self.unread -= 1
+        self.now_s += self.chunk_s
+        if self.now_s > until:
+            raise GetTimeoutError
         folder, *what = asked
-        return memoryview(read_chunk(*what, cache=HubCache(folder)))
+        try:
+            return memoryview(read_chunk(*what, cache=HubCache(folder)))
+        except OSError as error:
+            raise RayTaskError("read_chunk", "", error).as_instanceof_cause() from None
+
+    def clock(self) -> float:
+        return self.now_s
 
     # The nodes
 
@@ -174,6 +187,33 @@ async def test_a_copy_that_is_not_what_the_hub_names_costs_a_fetch_from_the_next
     assert await asyncio.to_thread(mirrored.client, "late", repository) == FILES
 
 
+async def test_a_peer_that_lacks_one_file_is_asked_for_the_next_and_one_that_gives_another_is_not(
+    hub: HubServer, nodes: Nodes
+) -> None:
+    hub.push("me/two", FILES)
+    for name in ("p0", "p1"):
+        await nodes.filled(name, "me/two")
+    HubCache(nodes.root / "p0").blob("me/two", sha256(WEIGHTS)).unlink()
+    for blob in nodes.blobs("p1", "me/two"):
+        blob.write_bytes(bytes(blob.stat().st_size))
+    assert await nodes.node("late", "me/two").bring() == {"hub": SIZE // 2, "peer": SIZE // 2}
+    assert nodes.asked == ["p0", "p1", "p0"]
+
+
+async def test_what_a_replica_left_that_was_killed_while_it_wrote_is_removed_and_what_is_written_now_is_not(
+    hub: HubServer, nodes: Nodes
+) -> None:
+    hub.push("me/killed", FILES)
+    await asyncio.to_thread(nodes.client, "a", "me/killed")
+    whole = nodes.blobs("a", "me/killed")
+    abandoned, written = (whole[0].with_name(f"{digit * 64}.12345678.incomplete") for digit in "ab")
+    for draft in (abandoned, written):
+        draft.write_bytes(WEIGHTS)
+    with WeakFileLock(nodes.root / "a" / ".locks" / "models--me--killed" / f"{'b' * 64}.lock"):
+        assert await nodes.node("a", "me/killed").bring() == {}
+    assert nodes.blobs("a", "me/killed") == sorted([*whole, written])
+
+
 async def test_where_the_hub_does_not_answer_what_the_peers_have_is_the_base(hub: HubServer, nodes: Nodes) -> None:
     hub.push("me/away", FILES)
     await nodes.filled("a", "me/away")
@@ -250,6 +290,25 @@ async def test_a_file_of_many_chunks_is_never_as_a_whole_in_memory(hub: HubServe
     await asyncio.to_thread(cache.add, "me/chunks", file, bring)
     assert cache.blob("me/chunks", file.digest).read_bytes() == WEIGHTS
     assert (len(nodes.asked), nodes.most_unread) == (-(-len(WEIGHTS) // 1000), 3)
+
+
+@pytest.mark.parametrize(("seconds", "is_whole"), [(60.02, True), (60.03, False), (6000.0, False)])
+async def test_a_peer_has_a_minute_and_then_as_long_as_the_least_pace_takes(
+    hub: HubServer, nodes: Nodes, request: Any, seconds: float, is_whole: bool
+) -> None:
+    repository = f"me/pace-{request.node.callspec.indices['seconds']}"
+    hub.push(repository, FILES)
+    await nodes.filled("a", repository)
+    (offer,) = nodes.bases.of([repository], {"a"})
+    file = next(one for one in offer.files if one.name == "unet/model.safetensors")
+    chunks = -(-len(WEIGHTS) // 1000)
+    nodes.chunk_s = seconds / chunks
+    path = nodes.root / "draft"
+    draft = PartialDownload(path, path.open("w+b", buffering=0))
+    with nullcontext() if is_whole else pytest.raises(GetTimeoutError):
+        Peer("a", frozenset({file.digest}), nodes, chunk_bytes=1000).write(repository, file, draft)
+    draft.close()
+    assert nodes.now_s < 60.1 + nodes.chunk_s
 
 
 @pytest.mark.parametrize(
