@@ -20,7 +20,7 @@ from serve_app.autoscaling.sharing import LEAST_GPU, LongestWait, longest_wait
 from serve_app.catalog.sources.bucket import StorePackageMissing, check_stores
 from serve_app.config import AppConfig, BaseArguments, BaseModelConfig, IngressArguments, SharedSettings, serve_name
 from serve_app.deployments.front.own_routes import INGRESS_NAME
-from serve_app.families.config_files import missing_packer, unusable_reason
+from serve_app.families.config_files import family_in, missing_packer, unusable_reason
 from serve_app.families.single_file import unusable_file_reason
 from serve_app.live_settings import with_live_settings
 from serve_app.observability.tracing import TracingUnavailable, check_tracing
@@ -257,6 +257,7 @@ def _service(
         faults.append(f"{one.place}.deployments: {INGRESS_NAME}: user_config.{error}")
         return None
     faults += _disagreements(one, args, service, bases)
+    faults += [f"{one.place}.deployments: {INGRESS_NAME}: user_config.{fault}" for fault in _unlike_canaries(service)]
     return service
 
 
@@ -323,6 +324,19 @@ def what_to_write_instead(args: Any) -> str:
         f"and add an application for each ({names}), such as {{name: OWNER--NAME, import_path: '{BASE_PATH}', "
         "route_prefix: null, args: {shared: *shared, base: *ANCHOR}}. serve_config.yaml is an example"
     )
+
+
+def _unlike_canaries(service: AppConfig) -> list[str]:
+    """Return a fault for each canary whose folder is of another family than its base's, and so would draw nothing."""
+    folders = {base.id: base.source.described_by.folder for base in service.bases}
+    families = {base: None if folder is None else family_in(folder) for base, folder in folders.items()}
+    return [
+        f"canaries: {canary.base} draws nothing for {base}: it is {other.name}, not {own.name}"
+        for base, canary in service.canaries.items()
+        if (own := families[base]) is not None
+        and (other := families[canary.base]) is not None
+        and own.kind != other.kind
+    ]
 
 
 def _unusable(base: BaseModelConfig, place: str) -> list[str]:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
+from serve_app.families.family import Family
 from serve_app.families.quantised import PACKAGES, SERVED, Quantization, packing_name, quantization_of
 from serve_app.families.table import family_of, other_medium
 
@@ -32,6 +33,12 @@ def unusable_reason(folder: Path) -> str | None:
     if family_of(pipeline).needs_torchvision and find_spec("torchvision") is None:
         return missing_package("torchvision")
     return next((reason for part in _parts(index) if (reason := unusable_packing(folder, part)) is not None), None)
+
+
+def family_in(folder: Path) -> Family | None:
+    """Return the family that the index in a base's folder names, None where it cannot be read."""
+    pipeline = _table(folder / INDEX).get("_class_name")
+    return family_of(pipeline) if isinstance(pipeline, str) else None
 
 
 def unusable_packing(folder: Path, part: str) -> str | None:

@@ -70,6 +70,11 @@ class Family:
     structure: str | None = None
     is_known: bool = True
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What two bases have in common of which one may draw for the other."""
+        return self.name, self.structure, self.tasks
+
     def task_of(self, *, has_image: bool, has_mask: bool) -> Task:
         """Return the task of a request with such inputs; a picture is redrawn where the family can do that."""
         if has_mask:

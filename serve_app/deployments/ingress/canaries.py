@@ -43,7 +43,7 @@ class Canaries:
 
     async def _is_alike(self, canary: BaseModelConfig, base: BaseModelConfig) -> bool:
         first, second = await self._family_of(canary), await self._family_of(base)
-        if first is None or second is None or _kind(first) == _kind(second):
+        if first is None or second is None or first.kind == second.kind:
             return True
         if canary.id not in self._unlike:
             self._unlike.add(canary.id)
@@ -55,7 +55,3 @@ def is_drawn(canary: str, share: float, *, seed: int, prompt: str) -> bool:
     """Whether a canary with a share draws a request; callers who always send the same seed are divided by prompt."""
     digest = sha256(f"{canary}\0{seed}\0{prompt}".encode(errors="replace")).digest()
     return int.from_bytes(digest[:8]) < share * 2**64
-
-
-def _kind(family: Family) -> tuple[object, ...]:
-    return family.name, family.structure, family.tasks

@@ -57,8 +57,7 @@ class Keeper:
         """
         set_up_logging(shared.log_level)
         self._aliases = _alias_store(registry, environment)
-        self._ledger = Ledger(_file_of(registry, environment).with_name(LEDGER_NAME))
-        self._start_times_s = self._ledger.start_times_s()
+        self._ledger = Ledger(_file_of(registry, environment).with_name(LEDGER_NAME), clock=time.time)
         self._changed = asyncio.Condition()
         self._table = self._aliases.table()
         sharing = shared.adapters.sharing
@@ -102,7 +101,7 @@ class Keeper:
     async def account(self, drawn: Sequence[DayUsage]) -> Mapping[str, float]:
         """Keep what was drawn; return how long the last start of each base took, in seconds."""
         await asyncio.to_thread(self._ledger.add, drawn)
-        return self._start_times_s
+        return await asyncio.to_thread(self._ledger.start_times_s)
 
     async def usage(self, since: str) -> tuple[DayUsage, ...]:
         """Return what was drawn from a day on."""
@@ -110,7 +109,6 @@ class Keeper:
 
     async def started(self, base_id: str, start_s: float) -> None:
         """Keep how long a base took to start."""
-        self._start_times_s[base_id] = start_s
         await asyncio.to_thread(self._ledger.note_start, base_id, start_s)
 
     async def claim(self, key: str) -> SharedFile | None:

@@ -6,7 +6,7 @@ Owns the SQLite file. Must not know Ray. Every call may block on the disk, so ca
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import date, timedelta
 from pathlib import Path
@@ -18,8 +18,11 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS usage (
     day TEXT, key TEXT, base TEXT, images INTEGER NOT NULL, device_s REAL NOT NULL, PRIMARY KEY (day, key, base)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS starts (base TEXT PRIMARY KEY, start_s REAL NOT NULL) WITHOUT ROWID;
+DROP TABLE IF EXISTS starts; -- had no times
+CREATE TABLE IF NOT EXISTS last_starts (base TEXT PRIMARY KEY, start_s REAL NOT NULL, at REAL NOT NULL) WITHOUT ROWID;
 """
+# A base that has not started for so long is forgotten: its id may be an adapter's then.
+KEPT_STARTS_S = 90 * 86400.0
 _ADD = """
 INSERT INTO usage VALUES (?, ?, ?, ?, ?) ON CONFLICT (day, key, base)
 DO UPDATE SET images = images + excluded.images, device_s = device_s + excluded.device_s
@@ -29,8 +32,9 @@ DO UPDATE SET images = images + excluded.images, device_s = device_s + excluded.
 class Ledger:
     """The file. Requests without a key are those of the key "". Thread-safe."""
 
-    def __init__(self, path: Path) -> None:
-        """Open or create the file."""
+    def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
+        """Open or create the file; `clock` is in seconds since 1970."""
+        self._clock = clock
         self._lock = threading.Lock()
         self._database = open_database(path, lambda database: database.executescript(_SCHEMA))
 
@@ -53,12 +57,13 @@ class Ledger:
     def note_start(self, base_id: str, start_s: float) -> None:
         """Remember how long the last start of a base took."""
         with self._lock:
-            self._database.execute("INSERT OR REPLACE INTO starts VALUES (?, ?)", (base_id, start_s))
+            self._database.execute("REPLACE INTO last_starts VALUES (?, ?, ?)", (base_id, start_s, self._clock()))
 
     def start_times_s(self) -> dict[str, float]:
-        """Return how long the last start of each base took."""
-        with self._lock, closing(self._database.execute("SELECT base, start_s FROM starts")) as rows:
-            return dict(rows)
+        """Return how long the last start of each base took that is not long past."""
+        with self._lock:
+            self._database.execute("DELETE FROM last_starts WHERE at < ?", (self._clock() - KEPT_STARTS_S,))
+            return dict(self._database.execute("SELECT base, start_s FROM last_starts"))
 
     def close(self) -> None:
         """Let go of the file."""

@@ -19,6 +19,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -102,19 +103,13 @@ class Peer:
         """
         if file.digest not in self.digests:
             raise ModelNotFound(repository, f"{file.name} is not on this peer")
-        asked: deque[Any] = deque()
-        begun = self.chunks.clock()
-
-        def take() -> None:
+        begun, starts = self.chunks.clock(), range(0, file.size_bytes, self.chunk_bytes)
+        asking = (self.chunks.ask(self.node, repository, file.digest, one, self.chunk_bytes) for one in starts)
+        asked = deque(islice(asking, CHUNKS_AHEAD))
+        while asked:
             until = begun + PEER_TIMEOUT_S + draft.size_bytes / LEAST_BYTES_PER_S
             draft.add(self.chunks.get(asked.popleft(), until))
-
-        for start in range(0, file.size_bytes, self.chunk_bytes):
-            asked.append(self.chunks.ask(self.node, repository, file.digest, start, self.chunk_bytes))
-            if len(asked) == CHUNKS_AHEAD:
-                take()
-        while asked:
-            take()
+            asked.extend(islice(asking, 1))
 
 
 class Mirror:

@@ -88,12 +88,10 @@ class HubCache:
         if commit is None:
             return None
         folder = self._folder(repository) / "snapshots" / commit
-        links = (path for path in folder.rglob("*") if path.is_symlink() and path.is_file())
-        named = ((path, Path(os.readlink(path)).name) for path in links)
         files = [
             HubFile(path.relative_to(folder).as_posix(), digest, path.stat().st_size)
-            for path, digest in named
-            if _DIGEST.fullmatch(digest)
+            for path in folder.rglob("*")
+            if path.is_symlink() and path.is_file() and _DIGEST.fullmatch(digest := path.readlink().name)
         ]
         return HubSnapshot(repository, revision, commit, tuple(files), node) if files else None
 

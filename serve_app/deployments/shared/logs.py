@@ -15,7 +15,6 @@ from serve_app.redaction import redact_secrets
 # Fields that Serve adds to each record and callers choose: the path, and the request's id.
 CALLERS_OWN = ("route", "request_id")
 
-
 # Characters that end a line, move a terminal's cursor or turn its direction of writing.
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 

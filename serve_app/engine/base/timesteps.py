@@ -11,7 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-_READERS = frozenset(("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler"))
+# Those of the last line read one value a pass, to find their first step. UniPC would wait at each step all the same, to
+# send coefficients of its own.
+_READERS = frozenset((
+    "DDIMScheduler", "DDPMScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler",
+    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+))  # fmt: skip
 
 
 def read_timesteps_on_host(scheduler: Any) -> None:

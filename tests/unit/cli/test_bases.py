@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from serve_app.cli.bases.changes import with_base, without_base
+from serve_app.cli.bases.cluster import Cluster
 from serve_app.cli.serve_file import check_serve_file
 from serve_app.cli.terminal import CommandFailed
 from tests.serve_files import applications
@@ -233,6 +234,13 @@ def test_a_file_that_is_no_base_is_refused_in_a_line(run: Run, dashboard: Dashbo
     result = run("bases", "add", base, "--address", dashboard.url)
     assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.output
     assert not dashboard.deployed
+
+
+def test_an_address_that_accepts_and_never_answers_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(CommandFailed, match=f"^{url} accepts and has not answered within 0.01 s; --address names"):
+            Cluster(url, timeout_s=0.01)
 
 
 def test_an_address_without_a_cluster_is_refused(run: Run, url: str) -> None:

@@ -112,6 +112,34 @@ def test_a_user_config_that_its_deployment_would_not_take_is_found(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("pipeline", "told"),
+    [
+        ("StableDiffusionXLPipeline", "canaries: demo/sd15 draws nothing for demo/sdxl: it is SDXL, not SD"),
+        ("StableDiffusionPipeline", None),
+        (None, None),
+    ],
+)
+def test_a_canary_of_another_family_is_found_where_both_lie_in_folders(
+    tmp_path: Path, pipeline: str | None, told: str | None
+) -> None:
+    data = yaml.safe_load(SHIPPED.read_text())
+    for application, name in zip(data["applications"][1:], ("StableDiffusionPipeline", pipeline), strict=True):
+        folder = tmp_path / str(name)
+        folder.mkdir(exist_ok=True)
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": name}))
+        application["args"]["base"]["source"] = {"folder": str(folder)}
+        application["args"]["base"]["autoscaling"]["min_replicas"] = 1
+    ingress = data["applications"][0]["deployments"][0]["user_config"]
+    ingress["canaries"] = {"demo/sdxl": {"base": "demo/sd15", "share": 0.1}}
+    text = yaml.safe_dump(data)
+    if told is not None:
+        assert told in faults(tmp_path, text)
+        return
+    (tmp_path / "serve.yaml").write_text(text)
+    check_serve_file(tmp_path / "serve.yaml")
+
+
+@pytest.mark.parametrize(
     ("replicas", "gpus"),
     [
         ([], 0),

@@ -24,8 +24,9 @@ async function loadCatalog() {
     const [bases, loras] = await Promise.all([service.list("v1/bases"), service.list("v1/loras")]);
     showAdapters(loras, question);
     // A canary draws for its base; who wants it alone calls it by its id.
-    composer.bases = bases.filter((base) => !base.canary_of);
-    byId("summary").textContent = `${plural(bases.length, "base")}, ${plural(loras.length, "adapter")}`;
+    const originals = bases.filter((base) => !base.canary_of);
+    composer.bases = originals;
+    byId("summary").textContent = `${plural(originals.length, "base")}, ${plural(loras.length, "adapter")}`;
     lock(false);
     replicas.start();
   } catch (error) {

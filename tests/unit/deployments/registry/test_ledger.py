@@ -17,14 +17,14 @@ A, B = "demo/a", "demo/b"
 
 
 def test_what_was_drawn_adds_up_by_day_key_and_base_and_is_there_for_the_next_keeper(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "folder" / "usage.sqlite3")
+    ledger = Ledger(tmp_path / "folder" / "usage.sqlite3", clock=Clock())
     ledger.add(())
     ledger.add((DayUsage("2026-11-29", "alice", A, 2, 1.5), DayUsage("2026-11-30", None, A, 1, 0.5)))
     ledger.add((DayUsage("2026-11-29", "alice", A, 3, 1.0), DayUsage("2026-11-29", "alice", B, 1, 9.0)))
     ledger.note_start(A, 40.0)
     ledger.note_start(A, 20.0)
     ledger.close()
-    again = Ledger(tmp_path / "folder" / "usage.sqlite3")
+    again = Ledger(tmp_path / "folder" / "usage.sqlite3", clock=Clock())
     assert set(again.usage("2026-11-29")) == {
         DayUsage("2026-11-29", "alice", A, 5, 2.5),
         DayUsage("2026-11-29", "alice", B, 1, 9.0),
@@ -36,10 +36,22 @@ def test_what_was_drawn_adds_up_by_day_key_and_base_and_is_there_for_the_next_ke
 
 
 def test_days_long_past_are_forgotten(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "usage.sqlite3")
+    ledger = Ledger(tmp_path / "usage.sqlite3", clock=Clock())
     for day in ("2025-10-25", "2025-10-26", "2026-11-30"):
         ledger.add((DayUsage(day, "alice", A, 1, 1.0),))
     assert [row.day for row in ledger.usage("")] == ["2025-10-26", "2026-11-30"]
+    ledger.close()
+
+
+def test_a_base_that_has_not_started_for_long_is_forgotten(tmp_path: Path) -> None:
+    clock = Clock(1_796_083_200.0)
+    ledger = Ledger(tmp_path / "usage.sqlite3", clock=clock)
+    ledger.note_start(A, 40.0)
+    clock.now += 60 * 86400
+    ledger.note_start(B, 20.0)
+    assert ledger.start_times_s() == {A: 40.0, B: 20.0}
+    clock.now += 31 * 86400
+    assert ledger.start_times_s() == {B: 20.0}
     ledger.close()
 
 

@@ -20,7 +20,8 @@ from tests.engine_cases import base_config
 from tests.tiny import tiny_pipeline
 
 SHAPE = (2, 4, 8, 8)
-READS = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler")
+READS_ONCE = ("DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+READS = ("DDIMScheduler", "DDPMScheduler", "LCMScheduler", "PNDMScheduler", "TCDScheduler", *READS_ONCE)
 DRAWS = ("EulerAncestralDiscreteScheduler", "LCMScheduler", "DDPMScheduler")
 
 
