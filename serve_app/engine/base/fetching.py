@@ -90,9 +90,14 @@ class HubNeed:
 
 def _weights_among(names: Iterable[str], config: BaseModelConfig) -> set[str]:
     """Return the files of a base's folder from which diffusers reads weights, without parts that are replaced."""
-    tensors = {name for name in names if name.endswith(".safetensors")}
-    weights: Any = variant_compatible_siblings(tensors, variant=config.variant)[0]
-    return {name for name in weights if name.partition("/")[0] not in config.part_sources}
+    replaced = config.part_sources
+    tensors = {name for name in names if name.endswith(".safetensors") and name.partition("/")[0] not in replaced}
+    weights: Any
+    try:
+        weights = variant_compatible_siblings(tensors, variant=config.variant)[0]
+    except ValueError:  # only parts that are replaced come in the variant, if any does
+        weights = variant_compatible_siblings(tensors)[0]
+    return set(weights)
 
 
 def weights_in(place: Path, config: BaseModelConfig) -> tuple[Path, ...]:

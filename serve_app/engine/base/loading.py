@@ -35,10 +35,11 @@ from serve_app.engine.base.fetching import (
     part_place,
     resolve_source,
     single_file,
+    weights_in,
 )
 from serve_app.engine.base.manifest import adaptable_components
 from serve_app.engine.base.packing import is_quantised
-from serve_app.engine.base.parts import load_part
+from serve_app.engine.base.parts import load_part, part_folder
 from serve_app.engine.base.pipeline_setup import CountingCompiler, compile_denoiser, configure_pipeline
 from serve_app.engine.base.quantising import check_part, packing_of
 from serve_app.engine.base.remote_code import INDEX, check_folder
@@ -115,8 +116,10 @@ def load_base(
                 pipeline = load_single_file(read_from[-1], folder, dtype, replaced)
             else:
                 read_from.append(folder)
+                # Where every part with weights is replaced, diffusers would find none in the variant.
+                variant = config.variant if config.variant and weights_in(folder, config) else None
                 pipeline = DiffusionPipeline.from_pretrained(
-                    folder, dtype=dtype, variant=config.variant, use_safetensors=True, local_files_only=True,
+                    folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True,
                     trust_remote_code=False, **replaced,
                     quantization_config=PipelineQuantizationConfig(quant_mapping=packing) if packing else None,
                 )  # fmt: skip
@@ -186,7 +189,7 @@ def _load_part(
     device: torch.device, packing: Mapping[str, Any], hub: HubAccess, read_from: list[Path],
 ) -> Any:  # fmt: skip
     place = part_place(config.id, name, source, hub)
-    read_from.append(place)
+    read_from.append(part_folder(name, place))
     if source.is_single_file:
         return load_part_file(name, place, folder, dtype)
     check_part(config, name, place, device, is_to_pack=name in packing)

@@ -27,6 +27,11 @@ def files_of(part: str) -> list[str]:
     return [*_FILES, *(f"{part}/{pattern}" for pattern in _FILES)]
 
 
+def part_folder(name: str, folder: Path) -> Path:
+    """Return where a part lies: a folder of another base has it under its name, a part alone lies at the top."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
 def load_part(name: str, folder: Path, dtype: torch.dtype, packing: Any = None) -> Any:
     """Load a part that is the folder itself, or what lies there under its name; `packing` says how to quantise it.
 
@@ -35,8 +40,7 @@ def load_part(name: str, folder: Path, dtype: torch.dtype, packing: Any = None) 
         ValueError: it is no model, tokenizer or processor of diffusers or transformers.
         OSError: a file is missing.
     """
-    # A folder of another base has the part under its name; a part alone lies at the top.
-    place = folder / name if (folder / name).is_dir() else folder
+    place = part_folder(name, folder)
     configs = {file: _table(place / file) for file in _CONFIGURATIONS}
     if any("auto_map" in config for config in configs.values()):
         raise RemoteCodeNotAllowed(f"its part '{name}' maps a class to code of its own")
