@@ -193,11 +193,11 @@ async def test_a_peer_that_lacks_one_file_is_asked_for_the_next_and_one_that_giv
     hub.push("me/two", FILES)
     for name in ("p0", "p1"):
         await nodes.filled(name, "me/two")
-    HubCache(nodes.root / "p0").blob("me/two", sha256(WEIGHTS)).unlink()
-    for blob in nodes.blobs("p1", "me/two"):
+    HubCache(nodes.root / "p1").blob("me/two", sha256(WEIGHTS)).unlink()
+    for blob in nodes.blobs("p0", "me/two"):
         blob.write_bytes(bytes(blob.stat().st_size))
     assert await nodes.node("late", "me/two").bring() == {"hub": SIZE // 2, "peer": SIZE // 2}
-    assert nodes.asked == ["p0", "p1", "p0"]
+    assert nodes.asked == ["p0", "p1", "p1"]
 
 
 async def test_what_a_replica_left_that_was_killed_while_it_wrote_is_removed_and_what_is_written_now_is_not(

@@ -70,9 +70,10 @@ def test_a_base_of_which_every_part_is_replaced_loads_in_its_variant_and_tells_t
 ) -> None:
     whole, base = tiny_folder("sd15"), tmp_path / "base"
     shutil.copytree(whole, base, ignore=shutil.ignore_patterns("*.safetensors"))
-    parts = dict.fromkeys(("unet", "vae", "text_encoder"), ModelSource(folder=whole))
+    names = ["unet", "vae", "text_encoder"]
+    parts = dict.fromkeys(names, ModelSource(folder=whole))
     config = BaseModelConfig(id=BASE, source=ModelSource(folder=base), variant="fp16", parts=parts)
-    sources = dict.fromkeys(parts, ResolvedSource(folder=whole))
+    sources = dict.fromkeys(names, ResolvedSource(folder=whole))
     loaded = BasePipeline.load(config, ResolvedSource(folder=base), parts=sources, device=torch.device("cpu"))
     told = {file for place in loaded.read_from for file in weights_in(place, config)}
     assert told == {file for part in parts for file in (whole / part).glob("*.safetensors")} != set()
