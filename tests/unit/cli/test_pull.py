@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,16 +80,13 @@ def test_an_adapter_that_is_not_there_is_told(run: Run, config: Path) -> None:
     assert "model acme/nothing was not found" in result.stderr
 
 
-def test_bases_land_in_the_hub_client_s_own_cache(config: Path, hub: HubServer, tmp_path: Path) -> None:
-    # The Hub client takes endpoint and cache for bases from its environment when it is imported, hence the process.
-    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
-    program = "from serve_app.cli.main import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, "pull", "--bases", "--config", str(config), "--json"],
-        capture_output=True, text=True, env=environment, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (base,) = json.loads(done.stdout)["pulled"]
+def test_bases_land_in_the_hub_client_s_own_cache(
+    run: Run, config: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.be_the_clients(monkeypatch, tmp_path / "home")
+    result = run("pull", "--bases", "--config", config, "--json")
+    assert result.exit_code == 0, result.output
+    (base,) = json.loads(result.stdout)["pulled"]
     assert (base["id"], base["base_id"]) == ("demo/sdxl", None)
     folder = Path(base["path"])
     assert folder.is_relative_to(tmp_path / "home")
