@@ -106,6 +106,7 @@ def test_a_known_vulnerability_that_is_no_exception_fails_the_check(
     assert set(service.asked) == {"pip", "planted", "sound"}
 
 
+@pytest.mark.slow
 def test_a_known_vulnerability_that_is_excepted_passes(
     service: Service, installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,6 +135,7 @@ def test_a_service_that_accepts_and_never_answers_is_waited_for_by_seconds(insta
         assert main(asked, today=TODAY) == 1
 
 
+@pytest.mark.slow
 def test_an_audit_that_breaks_off_is_a_fault_and_no_pass(
     service: Service, installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

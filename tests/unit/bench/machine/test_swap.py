@@ -35,6 +35,7 @@ def test_every_step_of_both_ways_is_measured() -> None:
     assert report.four_calls.wall_ms == pytest.approx(sum(four))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -98,6 +99,7 @@ def test_without_preparing_one_copy_of_the_touched_weights_is_expected() -> None
     assert "--no-prepare" in report.command
 
 
+@pytest.mark.slow
 def test_the_transformer_of_flux_runs_narrow() -> None:
     report = run_swap(SwapOptions(model=Model.FLUX, is_narrow=True, rank=2, repeats=1, steps=1, baseline=Baseline.NONE))
     assert report.sizes.touched == 266

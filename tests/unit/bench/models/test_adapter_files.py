@@ -12,7 +12,7 @@ from serve_app.engine.base.manifest import manifest_of
 from serve_app.settings import AdapterLimits
 
 
-@pytest.mark.parametrize("model", [Model.TINY, Model.SD15, Model.SDXL])
+@pytest.mark.parametrize("model", [Model.TINY, Model.SD15, pytest.param(Model.SDXL, marks=pytest.mark.slow)])
 def test_both_spellings_hold_the_same_factors(model: Model, tmp_path: Path) -> None:
     options = SwapOptions(model=model, is_narrow=True, rank=2, targets=Targets.LINEAR)
     outline = outline_of(options)

@@ -25,7 +25,7 @@ def test_full_size_denoisers_have_the_published_size_and_layers(model: Model) ->
     assert {targets: len(outline.targets(targets)) for targets in layers} == layers
 
 
-@pytest.mark.parametrize("model", [Model.SD15, Model.SDXL, Model.FLUX])
+@pytest.mark.parametrize("model", [Model.SD15, pytest.param(Model.SDXL, marks=pytest.mark.slow), Model.FLUX])
 def test_a_narrow_denoiser_has_every_layer_of_the_full_one(model: Model) -> None:
     full, narrow = (outline_of(SwapOptions(model=model, is_narrow=is_narrow)) for is_narrow in (False, True))
     assert narrow.targets(Targets.ALL).keys() == full.targets(Targets.ALL).keys()

@@ -52,7 +52,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_single_file(tmp_path_factory.mktemp("checkpoint") / "sdxl.safetensors", live("sdxl"))
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd15", marks=pytest.mark.slow), "sdxl"])
 def test_a_single_file_is_the_base_of_its_folder_to_the_bit_and_so_is_an_adapter_on_it(
     tmp_path: Path, family: str
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_single_file_is_the_base_of_its_folder_to_the_bit_and_so_is_an_adapter
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("marks", [("v_pred",), ("v_pred", "ztsnr")])
+@pytest.mark.parametrize("marks", [pytest.param(("v_pred",), marks=pytest.mark.slow), ("v_pred", "ztsnr")])
 def test_a_checkpoint_that_says_so_by_its_keys_predicts_velocities(tmp_path: Path, marks: tuple[str, ...]) -> None:
     file = write_single_file(tmp_path / "noob.safetensors", live("sdxl"), **dict.fromkeys(marks, MARK))
     folders: list[Path] = []

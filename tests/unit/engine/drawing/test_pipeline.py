@@ -43,6 +43,10 @@ def pipeline(family: str) -> BasePipeline:
 
 # What no family does in a way of its own is tried with one.
 ANY_FAMILY = pytest.mark.parametrize("family", ["sd15"], scope="module")
+# What takes long and is hardly different for the second.
+SLOW_FOR_SDXL = pytest.mark.parametrize(
+    "family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)], scope="module"
+)
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +177,7 @@ def test_strength_unsaid_is_the_default_of_the_base(pipeline: BasePipeline) -> N
     assert unsaid == one_image(pipeline, request(image=photo(), strength=0.8))
 
 
+@SLOW_FOR_SDXL
 def test_what_a_request_gets_does_not_depend_on_what_ran_before(pipeline: BasePipeline) -> None:
     wanted = request(negative_prompt="red")
     alone = one_image(pipeline, wanted)
@@ -201,6 +206,7 @@ def test_seeds_wrap_round_after_the_largest() -> None:
     assert seeds_of(request(seed=MAX_SEED, num_images=2)) == (MAX_SEED, 0)
 
 
+@SLOW_FOR_SDXL
 @pytest.mark.parametrize("changes", [{"negative_prompt": "red"}, {}, {"image": photo(), "strength": 0.8}])
 def test_requests_in_one_pass_get_what_each_gets_alone(pipeline: BasePipeline, changes: dict[str, Any]) -> None:
     wanted = [

@@ -23,7 +23,10 @@ from serve_app.settings import ModelSource
 from tests.engine_cases import load, on_steps, one_image, photo, request, wrap
 from tests.tiny import tiny_pipeline
 
+# Schedulers of one and of two evaluations a step, with noise of their own and with a memory of the steps before.
+QUICK = ("DDIMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler")
 CLASSES = [name for name in SCHEDULERS["noise"] if name.endswith("Scheduler")]
+DRAWN = [pytest.param("sd15", name, marks=[] if name in QUICK else pytest.mark.slow) for name in CLASSES]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def test_previews_are_spread_over_the_steps(steps: int, count: int, due: set[int
     assert preview_steps(steps, count) == due
 
 
-@pytest.mark.parametrize(("family", "scheduler"), [("sdxl", None), *(("sd15", name) for name in CLASSES)])
+@pytest.mark.parametrize(("family", "scheduler"), [pytest.param("sdxl", None, marks=pytest.mark.slow), *DRAWN])
 def test_previews_change_no_image(family: str, scheduler: str | None, pipeline: BasePipeline) -> None:
     pipeline = pipeline if family == "sd15" else load(family)
     wanted = request(steps=4, scheduler=scheduler)

@@ -35,9 +35,9 @@ HISTORIES = st.lists(st.lists(MEMBERS, max_size=3, unique_by=lambda member: memb
 @pytest.mark.parametrize(
     ("dtype", "base_weights", "fused_sets"),
     [
-        (torch.float32, "device", 1),
+        pytest.param(torch.float32, "device", 1, marks=pytest.mark.slow),
         (torch.bfloat16, "device", 3),
-        (torch.bfloat16, "host", 1),
+        pytest.param(torch.bfloat16, "host", 1, marks=pytest.mark.slow),
         (torch.float16, "host", 1),
     ],
     ids=str,
@@ -94,6 +94,7 @@ def test_what_is_still_in_buffers_is_bound_from_there_and_the_least_recently_bou
     assert digest_of(components) == freshly_bound((("text", 1.0),), torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_weights", ["device", "host"])
 def test_a_thousand_swaps_change_no_bit_of_the_base(base_weights: Literal["device", "host"]) -> None:
     components = adaptable_components(tiny_pipeline("sd15", torch.bfloat16))

@@ -96,7 +96,11 @@ class Expected:
 
 
 @pytest.mark.parametrize(("base_weights", "fused_sets"), [("device", 1), ("device", 3), ("host", 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16))],
+    ids=str,
+)
 def test_any_history_of_preparing_and_applying_leaves_what_a_fresh_base_would_have(
     dtype: torch.dtype, base_weights: Literal["device", "host"], fused_sets: int
 ) -> None:

@@ -221,6 +221,7 @@ def test_a_base_that_cannot_be_quantised_here_is_refused_with_what_is_missing(qu
         load("sd15", quantization=quantization)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(HAS_TORCHAO, reason="the others run here")
 @pytest.mark.timeout(600)
 def test_all_of_this_holds_where_torchao_is_installed() -> None:

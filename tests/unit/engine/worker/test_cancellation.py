@@ -64,6 +64,7 @@ def shared() -> Iterator[Counted]:
     counted.worker.close()
 
 
+@pytest.mark.slow
 def test_half_of_forty_leave_and_the_other_half_get_their_images(alone: Counted) -> None:
     adapter = parsed_adapter(alone.pipeline.manifest, seed=1)
 

@@ -83,7 +83,7 @@ def drawn(rng: random.Random, number: int, *, can_take_images: bool) -> Generati
 
 
 @pytest.mark.parametrize(
-    "family", ["sd15", "flux", "qwen_image", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3"))]
+    "family", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux", "qwen_image"))]
 )
 def test_runs_that_change_at_random_steps_amid_failures_each_draw_what_they_draw_alone(family: str) -> None:
     rng = random.Random(family)

@@ -109,7 +109,7 @@ def test_after_an_error_in_application_everything_is_checked_at_once() -> None:
     bench.worker.close()
 
 
-@pytest.mark.parametrize("base_weights", ["device", "host"])
+@pytest.mark.parametrize("base_weights", [pytest.param("device", marks=pytest.mark.slow), "host"])
 def test_an_ordinary_run_with_swaps_failures_and_cancellations_never_trips(
     base_weights: Literal["device", "host"],
 ) -> None:
