@@ -274,19 +274,28 @@ METHODS: dict[str, Callable[[Tensor, torch.Generator], Made]] = {
 INDIVISIBLE = ("DoRA, a magnitude per input",)
 
 
+@functools.cache
+def _made(family: str, method: str, *, is_original: bool) -> dict[str, tuple[dict[str, Tensor], Truth]]:
+    """Return the layers of a file by the names that it has for them: their parts, and what these change."""
+    base = base_of(family)
+    names = base.originals if is_original else {module: (module,) for module in base.modules}
+    made: dict[str, tuple[dict[str, Tensor], Truth]] = {}
+    for number, (name, modules) in enumerate(names.items()):
+        parts, change = METHODS[method](base.weight(modules), torch.Generator().manual_seed(number))
+        sizes = [len(base.weight([module])) for module in modules]
+        made[name] = parts, dict(zip(modules, change.split(sizes), strict=True))
+    return made
+
+
 def spelt(base: Base, spelling: Spelling, method: str) -> tuple[dict[str, Tensor], Truth]:
     """Return a file's tensors, and what they change: module -> difference in float64."""
     tensors: dict[str, Tensor] = {}
     truth: Truth = {}
-    names = base.originals if spelling.is_original else {module: (module,) for module in base.modules}
-    for number, (name, modules) in enumerate(names.items()):
-        random = torch.Generator().manual_seed(number)
-        parts, change = METHODS[method](base.weight(modules), random)
-        ends = {"<down>": spelling.down, "<up>": spelling.up}
+    ends = {"<down>": spelling.down, "<up>": spelling.up}
+    for name, (parts, changes) in _made(base.family, method, is_original=spelling.is_original).items():
         stem = spelling.stem(base.component, name)
         tensors |= {f"{stem}.{ends.get(part, part)}": tensor for part, tensor in parts.items()}
-        sizes = [len(base.weight([module])) for module in modules]
-        truth |= dict(zip(modules, change.split(sizes), strict=True))
+        truth |= changes
     return tensors, truth
 
 

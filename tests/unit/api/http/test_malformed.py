@@ -260,7 +260,7 @@ def test_json_beside_a_picture_has_a_limit_of_its_own(client: TestClient, gatewa
 
 @pytest.mark.parametrize("name", ["image", "inputs"])
 def test_a_picture_in_base64_may_weigh_more_than_json(client: TestClient, gateway: FakeGateway, name: str) -> None:
-    large = encode_image(PixelImage(1200, 800, os.urandom(1200 * 800 * 3)), "png")
+    large = encode_image(PixelImage(700, 600, os.urandom(700 * 600 * 3)), "png")
     encoded = base64.b64encode(large).decode()
     bodies = [{name: encoded, "parameters": {"prompt": "a"}}, {name: f"data:image/png;base64,{encoded}"}]
     for body in bodies:
@@ -268,7 +268,7 @@ def test_a_picture_in_base64_may_weigh_more_than_json(client: TestClient, gatewa
         assert response.status_code == 200, response.text
         image = gateway.drafts.pop().image
         assert image is not None
-        assert (image.width, image.height) == (1200, 800)
+        assert (image.width, image.height) == (700, 600)
 
 
 def test_json_of_the_other_shape_has_the_limit_without_an_exception(client: TestClient, gateway: FakeGateway) -> None:

@@ -16,7 +16,7 @@ from serve_app.api.app import create_app
 from serve_app.api.pictures.images import decode_image, encode_image
 from serve_app.catalog.replica_report import ModelInfo
 from serve_app.config import IngressSettings
-from serve_app.core import AdapterRef, Encoding, PixelImage, UnresolvedRequest
+from serve_app.core import AdapterRef, Encoding, UnresolvedRequest
 from serve_app.errors import ModelNotFound, OutOfBounds, QueueFull
 from serve_app.refusals import RankTooHigh
 from tests.unit.api.fakes import FakeGateway, gradient
@@ -178,8 +178,9 @@ def test_all_pictures_of_an_edit_reach_the_service_in_their_order(ai: openai.Ope
     assert (gateway.draft.image, gateway.draft.references) == (PICTURE, (second,))
 
 
-def test_the_pictures_of_an_edit_are_bounded_together(client: TestClient, gateway: FakeGateway) -> None:
-    half = encode_image(PixelImage(4096, 2304, bytes(4096 * 2304 * 3)), "png")
+def test_the_pictures_of_an_edit_are_bounded_together(gateway: FakeGateway) -> None:
+    half = encode_image(gradient(64, 48), "png")
+    client = TestClient(create_app(gateway, IngressSettings(max_image_pixels=5000)))
     reply = client.post("/v1/images/edits", data={"prompt": "a"}, files=[("image[]", half), ("image[]", half)])
     assert (reply.status_code, "together" in reply.text) == (413, True)
     assert gateway.drafts == []

@@ -23,7 +23,7 @@ from serve_app.engine.adapters.canonical import read_canonical
 from serve_app.engine.adapters.parser import parse_adapter
 from serve_app.engine.adapters.safetensors_file import FilePart
 from serve_app.engine.admission.child import NICENESS
-from serve_app.engine.admission.lane import Child, ChildWorker
+from serve_app.engine.admission.lane import BOOT, Child, ChildWorker
 from serve_app.engine.admission.process import AdmissionProcess
 from serve_app.engine.base.manifest import BaseManifest, manifest_of
 from serve_app.refusals import AdmissionTimedOut, MalformedFile, NonFinite, ShapeMismatch
@@ -33,14 +33,15 @@ from tests.tiny_adapters import lora, write
 from tests.tiny_forms import Form, put
 from tests.tiny_words import embeddings
 
-# The parent starts the child as `AdmissionProcess` does, and imports no torch itself.
+# Starts the child as a lane does, and imports nothing of ours itself.
 PARENT = """
-import json, os, sys, time
-from serve_app.engine.admission.lane import ChildWorker
-
-setup = json.loads(sys.stdin.readline())
-child = ChildWorker({**setup, "parent": os.getpid()}, patience_s=1e9, is_lasting=True)
-child.ask({"sources": [[sys.argv[1], None]], "name": "a/b", "target": sys.argv[2]}, 1e9).result()
+import json, os, subprocess, sys, time
+boot, setup = json.loads(sys.stdin.readline())
+command = [sys.executable, "-c", boot, json.dumps(sys.path)]
+child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+child.stdin.write(json.dumps({**setup, "parent": os.getpid()}) + "\\n")
+child.stdin.flush()
+assert json.loads(child.stdout.readline()) == {}
 print(child.pid, flush=True)
 time.sleep(600)
 """
@@ -272,13 +273,14 @@ async def test_a_child_that_dies_over_a_file_is_replaced(
         admission.close()
 
 
-def test_the_child_dies_with_a_parent_that_is_killed(manifest: BaseManifest, source: Path, tmp_path: Path) -> None:
+def test_the_child_dies_with_a_parent_that_is_killed(manifest: BaseManifest) -> None:
     setup = {"manifest": manifest.to_json(), "limits": AdapterLimits().model_dump(mode="json")}
-    command = [sys.executable, "-c", PARENT, str(source), str(tmp_path / "canonical")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdin is not None
         assert parent.stdout is not None
-        parent.stdin.write(json.dumps(setup) + "\n")
+        parent.stdin.write(json.dumps([BOOT, setup]) + "\n")
         parent.stdin.flush()
         child = int(parent.stdout.readline())
         assert psutil.pid_exists(child)
