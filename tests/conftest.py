@@ -42,6 +42,26 @@ def pytest_collection_finish() -> None:
 CLUSTER_FOLDERS = {"integration", "clients", "browser"}
 
 
+def _needs_cluster(nodeid: str) -> bool:
+    return nodeid.split("/")[1] in CLUSTER_FOLDERS
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Leave nothing to those that follow that costs them time.
+
+    An idle cluster takes a third of a core: it ends with the last test that needs it. What a module has left behind
+    lasts until the end, too.
+    """
+    yield
+    if nextitem and nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+    if _needs_cluster(item.nodeid) and not (nextitem and _needs_cluster(nextitem.nodeid)):
+        for fixture in item.session._fixturemanager.getfixturedefs("cluster", item) or ():
+            fixture.finish(item._request)  # type: ignore[attr-defined]
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Return what hands the tests to processes: those that need the cluster to one of them, others by module."""
@@ -49,8 +69,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ClusterApart(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            module = nodeid.split("::", 1)[0]
-            return "cluster" if module.split("/")[1] in CLUSTER_FOLDERS else module
+            return "cluster" if _needs_cluster(nodeid) else nodeid.split("::", 1)[0]
 
     return ClusterApart(config, log)
 
