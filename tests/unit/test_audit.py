@@ -106,15 +106,6 @@ def test_a_known_vulnerability_that_is_no_exception_fails_the_check(
     assert set(service.asked) == {"pip", "planted", "sound"}
 
 
-@pytest.mark.slow
-def test_a_known_vulnerability_that_is_excepted_passes(
-    service: Service, installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = ["--osv-url", service.url, "--path", str(installed), "--strict"]
-    assert main([*where, "--pyproject", pyproject(tmp_path, excepted())], today=TODAY) == 0
-    assert "1 known vulnerabilities, 1 excepted" in capsys.readouterr().out
-
-
 def test_without_a_service_the_check_says_that_nothing_was_audited(
     installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
