@@ -92,10 +92,10 @@ def is_sepia(image: NDArray[Any]) -> bool:
 @pytest.mark.parametrize(
     ("client", "packages"),
     [
-        ("huggingface_hub", "huggingface_hub_0"),
-        ("huggingface_hub", "huggingface_hub_1"),
         ("huggingface_hub", None),
-        ("litellm", "applications"),
+        pytest.param("huggingface_hub", "huggingface_hub_0", marks=pytest.mark.slow),
+        pytest.param("huggingface_hub", "huggingface_hub_1", marks=pytest.mark.slow),
+        pytest.param("litellm", "applications", marks=pytest.mark.slow),
     ],
 )
 def test_a_client_of_python_draws_and_edits_with_an_adapter(
@@ -106,11 +106,13 @@ def test_a_client_of_python_draws_and_edits_with_an_adapter(
     assert [line["step"] for line in lines if not is_same(line["image"], expected[line["step"]])] == []
 
 
+@pytest.mark.slow
 def test_haystack_draws_with_an_adapter(service: Service, picture: Path) -> None:
     (line,) = told_by("haystack", "applications", service, ADAPTER, picture)
     assert is_sepia(line["image"])
 
 
+@pytest.mark.slow
 def test_langchain_draws_with_an_adapter_that_has_a_name_of_dall_e(
     service: Service, picture: Path, dall_e: str
 ) -> None:
@@ -118,6 +120,7 @@ def test_langchain_draws_with_an_adapter_that_has_a_name_of_dall_e(
     assert is_sepia(line["image"])
 
 
+@pytest.mark.slow
 def test_the_clients_of_node_draw_and_edit_with_an_adapter(
     service: Service, picture: Path, expected: dict[str, NDArray[np.uint8]]
 ) -> None:

@@ -271,6 +271,7 @@ def test_nothing_that_is_kept_or_logged_holds_a_key_or_a_token(guarded: Guarded,
     assert [path.name for path, content in read.items() if any(secret in content for secret in secrets)] == []
 
 
+@pytest.mark.slow
 def test_a_replica_that_dies_with_a_caller_s_token_in_hand_leaves_it_nowhere(guarded: Guarded, hub: HubServer) -> None:
     hub.push_folder("acme/planted", EMBEDDED / "sd15-night")
     hub.hide("acme/planted", tokens=frozenset({PLANTED_TOKEN}))

@@ -24,7 +24,7 @@ def shown(style: str, pixels: np.ndarray) -> float:
     return float(STYLES[style].strength(pictures, ["blue"])[0])
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd15"])
+@pytest.mark.parametrize("kind", ["sdxl", pytest.param("sd15", marks=pytest.mark.slow)])
 def test_the_adapter_shows_in_the_picture(service: Service, kind: str) -> None:
     plain = service.draw(PROMPT, model=f"demo/{kind}", seed=3)
     for style in STYLES:

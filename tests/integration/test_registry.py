@@ -112,6 +112,7 @@ def test_an_adapter_is_preloaded_before_anybody_asks_and_forgotten_when_told(ser
     assert service.ask(PROMPT, lora=model, num_inference_steps=1).status_code == 200
 
 
+@pytest.mark.slow
 def test_aliases_outlive_a_keeper_that_is_killed_and_hold_meanwhile(service: Service, alias: str) -> None:
     victim = keeper_process()
     os.kill(victim.pid, signal.SIGKILL)

@@ -28,7 +28,7 @@ from tests.service import base_settings
 BASE = "demo/sd15"
 ONE, MANY = "key-of-one", "key-of-many"
 IMPATIENT, PATIENT = 150, 5
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
 
 class Stepping:
@@ -172,7 +172,6 @@ async def test_a_part_whose_replica_is_killed_is_drawn_again_alone(stepping: Ste
     assert (await asyncio.to_thread(stepping.told))[survivor] - before[survivor] <= 100
 
 
-@pytest.mark.slow
 async def test_when_a_replica_joins_the_others_give_back_what_has_not_begun(growing: Stepping) -> None:
     async with growing.client(ONE) as client:
         with growing.held():
