@@ -104,6 +104,7 @@ def run(command: list[str], folder: Path) -> None:
     subprocess.run(command, cwd=folder, timeout=120, check=True, env=plain)
 
 
+@pytest.mark.slow
 async def test_what_is_copied_draws_the_same_picture_in_a_terminal(playground: Playground, tmp_path: Path) -> None:
     await playground.write("a 'large' \"yellow\" star on a blue background", seed=11, negative="$HOME `ls`")
     await playground.choose("demo/sdxl-night")
@@ -195,7 +196,9 @@ async def test_only_the_painted_part_of_a_picture_is_redrawn_and_every_client_ca
     alpha = np.asarray(Image.open(tmp_path / "mask.png").convert("RGBA"))[..., 3]
     assert alpha.shape == (64, 128)
     assert (alpha[:, 100:].max(), alpha[:, :70].min()) == (0, 255)
-    await playground.write("a large yellow circle on a green background", strength=1, seed=3)
+    await playground.write(
+        "a 'large' \"yellow\" circle on a green background", strength=1, seed=3, negative="$HOME `ls`"
+    )
     await playground.generate()
     drawn = await playground.pixels()
     assert (drawn[:, :70] == start[:, :70]).all()
@@ -214,6 +217,7 @@ async def test_only_the_painted_part_of_a_picture_is_redrawn_and_every_client_ca
     await expect(playground.element("#mask-field")).to_be_hidden()
 
 
+@pytest.mark.slow
 async def test_cards_of_adapters_without_a_picture_show_one_that_the_service_drew(
     context: BrowserContext, service: Service
 ) -> None:
