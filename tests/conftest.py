@@ -138,14 +138,20 @@ def families(cluster: int, tmp_path_factory: pytest.TempPathFactory) -> Service:
 
 
 @pytest.fixture(scope="session")
-def service(
-    cluster: int, hub: HubServer, broken_root: Path, collector: Collector, tmp_path_factory: pytest.TempPathFactory
-) -> Service:
+def service_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The service's cache folder, in which a file holds its devices: `tests.replicas.controlled`."""
+    return tmp_path_factory.mktemp("cache")
 
+
+@pytest.fixture(scope="session")
+def service(cluster: int, hub: HubServer, broken_root: Path, collector: Collector, service_cache: Path) -> Service:
+    """A service of both demo bases, whose devices stand still while a test says so."""
     from cluster.local_service import run_service
+    from tests.replicas.controlled import NO_LIMIT_S, ControlledReplica
 
+    replica = base_settings(BASES[0])["replica"] | {"max_backlog_s": NO_LIMIT_S}
     config: dict[str, Any] = {
-        "bases": [base_settings(base_id) for base_id in BASES],
+        "bases": [base_settings(base_id, replica=replica) for base_id in BASES],
         "adapters": {
             "embedded": True,
             "folders": [str(broken_root)],
@@ -153,7 +159,8 @@ def service(
         },
         "ingress": {"replicas": 2, "num_cpus": 0.1},
         "tracing": {"endpoint": collector.endpoint, "sample": 0.0},
-        "cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "request_timeout_s": NO_LIMIT_S,
+        "cache_dir": str(service_cache),
     }
-    run_service(config)
+    run_service(config, replica=ControlledReplica)
     return Service(f"http://127.0.0.1:{cluster}")

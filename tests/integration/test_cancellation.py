@@ -26,13 +26,6 @@ DEADLINES_S = ("0.2", "2", "20")
 pytestmark = pytest.mark.timeout(1200)
 
 
-@pytest.fixture
-def device(service: Service) -> Device:
-    device = Device(BASE, "loraplex")
-    device.wait_until_idle()
-    return device
-
-
 def huggingface(**parameters: Any) -> tuple[str, dict[str, Any]]:
     return f"/models/{BASE}", {
         "inputs": PROMPT,
@@ -50,9 +43,8 @@ SHAPES = {"huggingface": huggingface(), "openai": openai(stream=False), "stream"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_caller_who_leaves_stops_the_steps(controlled: tuple[Service, Device], shape: str) -> None:
-    service, device = controlled
-    before = device.wait_until_idle().steps
+def test_a_caller_who_leaves_stops_the_steps(service: Service, device: Device, shape: str) -> None:
+    before = device.state().steps
     with device.held():
         with caller(service, *SHAPES[shape]):
             device.wait_until(lambda state: state.steps > before)
@@ -60,10 +52,9 @@ def test_a_caller_who_leaves_stops_the_steps(controlled: tuple[Service, Device],
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_caller_who_leaves_the_queue_costs_no_step(controlled: tuple[Service, Device], shape: str) -> None:
-    service, device = controlled
+def test_a_caller_who_leaves_the_queue_costs_no_step(service: Service, device: Device, shape: str) -> None:
     steps = 4
-    before = device.wait_until_idle().steps
+    before = device.state().steps
     with ThreadPoolExecutor(1) as pool, device.held():
         # Neither can join the pass of the other: their sizes differ.
         first = pool.submit(service.draw, PROMPT, model=BASE, num_inference_steps=steps, width=128, height=96)
@@ -103,9 +94,8 @@ def test_a_caller_who_leaves_while_an_adapter_is_fetched_costs_no_step_and_no_se
     assert downloads(hub) == 1
 
 
-def test_a_deadline_stops_the_steps(controlled: tuple[Service, Device]) -> None:
-    service, device = controlled
-    before = ended = device.wait_until_idle().steps
+def test_a_deadline_stops_the_steps(service: Service, device: Device) -> None:
+    before = ended = device.state().steps
     path, body = huggingface()
     with device.held():
         for deadline_s in DEADLINES_S:

@@ -19,10 +19,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from cluster.local_service import base_handle
-from tests.replicas.controlled import APP, MAX_ONGOING, Device
 from tests.service import BASES, EMBEDDED, STYLES, Service
 
 MODELS = [*BASES, *(f"{base}-{style}" for base in BASES for style in STYLES)]
+AT_ONCE = 5  # for each base
 PROMPTS = ("a red circle on a blue background", "a green square on a white background")
 # Sides, steps and numbers of images.
 SHAPES = ((64, 6, 1), (64, 12, 1), (96, 4, 1), (64, 8, 2), (48, 6, 4))
@@ -59,7 +59,7 @@ def any_requests(count: int) -> list[Asked]:
 
 
 async def draw_all(url: str, asked: list[Asked]) -> list[Answer]:
-    places = {base: asyncio.Semaphore(MAX_ONGOING) for base in BASES}
+    places = {base: asyncio.Semaphore(AT_ONCE) for base in BASES}
     async with httpx.AsyncClient(base_url=url, timeout=900, trust_env=False) as client:
 
         async def draw(one: Asked) -> Answer:
@@ -76,15 +76,15 @@ async def draw_all(url: str, asked: list[Asked]) -> list[Answer]:
 
 
 def on_each_base(method: str, *args: Any) -> dict[str, Any]:
-    handles = {base: base_handle(base, APP) for base in BASES}
+    handles = {base: base_handle(base) for base in BASES}
     return {base: getattr(handle, method).remote(*args).result() for base, handle in handles.items()}
 
 
 @pytest.fixture
-def url(controlled: tuple[Service, Device]) -> Iterator[str]:
-    """A service whose devices give each step to any request."""
+def url(service: Service) -> Iterator[str]:
+    """The service, whose devices give each step to any request."""
     on_each_base("choose_any_turn", True)
-    yield controlled[0].url
+    yield service.url
     on_each_base("choose_any_turn", False)
 
 

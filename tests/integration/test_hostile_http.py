@@ -96,6 +96,7 @@ def test_hostile_requests_get_refusals_of_the_contract(service: Service, kind: s
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_a_caller_who_sends_its_body_too_slowly_is_told_so(controlled: tuple[Service, Device]) -> None:
     service, _ = controlled
     head = message("POST", f"{urlsplit(service.url).path}/", length="1000").replace(

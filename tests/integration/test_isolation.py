@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from tests.hub_server import CDN, HubServer
-from tests.replicas.controlled import BASE, MAX_ONGOING, Device, caller
+from tests.replicas.controlled import BASE, Device, caller
 from tests.service import Service
 
+LEAVING = 4
 PROMPT = "a yellow triangle on a purple background"
 
 # Of the first test this is also the time in which cluster and service start.
@@ -43,8 +44,7 @@ def is_downloading(hub: HubServer) -> bool:
     )
 
 
-def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(controlled: tuple[Service, Device]) -> None:
-    service, device = controlled
+def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(service: Service, device: Device) -> None:
     before = device.wait_until_idle().steps
     with ThreadPoolExecutor(1) as pool, device.held():
         running = pool.submit(service.draw, PROMPT, model=BASE)
@@ -55,15 +55,14 @@ def test_the_status_route_answers_byte_for_byte_while_a_generation_runs(controll
     assert set(answers) == {b'{"ok":"ok"}'}
 
 
-def test_callers_who_leave_free_their_places_and_change_no_other_image(controlled: tuple[Service, Device]) -> None:
-    service, device = controlled
+def test_callers_who_leave_free_their_places_and_change_no_other_image(service: Service, device: Device) -> None:
     reference = service.draw(PROMPT, model="demo/sd15-night", seed=30)
     before = device.wait_until_idle().steps
     parameters = {"num_inference_steps": 50, "width": 128, "height": 128}
     with device.held():
         with ExitStack() as leaving:
-            for _ in range(MAX_ONGOING - 1):
+            for _ in range(LEAVING):
                 leaving.enter_context(caller(service, f"/models/{BASE}", {"inputs": PROMPT, "parameters": parameters}))
-            device.wait_until(lambda state: state.running + state.waiting == MAX_ONGOING - 1 and state.steps > before)
+            device.wait_until(lambda state: state.running + state.waiting == LEAVING and state.steps > before)
         assert device.wait_until_idle().steps - before == 1
     assert np.array_equal(service.draw(PROMPT, model="demo/sd15-night", seed=30), reference)

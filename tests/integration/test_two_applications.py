@@ -65,18 +65,19 @@ def calls(billing: Path) -> Path:
 
 @pytest.mark.parametrize("status", [404, 429, 500, 502, 503])
 def test_a_failing_post_of_another_application_runs_once_and_its_reply_is_its_own(
-    controlled: tuple[Service, Device], cluster: int, calls: Path, status: int
+    service: Service, calls: Path, status: int
 ) -> None:
-    url = f"http://127.0.0.1:{cluster}/{APP}/charge?status={status}"
+    url = f"{service.url}/{APP}/charge?status={status}"
     reply = httpx.post(url, content=b"10 EUR", headers={"x-session-id": "s1"}, timeout=PATIENCE_S)
     assert (reply.status_code, reply.json(), reply.headers["retry-after"]) == (status, {"said": "declined"}, "7")
     assert calls.read_text() == "s1\n"
 
 
-def test_requests_of_ours_come_through_the_layers(controlled: tuple[Service, Device]) -> None:
-    assert controlled[0].http.get("/health?verbose").json()["notices"] == []
+def test_requests_of_ours_come_through_the_layers(service: Service) -> None:
+    assert service.http.get("/health?verbose").json()["notices"] == []
 
 
+@pytest.mark.slow
 def test_callers_of_another_application_are_refused_nothing_while_ours_is_full(
     controlled: tuple[Service, Device], cluster: int, calls: Path
 ) -> None:
