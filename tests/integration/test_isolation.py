@@ -13,7 +13,6 @@ from tests.hub_server import CDN, HubServer
 from tests.replicas.controlled import BASE, Device, caller
 from tests.service import Service
 
-LEAVING = 4
 PROMPT = "a yellow triangle on a purple background"
 
 # Of the first test this is also the time in which cluster and service start.
@@ -61,8 +60,8 @@ def test_callers_who_leave_free_their_places_and_change_no_other_image(service: 
     parameters = {"num_inference_steps": 50, "width": 128, "height": 128}
     with device.held():
         with ExitStack() as leaving:
-            for _ in range(LEAVING):
+            for _ in range(4):
                 leaving.enter_context(caller(service, f"/models/{BASE}", {"inputs": PROMPT, "parameters": parameters}))
-            device.wait_until(lambda state: state.running + state.waiting == LEAVING and state.steps > before)
+            device.wait_until(lambda state: state.running + state.waiting == 4 and state.steps > before)
         assert device.wait_until_idle().steps - before == 1
     assert np.array_equal(service.draw(PROMPT, model="demo/sd15-night", seed=30), reference)

@@ -117,9 +117,9 @@ class ControlledReplica(BaseModelReplica.func_or_class):
 
 
 class Device:
-    """What the one replica of a base says of itself, and the hold on a controlled one with this cache."""
+    """What the one controlled replica of a base says of itself, and the hold on all with this cache."""
 
-    def __init__(self, base: str, app: str, cache_dir: Path | None = None) -> None:
+    def __init__(self, base: str, app: str, cache_dir: Path) -> None:
         self._handle = base_handle(base, app)
         self._cache_dir = cache_dir
 
@@ -140,7 +140,6 @@ class Device:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold every pass at its next step, until the end of the block."""
-        assert self._cache_dir, "no controlled replica"
         (self._cache_dir / HOLD).touch()
         try:
             yield
