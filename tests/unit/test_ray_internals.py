@@ -12,7 +12,7 @@ PACKAGE = ROOT / "serve_app"
 # A private module of Ray; an attribute, a hook or a switch of Serve's that its documentation does not have.
 INTERNAL = re.compile(
     r"ray(\.\w+)*\._[\w.]+|proxy_router|_get_global_client|_push_\w+|__serve_\w+|RAY_SERVE_\w+|ray\.serve"
-    r"|_get_cold_start_\w+"
+    r"|_get_cold_start_\w+|_do_request"
 )
 
 
