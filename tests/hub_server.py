@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -134,16 +133,6 @@ class HubServer:
         if self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
-
-    def be_the_clients(self, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-        """Be what the Hub's client calls, with a cache, as if it had been imported with both in its environment."""
-        for name, value in (
-            ("constants.ENDPOINT", self.endpoint),
-            ("constants.HUGGINGFACE_CO_URL_TEMPLATE", self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"),
-            ("constants.HF_HUB_CACHE", str(cache)),
-            ("hf_api.api.endpoint", self.endpoint),
-        ):
-            monkeypatch.setattr(f"huggingface_hub.{name}", value)
 
     # What it holds
 

@@ -61,9 +61,9 @@ class Ledger:
 
     def start_times_s(self) -> dict[str, float]:
         """Return how long the last start of each base took that is not long past."""
+        since = (self._clock() - KEPT_STARTS_S,)
         with self._lock:
-            self._database.execute("DELETE FROM last_starts WHERE at < ?", (self._clock() - KEPT_STARTS_S,))
-            return dict(self._database.execute("SELECT base, start_s FROM last_starts"))
+            return dict(self._database.execute("SELECT base, start_s FROM last_starts WHERE at >= ?", since))
 
     def close(self) -> None:
         """Let go of the file."""

@@ -11,6 +11,7 @@ import yaml
 
 from serve_app.demo.embedded import embedded_root
 from tests.broken_adapters import FILE
+from tests.hub_client import point_hub_client
 from tests.hub_server import CDN, HubServer
 from tests.hub_server import FILE as FILE_KIND
 from tests.serve_files import applications
@@ -83,7 +84,7 @@ def test_an_adapter_that_is_not_there_is_told(run: Run, config: Path) -> None:
 def test_bases_land_in_the_hub_client_s_own_cache(
     run: Run, config: Path, hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub.be_the_clients(monkeypatch, tmp_path / "home")
+    point_hub_client(monkeypatch, hub, tmp_path / "home")
     result = run("pull", "--bases", "--config", config, "--json")
     assert result.exit_code == 0, result.output
     (base,) = json.loads(result.stdout)["pulled"]

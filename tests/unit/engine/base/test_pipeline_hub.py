@@ -17,6 +17,7 @@ from serve_app.engine.drawing.pipeline import BasePipeline
 from serve_app.errors import BaseUnusable, HubUnavailable
 from serve_app.settings import ModelSource
 from tests.engine_cases import load, one_image, request
+from tests.hub_client import point_hub_client
 from tests.hub_server import CDN, ErrorDetail, HubServer
 from tests.single_files import original_vae, write_single_file
 from tests.tiny import tiny_folder, tiny_pipeline
@@ -25,7 +26,7 @@ from tests.tiny import tiny_folder, tiny_pipeline
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
     with HubServer() as server, pytest.MonkeyPatch.context() as monkeypatch:
-        server.be_the_clients(monkeypatch, tmp_path_factory.mktemp("cache"))
+        point_hub_client(monkeypatch, server, tmp_path_factory.mktemp("cache"))
         yield server
 
 
