@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, aclosing, asynccontextmanager, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
@@ -42,6 +42,15 @@ MOST_OF_PLACES = 0.75
 RESEND_AFTER_S = 0.5
 # So long after a replica has joined, the others give back once more.
 LEVEL_AGAIN_S = 3.0
+
+
+@dataclass(slots=True)
+class _Course:
+    """A request on its way: as it is sent next, the replicas that it lost, and whether a picture was passed on."""
+
+    request: GenerationRequest
+    losses: list[Exception] = field(default_factory=list)
+    has_shown: bool = False
 
 
 class Dispatcher:
@@ -133,23 +142,10 @@ class Dispatcher:
             BaseUnusable, NotReady: no replica of the base can start, or none in time.
             ReplicaLost: every attempt lost its replica.
         """
-        self._quarantine.check(request)
-        self._check_share(request)
-        losses: list[Exception] = []
-        while len(losses) < self._attempts:
-            async with self._turn_to_send(request, losses):
-                try:
-                    with self._sending(request), self._errors_of(request):
-                        return await self._result(request)
-                except GivenBack as given:
-                    request = replace(request, waited_s=given.waited_s)
-                except QueueFull as full:
-                    await self._wait_for_place(request, losses, full)
-                except DeploymentUnavailableError:
-                    await self._find_again(request.base_id)
-                except (RayActorError, ReplicaLost) as error:
-                    losses.append(error)
-                    await self._check_losses(request, losses)
+        course = self._begin(request)
+        while len(course.losses) < self._attempts:
+            async with self._attempt(course):
+                return await self._result(course.request)
         raise ReplicaLost(base=request.base_id, attempts=self._attempts)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[GenerationEvent]:
@@ -160,31 +156,61 @@ class Dispatcher:
             BaseUnusable, NotReady: no replica of the base can start, or none in time.
             ReplicaLost: the replica died after a picture was shown, or every attempt lost its replica.
         """
-        has_shown = False
+        course = self._begin(request)
+        while len(course.losses) < self._attempts:
+            async with self._attempt(course), aclosing(self._events(course.request)) as events:
+                async for event in events:
+                    course.has_shown |= not isinstance(event, Progress | Starting)
+                    yield event
+                return
+        raise ReplicaLost(base=request.base_id, attempts=self._attempts)
+
+    def _begin(self, request: GenerationRequest) -> _Course:
+        """Return a request that may be sent.
+
+        Raises:
+            Quarantined, QueueFull: it may not.
+        """
         self._quarantine.check(request)
         self._check_share(request)
-        losses: list[Exception] = []
-        while len(losses) < self._attempts:
-            async with self._turn_to_send(request, losses):
-                try:
-                    with self._sending(request), self._errors_of(request):
-                        async with aclosing(self._events(request)) as events:
-                            async for event in events:
-                                has_shown |= not isinstance(event, Progress | Starting)
-                                yield event
-                    return
-                except GivenBack as given:
-                    request = replace(request, waited_s=given.waited_s)
-                except QueueFull as full:
-                    await self._wait_for_place(request, losses, full)
-                except DeploymentUnavailableError:
-                    await self._find_again(request.base_id)
-                except (RayActorError, ReplicaLost) as error:
-                    losses.append(error)
-                    if has_shown:
-                        raise ReplicaLost(base=request.base_id, attempts=len(losses)) from None
-                    await self._check_losses(request, losses)
-        raise ReplicaLost(base=request.base_id, attempts=self._attempts)
+        return _Course(request)
+
+    @asynccontextmanager
+    async def _attempt(self, course: _Course) -> AsyncGenerator[None]:
+        """Send a request in the block. Where that fails and the request may be sent again, the block just ends.
+
+        Raises:
+            LoraplexError: it may not.
+        """
+        request = course.request
+        async with self._turn_to_send(course):
+            try:
+                with self._sending(request), self._errors_of(request):
+                    yield
+            except GivenBack as given:
+                course.request = replace(request, waited_s=given.waited_s)
+            except QueueFull:
+                # One that was accepted before waits where others have taken its place.
+                if not course.losses and not request.waited_s:
+                    raise
+                await asyncio.sleep(self._resend_after_s)
+            except DeploymentUnavailableError:
+                await self._find_again(request.base_id)
+            except (RayActorError, ReplicaLost) as error:
+                course.losses.append(error)
+                if course.has_shown:
+                    raise ReplicaLost(base=request.base_id, attempts=len(course.losses)) from None
+                await self._check_losses(request, course.losses)
+
+    @asynccontextmanager
+    async def _turn_to_send(self, course: _Course) -> AsyncGenerator[None]:
+        """Have the parts of a request that lost their replicas sent again one after another."""
+        if not course.losses:
+            yield
+            return
+        async with self._resending.setdefault(course.request.request_id, asyncio.Lock()):
+            self._quarantine.check(course.request)
+            yield
 
     async def _result(self, request: GenerationRequest) -> GenerationResult:
         """Send a request, and tell its caller where no replica will take it in time; its work ends with this call."""
@@ -250,16 +276,6 @@ class Dispatcher:
         model_id = request.adapters[0].spec.key if request.adapters else ""
         return self._handles[request.base_id].options(multiplexed_model_id=model_id)
 
-    async def _wait_for_place(self, request: GenerationRequest, losses: list[Exception], full: QueueFull) -> None:
-        """Wait where a request was accepted before and others have taken its place.
-
-        Raises:
-            QueueFull: it was not.
-        """
-        if not losses and not request.waited_s:
-            raise full
-        await asyncio.sleep(self._resend_after_s)
-
     async def _find_again(self, base_id: str) -> None:
         """Return where a base whose application went has one again.
 
@@ -294,16 +310,6 @@ class Dispatcher:
             log.error("request %s is not sent again: %d processes ended on it", request.request_id, len(died))
             self._quarantine.hold(request, f"{len(died)} replicas ended while they drew with it")
             raise lost from None
-
-    @asynccontextmanager
-    async def _turn_to_send(self, request: GenerationRequest, losses: list[Exception]) -> AsyncGenerator[None]:
-        if not losses:
-            yield
-            return
-        lock = self._resending.setdefault(request.request_id, asyncio.Lock())
-        async with lock:
-            self._quarantine.check(request)
-            yield
 
     def _sending(self, request: GenerationRequest) -> AbstractContextManager[None]:
         return self._pressures[request.base_id].track(work_units(request), request.share)

@@ -1,9 +1,9 @@
 """The canonical form of an admitted adapter: one flat aligned body and a table, read back in one pass.
 
 Owns the layout and its integrity: a preamble (magic, table length, body length), a JSON table, at the next page a
-body in which every tensor is aligned and layers that are alike lie together, and an XXH3 checksum over all of it. Files
-are this service's own, written after admission; one that is damaged anywhere is recognised, so that the adapter can be
-admitted again.
+body in which every tensor is aligned and layers that are alike lie together, and an XXH3 checksum of what comes before
+the body and of the checksums of its pieces, which several threads read. Files are this service's own, written after
+admission; one that is damaged anywhere is recognised, so that the adapter can be admitted again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from io import FileIO
@@ -43,12 +44,16 @@ from serve_app.engine.adapters.stacks import memory_of, row_stride, rows_of, sta
 from serve_app.errors import LoraplexError
 from serve_app.families import spellings
 
-MAGIC = b"LPXADPT4"
+MAGIC = b"LPXADPT5"
 PREAMBLE = struct.Struct("<8sQQ")
 TENSOR_ALIGNMENT = 64
 BODY_ALIGNMENT = 4096
+# A piece has a checksum of its own, and a chunk is small enough to be in the cache still when it is added to that.
+PIECE_BYTES = 4 * 1024**2
 CHUNK_BYTES = 1024**2
 CHECKSUM_BYTES = 16
+# Reading is copying and checksums, which hold no lock of Python's; memory is not faster for more threads than these.
+_READERS = ThreadPoolExecutor(4, "canonical-file")
 KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
 
 
@@ -84,14 +89,14 @@ def write_canonical(adapter: ParsedAdapter, path: Path) -> None:
     head = PREAMBLE.pack(MAGIC, len(table), body.size) + table
     head += b"\0" * (_body_start(len(table)) - len(head))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    checksum = xxhash.xxh3_128(head)
+    pieces = _PieceChecksums()
     try:
         with partial.open("wb") as file:
             file.write(head)
             for chunk in body.chunks():
-                checksum.update(chunk)
+                pieces.update(chunk)
                 file.write(chunk)
-            file.write(checksum.digest())
+            file.write(_checksum(head, pieces.digests()))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -108,9 +113,9 @@ def read_canonical(path: Path, *, pinned: bool = False, buffers: HostBuffers | N
     with path.open("rb", buffering=0) as file:
         head, table_size, body_size = _read_head(file, path)
         body = (buffers or HostBuffers(0)).take(body_size, pinned=pinned)
-        checksum = xxhash.xxh3_128(head)
-        _fill(file, body, checksum, path)
-        if file.read(CHECKSUM_BYTES) != checksum.digest():
+        digests = _fill(file, body, path)
+        file.seek(-CHECKSUM_BYTES, os.SEEK_END)
+        if file.read(CHECKSUM_BYTES) != _checksum(head, digests):
             raise DamagedCanonicalFile(path.stem)
     table = json.loads(head[PREAMBLE.size : PREAMBLE.size + table_size])
     matched, in_file, unmatched, ranks = table["coverage"]
@@ -236,14 +241,46 @@ def _read_head(file: FileIO, path: Path) -> tuple[bytes, int, int]:
     return head, table_size, body_size
 
 
-def _fill(file: FileIO, body: Tensor, checksum: xxhash.xxh3_128, path: Path) -> None:
-    """Read the body piece by piece, adding each to the checksum while it is in the processor's cache."""
-    view, filled = bytes_of(body), 0
-    while filled < len(view):
-        end = min(filled + CHUNK_BYTES, len(view))
-        while filled < end:
-            count = file.readinto(view[filled:end])
+def _fill(file: FileIO, body: Tensor, path: Path) -> list[bytes]:
+    """Read the body in pieces, several at a time; returns the checksum of each."""
+    view, start = bytes_of(body), file.tell()
+
+    def read(first: int) -> bytes:
+        checksum, filled, last = xxhash.xxh3_128(), first, min(first + PIECE_BYTES, len(view))
+        while filled < last:
+            count = os.preadv(file.fileno(), [view[filled : min(filled + CHUNK_BYTES, last)]], start + filled)
             if not count:
                 raise DamagedCanonicalFile(path.stem)
             checksum.update(view[filled : filled + count])
             filled += count
+        return checksum.digest()
+
+    # All are waited for, also where one fails: the file is open, and the buffer in use, until none reads any more.
+    readings = [_READERS.submit(read, first) for first in range(0, len(view), PIECE_BYTES)]
+    wait(readings)
+    return [reading.result() for reading in readings]
+
+
+def _checksum(head: bytes, pieces: list[bytes]) -> bytes:
+    return xxhash.xxh3_128(head + b"".join(pieces)).digest()
+
+
+class _PieceChecksums:
+    """Checksums of the pieces of a body that comes in parts of any length."""
+
+    def __init__(self) -> None:
+        self._whole: list[bytes] = []
+        self._current, self._left = xxhash.xxh3_128(), PIECE_BYTES
+
+    def update(self, part: bytes | memoryview) -> None:
+        view = memoryview(part).cast("B")
+        while view:
+            self._current.update(view[: self._left])
+            taken = min(self._left, len(view))
+            view, self._left = view[taken:], self._left - taken
+            if not self._left:
+                self._whole.append(self._current.digest())
+                self._current, self._left = xxhash.xxh3_128(), PIECE_BYTES
+
+    def digests(self) -> list[bytes]:
+        return self._whole if self._left == PIECE_BYTES else [*self._whole, self._current.digest()]

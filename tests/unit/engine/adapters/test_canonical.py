@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from serve_app.engine.adapters.canonical import (
-    CHUNK_BYTES,
+    PIECE_BYTES,
     DamagedCanonicalFile,
     read_canonical,
     reader_version,
@@ -139,17 +139,31 @@ def test_a_flipped_bit_anywhere_is_said_to_be_damage(tmp_path: Path) -> None:
         assert isinstance(damage.value, ValueError)
 
 
-def test_bytes_that_changed_places_are_said_to_be_damage(tmp_path: Path) -> None:
+def in_pieces(path: Path) -> bytes:
+    """Write a file whose body has two whole pieces and a short one."""
+    weight = torch.randn(2 * PIECE_BYTES // 4 + 1000)
+    write_canonical(ParsedAdapter("digest", {"unet": {"layer": Dense(weight, None)}}, Coverage(1, 1)), path)
+    assert torch.equal(next(tensors_of(next(read_canonical(path).layers())[2])), weight)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_damage_in_any_piece_is_found(place: int, tmp_path: Path) -> None:
     path = tmp_path / "canonical"
-    big = {"unet": {"layer": Dense(torch.randn(1024, 1024), None)}}
-    write_canonical(ParsedAdapter("digest", big, Coverage(1, 1)), path)
-    whole = path.read_bytes()
-    middle, end = 4096 + CHUNK_BYTES, 4096 + 2 * CHUNK_BYTES
+    altered = bytearray(in_pieces(path))
+    altered[4096 + place * PIECE_BYTES + 100] ^= 1
+    path.write_bytes(altered)
+    with pytest.raises(DamagedCanonicalFile):
+        read_canonical(path)
+
+
+def test_pieces_that_changed_places_are_said_to_be_damage(tmp_path: Path) -> None:
+    path = tmp_path / "canonical"
+    whole = in_pieces(path)
+    middle, end = 4096 + PIECE_BYTES, 4096 + 2 * PIECE_BYTES
     path.write_bytes(whole[:4096] + whole[middle:end] + whole[4096:middle] + whole[end:])
     with pytest.raises(DamagedCanonicalFile):
         read_canonical(path)
-    path.write_bytes(whole)
-    assert torch.equal(read_canonical(path).components["unet"]["layer"].weight, big["unet"]["layer"].weight)
 
 
 def test_a_large_adapter_lies_in_memory_that_can_be_written_and_sent_on(tmp_path: Path) -> None:
