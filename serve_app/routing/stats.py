@@ -19,7 +19,8 @@ from serve_app.work import LatencyModel
 
 # A replica reports at least this often, so that one that has fallen silent is noticed.
 HEARTBEAT_S = 5.0
-_GRAIN_S = 0.1
+# Seconds of work are rounded to so many.
+GRAIN_S = 0.1
 
 
 def request_tag(request: GenerationRequest) -> str:
@@ -130,5 +131,5 @@ class RoutingStatsCollector:
 
 def _grained(seconds: float) -> float:
     """Round to a tenth of a second, and to two digits where that is coarser."""
-    grain = max(_GRAIN_S, 10.0 ** math.floor(math.log10(seconds)) / 10) if seconds > 0 else _GRAIN_S
+    grain = max(GRAIN_S, 10.0 ** math.floor(math.log10(seconds)) / 10) if seconds > 0 else GRAIN_S
     return round(round(seconds / grain) * grain, 3)

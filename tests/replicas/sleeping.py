@@ -32,6 +32,7 @@ from serve_app.engine.worker.scheduling import (
     next_batch,
     remaining_after,
 )
+from serve_app.routing import stats
 from serve_app.routing.stats import DeviceLoad, RoutingStatsCollector
 from serve_app.store.admitted import AdmittedFiles
 from serve_app.store.store import AdapterStore
@@ -49,6 +50,7 @@ class Sleeps:
     file_bytes: int
     max_batch_images: int
     policy: QueuePolicy
+    grain_s: float = stats.GRAIN_S  # to which a replica rounds the work that it reports
     is_fetching_late: bool = False  # the device waits for adapters that are fetched only when their turn comes
 
 
@@ -137,6 +139,7 @@ class SleepingReplica:
     """One replica of a base that sleeps."""
 
     def __init__(self, sleeps: Sleeps, folder: Path) -> None:
+        stats.GRAIN_S = sleeps.grain_s  # in this process, which has no other replica
         self._sleeps = sleeps
         self._folder = folder
         self._id = serve.get_replica_context().replica_id.unique_id
