@@ -40,10 +40,14 @@ async def read_body(request: Request, max_bytes: int, *, timeout_s: float = BODY
     """Return the whole body; one over the limit is refused as soon as its declared or real length is known.
 
     Raises:
+        MalformedRequest: it is compressed.
         TooLarge: the body is over `max_bytes`.
         BodyTimeout: it was not there after `timeout_s`.
         ClientDisconnected: the caller hung up.
     """
+    encoding = request.headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise MalformedRequest(f"the body has content-encoding '{clip(encoding)}'; send it uncompressed")
     too_large = TooLarge("the body", ByteSize(max_bytes).human_readable())
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:

@@ -154,6 +154,7 @@ HEADERS: list[tuple[list[tuple[str, str]], str]] = [
     ([("lora", "a" * 257)], "'lora' is 257 characters long"),
     ([("accept", "application/json")], "none of 'application/json' can be served"),
     ([("accept", "image/gif, text/html;q=0.3")], "can be served"),
+    ([("content-encoding", "gzip")], "content-encoding 'gzip'; send it uncompressed"),
 ]
 
 
