@@ -52,7 +52,7 @@ BODY_ALIGNMENT = 4096
 PIECE_BYTES = 4 * 1024**2
 CHUNK_BYTES = 1024**2
 CHECKSUM_BYTES = 16
-# Reading is copying and checksums, which hold no lock of Python's; memory is not faster for more threads than these.
+# Reading is copying and checksums, which hold no lock of Python's. More threads than these were not tried.
 _READERS = ThreadPoolExecutor(4, "canonical-file")
 KINDS: dict[str, type[Delta]] = {kind.__name__: kind for kind in (LowRank, Dora, Hadamard, Kronecker, Dense)}
 
